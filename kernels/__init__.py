@@ -1,0 +1,28 @@
+"""Block bytes to numbers: decode and linear. The lowest package: it imports nothing of skyrun.
+
+This is the one place where a backend is chosen. Callers use `dequantize` and `linear` and never ask which one runs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from skyrun.kernels.formats import FORMATS, Format, block_format
+
+if TYPE_CHECKING:
+    from skyrun.kernels.torch_decode import dequantize
+    from skyrun.kernels.torch_linear import QuantizedWeight, linear
+
+__all__ = ["FORMATS", "Format", "QuantizedWeight", "block_format", "dequantize", "linear"]
+
+# Resolved on first use: reading a header needs the format table, not torch.
+_homes = {
+    "dequantize": "skyrun.kernels.torch_decode",
+    "linear": "skyrun.kernels.torch_linear",
+    "QuantizedWeight": "skyrun.kernels.torch_linear",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _homes:
+        raise AttributeError(f"module 'skyrun.kernels' has no attribute {name!r}")
+    return getattr(import_module(_homes[name]), name)

@@ -1,0 +1,168 @@
+"""Decode block bytes with plain torch, on any device: the oracle of faster kernels and their stand-in.
+
+Every decoder takes blocks uint8 [n, block_bytes] and gives float32 [n, block_size]. Layouts and formulas are those
+of ggml (ggml-common.h, ggml-quants.c): scale, sub-scale and code multiply exactly in float32 and at most one addition
+follows, so the values equal ggml's bit for bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.formats import block_format
+
+_CHUNK_WEIGHTS = 1 << 21  # decoded at a time: keeps the temporaries of a decoder inside the cache and out of the peak
+
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 stored at byte `at` of every block, as float32 [n, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _shifted(codes: Tensor, shifts: range | tuple[int, ...], mask: int) -> Tensor:
+    """uint8 [n, groups, width] -> int8 [n, groups, len(shifts), width]: the fields that `shifts` and `mask` cut out."""
+    by = torch.tensor(tuple(shifts), dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
+    return ((codes.unsqueeze(2) >> by) & mask).to(torch.int8)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """uint8 [n, 16] -> int8 [n, 32]: low halves first, then high halves."""
+    return _shifted(codes.unsqueeze(1), (0, 4), 15).flatten(1)
+
+
+def _bits(plane: Tensor) -> Tensor:
+    """uint8 [n, 4] -> int8 [n, 32]: one bit per weight, lowest first."""
+    by = torch.arange(8, dtype=torch.uint8, device=plane.device)
+    return ((plane.unsqueeze(2) >> by) & 1).to(torch.int8).flatten(1)
+
+
+def _q8_0(b: Tensor) -> Tensor:
+    return _half(b, 0) * b[:, 2:].view(torch.int8)
+
+
+def _q4_0(b: Tensor) -> Tensor:
+    return _half(b, 0) * (_nibbles(b[:, 2:]) - 8)
+
+
+def _q4_1(b: Tensor) -> Tensor:
+    return _half(b, 0) * _nibbles(b[:, 4:]) + _half(b, 2)
+
+
+def _q5_0(b: Tensor) -> Tensor:
+    return _half(b, 0) * ((_nibbles(b[:, 6:]) | (_bits(b[:, 2:6]) << 4)) - 16)
+
+
+def _q5_1(b: Tensor) -> Tensor:
+    return _half(b, 0) * (_nibbles(b[:, 8:]) | (_bits(b[:, 4:8]) << 4)) + _half(b, 2)
+
+
+def _q2_k(b: Tensor) -> Tensor:
+    scales, codes = b[:, :16], b[:, 16:80]
+    q = _shifted(codes.view(-1, 2, 32), (0, 2, 4, 6), 3).view(-1, 16, 16)
+    d = _half(b, 80) * (scales & 15)
+    m = _half(b, 82) * (scales >> 4)
+    return (d.unsqueeze(2) * q - m.unsqueeze(2)).flatten(1)
+
+
+def _q3_k(b: Tensor) -> Tensor:
+    high, codes, packed = b[:, :32], b[:, 32:96], b[:, 96:108]
+    low_bits = _shifted(packed[:, None, :8], (0, 4), 15).flatten(1)
+    high_bits = _shifted(packed[:, None, 8:], (0, 2, 4, 6), 3).flatten(1)
+    scales = (low_bits | (high_bits << 4)) - 32
+    q = _shifted(codes.reshape(-1, 2, 32), (0, 2, 4, 6), 3).view(-1, 8, 32)
+    top = _shifted(high.unsqueeze(1), range(8), 1).view(-1, 8, 32)
+    q = (q - ((top ^ 1) << 2)).view(-1, 16, 16)
+    return ((_half(b, 108) * scales).unsqueeze(2) * q).flatten(1)
+
+
+def _scales_and_mins(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight 6-bit scales and mins that Q4_K and Q5_K pack into uint8 [n, 12]."""
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat((first & 63, (third & 15) | ((first >> 6) << 4)), 1)
+    mins = torch.cat((second & 63, (third >> 4) | ((second >> 6) << 4)), 1)
+    return scales, mins
+
+
+def _q4_k(b: Tensor) -> Tensor:
+    scales, mins = _scales_and_mins(b[:, 4:16])
+    q = _shifted(b[:, 16:].reshape(-1, 4, 32), (0, 4), 15).view(-1, 8, 32)
+    d, m = _half(b, 0) * scales, _half(b, 2) * mins
+    return (d.unsqueeze(2) * q - m.unsqueeze(2)).flatten(1)
+
+
+def _q5_k(b: Tensor) -> Tensor:
+    scales, mins = _scales_and_mins(b[:, 4:16])
+    q = _shifted(b[:, 48:].reshape(-1, 4, 32), (0, 4), 15).view(-1, 8, 32)
+    q = q | (_shifted(b[:, None, 16:48], range(8), 1).view(-1, 8, 32) << 4)
+    d, m = _half(b, 0) * scales, _half(b, 2) * mins
+    return (d.unsqueeze(2) * q - m.unsqueeze(2)).flatten(1)
+
+
+def _q6_k(b: Tensor) -> Tensor:
+    low = _shifted(b[:, :128].reshape(-1, 2, 64), (0, 4), 15).view(-1, 8, 32)
+    high = _shifted(b[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).view(-1, 8, 32)
+    q = ((low | (high << 4)) - 32).view(-1, 16, 16)
+    d = _half(b, 208) * b[:, 192:208].contiguous().view(torch.int8)
+    return (d.unsqueeze(2) * q).flatten(1)
+
+
+def _iq4_values(codes: Tensor) -> Tensor:
+    return torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def _iq4_nl(b: Tensor) -> Tensor:
+    return _half(b, 0) * _iq4_values(_nibbles(b[:, 2:]))
+
+
+def _iq4_xs(b: Tensor) -> Tensor:
+    low = _shifted(b[:, 4:8].unsqueeze(2), (0, 4), 15).flatten(1)
+    high = _shifted(b[:, 2:4].unsqueeze(2), (0, 2, 4, 6), 3).flatten(1)
+    d = _half(b, 0) * ((low | (high << 4)) - 32)
+    q = _shifted(b[:, 8:].reshape(-1, 8, 16), (0, 4), 15).flatten(2)
+    return (d.unsqueeze(2) * _iq4_values(q)).flatten(1)
+
+
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": _q8_0,
+    "Q6_K": _q6_k,
+    "Q5_K": _q5_k,
+    "Q4_K": _q4_k,
+    "Q3_K": _q3_k,
+    "Q2_K": _q2_k,
+    "Q5_1": _q5_1,
+    "Q5_0": _q5_0,
+    "Q4_1": _q4_1,
+    "Q4_0": _q4_0,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+}
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decode rows of blocks.
+
+    blocks: uint8 [..., row_bytes] on any device. Returns `dtype` [..., cols]; float32 equals ggml's values exactly,
+    other dtypes are those values rounded once. Raises SkyrunError for an unknown type or a row that is not a whole
+    number of blocks.
+    """
+    format = block_format(type)
+    if blocks.dtype != torch.uint8 or blocks.shape[-1] % format.block_bytes:
+        raise SkyrunError(
+            f"got {blocks.dtype} rows of {blocks.shape[-1]} for {type}, "
+            f"expected uint8 rows that are a multiple of {format.block_bytes} bytes",
+            "check the type against the file's header",
+        )
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // format.block_bytes * format.block_size)
+    if type in _PLAIN:
+        return blocks.contiguous().view(_PLAIN[type]).to(dtype).view(shape)
+    flat = blocks.reshape(-1, format.block_bytes)
+    out = torch.empty(len(flat), format.block_size, dtype=dtype, device=blocks.device)
+    step = _CHUNK_WEIGHTS // format.block_size
+    for start in range(0, len(flat), step):
+        out[start : start + step] = _DECODERS[type](flat[start : start + step])
+    return out.view(shape)

@@ -1,0 +1,230 @@
+"""Convert a checkpoint: plan every tensor of every file first, then write them one at a time."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, naming_convention, size_label
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skyrun.kernels import block_format
+from skyrun.kernels.atomic import replacing
+from skyrun.kernels.errors import FAILED, SkyrunError
+from skyrun.quant.checkpoint import Checkpoint, Component, SourceTensor, open_checkpoint
+from skyrun.quant.encode import quantize
+from skyrun.quant.families import Family, text_encoder, transformer, vae
+from skyrun.quant.recipes import FILE_TYPES, check_quant, text_encoder_quant
+
+_CHUNK_WEIGHTS = 1 << 22  # encoded at a time; bounds the memory of a conversion together with the encoder's temporaries
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of an output file: where it comes from and what it becomes."""
+
+    name: str
+    source: SourceTensor
+    type: str
+    nbytes: int
+    fallback: str
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """An output file, decided to the byte before anything is read."""
+
+    path: Path
+    role: str
+    architecture: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "role": self.role,
+            "bytes": self.nbytes,
+            "tensors": len(self.tensors),
+            "types": dict(Counter(tensor.type for tensor in self.tensors)),
+            "fallbacks": {tensor.name: tensor.fallback for tensor in self.tensors if tensor.fallback},
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """All files that a conversion writes."""
+
+    source: Path
+    files: tuple[PlannedFile, ...]
+
+    def summary(self) -> dict[str, Any]:
+        return {"source": str(self.source), "files": [file.summary() for file in self.files]}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Progress of a conversion: a tensor, or a piece of it, is in the file."""
+
+    file: PlannedFile
+    tensor: PlannedTensor
+    nbytes: int
+
+
+def plan_conversion(
+    source: Path | str, out: Path | str, quant: str = "Q8_0", text_encoder_type: str | None = None
+) -> Conversion:
+    """Decide every file, name and type. Reads headers only; raises SkyrunError for anything that will not convert."""
+    check_quant(quant)
+    encoder_quant = text_encoder_type or text_encoder_quant(quant)
+    check_quant(encoder_quant)
+    checkpoint = open_checkpoint(Path(source))
+    families = []
+    if checkpoint.transformer:
+        families.append((transformer(checkpoint.transformer), checkpoint.transformer, quant))
+    if checkpoint.text_encoder:
+        families.append((text_encoder(checkpoint.text_encoder, _tokenizer(checkpoint)), checkpoint.text_encoder, encoder_quant))
+    if checkpoint.vae:
+        families.append((vae(checkpoint.vae), checkpoint.vae, ""))
+    files = tuple(_plan_file(Path(out), *family) for family in families)
+    return Conversion(Path(source), files)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    if checkpoint.tokenizer is None:
+        raise SkyrunError(
+            f"{checkpoint.folder} has a text encoder but no tokenizer/tokenizer.json", "download the tokenizer folder too"
+        )
+    return checkpoint.tokenizer.read_text(encoding="utf-8")
+
+
+def _plan_file(out: Path, family: Family, component: Component, quant: str) -> PlannedFile:
+    tensors = []
+    for entry in family.entries:
+        source = component.tensors[entry.source]
+        choice = family.choose_type(entry.target, source.shape, source.dtype, quant)
+        format = block_format(choice.type)
+        nbytes = source.numel // source.shape[-1] * format.row_bytes(source.shape[-1])
+        tensors.append(PlannedTensor(entry.target, source, choice.type, nbytes, choice.fallback))
+    label = size_label(sum(tensor.source.numel for tensor in tensors), 0, 0, 0)
+    name = naming_convention(None, family.basename, None, None, label, quant or None)
+    metadata = dict(family.metadata)
+    if family.architecture:
+        metadata |= {
+            "general.name": f"{family.basename} {label}",
+            "general.basename": family.basename,
+            "general.size_label": label,
+            "general.file_type": int(FILE_TYPES[quant]),
+            "general.quantization_version": 2,
+            "general.quantized_by": "skyrun",
+            "skyrun.quant": quant,
+        }
+    suffix = ".gguf" if family.architecture else ".safetensors"
+    return PlannedFile(out / f"{name}{suffix}", family.role, family.architecture, tuple(tensors), metadata)
+
+
+def write_conversion(conversion: Conversion, device: str = "cpu") -> Iterator[Written]:
+    """Write the planned files, each beside its place and renamed when whole. Yields after every piece."""
+    _check_space(conversion)
+    for file in conversion.files:
+        yield from (_write_gguf if file.architecture else _write_safetensors)(file, device)
+
+
+def _check_space(conversion: Conversion) -> None:
+    folder = conversion.files[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(file.nbytes for file in conversion.files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise SkyrunError(
+            f"the converted files need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            "free some space, choose another folder with -o, or a smaller --quant",
+            FAILED,
+        )
+
+
+class _Piecewise:
+    """Stands in for an array in gguf's writer, which asks for its size and tells it to write itself."""
+
+    def __init__(self, nbytes: int, write: Callable[[IO[bytes]], None]) -> None:
+        self.nbytes = nbytes
+        self.tofile = write
+
+
+def _write_gguf(file: PlannedFile, device: str) -> Iterator[Written]:
+    with replacing(file.path) as partial:
+        writer = GGUFWriter(partial, file.architecture)
+        for key, value in file.metadata.items():
+            _add_value(writer, key, value)
+        for tensor in file.tensors:
+            kind = GGMLQuantizationType[tensor.type]
+            # float32 stands for "the shape is in weights": the real type is `raw_dtype`
+            writer.add_tensor_info(tensor.name, tensor.source.shape, torch.float32, tensor.nbytes, raw_dtype=kind)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in file.tensors:
+                data = _Piecewise(tensor.nbytes, lambda out, tensor=tensor: _write_pieces(out, tensor, device))
+                writer.write_tensor_data(data)
+                yield Written(file, tensor, tensor.nbytes)
+        finally:
+            writer.close()
+
+
+def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+    add(key, value)
+
+
+def _write_pieces(out: IO[bytes], tensor: PlannedTensor, device: str) -> None:
+    for piece in _encoded(tensor, device):
+        out.write(memoryview(piece.cpu().numpy()))
+
+
+def _encoded(tensor: PlannedTensor, device: str) -> Iterator[Tensor]:
+    for piece in tensor.source.rows(_CHUNK_WEIGHTS):
+        try:
+            yield quantize(piece.to(device), tensor.type)
+        except SkyrunError as error:
+            where = f"{tensor.source.name} in {tensor.source.file}"
+            raise SkyrunError(f"cannot encode {where} as {tensor.type}: {error.message}", error.hint) from error
+
+
+def _write_safetensors(file: PlannedFile, device: str) -> Iterator[Written]:
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {}
+    for tensor in file.tensors:
+        pieces = [piece.flatten() for piece in _encoded(tensor, "cpu")]
+        tensors[tensor.name] = torch.cat(pieces).view(plain[tensor.type]).view(tensor.source.shape)
+        yield Written(file, tensor, tensor.nbytes)
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in file.metadata.items()}
+    with replacing(file.path) as partial:
+        save_file(tensors, partial, text)
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    quant: str = "Q8_0",
+    text_encoder_type: str | None = None,
+    device: str = "cpu",
+) -> Mapping[str, Any]:
+    """Convert the checkpoint folder `source` to files in the folder `out`.
+
+    quant: type of the transformer's block matrices. text_encoder_type: of the text encoder's, by default the same but
+    not below Q8_0. device: where encoders run. Returns a summary: files with path, role, bytes, types and fallbacks.
+    Raises SkyrunError for a checkpoint that is incomplete, misshapen or damaged; what was in `out` survives it.
+    """
+    conversion = plan_conversion(source, out, quant, text_encoder_type)
+    for _ in write_conversion(conversion, device):
+        pass
+    return conversion.summary()

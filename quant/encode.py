@@ -1,0 +1,62 @@
+"""Numbers to block bytes. Each type is one encoder and one line in the table at the end."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from skyrun.kernels import block_format
+from skyrun.kernels.errors import SkyrunError
+from skyrun.quant.encode_q4_k import encode_q4_k
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Any [n, k] tensor -> its bytes, uint8 [n, k * itemsize]."""
+    return x.contiguous().view(torch.uint8)
+
+
+def _round_half_away(x: Tensor) -> Tensor:
+    """C's roundf: torch.round would take halves to the even neighbour."""
+    magnitude = x.abs()
+    whole = magnitude.floor()
+    return (whole + (2 * (magnitude - whole)).floor()) * x.sign()
+
+
+def _encode_q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
+    # One scale per block that maps the largest magnitude to 127: the format leaves nothing to search.
+    scale = x.abs().amax(1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    codes = _round_half_away(x * inverse).to(torch.int8)
+    return torch.cat((_bytes(scale.half()), _bytes(codes)), 1)
+
+
+# type -> (float32 [n, block_size], importance of the same shape or None) -> uint8 [n, block_bytes]
+ENCODERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "F32": lambda x, _: _bytes(x),
+    "F16": lambda x, _: _bytes(x.half()),
+    "BF16": lambda x, _: _bytes(x.bfloat16()),
+    "Q8_0": _encode_q8_0,
+    "Q4_K": encode_q4_k,
+}
+
+
+def quantize(x: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
+    """Encode rows of weights.
+
+    x: float32 [rows, cols]. importance: float32 [cols], the mean square of each input channel; the error of a weight
+    counts in proportion to it (types whose format leaves no choice ignore it). Returns uint8 [rows, row_bytes] on x's
+    device. Raises SkyrunError for an unknown type, a row that is not a whole number of blocks, or weights that are
+    not finite or that the type cannot hold.
+    """
+    format = block_format(type)
+    if type not in ENCODERS:
+        raise SkyrunError(f"skyrun cannot write {type}", f"types it writes: {', '.join(ENCODERS)}")
+    rows, cols = x.shape
+    row_bytes = format.row_bytes(cols)
+    if not torch.isfinite(x).all():
+        raise SkyrunError(f"{int((~torch.isfinite(x)).sum())} weights are NaN or infinite", "the source is damaged")
+    if type == "F16" and x.numel() and float(x.abs().max()) > torch.finfo(torch.float16).max:
+        raise SkyrunError(f"F16 holds up to 65504, got a weight of {float(x.abs().max()):g}", "use BF16 or F32")
+    blocks = x.float().reshape(-1, format.block_size)
+    weights = None if importance is None else importance.float().expand(rows, cols).reshape(blocks.shape)
+    return ENCODERS[type](blocks, weights).view(rows, row_bytes)

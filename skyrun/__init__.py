@@ -1,0 +1,37 @@
+"""skyrun makes SkyReels-V3 videos on ordinary graphics cards.
+
+    from skyrun import Request, run
+    result = run(Request(task="r2v", prompt="...", images=("her.png",), model="models/"))
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# A checkout keeps quant/, kernels/ and presets/ beside this folder; a wheel keeps them in it.
+_checkout = Path(__file__).parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
+    __path__.append(str(_checkout))
+
+if TYPE_CHECKING:
+    from skyrun.kernels.errors import SkyrunError
+    from skyrun.request import Request
+    from skyrun.runner import Result, run
+
+__all__ = ["Request", "Result", "SkyrunError", "run"]
+
+# Resolved on first use, so that `skyrun --help` does not pay for torch.
+_homes = {
+    "Request": "skyrun.request",
+    "Result": "skyrun.runner",
+    "run": "skyrun.runner",
+    "SkyrunError": "skyrun.kernels.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _homes:
+        raise AttributeError(f"module 'skyrun' has no attribute {name!r}")
+    return getattr(import_module(_homes[name]), name)

@@ -1,0 +1,3 @@
+from skyrun.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""What a run says while it works. Pipelines yield these; whoever runs them shows, saves or ignores them."""
+
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+T = TypeVar("T")
+_START = time.perf_counter()
+
+
+def now() -> float:
+    """Seconds since the process began to count."""
+    return time.perf_counter() - _START
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins. total: units of work, in `unit`."""
+
+    stage: str
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Units of the running stage that are done."""
+
+    stage: str
+    done: int
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """A model finished a block. Times in seconds on one clock; reading a block overlaps computing those before it."""
+
+    index: int
+    total: int
+    read_start: float
+    read_end: float
+    compute_start: float
+    compute_end: float
+
+
+@dataclass(frozen=True)
+class StageEnded:
+    """A stage is over. peak_bytes: highest device memory in it; on a CPU the memory of the process at its end."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class LatentsReady:
+    """Denoising is over. latents: float32 [C, F', h, w] on the CPU."""
+
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class FramesReady:
+    """Some frames are decoded. frames: uint8 [n, H, W, 3]."""
+
+    frames: np.ndarray[Any, np.dtype[np.uint8]]
+
+
+Event = StageStarted | Progress | BlockDone | StageEnded | LatentsReady | FramesReady
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    """The event as plain values; arrays become their shape."""
+    name = {"event": type(event).__name__}
+    if isinstance(event, (LatentsReady, FramesReady)):
+        (field,) = fields(event)
+        return name | {field.name: list(getattr(event, field.name).shape)}
+    return name | asdict(event)
+
+
+def drain(events: Generator[Event, None, T]) -> T:
+    """Run to the end without looking at the events, and return the value."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value

@@ -1,0 +1,218 @@
+"""Read the header of a GGUF file: metadata, and where each tensor lies. Trusts nothing but offsets it has checked.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf's own reader maps the file and builds a Python
+list for every array; this one reads the header once, skips arrays, and checks every length against the file's size
+before it reads or allocates.
+"""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
+from skyrun.kernels.formats import BY_ID, Format
+
+_MAX_STRING = 1 << 28  # a tokenizer is tens of MB
+_MAX_NAME = 1 << 10
+_MAX_DIMS = 8
+_MAX_NESTING = 4
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a file. shape: as torch has it, rows before columns. offset: bytes from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The header of a GGUF file. metadata: scalars and strings; arrays are skipped."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def read(self, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> bytearray:
+        """`nbytes` bytes of a tensor from byte `start` of it; the whole tensor by default."""
+        data = bytearray(info.nbytes - start if nbytes is None else nbytes)
+        with open(self.path, "rb", buffering=0) as file:
+            read_into(file, memoryview(data), info.offset + start)
+        return data
+
+
+def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from byte `offset` of an unbuffered file, or raise SkyrunError."""
+    try:
+        file.seek(offset)
+        done = 0
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+            if not got:
+                raise SkyrunError(
+                    f"{file.name} ended at byte {offset + done}, expected {len(buffer) - done} more",
+                    "the file was cut or replaced while it was read: restore it and run again",
+                    code=FAILED,
+                )
+            done += got
+    except OSError as error:
+        raise SkyrunError(f"cannot read {file.name}: {error}", "check the disk and the file", code=FAILED) from error
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read and check a header. SkyrunError if the file is missing, not GGUF, cut, or inconsistent."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            return _Header(file, size).parse(path)
+    except FileNotFoundError as error:
+        raise SkyrunError(f"{path} does not exist", "check the path", MODEL_MISSING) from error
+    except OSError as error:
+        raise SkyrunError(f"cannot read {path}: {error}", "check the path and its permissions") from error
+    except _Malformed as error:
+        raise SkyrunError(
+            f"{path} is not a usable GGUF file: {error}", "download or convert it again: it is cut or damaged"
+        ) from error
+
+
+class _Malformed(Exception):
+    """What is wrong with a header, before the path is known."""
+
+
+class _Header:
+    """A cursor over the header that knows how much of the file is left."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self._at = file, size, 0
+
+    def parse(self, path: Path) -> GGUFFile:
+        magic = self._take(4)
+        if magic != b"GGUF":
+            raise _Malformed(f"it starts with {magic!r}, expected b'GGUF'")
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            raise _Malformed("it is big-endian" if swapped in (2, 3) else f"version {version}, expected 2 or 3")
+        tensor_count = self._count(24)
+        metadata = self._metadata(self._count(12))
+        tensors = [self._tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise _Malformed(f"alignment {alignment!r}, expected a power of two from 8")
+        data = -(-self._at // alignment) * alignment
+        return GGUFFile(path, metadata, self._placed(tensors, data, alignment))
+
+    def _placed(self, tensors: list[TensorInfo], data: int, alignment: int) -> dict[str, TensorInfo]:
+        placed: dict[str, TensorInfo] = {}
+        for info in tensors:
+            if info.name in placed:
+                raise _Malformed(f"two tensors are called {info.name!r}")
+            if info.offset % alignment:
+                raise _Malformed(f"{info.name} starts at {info.offset}, expected a multiple of {alignment}")
+            end = data + info.offset + info.nbytes
+            if end > self._size:
+                raise _Malformed(f"{info.name} ends at byte {end}, the file at {self._size}")
+            placed[info.name] = TensorInfo(info.name, info.shape, info.format, data + info.offset, info.nbytes)
+        last = 0
+        for info in sorted(placed.values(), key=lambda info: info.offset):
+            if info.offset < last:
+                raise _Malformed(f"{info.name} overlaps the tensor before it")
+            last = info.offset + info.nbytes
+        return placed
+
+    def _take(self, count: int) -> bytes:
+        if count > self._size - self._at:
+            raise _Malformed(f"{count} bytes expected at {self._at}, the file has {self._size}")
+        self._at += count
+        taken = self._file.read(count)
+        if len(taken) != count:
+            raise _Malformed("it was cut while it was read")
+        return taken
+
+    def _skip(self, count: int) -> None:
+        if count > self._size - self._at:
+            raise _Malformed(f"an array of {count} bytes at {self._at}, the file has {self._size}")
+        self._at += count
+        self._file.seek(self._at)
+
+    def _scalar(self, layout: str) -> Any:
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+
+    def _count(self, smallest: int) -> int:
+        """A number of items that each take at least `smallest` bytes of what is left."""
+        count = int(self._scalar("<Q"))
+        if count * smallest > self._size - self._at:
+            raise _Malformed(f"{count} entries cannot fit in {self._size - self._at} bytes")
+        return count
+
+    def _string(self, limit: int) -> str:
+        length = int(self._scalar("<Q"))
+        if length > limit:
+            raise _Malformed(f"a text of {length} bytes, expected at most {limit}")
+        try:
+            return self._take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Malformed("a text that is not UTF-8") from error
+
+    def _metadata(self, count: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for _ in range(count):
+            key = self._string(_MAX_NAME)
+            kind = self._scalar("<I")
+            if kind == _ARRAY:
+                self._skip_array(0)
+            elif kind == _STRING:
+                values[key] = self._string(_MAX_STRING)
+            else:
+                values[key] = self._scalar(self._layout(kind))
+        return values
+
+    def _layout(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise _Malformed(f"a value of kind {kind}, expected 0 to 12")
+        return _SCALARS[kind]
+
+    def _skip_array(self, depth: int) -> None:
+        if depth > _MAX_NESTING:
+            raise _Malformed("arrays nested too deep")
+        kind = self._scalar("<I")
+        if kind == _ARRAY:
+            for _ in range(self._count(12)):
+                self._skip_array(depth + 1)
+        elif kind == _STRING:
+            for _ in range(self._count(8)):
+                self._skip(int(self._scalar("<Q")))
+        else:
+            width = struct.calcsize(self._layout(kind))
+            self._skip(self._count(width) * width)
+
+    def _tensor(self) -> TensorInfo:
+        """A tensor whose offset still counts from the start of the data."""
+        name = self._string(_MAX_NAME)
+        dims = self._scalar("<I")
+        if not 1 <= dims <= _MAX_DIMS:
+            raise _Malformed(f"{name} has {dims} dimensions, expected 1 to {_MAX_DIMS}")
+        shape = tuple(self._scalar("<Q") for _ in range(dims))[::-1]
+        kind, offset = self._scalar("<I"), self._scalar("<Q")
+        if kind not in BY_ID:
+            known = ", ".join(format.name for format in BY_ID.values())
+            raise _Malformed(f"{name} has type number {kind}; skyrun reads {known}")
+        format = BY_ID[kind]
+        if not all(shape) or shape[-1] % format.block_size:
+            raise _Malformed(f"{name} has shape {list(shape)}, expected rows of whole {format.name} blocks")
+        nbytes = prod(shape) // format.block_size * format.block_bytes
+        if nbytes > self._size:
+            raise _Malformed(f"{name} would take {nbytes} bytes, the file has {self._size}")
+        return TensorInfo(name, shape, format, offset, nbytes)

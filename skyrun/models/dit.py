@@ -1,0 +1,206 @@
+"""The Wan diffusion transformer: noisy latents, a timestep and a text in, the velocity out.
+
+Weights have original Wan names. A block is a function of activations and of the weights that pass by.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.errors import SkyrunError
+from skyrun.events import Event
+from skyrun.gguf_file import GGUFFile, TensorInfo
+from skyrun.layers import add_gated, attention, layer_norm, modulate, rms_norm, rope_table, rotate, sinusoid
+from skyrun.stream import Block, BlockStream, lay_out
+from skyrun.weights import Weights, load_weights
+
+_HEAD_DIM = 128
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+TEXT_LENGTH = 512
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DiTDims:
+    """Sizes of a transformer. All follow from its tensors; metadata that disagrees is an error."""
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    eps: float = 1e-6
+
+
+def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
+    """Tensors by original Wan name, without the prefix that some tools write."""
+    for prefix in _PREFIXES:
+        named = {name.removeprefix(prefix): info for name, info in file.tensors.items() if name.startswith(prefix)}
+        if named:
+            return named
+    return file.tensors
+
+
+def read_dims(file: GGUFFile) -> DiTDims:
+    """The dims that a file's tensors imply. SkyrunError if tensors are missing, misshapen or contradict the metadata."""
+    tensors = canonical_tensors(file)
+
+    def size(name: str, axis: int) -> int:
+        if name not in tensors or len(tensors[name].shape) <= axis:
+            raise SkyrunError(
+                f"{file.path} has no tensor {name}: it is not a Wan transformer with original names",
+                "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
+            )
+        return tensors[name].shape[axis]
+
+    layers = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    dims = DiTDims(
+        dim=size("patch_embedding.weight", 0),
+        heads=size("patch_embedding.weight", 0) // _HEAD_DIM,
+        layers=max(layers, default=-1) + 1,
+        ffn_dim=size("blocks.0.ffn.0.weight", 0),
+        in_channels=size("patch_embedding.weight", 1),
+        out_channels=size("head.head.weight", 0) // 4,
+        text_dim=size("text_embedding.0.weight", 1),
+        freq_dim=size("time_embedding.0.weight", 1),
+        eps=float(file.metadata.get("skyrun.eps", 1e-6)),
+    )
+    problems = _shape_problems(dims, tensors)
+    for field in fields(dims):
+        said = file.metadata.get(f"skyrun.{field.name}")
+        if said is not None and said != getattr(dims, field.name):
+            problems.append(f"its metadata says {field.name} = {said}, its tensors {getattr(dims, field.name)}")
+    if problems:
+        raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
+    return dims
+
+
+def _shape_problems(dims: DiTDims, tensors: dict[str, TensorInfo]) -> list[str]:
+    d, ffn = dims.dim, dims.ffn_dim
+    linears = {
+        "text_embedding.0": (d, dims.text_dim),
+        "text_embedding.2": (d, d),
+        "time_embedding.0": (d, dims.freq_dim),
+        "time_embedding.2": (d, d),
+        "time_projection.1": (6 * d, d),
+        "head.head": (dims.out_channels * 4, d),
+    }
+    sizes = {"patch_embedding.bias": d, "head.modulation": 2 * d}
+    for n in range(dims.layers):
+        for attn in ("self_attn", "cross_attn"):
+            linears |= {f"blocks.{n}.{attn}.{name}": (d, d) for name in "qkvo"}
+            sizes |= {f"blocks.{n}.{attn}.norm_{name}.weight": d for name in "qk"}
+        linears |= {f"blocks.{n}.ffn.0": (ffn, d), f"blocks.{n}.ffn.2": (d, ffn)}
+        sizes |= {f"blocks.{n}.norm3.weight": d, f"blocks.{n}.norm3.bias": d, f"blocks.{n}.modulation": 6 * d}
+    sizes |= {f"{name}.bias": shape[0] for name, shape in linears.items()}
+    problems = [
+        f"{name}.weight is {_found(tensors, f'{name}.weight')}, expected {list(shape)}"
+        for name, shape in linears.items()
+        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].shape != shape
+    ]
+    # One-dimensional ones are compared by size: some tools add or drop axes of length 1.
+    return problems + [
+        f"{name} is {_found(tensors, name)}, expected {size} numbers"
+        for name, size in sizes.items()
+        if name not in tensors or torch.Size(tensors[name].shape).numel() != size
+    ]
+
+
+def _found(tensors: dict[str, TensorInfo], name: str) -> str:
+    return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+
+def block_layouts(file: GGUFFile, layers: int) -> list[Block]:
+    """Where each block lies, in execution order."""
+    blocks: list[dict[str, TensorInfo]] = [{} for _ in range(layers)]
+    for name, info in canonical_tensors(file).items():
+        if name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            blocks[int(index)][rest] = info
+    return [lay_out(block) for block in blocks]
+
+
+class DiT:
+    """What of a transformer stays in memory: everything but the blocks."""
+
+    def __init__(self, file: GGUFFile, device: torch.device, dtype: torch.dtype) -> None:
+        self.dims = read_dims(file)
+        self.device, self.dtype = device, dtype
+        tensors = canonical_tensors(file)
+        outer = {name: info for name, info in tensors.items() if not name.startswith("blocks.")}
+        self._outer = load_weights(file, outer, device)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Text embedding float32 [n, text_dim], n <= 512 -> context [512, D].
+
+        Rows after the text are zeros, not masked: the model was trained to attend to what the layers make of them.
+        """
+        text = F.pad(text.to(self.device, self.dtype), (0, 0, 0, TEXT_LENGTH - len(text)))
+        hidden = F.gelu(self._outer.linear("text_embedding.0", text), approximate="tanh")
+        return self._outer.linear("text_embedding.2", hidden)
+
+    def embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
+        """float32 embedding [D] for the head, and its projection [6, D] for the blocks."""
+        wave = sinusoid(timestep, self.dims.freq_dim, self.device).unsqueeze(0)
+        time = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", wave)))
+        projection = self._outer.linear("time_projection.1", F.silu(time))
+        return time[0], projection.view(6, self.dims.dim)
+
+    def rope(self, latents: Tensor) -> Rope:
+        """The rotary table of latents [C, F, h, w]."""
+        _, frames, height, width = latents.shape
+        return rope_table(frames, height // 2, width // 2, _HEAD_DIM, self.device)
+
+    def forward(
+        self, stream: BlockStream, latents: Tensor, timestep: float, context: Tensor, rope: Rope
+    ) -> Generator[Event, None, Tensor]:
+        """latents [C, F, h, w] -> velocity float32 [C, F, h, w]. Yields an event after every block."""
+        _, frames, height, width = latents.shape
+        time, projection = self.embed_time(timestep)
+        x = self._patchify(latents)
+        for weights, clock in stream.blocks():
+            x = dit_block(x, weights, projection, context, rope, self.dims)
+            yield clock.done()
+        shift, scale = self._outer.dense("head.modulation").view(2, -1) + time
+        x = self._outer.linear("head.head", modulate(x, shift, scale, self.dims.eps))
+        patches = x.float().view(frames, height // 2, width // 2, 2, 2, -1)
+        return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """[C, F, h, w] -> tokens [F * h/2 * w/2, D]; the convolution of the patches as one matrix product."""
+        channels, frames, height, width = latents.shape
+        patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
+        weight = self._outer.dense("patch_embedding.weight", self.dtype).flatten(1)
+        bias = self._outer.dense("patch_embedding.bias", self.dtype)
+        return F.linear(patches.reshape(-1, channels * 4).to(self.device, self.dtype), weight, bias)
+
+
+def dit_block(x: Tensor, w: Weights, time: Tensor, context: Tensor, rope: Rope, dims: DiTDims) -> Tensor:
+    """One block: self-attention, cross-attention to the text, feed-forward. x [L, D], time [6, D], context [M, D]."""
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = w.dense("modulation").view(6, -1) + time
+    x = add_gated(x, _self_attention(modulate(x, shift, scale, dims.eps), w, rope, dims), gate)
+    x = x + _cross_attention(layer_norm(x, w.dense("norm3.weight"), w.dense("norm3.bias"), dims.eps), context, w, dims)
+    hidden = w.linear("ffn.0", modulate(x, ffn_shift, ffn_scale, dims.eps))
+    return add_gated(x, w.linear("ffn.2", F.gelu(hidden, approximate="tanh")), ffn_gate)
+
+
+def _self_attention(x: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
+    # The norm runs over the full width, before the split into heads.
+    q = rms_norm(w.linear("self_attn.q", x), w.dense("self_attn.norm_q.weight"), dims.eps)
+    k = rms_norm(w.linear("self_attn.k", x), w.dense("self_attn.norm_k.weight"), dims.eps)
+    v = w.linear("self_attn.v", x)
+    q, k = rotate(q, rope, dims.heads), rotate(k, rope, dims.heads)
+    return w.linear("self_attn.o", attention(q, k, v, dims.heads))
+
+
+def _cross_attention(x: Tensor, context: Tensor, w: Weights, dims: DiTDims) -> Tensor:
+    q = rms_norm(w.linear("cross_attn.q", x), w.dense("cross_attn.norm_q.weight"), dims.eps)
+    k = rms_norm(w.linear("cross_attn.k", context), w.dense("cross_attn.norm_k.weight"), dims.eps)
+    return w.linear("cross_attn.o", attention(q, k, w.linear("cross_attn.v", context), dims.heads))

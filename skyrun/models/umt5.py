@@ -1,0 +1,142 @@
+"""UMT5: a prompt in, one embedding per token out. Blocks are streamed; of the vocabulary only the rows needed are read.
+
+Weights have the names of GGUF's t5encoder architecture.
+"""
+
+import html
+import math
+import re
+from collections.abc import Generator
+
+import ftfy
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.errors import SkyrunError
+from skyrun.events import Event
+from skyrun.gguf_file import GGUFFile, TensorInfo
+from skyrun.layers import rms_norm
+from skyrun.stream import Block, BlockStream, lay_out
+from skyrun.weights import Weights, load_weights, read_rows
+
+_BLOCK = "enc.blk."
+_MAX_DISTANCE = 128
+_TOKENIZER = "tokenizer.huggingface.json"
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken encodings, undo HTML escapes (also doubled ones) and collapse white space, as upstream does."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip()
+
+
+class UMT5:
+    """A text encoder file, opened: its tokenizer, and where its blocks lie."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+        self._eps = float(file.metadata.get("t5encoder.attention.layer_norm_rms_epsilon", 1e-6))
+        self._blocks = self._block_layouts()
+        self._tokenizer = self._load_tokenizer()
+        self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape[1]
+        self.dim = self._tensor("token_embd.weight").shape[1]
+
+    @property
+    def layers(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the largest block."""
+        return max(block.nbytes for block in self._blocks)
+
+    def token_ids(self, prompt: str, max_length: int = 512) -> list[int]:
+        """Ids of the cleaned prompt, closed by </s>; a longer prompt is cut so that </s> is the last."""
+        self._tokenizer.enable_truncation(max_length)
+        ids: list[int] = self._tokenizer.encode(clean_prompt(prompt)).ids
+        return ids
+
+    def open_stream(self, device: torch.device) -> BlockStream:
+        """A stream for one pass over the blocks."""
+        return BlockStream(self._file.path, self._blocks, device)
+
+    def encode(self, ids: list[int], stream: BlockStream, device: torch.device) -> Generator[Event, None, Tensor]:
+        """Token ids -> float32 [len(ids), dim] on the device. Yields an event after every block.
+
+        Only real tokens are run: with padding masked out, they would not see it anyway. Always float32: the encoder
+        runs once, and its activations leave float16's range.
+        """
+        x = read_rows(self._file, self._tensor("token_embd.weight"), ids).to(device)
+        buckets = relative_buckets(len(ids), self._bucket_count(), device)
+        for weights, clock in stream.blocks():
+            x = umt5_block(x, weights, buckets, self.heads, self._eps)
+            yield clock.done()
+        name = "enc.output_norm.weight"
+        norm = load_weights(self._file, {name: self._tensor(name)}, device)
+        return rms_norm(x, norm.dense(name), self._eps)
+
+    def _tensor(self, name: str) -> TensorInfo:
+        if name not in self._file.tensors:
+            raise SkyrunError(
+                f"{self._file.path} has no tensor {name}: it is not a UMT5 encoder",
+                "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
+            )
+        return self._file.tensors[name]
+
+    def _bucket_count(self) -> int:
+        return self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape[0]
+
+    def _block_layouts(self) -> list[Block]:
+        blocks: dict[int, dict[str, TensorInfo]] = {}
+        for name, info in self._file.tensors.items():
+            if name.startswith(_BLOCK):
+                index, rest = name.removeprefix(_BLOCK).split(".", 1)
+                blocks.setdefault(int(index), {})[rest] = info
+        count = int(self._file.metadata.get("t5encoder.block_count", len(blocks)))
+        if not blocks or sorted(blocks) != list(range(count)):
+            raise SkyrunError(
+                f"{self._file.path} holds {len(blocks)} blocks of a text encoder, its header says {count}",
+                "convert or download it again",
+            )
+        return [lay_out(blocks[index]) for index in range(count)]
+
+    def _load_tokenizer(self) -> Tokenizer:
+        text = self._file.metadata.get(_TOKENIZER)
+        if not isinstance(text, str):
+            raise SkyrunError(
+                f"{self._file.path} has no tokenizer inside ({_TOKENIZER})",
+                "convert the published checkpoint: skyrun convert puts the tokenizer in",
+            )
+        try:
+            return Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise SkyrunError(f"the tokenizer in {self._file.path} is damaged: {error}", "convert it again") from error
+
+
+def relative_buckets(length: int, count: int, device: torch.device) -> Tensor:
+    """int64 [length, length]: the bucket of (query, key), half of them for keys after the query.
+
+    Distances below count / 4 have a bucket each, larger ones share buckets that grow with the logarithm up to 128.
+    """
+    positions = torch.arange(length, device=device)
+    relative = positions[None, :] - positions[:, None]
+    half = count // 2
+    exact = half // 2
+    distance = relative.abs()
+    ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(_MAX_DISTANCE / exact)
+    far = (exact + (ratio * (half - exact)).long()).clamp_max(half - 1)
+    return half * (relative > 0) + torch.where(distance < exact, distance, far)
+
+
+def umt5_block(x: Tensor, w: Weights, buckets: Tensor, heads: int, eps: float) -> Tensor:
+    """One block on x [L, D]: attention with a learned bias per distance and without scaling, then a gated GELU."""
+    h = rms_norm(x, w.dense("attn_norm.weight"), eps)
+    q, k, v = (
+        w.linear(name, h).unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0) for name in ("attn_q", "attn_k", "attn_v")
+    )
+    bias = w.dense("attn_rel_b.weight")[buckets].permute(2, 0, 1).unsqueeze(0)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+    x = x + w.linear("attn_o", mixed.squeeze(0).transpose(0, 1).flatten(1))
+    h = rms_norm(x, w.dense("ffn_norm.weight"), eps)
+    return x + w.linear("ffn_down", F.gelu(w.linear("ffn_gate", h), approximate="tanh") * w.linear("ffn_up", h))

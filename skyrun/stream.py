@@ -1,0 +1,227 @@
+"""Blocks of weights that pass by: read ahead from disk by a thread while the model works on the block before.
+
+A ring of a few buffers holds the block in use and the next ones; nothing else of the blocks is in memory, except
+those that the plan keeps. Blocks are found by the offsets in the header, in whatever order the file has them.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from skyrun.device import make_ring
+from skyrun.events import BlockDone, now
+from skyrun.gguf_file import TensorInfo, read_into
+from skyrun.weights import Weights, as_weight
+
+_ALIGNMENT = 32
+_GAP = 1 << 16  # extents closer than this are read as one
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes of the file and its place in a buffer."""
+
+    offset: int
+    nbytes: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a file: its tensors by name within the block, and the extents that hold them."""
+
+    tensors: tuple[tuple[str, TensorInfo, int], ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+    def weights(self, owner: str, buffer: Tensor) -> Weights:
+        """Views of the buffer, without a copy."""
+        return Weights(owner, {name: as_weight(buffer[at : at + info.nbytes], info) for name, info, at in self.tensors})
+
+
+def lay_out(tensors: dict[str, TensorInfo]) -> Block:
+    """Place the tensors of a block in a buffer the way they lie in the file, large gaps left out."""
+    extents: list[Extent] = []
+    placed = []
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        last = extents[-1] if extents else None
+        if last and info.offset - (last.offset + last.nbytes) < _GAP:
+            extents[-1] = Extent(last.offset, info.offset + info.nbytes - last.offset, last.at)
+        else:
+            end = last.at + last.nbytes if last else 0
+            extents.append(Extent(info.offset, info.nbytes, -(-end // _ALIGNMENT) * _ALIGNMENT))
+        placed.append((name, info, extents[-1].at + info.offset - extents[-1].offset))
+    return Block(tuple(placed), tuple(extents), extents[-1].at + extents[-1].nbytes)
+
+
+class FileReader:
+    """Fills buffers from a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def read(self, block: Block, buffer: Tensor) -> None:
+        """Read the block's extents into the buffer, uint8 on the host."""
+        view = memoryview(buffer.numpy())
+        for extent in block.extents:
+            read_into(self._file, view[extent.at : extent.at + extent.nbytes], extent.offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class _Loaded:
+    """A block that the reader has finished. slot is None for one that stays in memory."""
+
+    index: int
+    slot: int | None
+    buffer: Tensor
+    read_start: float
+    read_end: float
+
+
+@dataclass
+class StreamStats:
+    """What a stream has done so far. stall: time that the model waited for a block."""
+
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class BlockStream:
+    """Hands out the blocks of a file in order, `passes` times over.
+
+    resident: indexes of blocks that are read once and kept. slots: buffers of the ring, at least two. Reading of the
+    first block starts at once, and of the first block of a pass during the pass before.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        blocks: Sequence[Block],
+        device: torch.device,
+        *,
+        passes: int = 1,
+        slots: int = 3,
+        resident: frozenset[int] = frozenset(),
+        reader: FileReader | None = None,
+    ) -> None:
+        self.stats = StreamStats()
+        self._path, self._blocks, self._device = path, blocks, device
+        self._passes, self._resident = passes, resident
+        self._kept: dict[int, Tensor] = {}
+        self._reader = reader or FileReader(path)
+        passing = [block.nbytes for index, block in enumerate(blocks) if index not in resident]
+        self._ring = make_ring(device, slots, max(passing, default=0))
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        self._ready: SimpleQueue[_Loaded | BaseException] = SimpleQueue()
+        for slot in range(slots):
+            self._free.put(slot)
+        self._closed = False
+        self._thread = threading.Thread(target=self._read_all, name=f"read {path.name}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "BlockStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading and let go of all buffers."""
+        self._closed = True
+        self._free.put(None)
+        self._thread.join()
+        self._reader.close()
+        self._kept.clear()
+        self._ring.slots.clear()
+
+    def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
+        """One pass: the weights of each block in order, valid until the next is asked for, and its clock."""
+        for index, block in enumerate(self._blocks):
+            loaded = self._next(index)
+            clock = BlockClock(index, len(self._blocks), loaded.read_start, loaded.read_end, now())
+            yield block.weights(f"block {index} of {self._path}", loaded.buffer), clock
+            if loaded.slot is not None:
+                self._ring.release(loaded.slot)
+                self._free.put(loaded.slot)
+
+    def _next(self, index: int) -> _Loaded:
+        if index in self._kept:
+            return _Loaded(index, None, self._kept[index], now(), now())
+        waiting = now()
+        loaded = self._ready.get()
+        self.stats.stall_seconds += now() - waiting
+        if isinstance(loaded, BaseException):
+            raise loaded
+        assert loaded.index == index, "blocks are asked for in the order they are read"
+        if loaded.slot is None:
+            self._kept[index] = loaded.buffer
+        else:
+            self._ring.receive(loaded.slot)
+        return loaded
+
+    def _read_all(self) -> None:
+        try:
+            for turn in range(self._passes):
+                for index, block in enumerate(self._blocks):
+                    if index in self._resident:
+                        if turn == 0:
+                            self._ready.put(self._read_kept(index, block))
+                        continue
+                    slot = self._free.get()
+                    if slot is None or self._closed:
+                        return
+                    self._ready.put(self._read_passing(index, block, slot))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that asked for the block
+            self._ready.put(error)
+
+    def _read_passing(self, index: int, block: Block, slot: int) -> _Loaded:
+        host = self._ring.host(slot)
+        start = now()
+        self._reader.read(block, host)
+        loaded = _Loaded(index, slot, self._ring.slots[slot], start, now())
+        self._ring.send(slot, block.nbytes)
+        self._count(block, loaded)
+        return loaded
+
+    def _read_kept(self, index: int, block: Block) -> _Loaded:
+        host = torch.empty(block.nbytes, dtype=torch.uint8)
+        start = now()
+        self._reader.read(block, host)
+        loaded = _Loaded(index, None, host, start, now())
+        loaded.buffer = host.to(self._device)
+        self._count(block, loaded)
+        return loaded
+
+    def _count(self, block: Block, loaded: _Loaded) -> None:
+        self.stats.bytes_read += block.nbytes
+        self.stats.read_seconds += loaded.read_end - loaded.read_start
+
+
+@dataclass(frozen=True)
+class BlockClock:
+    """When a block was read and when the model got it."""
+
+    index: int
+    total: int
+    read_start: float
+    read_end: float
+    compute_start: float
+
+    def done(self) -> BlockDone:
+        """The event that says that the model has finished this block."""
+        return BlockDone(self.index, self.total, self.read_start, self.read_end, self.compute_start, now())
+
+
+def spread(resident: int, total: int) -> frozenset[int]:
+    """`resident` of `total` block indexes, evenly spread, so that they ease the need for reading evenly."""
+    return frozenset(index * total // resident for index in range(resident)) if resident else frozenset()
+

@@ -1,0 +1,63 @@
+"""Tensors of a GGUF file as the models use them: still in block form, by name."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from skyrun.errors import SkyrunError
+from skyrun.gguf_file import GGUFFile, TensorInfo, read_into
+from skyrun.kernels import QuantizedWeight, dequantize, linear
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Weight = Tensor | QuantizedWeight
+
+
+def as_weight(data: Tensor, info: TensorInfo) -> Weight:
+    """uint8 [nbytes] -> a view of it: a plain tensor of the info's shape, or blocks with their type."""
+    if info.format.name in _PLAIN:
+        return data.view(_PLAIN[info.format.name]).view(info.shape)
+    return QuantizedWeight(data.view(-1, info.format.row_bytes(info.shape[-1])), info.format.name)
+
+
+class Weights:
+    """Weights of one block, or of what lies outside the blocks, by name."""
+
+    def __init__(self, owner: str, weights: dict[str, Weight]) -> None:
+        self._owner, self._weights = owner, weights
+
+    def __getitem__(self, name: str) -> Weight:
+        if name not in self._weights:
+            raise SkyrunError(f"{self._owner} has no tensor {name}", "convert the checkpoint again")
+        return self._weights[name]
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor in plain numbers."""
+        weight = self[name]
+        return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [..., cols] through the layer called `name`, with its bias if it has one -> [..., rows]."""
+        bias = self._weights.get(f"{name}.bias")
+        return linear(x, self[f"{name}.weight"], bias if isinstance(bias, Tensor) else None)
+
+
+def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.device) -> Weights:
+    """Read tensors that stay in memory, by the names given."""
+    weights = {
+        name: as_weight(torch.frombuffer(file.read(info), dtype=torch.uint8).to(device), info)
+        for name, info in infos.items()
+    }
+    return Weights(str(file.path), weights)
+
+
+def read_rows(file: GGUFFile, info: TensorInfo, rows: list[int]) -> Tensor:
+    """Some rows of a matrix, decoded: float32 [len(rows), cols]. The rest of the matrix is never read."""
+    row_bytes = info.format.row_bytes(info.shape[-1])
+    data = bytearray(row_bytes * len(rows))
+    with open(file.path, "rb", buffering=0) as source:
+        for place, row in enumerate(rows):
+            target = memoryview(data)[place * row_bytes : (place + 1) * row_bytes]
+            read_into(source, target, info.offset + row * row_bytes)
+    return dequantize(torch.frombuffer(data, dtype=torch.uint8).view(len(rows), row_bytes), info.format.name)
