@@ -67,17 +67,12 @@ class Conversion:
     source: Path
     files: tuple[PlannedFile, ...]
 
+    @property
+    def roles(self) -> set[str]:
+        return {file.role for file in self.files}
+
     def summary(self) -> dict[str, Any]:
         return {"source": str(self.source), "files": [file.summary() for file in self.files]}
-
-
-@dataclass(frozen=True)
-class Written:
-    """Progress of a conversion: a tensor, or a piece of it, is in the file."""
-
-    file: PlannedFile
-    tensor: PlannedTensor
-    nbytes: int
 
 
 def plan_conversion(
@@ -132,14 +127,13 @@ def _plan_file(out: Path, family: Family, component: Component, quant: str) -> P
     return PlannedFile(out / f"{name}{suffix}", family.role, family.architecture, tuple(tensors), metadata)
 
 
-def write_conversion(conversion: Conversion, device: str = "cpu") -> Iterator[Written]:
-    """Write the planned files, each beside its place and renamed when whole. Yields after every piece."""
-    _check_space(conversion)
-    for file in conversion.files:
-        yield from (_write_gguf if file.architecture else _write_safetensors)(file, device)
+def write_file(file: PlannedFile, device: str = "cpu") -> Iterator[PlannedTensor]:
+    """Write a planned file beside its place and rename it when it is whole. Yields every tensor that is done."""
+    return (_write_gguf if file.architecture else _write_safetensors)(file, device)
 
 
-def _check_space(conversion: Conversion) -> None:
+def check_space(conversion: Conversion) -> None:
+    """SkyrunError if the disk cannot take the files."""
     folder = conversion.files[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = sum(file.nbytes for file in conversion.files), shutil.disk_usage(folder).free
@@ -159,7 +153,7 @@ class _Piecewise:
         self.tofile = write
 
 
-def _write_gguf(file: PlannedFile, device: str) -> Iterator[Written]:
+def _write_gguf(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
     with replacing(file.path) as partial:
         writer = GGUFWriter(partial, file.architecture)
         for key, value in file.metadata.items():
@@ -175,7 +169,7 @@ def _write_gguf(file: PlannedFile, device: str) -> Iterator[Written]:
             for tensor in file.tensors:
                 data = _Piecewise(tensor.nbytes, lambda out, tensor=tensor: _write_pieces(out, tensor, device))
                 writer.write_tensor_data(data)
-                yield Written(file, tensor, tensor.nbytes)
+                yield tensor
         finally:
             writer.close()
 
@@ -199,13 +193,13 @@ def _encoded(tensor: PlannedTensor, device: str) -> Iterator[Tensor]:
             raise SkyrunError(f"cannot encode {where} as {tensor.type}: {error.message}", error.hint) from error
 
 
-def _write_safetensors(file: PlannedFile, device: str) -> Iterator[Written]:
+def _write_safetensors(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     tensors = {}
     for tensor in file.tensors:
         pieces = [piece.flatten() for piece in _encoded(tensor, "cpu")]
         tensors[tensor.name] = torch.cat(pieces).view(plain[tensor.type]).view(tensor.source.shape)
-        yield Written(file, tensor, tensor.nbytes)
+        yield tensor
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in file.metadata.items()}
     with replacing(file.path) as partial:
         save_file(tensors, partial, text)
@@ -225,6 +219,8 @@ def convert(
     Raises SkyrunError for a checkpoint that is incomplete, misshapen or damaged; what was in `out` survives it.
     """
     conversion = plan_conversion(source, out, quant, text_encoder_type)
-    for _ in write_conversion(conversion, device):
-        pass
+    check_space(conversion)
+    for file in conversion.files:
+        for _ in write_file(file, device):
+            pass
     return conversion.summary()

@@ -41,15 +41,22 @@ def _least_squares(x: Tensor, w: Tensor, code: Tensor) -> _Fit:
     moment = sum_wqx - sum_wq * mean_x
     scale = moment * _reciprocal(curvature)
     minimum = mean_code * scale - mean_x
-    # A flat group has no slope to fit, and a negative min cannot be stored: then the line goes through zero.
-    through_zero = (minimum < 0) | (curvature <= 1e-5 * sum_wqq)
+    # Where the codes do not vary there is no slope to fit: a constant below zero is all min, any other all scale. A
+    # negative min cannot be stored either: then the line goes through zero.
+    flat = curvature <= 1e-5 * sum_wqq
+    constant = flat & (mean_x < 0)
+    through_zero = (flat | (minimum < 0)) & ~constant
     slope = (sum_wqx * _reciprocal(sum_wqq)).clamp_min(0)
+
+    def pick(line: Tensor, zero: Tensor | float, level: Tensor | float) -> Tensor:
+        return torch.where(constant, level, torch.where(through_zero, zero, line))
+
     return _Fit(
-        torch.where(through_zero, slope, scale),
-        torch.where(through_zero, 0.0, minimum),
-        torch.where(through_zero, slope * sum_wqx, scale * moment + mean_x * sum_wx),
+        pick(scale, slope, 0.0),
+        pick(minimum, 0.0, -mean_x),
+        pick(scale * moment + mean_x * sum_wx, slope * sum_wqx, mean_x * sum_wx),
         mean_code,
-        torch.where(through_zero, sum_wqq, curvature),
+        pick(curvature, sum_wqq, sum_wqq),
     )
 
 

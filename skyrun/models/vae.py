@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.model_files import safetensors_header
 
 # Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
 _LATENTS_MEAN = (
@@ -38,10 +39,6 @@ class WanVAE:
         self._weights, metadata = _load(path, device, dtype)
         self._mean = self._statistics(metadata, "latents_mean", _LATENTS_MEAN)
         self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
-
-    @property
-    def base_dim(self) -> int:
-        return self._w("encoder.conv1.weight").shape[0]
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [3, T, H, W] in [-1, 1] -> mean and log-variance, float32 [16, 1 + (T-1)//4, H/8, W/8] each.
@@ -177,6 +174,15 @@ class WanVAE:
         _, _, frames, height, width = x.shape
         x = F.interpolate(x, size=(frames, height * 2, width * 2), mode="nearest")
         return self._spatial(x, name, padding=1)
+
+
+def read_base_dim(path: Path) -> int:
+    """Channels of the autoencoder's widest level, from the file's header."""
+    tensor = safetensors_header(path).get("decoder.head.2.weight")
+    shape = tensor.get("shape") if isinstance(tensor, dict) else None
+    if not isinstance(shape, list) or len(shape) != 5:
+        raise SkyrunError(f"{path} is not a Wan autoencoder with original names", "convert the published checkpoint")
+    return int(shape[1])
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:

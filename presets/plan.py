@@ -1,0 +1,135 @@
+"""Decide once how a clip is made: numbers' type, what stays in memory, and how much each stage will take."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from skyrun.presets.hardware import Hardware
+from skyrun.presets.workload import Workload
+
+GIB = 1 << 30
+RING_SLOTS = 3  # the block in use, the next one, and the one being read
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Bytes that are taken before the first tensor: the interpreter with torch; the CUDA context on the device.
+_PROCESS = int(0.45 * GIB)
+_CONTEXT = int(0.6 * GIB)
+
+# Working sets in units of what they scale with, read off the code that allocates: tokens * dim numbers alive at the
+# peak of a block (input, norm, q, k, v), float32 temporaries of the same size (rotation), and activations of the
+# autoencoder's widest level while four frames pass.
+_BLOCK_ACTIVATIONS, _BLOCK_FLOAT32 = 6, 4
+_VAE_ACTIVATIONS = 11
+_VAE_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage is expected to take, in bytes. On a CPU everything is host memory."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a clip will be made. Frozen: what the run does is what was printed.
+
+    problem: why it will not fit; empty if it will.
+    """
+
+    device: str
+    device_name: str
+    dtype: str
+    vae_dtype: str
+    ring_slots: int
+    resident_blocks: int
+    stages: tuple[StagePlan, ...]
+    limit_bytes: int
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that any stage takes on the device; on a CPU, of host memory."""
+        return max(stage.device_bytes if self.device == "cuda" else stage.host_bytes for stage in self.stages)
+
+
+def choose(
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    dtype: str | None = None,
+    max_vram: float | None = None,
+    max_ram: float | None = None,
+) -> Plan:
+    """The best plan for this hardware. max_vram, max_ram: limits in GiB instead of what is free.
+
+    Blocks stay in memory only on a GPU, as many as fit beside the largest stage: a CPU is slow enough that reading
+    them again costs nothing. The plan of a workload that does not fit says so in `problem`.
+    """
+    cuda = hardware.device == "cuda"
+    dtype = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if cuda else "float32")
+    limit = _limit(hardware, max_vram if cuda else max_ram)
+    vae_dtype = "float32" if _vae_bytes(workload, "float32") + _base(cuda) <= limit else dtype
+    stages = [
+        _stage("text", workload.text_block_bytes, 4 * workload.text_dim * 4 * workload.text_dim, cuda),
+        _stage("images", 0, _vae_bytes(workload, vae_dtype), cuda),
+        _stage("denoise", workload.block_bytes, _denoise_bytes(workload, dtype), cuda),
+        _stage("decode", 0, _vae_bytes(workload, vae_dtype), cuda),
+    ]
+    plan = Plan(hardware.device, hardware.name, dtype, vae_dtype, RING_SLOTS, 0, tuple(stages), limit)
+    if plan.peak_bytes > limit:
+        return _with(plan, problem=_shortage(plan, limit))
+    host = max(stage.host_bytes for stage in stages)
+    host_limit = int(max_ram * GIB) if max_ram is not None else hardware.ram_free
+    if cuda and host > host_limit:
+        return _with(plan, problem=f"it needs {host / GIB:.1f} GiB of RAM, {host_limit / GIB:.1f} GiB may be used")
+    if not cuda:
+        return plan
+    spare = limit - stages[2].device_bytes
+    resident = min(workload.layers, max(0, spare) // max(1, workload.block_bytes))
+    kept = StagePlan("denoise", stages[2].device_bytes + resident * workload.block_bytes, stages[2].host_bytes)
+    return _with(plan, resident_blocks=resident, stages=(*stages[:2], kept, stages[3]))
+
+
+def _with(plan: Plan, **changes: Any) -> Plan:
+    return Plan(**{name: getattr(plan, name) for name in plan.__dataclass_fields__} | changes)
+
+
+def _limit(hardware: Hardware, gib: float | None) -> int:
+    free = hardware.vram_free + _CONTEXT if hardware.device == "cuda" else hardware.ram_free
+    return free if gib is None else min(int(gib * GIB), free)
+
+
+def _base(cuda: bool) -> int:
+    return _CONTEXT if cuda else _PROCESS
+
+
+def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool) -> StagePlan:
+    device = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
+    # A GPU's blocks pass through two page-locked buffers on the host.
+    return StagePlan(name, device, 2 * block_bytes + _PROCESS) if cuda else StagePlan(name, 0, device)
+
+
+def _denoise_bytes(workload: Workload, dtype: str) -> int:
+    size = _BYTES[dtype]
+    numbers = workload.tokens * workload.dim
+    attention = numbers * (_BLOCK_ACTIVATIONS * size + _BLOCK_FLOAT32 * 4)
+    feed_forward = workload.tokens * (2 * workload.ffn_dim + 3 * workload.dim) * size
+    decoded = workload.ffn_dim * workload.dim * size
+    return workload.outer_bytes + decoded + max(attention, feed_forward)
+
+
+def _vae_bytes(workload: Workload, dtype: str) -> int:
+    level = workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
+    return _VAE_ACTIVATIONS * level * _BYTES[dtype]
+
+
+def _shortage(plan: Plan, limit: int) -> str:
+    worst = max(plan.stages, key=lambda stage: stage.device_bytes if plan.device == "cuda" else stage.host_bytes)
+    memory = "VRAM" if plan.device == "cuda" else "RAM"
+    return f"{worst.name} needs {plan.peak_bytes / GIB:.1f} GiB of {memory}, {limit / GIB:.1f} GiB may be used"

@@ -1,0 +1,34 @@
+"""What is to be made, in numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A clip and the models that make it.
+
+    height, width, frames: of the clip in pixels. latent_frames: frames that the transformer sees, references included.
+    block_bytes and text_block_bytes: the largest block of the transformer and of the text encoder as stored.
+    outer_bytes: what of the transformer is not in blocks.
+    """
+
+    task: str
+    height: int
+    width: int
+    frames: int
+    latent_frames: int
+    steps: int
+    layers: int
+    dim: int
+    ffn_dim: int
+    block_bytes: int
+    outer_bytes: int
+    text_layers: int
+    text_dim: int
+    text_block_bytes: int
+    vae_base_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass: one for every 2 x 2 latents, each of 8 x 8 pixels."""
+        return self.latent_frames * (self.height // 16) * (self.width // 16)

@@ -1,0 +1,103 @@
+"""The command line: arguments in, one function called, an exit code out. Nothing here imports torch."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from skyrun import __version__
+
+_INTERRUPTED = 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_demo(commands)
+    _add_convert(commands)
+    _add_info(commands)
+    _add_doctor(commands)
+    return parser
+
+
+Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    return parser
+
+
+def _add_run(commands: Commands) -> None:
+    parser = _add(commands, "run", "make a clip")
+    parser.add_argument("task", choices=["r2v"], help="r2v: a clip that shows what is in one to four pictures")
+    parser.add_argument("-p", "--prompt", required=True, help="what the clip shows")
+    parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="F", help="one to four reference pictures")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, or one transformer file")
+    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
+    size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length at 24 frames a second (5)")
+    length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
+    parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)")
+    parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
+    parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
+    parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
+    parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo"), metavar="DIR", help="(skyrun-demo)")
+
+
+def _add_convert(commands: Commands) -> None:
+    parser = _add(commands, "convert", "turn a published checkpoint into GGUF files")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder with transformer/, text_encoder/, vae/")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="F32, F16, BF16, Q8_0 (default) or Q4_K")
+    parser.add_argument("--text-encoder-quant", metavar="TYPE", help="(default: as --quant, but not below Q8_0)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="where weights are encoded (cpu)")
+    parser.add_argument("--dry-run", action="store_true", help="print files, types and sizes, and stop")
+
+
+def _add_info(commands: Commands) -> None:
+    parser = _add(commands, "info", "what a GGUF, safetensors or mp4 file holds")
+    parser.add_argument("file", type=Path, metavar="FILE")
+
+
+def _add_doctor(commands: Commands) -> None:
+    _add(commands, "doctor", "check what decides speed or failure on this machine")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad input, 3 will not fit, 4 no model, 130 stopped."""
+    arguments = _parser().parse_args(argv)
+    from skyrun import commands
+    from skyrun.errors import SkyrunError
+
+    try:
+        return int(getattr(commands, arguments.command)(arguments))
+    except SkyrunError as error:
+        if arguments.json:
+            print(json.dumps({"event": "error", "message": error.message, "hint": error.hint, "code": error.code}))
+        print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        return 1

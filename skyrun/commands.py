@@ -1,0 +1,162 @@
+"""What each command does: call one function, show what it says."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from skyrun.errors import FAILED, SkyrunError
+
+
+def _say(text: str = "") -> None:
+    print(text, file=sys.stderr)
+
+
+def _emit(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def run(arguments: Namespace) -> int:
+    """Make a clip, or say with --dry-run how it would be made."""
+    from skyrun.request import Request, parse_size
+
+    request = Request(
+        task=arguments.task,
+        prompt=arguments.prompt,
+        images=tuple(arguments.image),
+        output=arguments.output,
+        model=arguments.model,
+        quant=arguments.quant,
+        size=parse_size(arguments.size) if arguments.size else None,
+        resolution=arguments.resolution,
+        frames=arguments.frames,
+        seconds=arguments.seconds,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        max_vram=arguments.max_vram,
+        max_ram=arguments.max_ram,
+        save_latents=arguments.save_latents,
+    )
+    from dataclasses import replace
+
+    from skyrun.report import plan_text, result_text
+    from skyrun.runner import prepare
+
+    job = prepare(request)
+    if job.request.output is None:
+        output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
+        job = replace(job, request=replace(job.request, output=output))
+    _say(plan_text(job))
+    if arguments.dry_run:
+        if arguments.json:
+            _emit(job.as_json())
+        return 0
+    result = follow(job, arguments.json)
+    _say(result_text(result))
+    if arguments.json:
+        stages = {stage.stage: round(stage.seconds, 3) for stage in result.stages}
+        _emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
+    return 0
+
+
+def _free_name(stem: str, suffix: str) -> Path:
+    """A name in the current folder that no file has."""
+    path, number = Path(stem + suffix), 1
+    while path.exists():
+        path, number = Path(f"{stem}-{number}{suffix}"), number + 1
+    return path
+
+
+def follow(job: Any, as_json: bool) -> Any:
+    """Run a job and show its events. The job is a runner.Job, the value a runner.Result."""
+    import torch
+
+    from skyrun.events import as_json as event_json
+    from skyrun.progress import progress
+    from skyrun.runner import run_job
+
+    events = run_job(job, keep_frames=False)
+    try:
+        with progress() as display:
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as stop:
+                    return stop.value
+                display.show(event)
+                if as_json:
+                    _emit(event_json(event))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise SkyrunError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the system gave no more'}",
+            "use a smaller --resolution or --size or fewer --seconds, or close other programs",
+            FAILED,
+        ) from error
+    finally:
+        events.close()
+
+
+def demo(arguments: Namespace) -> int:
+    """Build a small model, convert it, and make a clip with it."""
+    from skyrun.demo import run_demo
+
+    summary = run_demo(arguments.output, _say, lambda job: follow(job, arguments.json))
+    if arguments.json:
+        _emit({"event": "result"} | summary)
+    return 0
+
+
+def convert(arguments: Namespace) -> int:
+    """Plan a conversion, print it, and write it."""
+    from skyrun.progress import progress
+    from skyrun.quant.conversion import check_space, plan_conversion, write_file
+    from skyrun.report import conversion_text
+
+    conversion = plan_conversion(
+        arguments.source, arguments.output, arguments.quant, arguments.text_encoder_quant
+    )
+    _say(conversion_text(conversion))
+    if not arguments.dry_run:
+        if arguments.device == "cuda":
+            from skyrun.device import choose_device
+
+            choose_device("cuda")
+        check_space(conversion)
+        with progress() as display:
+            for file in conversion.files:
+                display.begin(file.path.name, file.nbytes, "bytes")
+                for tensor in write_file(file, arguments.device):
+                    display.advance(tensor.nbytes)
+                display.end()
+    if arguments.json:
+        _emit(conversion.summary())
+    return 0
+
+
+def info(arguments: Namespace) -> int:
+    """Describe a file."""
+    from skyrun.inspection import describe
+    from skyrun.report import description_text
+
+    description = describe(arguments.file)
+    if arguments.json:
+        _emit(description)
+    else:
+        print(description_text(description))
+    return 0
+
+
+def doctor(arguments: Namespace) -> int:
+    """Check the machine. Exit code 1 if something will fail."""
+    from skyrun.doctor import examine
+
+    findings = examine()
+    if arguments.json:
+        _emit({"findings": [finding.as_json() for finding in findings]})
+    else:
+        for finding in findings:
+            print(finding.text())
+    return FAILED if any(finding.verdict == "fails" for finding in findings) else 0

@@ -1,0 +1,107 @@
+"""What decides speed or failure on this machine, each with a verdict and a remedy. Fast: torch is not imported."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_GIB = 1 << 30
+_COMFORTABLE_RAM = 12 * _GIB
+_MODEL_SPACE = 25 * _GIB  # a Q8_0 model with its text encoder
+_CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
+_LABELS = {"good": "good ", "slow": "slow ", "fails": "FAILS"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """verdict: "good", "slow" (works, but could be better) or "fails"."""
+
+    subject: str
+    verdict: str
+    found: str
+    remedy: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        line = f"{_LABELS[self.verdict]}  {self.subject}: {self.found}"
+        return f"{line}\n       -> {self.remedy}" if self.remedy else line
+
+
+def examine() -> list[Finding]:
+    """All checks, the most decisive first."""
+    gpu = _nvidia_smi()
+    return [_python(), _torch(gpu), _gpu(gpu), _ram(), _disk(Path.cwd())]
+
+
+def _python() -> Finding:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):
+        return Finding("Python", "fails", found, "install Python 3.11 or later")
+    return Finding("Python", "good", found)
+
+
+def _torch(gpu: str) -> Finding:
+    try:
+        found = f"torch {version('torch')}"
+    except PackageNotFoundError:
+        return Finding("torch", "fails", "not installed", "pip install 'torch<2.14'")
+    cuda = _cuda_of_torch()
+    if gpu and not cuda:
+        remedy = f"pip install --force-reinstall 'torch<2.14' --index-url {_CUDA_INDEX}"
+        return Finding("torch", "slow", f"{found} has no CUDA, but there is a GPU", remedy)
+    return Finding("torch", "good", f"{found}, {f'CUDA {cuda}' if cuda else 'CPU only'}")
+
+
+def _cuda_of_torch() -> str:
+    """The CUDA version that torch was built with, read from its version file: importing it takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return ""
+    text = (Path(spec.origin).parent / "version.py").read_text()
+    match = re.search(r"^cuda[^=\n]*=\s*'([^']+)'", text, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _nvidia_smi() -> str:
+    """Name, memory and driver of the GPUs; empty without one."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    query = [command, "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(answer.stdout.strip().splitlines())
+
+
+def _gpu(gpu: str) -> Finding:
+    if not gpu:
+        return Finding("GPU", "slow", "no NVIDIA GPU found", "clips are made on the CPU, which takes hours for real models")
+    return Finding("GPU", "good", gpu)
+
+
+def _ram() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    if memory.total < _COMFORTABLE_RAM:
+        return Finding("RAM", "slow", found, "close other programs; 16 GB are comfortable")
+    return Finding("RAM", "good", found)
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    found = f"{free / _GIB:.0f} GiB free in {folder}"
+    if free < _MODEL_SPACE:
+        return Finding("disk", "slow", found, f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB; free space or use Q4_K")
+    return Finding("disk", "good", found)

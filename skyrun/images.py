@@ -1,0 +1,47 @@
+"""Reference pictures: open, turn upright, fit onto a white canvas of the video's size."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from skyrun.errors import SkyrunError
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in RGB, upright. An alpha channel is dropped, as upstream does. SkyrunError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise SkyrunError(f"{path} does not exist", "check the path given to --image") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise SkyrunError(f"{path} is not a readable picture: {error}", "use a PNG, JPEG or WebP file") from error
+
+
+def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the picture into height x width without cropping, centred on white."""
+    ratio = image.width / image.height
+    # Each side is cut to whole pixels from the ratio itself; a common scale factor is a pixel short for some sizes.
+    fit = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
+    fit = max(fit[0], 1), max(fit[1], 1)
+    # Width before height, explicitly: Pillow 13 orders the two passes by the picture's shape, which changes pixels.
+    scaled = image.resize((fit[0], image.height), Image.Resampling.LANCZOS).resize(fit, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(scaled, ((width - fit[0]) // 2, (height - fit[1]) // 2))
+    return canvas
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture -> float32 [3, 1, H, W] in [-1, 1]: a video of one frame."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return (2 * pixels - 1).permute(2, 0, 1).unsqueeze(1)
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], halves rounded to even as upstream does."""
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    frames: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return frames

@@ -1,0 +1,48 @@
+"""Reference to video: a prompt and one to four pictures become a clip that shows what is in them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from skyrun.events import Event, LatentsReady
+from skyrun.images import letterbox, open_image, to_pixels
+from skyrun.model_files import ModelFiles
+from skyrun.models.umt5 import UMT5
+from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer, open_blocks
+from skyrun.presets import Plan
+from skyrun.request import MAX_REFERENCES, Request
+from skyrun.sampler import UniPC
+
+_SHIFT = 5.0  # of the noise levels that the model was distilled with
+_CHANNELS = 16
+
+
+def draw_noise(request: Request, height: int, width: int) -> tuple[Tensor, list[Tensor]]:
+    """Noise for the clip [16, F, h, w] and for each picture [16, 1, h, w], from one CPU generator in this order."""
+    assert request.seed is not None
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    rows, cols = height // 8, width // 8
+    clip = torch.randn(_CHANNELS, request.latent_frames, rows, cols, generator=generator)
+    return clip, [torch.randn(_CHANNELS, 1, rows, cols, generator=generator) for _ in request.images]
+
+
+@torch.inference_mode()
+def reference_to_video(
+    request: Request, plan: Plan, files: ModelFiles, height: int, width: int, device: torch.device
+) -> Iterator[Event]:
+    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out."""
+    vae_dtype = getattr(torch, plan.vae_dtype)
+    noise, picture_noise = draw_noise(request, height, width)
+    pixels = [to_pixels(letterbox(open_image(path), height, width)) for path in request.images]
+    text = yield from encode_text(UMT5(files.text_encoder), request.prompt, device)
+    pictures = yield from encode_images(files.vae, pixels, picture_noise, device, vae_dtype)
+    empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
+    condition = torch.cat((*pictures, *empty), 1)
+    dit = yield from load_transformer(files.transformer, plan, device)
+    sampler = UniPC(request.steps, _SHIFT)
+    with open_blocks(files.transformer, dit, plan, request.steps) as stream:
+        latents = yield from denoise(dit, stream, sampler, noise.to(device), condition, text)
+    del dit, stream
+    yield LatentsReady(latents.cpu())
+    yield from decode(files.vae, latents, device, vae_dtype)

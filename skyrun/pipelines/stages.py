@@ -1,0 +1,119 @@
+"""The stages that pipelines are made of: each holds what it needs, says what it does, and lets go of it."""
+
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skyrun.device import peak_bytes, release_cached, reset_peak
+from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted
+from skyrun.gguf_file import GGUFFile
+from skyrun.images import to_uint8
+from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.umt5 import UMT5
+from skyrun.models.vae import WanVAE
+from skyrun.presets import Plan
+from skyrun.sampler import UniPC
+from skyrun.stream import BlockStream, StreamStats, spread
+
+
+class Stage:
+    """The frame of a stage: how long it took and how much memory."""
+
+    def __init__(self, name: str, total: int, unit: str, device: torch.device) -> None:
+        self._name, self._total, self._unit, self._device = name, total, unit, device
+
+    def started(self) -> StageStarted:
+        reset_peak(self._device)
+        self._start = time.perf_counter()
+        return StageStarted(self._name, self._total, self._unit)
+
+    def done(self, count: int) -> Progress:
+        return Progress(self._name, count)
+
+    def ended(self, stats: StreamStats | None = None) -> StageEnded:
+        stats = stats or StreamStats()
+        seconds = time.perf_counter() - self._start
+        peak = peak_bytes(self._device)
+        release_cached(self._device)
+        return StageEnded(self._name, seconds, peak, stats.bytes_read, stats.read_seconds, stats.stall_seconds)
+
+
+def encode_text(encoder: UMT5, prompt: str, device: torch.device) -> Generator[Event, None, Tensor]:
+    """The prompt's embedding, float32 [n, text_dim]."""
+    stage = Stage("text", 1, "pass", device)
+    yield stage.started()
+    with encoder.open_stream(device) as stream:
+        embedding = yield from encoder.encode(encoder.token_ids(prompt), stream, device)
+    yield stage.ended(stream.stats)
+    return embedding
+
+
+def encode_images(
+    path: Path, pixels: list[Tensor], noise: list[Tensor], device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, list[Tensor]]:
+    """A latent for each picture [3, 1, H, W], drawn with its noise: float32 [16, 1, H/8, W/8] each."""
+    stage = Stage("images", len(pixels), "images", device)
+    yield stage.started()
+    vae = WanVAE(path, device, dtype)
+    latents = []
+    for index, (picture, draw) in enumerate(zip(pixels, noise, strict=True)):
+        latents.append(vae.sample(picture, draw))
+        yield stage.done(index + 1)
+    del vae
+    yield stage.ended()
+    return latents
+
+
+def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
+    """The transformer without its blocks."""
+    stage = Stage("load", 1, "file", device)
+    yield stage.started()
+    dit = DiT(file, device, getattr(torch, plan.dtype))
+    yield stage.done(1)
+    yield stage.ended()
+    return dit
+
+
+def open_blocks(file: GGUFFile, dit: DiT, plan: Plan, passes: int) -> BlockStream:
+    """The transformer's blocks, as the plan wants them streamed."""
+    return BlockStream(
+        file.path,
+        block_layouts(file, dit.dims.layers),
+        dit.device,
+        passes=passes,
+        slots=plan.ring_slots,
+        resident=spread(plan.resident_blocks, dit.dims.layers),
+    )
+
+
+def denoise(
+    dit: DiT, stream: BlockStream, sampler: UniPC, latents: Tensor, condition: Tensor, text: Tensor
+) -> Generator[Event, None, Tensor]:
+    """Noise [16, F, h, w] to latents. `condition` [16, R, h, w] follows the latents in time and stays as it is."""
+    stage = Stage("denoise", len(sampler.timesteps), "steps", dit.device)
+    yield stage.started()
+    frames = latents.shape[1]
+    context = dit.embed_text(text)
+    rope = dit.rope(torch.cat((latents, condition), 1))
+    for index, timestep in enumerate(sampler.timesteps):
+        sequence = torch.cat((latents, condition), 1)
+        velocity = yield from dit.forward(stream, sequence, timestep, context, rope)
+        latents = sampler.step(velocity[:, :frames], latents)
+        yield stage.done(index + 1)
+    yield stage.ended(stream.stats)
+    return latents
+
+
+def decode(path: Path, latents: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Event]:
+    """Frames as they come, group by group."""
+    stage = Stage("decode", latents.shape[1], "latent frames", device)
+    yield stage.started()
+    vae = WanVAE(path, device, dtype)
+    for index, pixels in enumerate(vae.decode(latents)):
+        yield FramesReady(to_uint8(pixels))
+        yield stage.done(index + 1)
+    del vae
+    yield stage.ended()

@@ -1,0 +1,135 @@
+"""Show a run while it works: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from skyrun.events import BlockDone, Event, StageEnded, StageStarted, now
+from skyrun.events import Progress as StageProgress
+
+
+def duration(seconds: float) -> str:
+    """ "8 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(nbytes: float) -> str:
+    """ "812 kB", "2.3 MB", "14.1 GB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"
+
+
+class Bar(Protocol):
+    """Draws one piece of work at a time."""
+
+    def start(self, name: str) -> None: ...
+    def update(self, fraction: float, text: str) -> None: ...
+    def finish(self, text: str) -> None: ...
+
+
+class Display:
+    """Turns events into positions and times left."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._name, self._unit = "", ""
+        self._total, self._done, self._partial = 1, 0.0, 0.0
+        self._start = now()
+
+    def show(self, event: Event) -> None:
+        """One event of a pipeline."""
+        if isinstance(event, StageStarted):
+            self.begin(event.stage, event.total, event.unit)
+        elif isinstance(event, BlockDone):
+            self._partial = (event.index + 1) / event.total
+            self._update()
+        elif isinstance(event, StageProgress):
+            self._done, self._partial = event.done, 0.0
+            self._update()
+        elif isinstance(event, StageEnded):
+            read = f", read {size(event.bytes_read)}" if event.bytes_read else ""
+            self._bar.finish(f"{duration(event.seconds)}{read}")
+
+    def begin(self, name: str, total: int, unit: str) -> None:
+        """A piece of work of `total` units."""
+        self._name, self._total, self._unit = name, total, unit
+        self._done, self._partial, self._start = 0.0, 0.0, now()
+        self._bar.start(name)
+
+    def advance(self, units: float) -> None:
+        """Some more units are done."""
+        self._done += units
+        self._update()
+
+    def end(self) -> None:
+        """The work is over."""
+        self._bar.finish(duration(now() - self._start))
+
+    def _update(self) -> None:
+        position = min(self._done + self._partial, self._total)
+        elapsed = now() - self._start
+        fraction = position / self._total
+        left = f", {duration(elapsed * (1 / fraction - 1))} left" if 0 < fraction < 1 else ""
+        self._bar.update(fraction, f"{self._count()}{left}")
+
+    def _count(self) -> str:
+        if self._unit == "bytes":
+            return f"{size(self._done)} of {size(self._total)}"
+        return f"{int(self._done)} of {self._total} {self._unit}"
+
+
+class _TerminalBar:
+    """A rich bar per piece of work."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+
+    def start(self, name: str) -> None:
+        self._task = self._bars.add_task(name, total=1.0, text="")
+
+    def update(self, fraction: float, text: str) -> None:
+        self._bars.update(self._task, completed=fraction, text=text)
+
+    def finish(self, text: str) -> None:
+        self._bars.update(self._task, completed=1.0, text=text)
+
+
+class _Lines:
+    """For logs: a line at every tenth of the work, seconds apart, and one at its end."""
+
+    _APART = 5.0
+
+    def start(self, name: str) -> None:
+        self._name, self._tenth, self._last = name, 0, now()
+
+    def update(self, fraction: float, text: str) -> None:
+        tenth = int(fraction * 10)
+        if self._tenth < tenth < 10 and now() - self._last > self._APART:
+            self._tenth, self._last = tenth, now()
+            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+
+    def finish(self, text: str) -> None:
+        print(f"{self._name}: done in {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[Display]:
+    """A display for the terminal or the log that stderr is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Display(_Lines())
+        return
+    columns = (TextColumn("{task.description:>10}"), BarColumn(32), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=console) as bars:
+        yield Display(_TerminalBar(bars))

@@ -1,0 +1,89 @@
+"""Plans, results and descriptions as text for people."""
+
+from typing import TYPE_CHECKING, Any
+
+from skyrun.progress import duration, size
+from skyrun.request import FPS
+
+if TYPE_CHECKING:
+    from skyrun.quant.conversion import Conversion
+    from skyrun.runner import Job, Result
+
+_GIB = 1 << 30
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def plan_text(job: "Job") -> str:
+    """What will run, and what each stage will take."""
+    plan, request = job.plan, job.request
+    length = request.frame_count / FPS
+    blocks = f"{plan.resident_blocks} of {job.workload.layers} blocks stay in memory, the others are streamed from disk"
+    if plan.resident_blocks == job.workload.layers:
+        blocks = "all blocks stay in memory"
+    head = [
+        f"{request.task}: {job.width} x {job.height}, {request.frame_count} frames ({length:.1f} s), "
+        f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
+        f"{job.files.transformer.path.name} on {plan.device_name}, {plan.dtype} (decoding in {plan.vae_dtype})",
+        blocks,
+        f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
+    ]
+    rows = [("  stage", "VRAM GiB", "RAM GiB")] if plan.device == "cuda" else [("  stage", "RAM GiB")]
+    for stage in plan.stages:
+        host = f"{stage.host_bytes / _GIB:.2f}"
+        device = f"{stage.device_bytes / _GIB:.2f}"
+        rows.append((f"  {stage.name}", device, host) if plan.device == "cuda" else (f"  {stage.name}", host))
+    return "\n".join([*head, _table(rows)])
+
+
+def result_text(result: "Result") -> str:
+    """Where the clip is, and where the time went."""
+    total = sum(stage.seconds for stage in result.stages)
+    lines = [f"{result.output} in {duration(total)}"]
+    for stage in result.stages:
+        if stage.stage == "denoise" and stage.read_seconds:
+            rate = stage.bytes_read / stage.read_seconds / 1e9
+            hidden = 1 - min(1.0, stage.stall_seconds / stage.read_seconds)
+            lines.append(
+                f"streamed {size(stage.bytes_read)} of weights at {rate:.2f} GB/s, "
+                f"{hidden:.0%} of it behind the computation"
+            )
+    return "\n".join(lines)
+
+
+def conversion_text(conversion: "Conversion") -> str:
+    """The files that will be written, with sizes, types, and tensors that could not have the type asked for."""
+    rows = [("file", "size", "types")]
+    notes = []
+    for file in conversion.files:
+        summary = file.summary()
+        types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
+        rows.append((str(file.path), size(file.nbytes), types))
+        reasons: dict[str, list[str]] = {}
+        for name, why in summary["fallbacks"].items():
+            reasons.setdefault(why, []).append(name)
+        notes += [f"F16 instead, because {why}: {', '.join(names)}" for why, names in reasons.items()]
+    missing = ", ".join(name for name in ("transformer", "text_encoder", "vae") if name not in conversion.roles)
+    if missing:
+        notes.append(f"not in {conversion.source}: {missing}")
+    return "\n".join([_table(rows), *notes])
+
+
+def description_text(description: dict[str, Any]) -> str:
+    """A description of a file, as `skyrun info` prints it."""
+    lines = [f"{description['path']}: {description['kind']}, {size(description['bytes'])}"]
+    for title, values in description.items():
+        if isinstance(values, dict) and values:
+            lines.append(f"{title.replace('_', ' ')}:")
+            lines += [f"  {name}: {_shown(value)}" for name, value in values.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{part} {name}" if isinstance(part, int) else f"{name} {part}" for name, part in value.items())
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"

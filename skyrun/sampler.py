@@ -1,0 +1,83 @@
+"""UniPC for flow matching: from the model's velocities to the next sample.
+
+Zhao et al. 2023, order 2, B(h) = expm1(-h) ("bh2"), data prediction, the last step of order 1. Noise levels are those
+of diffusers 0.34, which the models were distilled with; later versions moved them.
+"""
+
+import math
+
+from torch import Tensor
+
+_TRAIN_STEPS = 1000
+_TOP = 0.999  # the highest noise level before the shift
+
+
+def shifted_sigmas(steps: int, shift: float) -> list[float]:
+    """`steps` falling noise levels and a final 0: even levels u from 0.999 become shift u / (1 + (shift - 1) u)."""
+    even = (_TOP * (1 - step / steps) for step in range(steps))
+    return [shift * u / (1 + (shift - 1) * u) for u in even] + [0.0]
+
+
+class UniPC:
+    """One trajectory. Call `step` once per timestep, in order."""
+
+    def __init__(self, steps: int, shift: float) -> None:
+        self.sigmas = shifted_sigmas(steps, shift)
+        # The model was trained on whole timesteps and gets them truncated; the solver keeps the exact level.
+        self.timesteps = [int(_TRAIN_STEPS * sigma) for sigma in self.sigmas[:-1]]
+        self._index = 0
+        self._predictions: list[Tensor] = []  # clean-sample predictions of the last steps, newest last
+        self._start: Tensor | None = None  # the sample that the last step started from
+        self._order = 0  # of the last predictor; its corrector has the same
+
+    def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample at the next noise level, given the model's velocity at this one. Both of the same shape."""
+        clean = sample - self.sigmas[self._index] * velocity
+        if self._start is not None:
+            sample = self._correct(self._start, clean)
+        remaining = len(self.timesteps) - self._index
+        self._predictions = [*self._predictions[-1:], clean]
+        self._order = min(2, len(self._predictions), remaining)
+        self._start = sample
+        self._index += 1
+        return self._predict(sample)
+
+    def _lambda(self, index: int) -> float:
+        """Half the log signal-to-noise ratio."""
+        sigma = self.sigmas[index]
+        return math.log((1 - sigma) / sigma) if sigma else math.inf
+
+    def _predict(self, sample: Tensor) -> Tensor:
+        here, there = self._index - 1, self._index
+        sigma, alpha = self.sigmas[there], 1 - self.sigmas[there]
+        h = self._lambda(there) - self._lambda(here)
+        step = math.expm1(-h)
+        newest = self._predictions[-1]
+        result = sample * (sigma / self.sigmas[here]) - newest * (alpha * step)
+        if self._order == 2:
+            slope = self._slope(here, h)
+            result = result - slope * (alpha * step * 0.5)
+        return result
+
+    def _correct(self, start: Tensor, clean: Tensor) -> Tensor:
+        """Redo the last step, now that the prediction at its end is known. `_predictions` still end at its start."""
+        here, there = self._index - 1, self._index
+        sigma, alpha = self.sigmas[there], 1 - self.sigmas[there]
+        h = self._lambda(there) - self._lambda(here)
+        step = math.expm1(-h)
+        newest = self._predictions[-1]
+        result = start * (sigma / self.sigmas[here]) - newest * (alpha * step)
+        change = clean - newest
+        if self._order == 1:
+            return result - change * (alpha * step * 0.5)
+        phi = step / -h - 1
+        b1, b2 = phi / step, 2 * (phi / -h - 0.5) / step
+        ratio = (self._lambda(here - 1) - self._lambda(here)) / h
+        rho_slope = (b2 - b1) / (ratio - 1)
+        rho_change = b1 - rho_slope
+        return result - (self._slope(here, h) * rho_slope + change * rho_change) * (alpha * step)
+
+    def _slope(self, here: int, h: float) -> Tensor:
+        """Change of the prediction over the step before `here`, scaled to a step of length h."""
+        before, newest = self._predictions
+        return (before - newest) / ((self._lambda(here - 1) - self._lambda(here)) / h)

@@ -1,0 +1,78 @@
+"""Shared fixtures: reference data, the tiny checkpoint, and its conversions."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if find_spec("skyrun") is None:  # a checkout that is not installed; the bare names kernels, quant, ... stay private
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import skyrun  # noqa: F401
+
+    del sys.path[0]
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A reference file: tensors and what the json beside it says."""
+
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+    folder: Path
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Callable[[str], Golden]:
+    """goldens("umt5/prompts") loads one reference file."""
+
+    def load(name: str) -> Golden:
+        path = DATA / "goldens" / name
+        notes = path.with_suffix(".json")
+        return Golden(
+            load_file(path.with_suffix(".safetensors")),
+            json.loads(notes.read_text()) if notes.is_file() else {},
+            path.parent,
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return DATA / "checkpoints" / "r2v-tiny"
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """converted("Q4_K") is a folder with the tiny checkpoint's files, made by the command line."""
+    from skyrun.cli import main
+
+    folders: dict[str, Path] = {}
+
+    def convert(quant: str) -> Path:
+        if quant not in folders:
+            folders[quant] = tmp_path_factory.mktemp(f"model-{quant}")
+            assert main(["convert", str(checkpoint), "-o", str(folders[quant]), "--quant", quant]) == 0
+        return folders[quant]
+
+    return convert
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield

@@ -1,0 +1,92 @@
+"""Encoding: ggml's bytes where the format leaves no choice, at most ggml's error where it does."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels import FORMATS, dequantize
+from skyrun.quant import quantize
+from skyrun.quant.encode import ENCODERS
+
+CASES = ["gauss", "student", "edge", "dit"]
+
+
+def relative_rmse(x, y, weight=None):
+    weight = torch.ones(()) if weight is None else weight
+    return float((weight * (x - y).square()).sum().sqrt() / (weight * x.square()).sum().sqrt())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("type", ["F16", "BF16", "Q8_0"])
+def test_bytes_equal_ggml(goldens, type, case):
+    assert torch.equal(quantize(goldens("quant/inputs")[case], type), goldens(f"quant/{type}")[f"{case}.bytes"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_q4_k_error_is_below_both_of_ggmls_searches(goldens, case):
+    inputs = goldens("quant/inputs")
+    quick = json.loads((inputs.folder / "manifest.json").read_text())["types"]["Q4_K"]["rel_rmse"][case]
+    thorough = json.loads((inputs.folder / "ones.json").read_text())["rel_rmse_ones"]["Q4_K"][case]
+    assert relative_rmse(inputs[case], dequantize(quantize(inputs[case], "Q4_K"), "Q4_K")) < min(quick, thorough)
+
+
+def test_importance_lowers_the_error_that_counts(goldens):
+    inputs = goldens("quant/inputs")
+    x, importance = inputs["dit"], inputs["dit_imatrix"]
+    with_importance = dequantize(quantize(x, "Q4_K", importance), "Q4_K")
+    ggml = dequantize(goldens("quant/Q4_K")["dit_imat.bytes"], "Q4_K")
+    assert relative_rmse(x, with_importance, importance) < relative_rmse(x, ggml, importance)
+    assert torch.equal(quantize(x, "Q4_K", torch.zeros_like(importance)), quantize(x, "Q4_K"))
+
+
+@pytest.mark.parametrize("type", [type for type in ENCODERS if FORMATS[type].quantized])
+def test_each_hard_row_is_finite_and_close(goldens, type):
+    for row in goldens("quant/inputs")["edge"]:
+        decoded = dequantize(quantize(row[None], type), type)[0]
+        assert torch.isfinite(decoded).all()
+        # A step of the codes is at most the range of the row over their number; tiny rows underflow float16 to zero.
+        span = float(row.max().clamp_min(0) - row.min().clamp_max(0))
+        assert float((decoded - row).abs().max()) <= span / 14 + 1e-7
+
+
+rows = hnp.arrays("float32", (3, 256), elements=st.floats(-30000, 30000, width=32))
+
+
+@given(rows)
+@settings(max_examples=150, deadline=None)
+def test_any_finite_row_decodes_to_something_near(x):
+    x = torch.from_numpy(x)
+    for type, codes in (("Q8_0", 127), ("Q4_K", 7.5)):
+        decoded = dequantize(quantize(x, type), type)
+        assert torch.isfinite(decoded).all()
+        # Sub-scales of Q4_K are fractions of the block's largest, so the bound is over the block, not the group.
+        assert float((decoded - x).abs().max()) <= 2 * float(x.abs().max()) / codes + 1e-6
+
+
+@pytest.mark.parametrize("type", list(ENCODERS))
+def test_rows_do_not_depend_on_their_neighbours(type):
+    x = torch.randn(37, 512)
+    together = quantize(x, type)
+    assert torch.equal(together[5:6], quantize(x[5:6], type))
+    assert torch.equal(together, quantize(x, type))
+
+
+@pytest.mark.parametrize(
+    ("x", "type", "message"),
+    [
+        (torch.tensor([[1.0, float("nan")]]), "F32", "1 weights are NaN or infinite"),
+        (torch.full((1, 256), float("inf")), "Q4_K", "256 weights are NaN or infinite"),
+        (torch.full((1, 2), 1e5), "F16", "F16 holds up to 65504"),
+        (torch.zeros(1, 100), "Q4_K", "a row of 100 weights cannot be Q4_K"),
+        (torch.zeros(1, 256), "IQ4_XS", "cannot write IQ4_XS"),
+        (torch.zeros(1, 256), "Q4", "unknown type 'Q4'"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(x, type, message):
+    with pytest.raises(SkyrunError, match=message):
+        quantize(x, type)

@@ -1,0 +1,119 @@
+"""From the published layout to frames: convert and run by command line, against upstream's clips."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from skyrun import Request, run
+from skyrun.cli import main
+from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.pipelines.reference import draw_noise
+from skyrun.video import read_request
+
+CASES = ["r2v_1img", "r2v_2img"]
+
+
+def request_of(golden, model, **changes):
+    config = golden.notes["config"]
+    values = {
+        "task": "r2v",
+        "prompt": config["prompt"],
+        "images": tuple(golden.folder / name for name in config["reference_images"]),
+        "model": model,
+        "size": (config["height"], config["width"]),
+        "frames": config["num_frames"],
+        "steps": config["num_inference_steps"],
+        "seed": config["seed"],
+        "device": "cpu",
+    }
+    return Request(**values | changes)
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_is_upstreams(goldens, case):
+    golden = goldens(f"e2e/{case}/golden")
+    request = request_of(golden, None)
+    noise, pictures = draw_noise(request, *request.size)
+    assert torch.equal(noise, golden["in.noise"][0])
+    for index, picture in enumerate(pictures):
+        assert torch.equal(picture, golden[f"in.ref_sample_noise{index}"][0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_command_line_makes_upstreams_clip(goldens, converted, tmp_path, case, capsys):
+    golden = goldens(f"e2e/{case}/golden")
+    config = golden.notes["config"]
+    images = [str(golden.folder / name) for name in config["reference_images"]]
+    clip, latents = tmp_path / "clip.mp4", tmp_path / "latents.safetensors"
+    arguments = ["run", "r2v", "-p", config["prompt"], "--image", *images, "--model", str(converted("F32"))]
+    arguments += ["--size", f"{config['height']}x{config['width']}", "--frames", str(config["num_frames"])]
+    arguments += ["--seed", str(config["seed"]), "--device", "cpu", "--dtype", "float32", "--json"]
+    assert main([*arguments, "-o", str(clip), "--save-latents", str(latents)]) == 0
+    expected = golden["out.latents_after_step8"][0]
+    assert float((load_file(latents)["latents"] - expected).abs().max()) < 1e-3
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stages = [event["stage"] for event in events if event["event"] == "StageEnded"]
+    assert stages == ["text", "images", "load", "denoise", "decode", "write"]
+    assert events[-1]["event"] == "result"
+    with av.open(str(clip)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 24
+    assert len(frames) == config["num_frames"]
+    difference = np.stack(frames).astype(int) - golden["out.frames"].numpy()
+    assert abs(difference).mean() < 25  # colour noise through 4:2:0: chroma is lost, the picture is not
+    assert read_request(clip)["prompt"] == config["prompt"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frames_are_upstreams(goldens, converted, case):
+    golden = goldens(f"e2e/{case}/golden")
+    result = run(request_of(golden, converted("F32")))
+    assert result.latents.dtype == torch.float32
+    assert float((result.latents - golden["out.latents_after_step8"][0]).abs().max()) < 1e-3
+    difference = abs(result.frames.astype(int) - golden["out.frames"].numpy().astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize(("quant", "limit"), [("BF16", 1e-5), ("F16", 1e-3), ("Q8_0", 0.03), ("Q4_K", 0.1)])
+def test_error_of_quantized_files(goldens, converted, quant, limit):
+    golden = goldens("e2e/r2v_1img/golden")
+    result = run(request_of(golden, converted(quant)))
+    error = relative(result.latents, golden["out.latents_after_step8"][0])
+    assert error < limit
+    assert (error > limit / 100) or quant in ("BF16", "F16")  # a quantized file that shows no error was not used
+
+
+def test_bfloat16_activations_stay_near(goldens, converted):
+    golden = goldens("e2e/r2v_1img/golden")
+    result = run(request_of(golden, converted("F32"), dtype="bfloat16"))
+    assert relative(result.latents, golden["out.latents_after_step8"][0]) < 0.03
+
+
+def test_a_clip_can_be_made_again_from_what_it_says(goldens, converted, tmp_path):
+    golden = goldens("e2e/r2v_1img/golden")
+    first = run(request_of(golden, converted("Q8_0"), output=tmp_path / "a.mp4", seed=None))
+    again = Request.from_json(json.dumps(read_request(tmp_path / "a.mp4")))
+    assert again == first.request
+    assert torch.equal(run(again).latents, first.latents)
+
+
+def test_another_size_of_model_needs_no_code(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint", CheckpointDims(dim=512, layers=3, ffn=768, text=64, vae_base=4))
+    model = tmp_path / "model"
+    assert main(["convert", str(tmp_path / "checkpoint"), "-o", str(model), "--quant", "Q4_K"]) == 0
+    Image.new("RGB", (60, 40), "teal").save(tmp_path / "teal.png")
+    request = Request("r2v", "a sea", (tmp_path / "teal.png",), model=model, size=(32, 48), frames=5, seed=1)
+    result = run(request)
+    assert result.frames.shape == (5, 32, 48, 3)
+    assert result.frames.std() > 1
+    assert torch.isfinite(result.latents).all()
