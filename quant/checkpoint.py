@@ -76,13 +76,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.exists():
         raise SkyrunError(f"{folder} does not exist", "give the folder of a downloaded checkpoint", MODEL_MISSING)
     if not folder.is_dir():
-        raise SkyrunError(f"{folder} is a file, expected a checkpoint folder", "give the folder that holds transformer/")
+        raise SkyrunError(
+            f"{folder} is a file, expected a checkpoint folder", "give the folder that holds transformer/"
+        )
     tokenizer = folder / "tokenizer" / "tokenizer.json"
-    checkpoint = Checkpoint(
-        folder,
-        *(_component(folder / name) for name in ("transformer", "text_encoder", "vae")),
-        tokenizer if tokenizer.is_file() else None,
-    )
+    transformer, text_encoder, vae = (_component(folder / name) for name in ("transformer", "text_encoder", "vae"))
+    checkpoint = Checkpoint(folder, transformer, text_encoder, vae, tokenizer if tokenizer.is_file() else None)
     if not (checkpoint.transformer or checkpoint.text_encoder or checkpoint.vae):
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise SkyrunError(

@@ -1,13 +1,13 @@
 """Convert a checkpoint: plan every tensor of every file first, then write them one at a time."""
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, naming_convention, size_label
 from safetensors.torch import save_file
@@ -87,7 +87,9 @@ def plan_conversion(
     if checkpoint.transformer:
         families.append((transformer(checkpoint.transformer), checkpoint.transformer, quant))
     if checkpoint.text_encoder:
-        families.append((text_encoder(checkpoint.text_encoder, _tokenizer(checkpoint)), checkpoint.text_encoder, encoder_quant))
+        families.append(
+            (text_encoder(checkpoint.text_encoder, _tokenizer(checkpoint)), checkpoint.text_encoder, encoder_quant)
+        )
     if checkpoint.vae:
         families.append((vae(checkpoint.vae), checkpoint.vae, ""))
     files = tuple(_plan_file(Path(out), *family) for family in families)
@@ -97,7 +99,8 @@ def plan_conversion(
 def _tokenizer(checkpoint: Checkpoint) -> str:
     if checkpoint.tokenizer is None:
         raise SkyrunError(
-            f"{checkpoint.folder} has a text encoder but no tokenizer/tokenizer.json", "download the tokenizer folder too"
+            f"{checkpoint.folder} has a text encoder but no tokenizer/tokenizer.json",
+            "download the tokenizer folder too",
         )
     return checkpoint.tokenizer.read_text(encoding="utf-8")
 
@@ -148,9 +151,13 @@ def check_space(conversion: Conversion) -> None:
 class _Piecewise:
     """Stands in for an array in gguf's writer, which asks for its size and tells it to write itself."""
 
-    def __init__(self, nbytes: int, write: Callable[[IO[bytes]], None]) -> None:
-        self.nbytes = nbytes
-        self.tofile = write
+    def __init__(self, tensor: PlannedTensor, device: str) -> None:
+        self.nbytes = tensor.nbytes
+        self._tensor, self._device = tensor, device
+
+    def tofile(self, out: IO[bytes]) -> None:
+        for piece in _encoded(self._tensor, self._device):
+            out.write(piece.cpu().numpy().data)
 
 
 def _write_gguf(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
@@ -161,27 +168,27 @@ def _write_gguf(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
         for tensor in file.tensors:
             kind = GGMLQuantizationType[tensor.type]
             # float32 stands for "the shape is in weights": the real type is `raw_dtype`
-            writer.add_tensor_info(tensor.name, tensor.source.shape, torch.float32, tensor.nbytes, raw_dtype=kind)
+            writer.add_tensor_info(
+                tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind
+            )
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in file.tensors:
-                data = _Piecewise(tensor.nbytes, lambda out, tensor=tensor: _write_pieces(out, tensor, device))
-                writer.write_tensor_data(data)
+                writer.write_tensor_data(cast(Any, _Piecewise(tensor, device)))
                 yield tensor
         finally:
             writer.close()
 
 
 def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
-    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-    add(key, value)
-
-
-def _write_pieces(out: IO[bytes], tensor: PlannedTensor, device: str) -> None:
-    for piece in _encoded(tensor, device):
-        out.write(memoryview(piece.cpu().numpy()))
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
 def _encoded(tensor: PlannedTensor, device: str) -> Iterator[Tensor]:
@@ -200,9 +207,8 @@ def _write_safetensors(file: PlannedFile, device: str) -> Iterator[PlannedTensor
         pieces = [piece.flatten() for piece in _encoded(tensor, "cpu")]
         tensors[tensor.name] = torch.cat(pieces).view(plain[tensor.type]).view(tensor.source.shape)
         yield tensor
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in file.metadata.items()}
     with replacing(file.path) as partial:
-        save_file(tensors, partial, text)
+        save_file(tensors, partial, file.metadata)
 
 
 def convert(

@@ -148,13 +148,8 @@ def vae(component: Component) -> Family:
     }
     _agree(component, {"base_dim": dims["base"], "z_dim": dims["z"]})
     shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
-    metadata: dict[str, Any] = {
-        "skyrun.role": "vae",
-        "skyrun.base_dim": dims["base"],
-        "skyrun.z_dim": dims["z"],
-    }
-    for key in ("latents_mean", "latents_std"):
-        if key in component.config:
-            metadata[f"skyrun.{key}"] = json.dumps(component.config[key])
+    said: dict[str, Any] = {"role": "vae", "base_dim": dims["base"], "z_dim": dims["z"]}
+    said |= {key: component.config[key] for key in ("latents_mean", "latents_std") if key in component.config}
+    metadata = {"skyrun": json.dumps(said)}  # one entry: safetensors writes several in random order
     entries = match(str(component.folder), WAN_VAE, dims, shapes)
     return Family("vae", "wan-vae", "", entries, lambda name, shape, source, quant: Choice(source), metadata)

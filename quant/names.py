@@ -136,7 +136,9 @@ def _vae_encoder() -> list[Entry]:
 
 
 def _vae_decoder() -> list[Entry]:
-    entries = _conv("decoder.conv_in", "decoder.conv1", "4*base z 3 3 3") + _middle("decoder.mid_block", "decoder.middle")
+    entries = _conv("decoder.conv_in", "decoder.conv1", "4*base z 3 3 3") + _middle(
+        "decoder.mid_block", "decoder.middle"
+    )
     width, index = "4*base", 0
     for level, (wider, halved) in enumerate(
         (("4*base", "2*base"), ("4*base", "2*base"), ("2*base", "base"), ("base", ""))

@@ -1,7 +1,7 @@
 """skyrun makes SkyReels-V3 videos on ordinary graphics cards.
 
-    from skyrun import Request, run
-    result = run(Request(task="r2v", prompt="...", images=("her.png",), model="models/"))
+from skyrun import Request, run
+result = run(Request(task="r2v", prompt="...", images=("her.png",), model="models/"))
 """
 
 from importlib import import_module

@@ -5,10 +5,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from skyrun import __version__
-
-_INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
@@ -51,7 +50,9 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
+    )
     parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
@@ -83,21 +84,23 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 failed, 2 bad input, 3 will not fit, 4 no model, 130 stopped."""
+    """Run one command. Returns the exit code: 0, the code of the SkyrunError that ended it, or 130 if interrupted."""
     arguments = _parser().parse_args(argv)
     from skyrun import commands
-    from skyrun.errors import SkyrunError
+    from skyrun.errors import INTERRUPTED, SkyrunError
+    from skyrun.interrupts import Interrupted, interruptible
 
     try:
-        return int(getattr(commands, arguments.command)(arguments))
+        with interruptible():
+            return int(getattr(commands, arguments.command)(arguments))
     except SkyrunError as error:
         if arguments.json:
             print(json.dumps({"event": "error", "message": error.message, "hint": error.hint, "code": error.code}))
         print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
+    except Interrupted:
         print("interrupted: nothing half-written was left behind", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
         return 1

@@ -115,9 +115,7 @@ def convert(arguments: Namespace) -> int:
     from skyrun.quant.conversion import check_space, plan_conversion, write_file
     from skyrun.report import conversion_text
 
-    conversion = plan_conversion(
-        arguments.source, arguments.output, arguments.quant, arguments.text_encoder_quant
-    )
+    conversion = plan_conversion(arguments.source, arguments.output, arguments.quant, arguments.text_encoder_quant)
     _say(conversion_text(conversion))
     if not arguments.dry_run:
         if arguments.device == "cuda":

@@ -1,6 +1,7 @@
 """A small checkpoint in the published layout: the real architecture with seeded random weights."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ def _weights(entries: list[Entry], dims: dict[str, int], generator: torch.Genera
 
 def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Scaled so that activations keep their size from layer to layer."""
-    noise = torch.randn(shape, generator=generator)
+    noise: Tensor = torch.randn(shape, generator=generator)
     if name.endswith("scale_shift_table"):
-        return noise / shape[-1] ** 0.5
+        return noise / math.sqrt(shape[-1])
     if name.endswith((".norm2.weight", ".norm2.bias")):  # the affine norm, which is published in float32
         return 0.05 * noise + (1 if name.endswith("weight") else 0)
     if name.endswith(".bias"):
@@ -75,7 +76,7 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
     if name.endswith("SelfAttention.q.weight"):  # this attention does not divide by sqrt(d), so its weights have to
         return (noise / shape[1]).bfloat16()
     fan_in = noise[0].numel()
-    return (noise / fan_in**0.5).bfloat16()
+    return (noise / math.sqrt(fan_in)).bfloat16()
 
 
 def _write_sharded(folder: Path, entries: list[Entry], dims: CheckpointDims, generator: torch.Generator) -> None:

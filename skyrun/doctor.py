@@ -4,7 +4,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -45,8 +44,6 @@ def examine() -> list[Finding]:
 
 def _python() -> Finding:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return Finding("Python", "fails", found, "install Python 3.11 or later")
     return Finding("Python", "good", found)
 
 
@@ -87,7 +84,9 @@ def _nvidia_smi() -> str:
 
 def _gpu(gpu: str) -> Finding:
     if not gpu:
-        return Finding("GPU", "slow", "no NVIDIA GPU found", "clips are made on the CPU, which takes hours for real models")
+        return Finding(
+            "GPU", "slow", "no NVIDIA GPU found", "clips are made on the CPU, which takes hours for real models"
+        )
     return Finding("GPU", "good", gpu)
 
 
@@ -103,5 +102,7 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     found = f"{free / _GIB:.0f} GiB free in {folder}"
     if free < _MODEL_SPACE:
-        return Finding("disk", "slow", found, f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB; free space or use Q4_K")
+        return Finding(
+            "disk", "slow", found, f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB; free space or use Q4_K"
+        )
     return Finding("disk", "good", found)

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 T = TypeVar("T")
 _START = time.perf_counter()
@@ -62,14 +63,14 @@ class StageEnded:
 class LatentsReady:
     """Denoising is over. latents: float32 [C, F', h, w] on the CPU."""
 
-    latents: Tensor
+    latents: "Tensor"
 
 
 @dataclass(frozen=True)
 class FramesReady:
     """Some frames are decoded. frames: uint8 [n, H, W, 3]."""
 
-    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    frames: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
 Event = StageStarted | Progress | BlockDone | StageEnded | LatentsReady | FramesReady

@@ -18,7 +18,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then scale and shift: norm(x) * (1 + scale) + shift. x [L, D], shift and scale [D]."""
+    """Layer norm without weights, then norm(x) * (1 + scale) + shift. x [L, D], shift and scale [D]."""
     return (F.layer_norm(x.float(), (x.shape[-1],), None, None, eps) * (1 + scale) + shift).to(x.dtype)
 
 
@@ -60,7 +60,7 @@ def rope_table(frames: int, rows: int, cols: int, head_dim: int, device: torch.d
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> Tensor:
-    """Turn neighbouring pairs of every head by the token's angles: (a, b) -> (a cos - b sin, a sin + b cos). x [L, D]."""
+    """Turn neighbouring pairs of x [L, D] by the token's angles: (a, b) -> (a cos - b sin, a sin + b cos)."""
     cos, sin = (table.unsqueeze(1) for table in rope)
     a, b = x.float().view(len(x), heads, -1, 2).unbind(3)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), 3).flatten(1).to(x.dtype)

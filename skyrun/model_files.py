@@ -1,7 +1,9 @@
 """The files that make up a model: found in a folder by what they say of themselves, never by their names."""
 
 import json
+import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
@@ -10,6 +12,7 @@ from skyrun.kernels.formats import FORMATS
 
 _CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
 _VAE_TENSOR = "decoder.conv1.weight"
+_IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format
 
 
@@ -62,20 +65,23 @@ def _select(transformers: list[GGUFFile], quant: str | None) -> GGUFFile:
 def _for_task(transformer: GGUFFile, task: str) -> GGUFFile:
     said = transformer.metadata.get("skyrun.task", task)
     if said != task:
-        raise SkyrunError(f"{transformer.path} is a model for {said}, not for {task}", f"use it with `skyrun run {said}`")
+        raise SkyrunError(
+            f"{transformer.path} is a model for {said}, not for {task}", f"use it with `skyrun run {said}`"
+        )
     return transformer
 
 
 def main_type(file: GGUFFile) -> str:
-    """The type that most of a file's weights have."""
-    sizes = dict.fromkeys(FORMATS, 0)
+    """The type that most weights of a file's blocks have."""
+    weights = dict.fromkeys(FORMATS, 0)
     for info in file.tensors.values():
-        sizes[info.format.name] += info.nbytes
-    return max(sizes, key=lambda name: sizes[name])
+        if _IN_BLOCK.search(info.name):
+            weights[info.format.name] += prod(info.shape)
+    return max(weights, key=lambda name: weights[name])
 
 
 def bits_per_weight(file: GGUFFile) -> float:
-    """Bits per weight of the type that most of a file has."""
+    """Bits per weight of that type."""
     return FORMATS[main_type(file)].bits_per_weight
 
 
@@ -90,5 +96,7 @@ def safetensors_header(path: Path) -> dict[str, object]:
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
     except (OSError, ValueError) as error:
-        raise SkyrunError(f"{path} is not a usable safetensors file: {error}", "convert or download it again") from error
+        raise SkyrunError(
+            f"{path} is not a usable safetensors file: {error}", "convert or download it again"
+        ) from error
     return header

@@ -1,5 +1,6 @@
 """Plans, results and descriptions as text for people."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyrun.progress import duration, size
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def plan_text(job: "Job") -> str:
@@ -31,11 +34,11 @@ def plan_text(job: "Job") -> str:
         blocks,
         f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
     ]
-    rows = [("  stage", "VRAM GiB", "RAM GiB")] if plan.device == "cuda" else [("  stage", "RAM GiB")]
+    columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]
+    rows = [["  stage", *columns]]
     for stage in plan.stages:
-        host = f"{stage.host_bytes / _GIB:.2f}"
-        device = f"{stage.device_bytes / _GIB:.2f}"
-        rows.append((f"  {stage.name}", device, host) if plan.device == "cuda" else (f"  {stage.name}", host))
+        sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
+        rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes)])
     return "\n".join([*head, _table(rows)])
 
 
@@ -84,6 +87,8 @@ def description_text(description: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{part} {name}" if isinstance(part, int) else f"{name} {part}" for name, part in value.items())
+        return ", ".join(
+            f"{part} {name}" if isinstance(part, int) else f"{name} {part}" for name, part in value.items()
+        )
     text = str(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"

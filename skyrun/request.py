@@ -111,8 +111,8 @@ class Request:
         if self.size is None and self.resolution not in RESOLUTIONS:
             problems.append(f"unknown resolution {self.resolution!r}, expected {', '.join(RESOLUTIONS)}")
         if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
-            near = max(1, (self.frames - 1) // 4 * 4 + 1)
-            problems.append(f"{self.frames} frames are not 4 k + 1; the nearest below is {near}")
+            below = max(1, (self.frames - 1) // 4 * 4 + 1)
+            problems.append(f"{self.frames} frames are not 4 k + 1; the nearest below is {below}")
         elif self.frames is None and not 0 < self.seconds < float("inf"):
             problems.append(f"got {self.seconds:g} seconds, expected more than 0")
         elif self.latent_frames > _MAX_LATENT_FRAMES:

@@ -95,9 +95,7 @@ def prepare(request: Request) -> Job:
     height, width = request.size or bucket(request.resolution, pictures[0].height, pictures[0].width)
     request = replace(request, size=(height, width), frames=request.frame_count)
     workload = _workload(request, files, height, width)
-    plan = choose(
-        probe(device.type), workload, dtype=request.dtype, max_vram=request.max_vram, max_ram=request.max_ram
-    )
+    plan = choose(probe(device.type), workload, dtype=request.dtype, max_vram=request.max_vram, max_ram=request.max_ram)
     if plan.problem:
         raise SkyrunError(
             f"{height}x{width} with {request.frame_count} frames will not fit: {plan.problem}",
@@ -111,7 +109,8 @@ def _workload(request: Request, files: ModelFiles, height: int, width: int) -> W
     dims, encoder = read_dims(files.transformer), UMT5(files.text_encoder)
     if encoder.dim != dims.text_dim:
         raise SkyrunError(
-            f"{files.text_encoder.path} makes embeddings of {encoder.dim}, {files.transformer.path} expects {dims.text_dim}",
+            f"{files.text_encoder.path} makes embeddings of {encoder.dim}, "
+            f"{files.transformer.path} expects {dims.text_dim}",
             "use the text encoder that was converted with this model",
         )
     tensors = canonical_tensors(files.transformer)

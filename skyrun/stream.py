@@ -67,7 +67,7 @@ class FileReader:
 
     def read(self, block: Block, buffer: Tensor) -> None:
         """Read the block's extents into the buffer, uint8 on the host."""
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         for extent in block.extents:
             read_into(self._file, view[extent.at : extent.at + extent.nbytes], extent.offset)
 
@@ -180,7 +180,7 @@ class BlockStream:
                     if slot is None or self._closed:
                         return
                     self._ready.put(self._read_passing(index, block, slot))
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that asked for the block
+        except BaseException as error:
             self._ready.put(error)
 
     def _read_passing(self, index: int, block: Block, slot: int) -> _Loaded:
@@ -224,4 +224,3 @@ class BlockClock:
 def spread(resident: int, total: int) -> frozenset[int]:
     """`resident` of `total` block indexes, evenly spread, so that they ease the need for reading evenly."""
     return frozenset(index * total // resident for index in range(resident)) if resident else frozenset()
-

@@ -17,6 +17,7 @@ from skyrun.kernels.atomic import replacing
 _TAG = "comment"
 _CRF = "16"
 _BT709 = 1
+_OPTIONS = {"movflags": "+faststart"}  # the index first, so that players start before the end
 
 
 class VideoWriter:
@@ -45,12 +46,11 @@ class VideoWriter:
 def writing_video(path: Path, height: int, width: int, fps: int, request: dict[str, Any]) -> Iterator[VideoWriter]:
     """A writer for an mp4 that appears under `path` when it is whole, with the request as JSON in its comment."""
     try:
-        with replacing(path) as partial:
-            with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-                container.metadata[_TAG] = json.dumps(request, ensure_ascii=False)
-                writer = VideoWriter(container, height, width, fps)
-                yield writer
-                writer.finish()
+        with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container:
+            container.metadata[_TAG] = json.dumps(request, ensure_ascii=False)
+            writer = VideoWriter(container, height, width, fps)
+            yield writer
+            writer.finish()
     except (av.FFmpegError, OSError) as error:
         raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error
 

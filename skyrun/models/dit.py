@@ -49,7 +49,7 @@ def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
 
 
 def read_dims(file: GGUFFile) -> DiTDims:
-    """The dims that a file's tensors imply. SkyrunError if tensors are missing, misshapen or contradict the metadata."""
+    """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
     tensors = canonical_tensors(file)
 
     def size(name: str, axis: int) -> int:

@@ -133,7 +133,8 @@ def umt5_block(x: Tensor, w: Weights, buckets: Tensor, heads: int, eps: float) -
     """One block on x [L, D]: attention with a learned bias per distance and without scaling, then a gated GELU."""
     h = rms_norm(x, w.dense("attn_norm.weight"), eps)
     q, k, v = (
-        w.linear(name, h).unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0) for name in ("attn_q", "attn_k", "attn_v")
+        w.linear(name, h).unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)
+        for name in ("attn_q", "attn_k", "attn_v")
     )
     bias = w.dense("attn_rel_b.weight")[buckets].permute(2, 0, 1).unsqueeze(0)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)

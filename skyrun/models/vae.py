@@ -72,7 +72,7 @@ class WanVAE:
             yield self._decoder(x, memory).squeeze(0).float().clamp(-1, 1)
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
-        values = json.loads(metadata[f"skyrun.{key}"]) if f"skyrun.{key}" in metadata else default
+        values = json.loads(metadata.get("skyrun", "{}")).get(key, default)
         return torch.tensor(values, device=self._device).view(-1, 1, 1, 1)
 
     def _w(self, name: str) -> Tensor:
@@ -115,7 +115,8 @@ class WanVAE:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         """Unit length over the channels, times sqrt(C) * gamma."""
         gamma = self._w(f"{name}.gamma").view(1, -1, 1, 1, 1)
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * gamma)
+        scale: Tensor = x.shape[1] ** 0.5 * gamma
+        return F.normalize(x, dim=1) * scale
 
     def _residual(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         h = self._conv(F.silu(self._norm(x, f"{name}.residual.0")), f"{name}.residual.2", memory)
@@ -144,12 +145,15 @@ class WanVAE:
     def _spatial(self, x: Tensor, name: str, **settings: Any) -> Tensor:
         """The 2-D convolution of a resampler, frame by frame. x [1, C, T, H, W]."""
         frames = F.conv2d(
-            x.squeeze(0).transpose(0, 1), self._w(f"{name}.resample.1.weight"), self._w(f"{name}.resample.1.bias"), **settings
+            x.squeeze(0).transpose(0, 1),
+            self._w(f"{name}.resample.1.weight"),
+            self._w(f"{name}.resample.1.bias"),
+            **settings,
         )
         return frames.transpose(0, 1).unsqueeze(0)
 
     def _downsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """Halve space; then, after the first frame, halve time over the last frame of the group before and this group."""
+        """Halve space; then, after the first frame, halve time over this group and the last frame before it."""
         x = self._spatial(F.pad(x, (0, 1, 0, 1)), name, stride=2)
         if f"{name}.time_conv.weight" not in self._weights:
             return x

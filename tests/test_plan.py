@@ -1,0 +1,92 @@
+"""Plans: monotone, within their limits, and in step with what the code allocates."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skyrun.presets import Hardware, Workload, choose, probe
+from skyrun.presets.plan import GIB
+
+REAL = Workload(
+    task="r2v",
+    height=720,
+    width=1280,
+    frames=121,
+    latent_frames=35,
+    steps=8,
+    layers=40,
+    dim=5120,
+    ffn_dim=13824,
+    block_bytes=373_000_000,
+    outer_bytes=400_000_000,
+    text_layers=24,
+    text_dim=4096,
+    text_block_bytes=200_000_000,
+    vae_base_dim=96,
+)
+
+
+def card(vram, ram=32.0):
+    return Hardware("cuda", "a card", int(vram * GIB), int(vram * GIB), int(ram * GIB), int(ram * GIB))
+
+
+def cpu(ram):
+    return Hardware("cpu", "a CPU", 0, 0, int(ram * GIB), int(ram * GIB))
+
+
+def test_tokens_are_those_of_the_real_model():
+    assert REAL.tokens == 126_000
+
+
+@given(st.floats(1, 200), st.floats(1, 200), st.floats(0.5, 200), st.integers(2, 40))
+def test_more_memory_never_makes_a_worse_plan(less, more, limit, frames):
+    less, more = sorted((less, more))
+    work = dataclasses.replace(REAL, latent_frames=frames)
+    small, large = choose(card(less), work, max_vram=limit), choose(card(more), work, max_vram=limit)
+    assert large.resident_blocks >= small.resident_blocks
+    assert not (large.problem and not small.problem)
+    for plan in (small, large):
+        if not plan.problem:
+            assert plan.peak_bytes <= plan.limit_bytes
+            assert plan.peak_bytes <= limit * GIB
+
+
+@given(st.floats(0.1, 100), st.floats(0.1, 100))
+def test_limits_hold_on_a_cpu(ram, limit):
+    plan = choose(cpu(ram), REAL, max_ram=limit)
+    assert bool(plan.problem) == (plan.peak_bytes > min(ram, limit) * GIB) or abs(plan.peak_bytes - limit * GIB) < 2
+
+
+def test_a_card_that_holds_everything_keeps_everything():
+    assert choose(card(140), REAL).resident_blocks == REAL.layers
+
+
+def test_dtype_follows_the_card_unless_it_is_given():
+    assert choose(card(80), REAL).dtype == "bfloat16"
+    assert choose(dataclasses.replace(card(80), bfloat16=False), REAL).dtype == "float16"
+    assert choose(cpu(64), REAL).dtype == "float32"
+    assert choose(card(80), REAL, dtype="float32").dtype == "float32"
+
+
+def test_decoding_is_float32_only_where_it_fits():
+    assert choose(card(80), REAL).vae_dtype == "float32"
+    assert choose(card(12), REAL).vae_dtype == "bfloat16"
+
+
+def test_too_little_ram_beside_a_card_is_said():
+    assert "of RAM" in choose(card(80, ram=0.5), REAL).problem
+
+
+def test_a_plan_is_plain_data():
+    plan = choose(card(24), REAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.dtype = "float32"
+    assert json.loads(json.dumps(plan.as_json()))["resident_blocks"] == plan.resident_blocks
+
+
+def test_probe_finds_this_machine():
+    hardware = probe("cpu")
+    assert 0 < hardware.ram_free <= hardware.ram_total

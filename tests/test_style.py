@@ -1,0 +1,98 @@
+"""What keeps the code readable: who imports whom, how long things are, linters, and words that do not belong."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("skyrun", "quant", "kernels", "presets")
+ALLOWED = {
+    "kernels": {"kernels"},
+    "presets": {"presets"},
+    "quant": {"quant", "kernels"},
+    "skyrun": {"skyrun", "quant", "kernels", "presets"},
+}
+# Only commands that convert, or that make something to convert, may reach for the quantizer.
+QUANT_USERS = {"commands.py", "demo.py", "demo_checkpoint.py", "report.py"}
+CUDA_USERS = {"device.py", "hardware.py"}
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 400, 60
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
+
+
+def imports(path):
+    """Packages of the project that a file imports, by folder."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "skyrun":
+                yield parts[1] if len(parts) > 1 and parts[1] in PACKAGES else "skyrun"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_source_file(path):
+    package, text = path.relative_to(ROOT).parts[0], path.read_text()
+    for imported in imports(path):
+        assert imported in ALLOWED[package], f"{package} must not import {imported}"
+        assert imported != "quant" or package == "quant" or path.name in QUANT_USERS
+    assert len(text.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION, node.name
+            public = not node.name.startswith("_") and node.col_offset == 0
+            assert not public or ast.get_docstring(node), f"{node.name} has no docstring"
+    assert "torch.cuda" not in text or path.name in CUDA_USERS
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES}
+    named = {str(f).replace("/", ".") if f.parts[0] == "skyrun" else f"skyrun.{f}" for f in folders}
+    assert set(listed) == named
+
+
+def tool(*command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff():
+    tool("ruff", "check", ".")
+    tool("ruff", "format", "--check", ".")
+
+
+def test_mypy(tmp_path):
+    """Type checkers do not follow the mapped folders, so they get a tree as it is installed."""
+    package = tmp_path / "skyrun"
+    package.mkdir()
+    for path in (ROOT / "skyrun").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in PACKAGES[1:]:
+        (package / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "skyrun"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_commands_are_those_of_ci():
+    readme = (ROOT / "README.md").read_text()
+    (line,) = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "pytest" in line]
+    assert line.strip() in readme
+
+
+def test_links_in_the_docs_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
