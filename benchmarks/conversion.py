@@ -17,9 +17,10 @@ from environment import environment
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 import skyrun.quant.conversion as conversion
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not getrusage: its maximum is inherited from the process that started this one
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before, start = peak(), time.perf_counter()
 summary = conversion.convert(*sys.argv[1:4])
 seconds = time.perf_counter() - start

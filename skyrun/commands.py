@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import FAILED
 
 
 def _say(text: str = "") -> None:
@@ -72,8 +72,6 @@ def _free_name(stem: str, suffix: str) -> Path:
 
 def follow(job: Any, as_json: bool) -> Any:
     """Run a job and show its events. The job is a runner.Job, the value a runner.Result."""
-    import torch
-
     from skyrun.events import as_json as event_json
     from skyrun.progress import progress
     from skyrun.runner import run_job
@@ -89,12 +87,6 @@ def follow(job: Any, as_json: bool) -> Any:
                 display.show(event)
                 if as_json:
                     _emit(event_json(event))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise SkyrunError(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'the system gave no more'}",
-            "use a smaller --resolution or --size or fewer --seconds, or close other programs",
-            FAILED,
-        ) from error
     finally:
         events.close()
 

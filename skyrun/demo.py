@@ -16,8 +16,8 @@ from skyrun.request import Request
 from skyrun.runner import Job, Result, prepare
 
 _PROMPT = "A person walking by the sea, looking at the camera."
-_SIZE = (240, 416)
-_FRAMES = 33
+_SIZE = (208, 352)
+_FRAMES = 25
 _QUANT = "Q4_K"
 
 

@@ -75,8 +75,17 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return noise.bfloat16()
     if name.endswith("SelfAttention.q.weight"):  # this attention does not divide by sqrt(d), so its weights have to
         return (noise / shape[1]).bfloat16()
-    fan_in = noise[0].numel()
-    return (noise / math.sqrt(fan_in)).bfloat16()
+    if shape[-1] == 3:
+        return (_smooth(noise) / math.sqrt(shape[1])).bfloat16()
+    return (noise / math.sqrt(noise[0].numel())).bfloat16()
+
+
+def _smooth(noise: Tensor) -> Tensor:
+    """Convolutions that mix channels at random and blur in space and time, so that a decoded clip is no grain."""
+    blur = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
+    if noise.dim() == 5:
+        blur = blur.expand(noise.shape[2], 3, 3) / noise.shape[2]
+    return noise.flatten(2)[:, :, :1].view(*noise.shape[:2], *[1] * blur.dim()) * blur
 
 
 def _write_sharded(folder: Path, entries: list[Entry], dims: CheckpointDims, generator: torch.Generator) -> None:

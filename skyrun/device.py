@@ -3,16 +3,19 @@
 The only file of the runner that talks to CUDA.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
-from skyrun.errors import SkyrunError
+from skyrun.errors import FAILED, SkyrunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GIB = 1 << 30
+_HOST_OOM = "can't allocate memory"  # torch has no class for it on the CPU
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -29,6 +32,19 @@ def limit_vram(device: torch.device, gib: float | None) -> None:
     if device.type == "cuda" and gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * _GIB / total), device)
+
+
+@contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Turn a failed allocation, on the device or the host, into a SkyrunError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_OOM not in cause:
+            raise
+        hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
+        raise SkyrunError(f"out of memory: {cause}", hint, FAILED) from error
 
 
 def reset_peak(device: torch.device) -> None:

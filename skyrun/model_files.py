@@ -86,16 +86,24 @@ def bits_per_weight(file: GGUFFile) -> float:
 
 
 def safetensors_header(path: Path) -> dict[str, object]:
-    """The header of a safetensors file: tensors by name and `__metadata__`. SkyrunError if it is not one."""
+    """The header of a safetensors file: tensors by name and `__metadata__`.
+
+    SkyrunError if it is none, or if it is shorter than its header says.
+    """
     try:
+        size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
-    except (OSError, ValueError) as error:
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+        if end > size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise SkyrunError(
             f"{path} is not a usable safetensors file: {error}", "convert or download it again"
         ) from error

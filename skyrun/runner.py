@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skyrun.device import choose_device, limit_vram, peak_bytes
+from skyrun.device import choose_device, limit_vram, out_of_memory_explained, peak_bytes
 from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, StageEnded, StageStarted, drain, now
 from skyrun.images import open_image
@@ -22,7 +22,7 @@ from skyrun.kernels.atomic import replacing
 from skyrun.model_files import ModelFiles, find_model, main_type
 from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
-from skyrun.models.vae import read_base_dim
+from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_base_dim
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.request import FPS, MAX_REFERENCES, Request
@@ -113,6 +113,13 @@ def _workload(request: Request, files: ModelFiles, height: int, width: int) -> W
             f"{files.transformer.path} expects {dims.text_dim}",
             "use the text encoder that was converted with this model",
         )
+    if dims.in_channels != LATENT_CHANNELS:
+        raise SkyrunError(
+            f"{files.transformer.path} takes {dims.in_channels} channels, reference to video has {LATENT_CHANNELS}",
+            "use a SkyReels-V3 R2V model",
+        )
+    encoder.check()
+    check_vae(files.vae)
     tensors = canonical_tensors(files.transformer)
     return Workload(
         task=request.task,
@@ -138,7 +145,7 @@ def run_job(job: Job, keep_frames: bool = True) -> Generator[Event, None, Result
     request = job.request
     limit_vram(job.device, request.max_vram)
     kept, stages, latents = [], [], torch.empty(0)
-    with ExitStack() as stack:
+    with out_of_memory_explained(), ExitStack() as stack:
         writer = None
         if request.output is not None:
             video = writing_video(request.output, job.height, job.width, FPS, request.as_json())

@@ -168,6 +168,7 @@ class BlockStream:
             self._ring.receive(loaded.slot)
         return loaded
 
+    @torch.inference_mode()  # the mode is per thread, and buffers made in it may only be filled in it
     def _read_all(self) -> None:
         try:
             for turn in range(self._passes):

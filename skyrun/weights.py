@@ -21,6 +21,11 @@ def as_weight(data: Tensor, info: TensorInfo) -> Weight:
     return QuantizedWeight(data.view(-1, info.format.row_bytes(info.shape[-1])), info.format.name)
 
 
+def shapes_only(owner: str, infos: Mapping[str, TensorInfo]) -> "Weights":
+    """Weights without numbers, to run a model on shapes alone."""
+    return Weights(owner, {name: torch.empty(info.shape, device="meta") for name, info in infos.items()})
+
+
 class Weights:
     """Weights of one block, or of what lies outside the blocks, by name."""
 
@@ -55,6 +60,11 @@ def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.
 def read_rows(file: GGUFFile, info: TensorInfo, rows: list[int]) -> Tensor:
     """Some rows of a matrix, decoded: float32 [len(rows), cols]. The rest of the matrix is never read."""
     row_bytes = info.format.row_bytes(info.shape[-1])
+    if rows and not 0 <= min(rows) <= max(rows) < info.shape[0]:
+        raise SkyrunError(
+            f"row {max(rows)} of {info.name} was asked for, {file.path} has {info.shape[0]}",
+            "its tokenizer belongs to another model: convert the checkpoint again",
+        )
     data = bytearray(row_bytes * len(rows))
     with open(file.path, "rb", buffering=0) as source:
         for place, row in enumerate(rows):

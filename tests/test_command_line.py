@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from skyrun import SkyrunError
 from skyrun.cli import main
@@ -22,26 +25,59 @@ GOOD = ["run", "r2v", "-p", "a sea", "--image", PICTURE, "--model", MODEL, "--de
 SMALL = ["--size", "32x48", "--frames", "5", "--seed", "1"]
 
 
+def damaged(pattern, change):
+    """A copy of a model in which the bytes of one file are changed."""
+
+    def make(folder, model):
+        shutil.copytree(model, folder)
+        (path,) = folder.glob(pattern)
+        path.write_bytes(change(path.read_bytes()))
+        return folder
+
+    return make
+
+
+def without(name):
+    """Change safetensors bytes so that a tensor has another name."""
+    return lambda content: content.replace(f'"{name}"'.encode(), f'"{name[:-1]}_"'.encode(), 1)
+
+
+BAD_MODELS = {
+    "cut": damaged("SkyReels*", lambda content: content[: len(content) // 2]),
+    "foreign": damaged("SkyReels*", lambda content: content.replace(b"r2v", b"a2v", 1)),
+    "liar": damaged(
+        "SkyReels*", lambda content: content.replace(b"skyrun.layers\x04\0\0\0\x02", b"skyrun.layers\x04\0\0\0\x09", 1)
+    ),
+    "headless": damaged("SkyReels*", lambda content: content.replace(b"head.head.bias", b"head.head.bios", 1)),
+    "cut_vae": damaged("*.safetensors", lambda content: content[:-1]),
+    "hole_in_vae": damaged("*.safetensors", without("decoder.middle.1.proj.weight")),
+    "hole_in_text": damaged("umt5*", lambda content: content.replace(b"blk.1.ffn_down", b"blk.1.ffn_dawn", 1)),
+    "no_tokenizer": damaged(
+        "umt5*", lambda content: content.replace(b"tokenizer.huggingface", b"tokenizer.hugginghand", 1)
+    ),
+}
+
+
 @pytest.fixture
 def places(tmp_path, converted, checkpoint):
     """Good and bad files that arguments can name."""
     Image.new("RGB", (60, 40), "teal").save(tmp_path / "picture.png")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty").mkdir()
-    model = next(converted("Q8_0").glob("SkyReels*.gguf"))
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in converted("Q8_0").iterdir():
-        content = path.read_bytes()
-        (broken / path.name).write_bytes(content[: len(content) // 2] if path == model else content)
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in converted("Q8_0").iterdir():
-        content = path.read_bytes()
-        (other / path.name).write_bytes(content.replace(b"r2v", b"a2v", 1) if path == model else content)
-    names = {"picture": "picture.png", "text": "text.png", "empty": "empty", "broken": "broken", "other": "other"}
+    (tmp_path / "holes").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "holes", dirs_exist_ok=True)
+    shard = next((tmp_path / "holes" / "transformer").glob("*00002.safetensors"))
+    tensors = load_file(shard)
+    del tensors["blocks.1.attn1.to_q.weight"]
+    save_file(tensors | {"proj_out.bias": torch.zeros(3)}, shard)
+    folders = {name: str(make(tmp_path / name, converted("Q8_0"))) for name, make in BAD_MODELS.items()}
+    names = {"picture": "picture.png", "text": "text.png", "empty": "empty", "holes": "holes"}
     found = {name: str(tmp_path / path) for name, path in names.items()}
-    return found | {"model": str(converted("Q8_0")), "checkpoint": str(checkpoint), "out": str(tmp_path / "out.mp4")}
+    return (
+        found
+        | folders
+        | {"model": str(converted("Q8_0")), "checkpoint": str(checkpoint), "out": str(tmp_path / "out.mp4")}
+    )
 
 
 def filled(arguments, places):
@@ -80,8 +116,20 @@ def filled(arguments, places):
         ),
         ([*GOOD[:7], "{checkpoint}"], MODEL_MISSING, "is a published checkpoint, which has to be converted", ""),
         ([*GOOD, "--quant", "Q2_K"], MODEL_MISSING, "has no Q2_K transformer", "it has Q8_0"),
-        ([*GOOD[:7], "{broken}"], BAD_INPUT, "is not a usable GGUF file: .* ends at byte", "cut or damaged"),
-        ([*GOOD[:7], "{other}"], BAD_INPUT, "is a model for a2v, not for r2v", "run a2v"),
+        ([*GOOD[:7], "{cut}"], BAD_INPUT, "is not a usable GGUF file: .* ends at byte", "cut or damaged"),
+        ([*GOOD[:7], "{foreign}"], BAD_INPUT, "is a model for a2v, not for r2v", "run a2v"),
+        ([*GOOD[:7], "{liar}"], BAD_INPUT, "its metadata says layers = 9, its tensors 2", "again"),
+        ([*GOOD[:7], "{headless}"], BAD_INPUT, "head.head.bias is missing, expected 64 numbers", "again"),
+        ([*GOOD[:7], "{cut_vae}"], BAD_INPUT, "its tensors end at byte", "again"),
+        ([*GOOD[:7], "{hole_in_vae}"], BAD_INPUT, "has no tensor decoder.middle.1.proj.weight", "again"),
+        ([*GOOD[:7], "{hole_in_text}"], BAD_INPUT, "block 1 of .* has no tensor ffn_down.weight", "again"),
+        ([*GOOD[:7], "{no_tokenizer}"], BAD_INPUT, "has no tokenizer inside", "skyrun convert"),
+        (
+            ["convert", "{holes}", "-o", "x"],
+            BAD_INPUT,
+            r"(?s)to_q.weight is missing.*\[3\], expected \[64\]",
+            "again",
+        ),
         (["convert", "nowhere", "-o", "x"], MODEL_MISSING, "nowhere does not exist", ""),
         (["convert", "{empty}", "-o", "x"], BAD_INPUT, "is not a SkyReels-V3 R2V checkpoint", "transformer/"),
         (["convert", PICTURE, "-o", "x"], BAD_INPUT, "is a file, expected a checkpoint folder", ""),
@@ -122,8 +170,6 @@ def test_an_error_can_be_read_by_machines(places, capsys):
 
 
 def test_cuda_without_a_gpu_says_what_is_wrong(places, capsys, monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([*filled(GOOD[:-1], places), "cuda"]) == BAD_INPUT
     assert "--device cuda" in capsys.readouterr().err

@@ -206,24 +206,26 @@ def test_a_part_alone_is_converted(copy, tmp_path):
 
 
 _MEASURE = """
-import resource, sys, torch
+import re, sys
 import skyrun.quant.conversion as conversion
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# not getrusage: its maximum is inherited from the process that started this one
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+base = peak()
 conversion.convert(sys.argv[1], sys.argv[2], sys.argv[3])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
+print((peak() - base) // 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("quant", ["Q8_0", "F32"])
 def test_a_tensor_larger_than_the_budget_is_converted_in_pieces(copy, tmp_path, quant):
-    """The embedding table alone is 600 MB; no more than 350 MB may be held beyond the interpreter with torch."""
+    """The embedding table is 300 MB, 600 in float32; at most 320 MB may be held beyond the interpreter with torch."""
     path = copy / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
-    tensors["shared.weight"] = torch.zeros(2_400_000, 128, dtype=torch.bfloat16)
+    tensors["shared.weight"] = torch.zeros(1_200_000, 128, dtype=torch.bfloat16)
     save_file(tensors, path)
     config = copy / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 2_400_000}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 1_200_000}))
     command = [sys.executable, "-c", _MEASURE, str(copy), str(tmp_path / "out"), quant]
     measured = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(measured.stdout) < 350
+    assert int(measured.stdout) < 320, measured.stdout

@@ -117,3 +117,12 @@ def test_another_size_of_model_needs_no_code(tmp_path):
     assert result.frames.shape == (5, 32, 48, 3)
     assert result.frames.std() > 1
     assert torch.isfinite(result.latents).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 0.03), ("float16", 0.03)])
+def test_a_clip_on_a_gpu(goldens, converted, dtype, limit):
+    golden = goldens("e2e/r2v_1img/golden")
+    result = run(request_of(golden, converted("F32"), device="cuda", dtype=dtype))
+    assert relative(result.latents, golden["out.latents_after_step8"][0]) < limit

@@ -1,5 +1,6 @@
 """Every component against what upstream computes, through converted files."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from skyrun.errors import SkyrunError
 from skyrun.events import drain
 from skyrun.gguf_file import open_gguf
 from skyrun.images import letterbox, open_image, to_uint8
@@ -70,6 +72,21 @@ def test_umt5(goldens, encoder):
     embedding = embed(encoder, long)
     assert worst(embedding[:16], golden["out.wan512_emb_first16_p1"]) < 2e-5
     assert worst(embedding[-16:], golden["out.wan512_emb_last16_p1"]) < 2e-5
+
+
+def test_umt5_of_tensors_that_do_not_fit_is_refused(converted, encoder):
+    file = open_gguf(next(converted("F32").glob("umt5*.gguf")))
+    name = "enc.blk.1.ffn_down.weight"
+    tensors = file.tensors | {name: dataclasses.replace(file.tensors[name], shape=(64, 256))}
+    broken = UMT5(dataclasses.replace(file, tensors=tensors))
+    with pytest.raises(SkyrunError, match="block 1 of .* has tensors that do not fit each other"):
+        broken.check()
+    encoder.check()
+
+
+def test_a_token_outside_the_vocabulary_is_refused(encoder):
+    with pytest.raises(SkyrunError, match="row 768 of token_embd.weight was asked for, .* has 768"):
+        embed(encoder, [5, 768])
 
 
 @pytest.mark.parametrize("case", ["1l_4x6", "3l_4x2", "5l_2x3"])

@@ -73,6 +73,8 @@ def read_dims(file: GGUFFile) -> DiTDims:
         eps=float(file.metadata.get("skyrun.eps", 1e-6)),
     )
     problems = _shape_problems(dims, tensors)
+    if dims.dim % _HEAD_DIM:
+        problems.append(f"its width {dims.dim} is not a multiple of the {_HEAD_DIM} of a head")
     for field in fields(dims):
         said = file.metadata.get(f"skyrun.{field.name}")
         if said is not None and said != getattr(dims, field.name):

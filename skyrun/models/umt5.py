@@ -19,7 +19,7 @@ from skyrun.events import Event
 from skyrun.gguf_file import GGUFFile, TensorInfo
 from skyrun.layers import rms_norm
 from skyrun.stream import Block, BlockStream, lay_out
-from skyrun.weights import Weights, load_weights, read_rows
+from skyrun.weights import Weights, load_weights, read_rows, shapes_only
 
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128
@@ -56,6 +56,23 @@ class UMT5:
         self._tokenizer.enable_truncation(max_length)
         ids: list[int] = self._tokenizer.encode(clean_prompt(prompt)).ids
         return ids
+
+    def check(self) -> None:
+        """Run every block on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
+        meta = torch.device("meta")
+        x = torch.empty(2, self.dim, device=meta)
+        buckets = torch.zeros(2, 2, dtype=torch.int64, device=meta)
+        self._tensor("enc.output_norm.weight")
+        try:
+            for index, block in enumerate(self._blocks):
+                infos = {name: info for name, info, _ in block.tensors}
+                weights = shapes_only(f"block {index} of {self._file.path}", infos)
+                x = umt5_block(x, weights, buckets, self.heads, self._eps)
+        except (RuntimeError, ValueError) as error:
+            raise SkyrunError(
+                f"block {index} of {self._file.path} has tensors that do not fit each other: {error}",
+                "convert or download the text encoder again",
+            ) from error
 
     def open_stream(self, device: torch.device) -> BlockStream:
         """A stream for one pass over the blocks."""

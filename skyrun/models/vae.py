@@ -26,6 +26,7 @@ _LATENTS_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+LATENT_CHANNELS = 16
 _GROUP = 4  # frames per latent frame, after the first
 
 Memory = dict[str, Tensor]
@@ -36,7 +37,7 @@ class WanVAE:
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._path, self._device, self._dtype = path, device, dtype
-        self._weights, metadata = _load(path, device, dtype)
+        self._weights, metadata = (_shapes if device.type == "meta" else _load)(path, device, dtype)
         self._mean = self._statistics(metadata, "latents_mean", _LATENTS_MEAN)
         self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
 
@@ -187,6 +188,26 @@ def read_base_dim(path: Path) -> int:
     if not isinstance(shape, list) or len(shape) != 5:
         raise SkyrunError(f"{path} is not a Wan autoencoder with original names", "convert the published checkpoint")
     return int(shape[1])
+
+
+def check_vae(path: Path) -> None:
+    """Encode and decode on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
+    vae = WanVAE(path, torch.device("meta"))
+    try:
+        vae.encode(torch.empty(3, 9, 16, 16, device="meta"))
+        for pixels in vae.decode(torch.empty(LATENT_CHANNELS, 3, 2, 2, device="meta")):
+            assert pixels.shape[2:] == (16, 16)
+    except (RuntimeError, ValueError) as error:
+        raise SkyrunError(
+            f"{path} has tensors that do not fit each other: {error}", "convert or download the autoencoder again"
+        ) from error
+
+
+def _shapes(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+    header = safetensors_header(path)
+    metadata: Any = header.pop("__metadata__", {})
+    shapes = {name: tensor["shape"] for name, tensor in header.items() if isinstance(tensor, dict)}
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}, metadata
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:

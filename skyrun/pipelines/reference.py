@@ -9,13 +9,13 @@ from skyrun.events import Event, LatentsReady
 from skyrun.images import letterbox, open_image, to_pixels
 from skyrun.model_files import ModelFiles
 from skyrun.models.umt5 import UMT5
+from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer, open_blocks
 from skyrun.presets import Plan
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sampler import UniPC
 
 _SHIFT = 5.0  # of the noise levels that the model was distilled with
-_CHANNELS = 16
 
 
 def draw_noise(request: Request, height: int, width: int) -> tuple[Tensor, list[Tensor]]:
@@ -23,8 +23,8 @@ def draw_noise(request: Request, height: int, width: int) -> tuple[Tensor, list[
     assert request.seed is not None
     generator = torch.Generator("cpu").manual_seed(request.seed)
     rows, cols = height // 8, width // 8
-    clip = torch.randn(_CHANNELS, request.latent_frames, rows, cols, generator=generator)
-    return clip, [torch.randn(_CHANNELS, 1, rows, cols, generator=generator) for _ in request.images]
+    clip = torch.randn(LATENT_CHANNELS, request.latent_frames, rows, cols, generator=generator)
+    return clip, [torch.randn(LATENT_CHANNELS, 1, rows, cols, generator=generator) for _ in request.images]
 
 
 @torch.inference_mode()
