@@ -4,22 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skyrun.presets.hardware import Hardware
+from skyrun.presets.memory import denoise_bytes, text_bytes, vae_bytes
 from skyrun.presets.workload import Workload
 
 GIB = 1 << 30
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Bytes that are taken before the first tensor: the interpreter with torch; the CUDA context on the device.
 _PROCESS = int(0.45 * GIB)
 _CONTEXT = int(0.6 * GIB)
-
-# Working sets in units of what they scale with, read off the code that allocates: tokens * dim numbers alive at the
-# peak of a block (input, norm, q, k, v), float32 temporaries of the same size (rotation), and activations of the
-# autoencoder's widest level while four frames pass.
-_BLOCK_ACTIVATIONS, _BLOCK_FLOAT32 = 6, 4
-_VAE_ACTIVATIONS = 11
-_VAE_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -74,12 +67,12 @@ def choose(
     cuda = hardware.device == "cuda"
     dtype = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if cuda else "float32")
     limit = _limit(hardware, max_vram if cuda else max_ram)
-    vae_dtype = "float32" if _vae_bytes(workload, "float32") + _base(cuda) <= limit else dtype
+    vae_dtype = "float32" if vae_bytes(workload, "float32") + _base(cuda) <= limit else dtype
     stages = [
-        _stage("text", workload.text_block_bytes, 4 * workload.text_dim * 4 * workload.text_dim, cuda),
-        _stage("images", 0, _vae_bytes(workload, vae_dtype), cuda),
-        _stage("denoise", workload.block_bytes, _denoise_bytes(workload, dtype), cuda),
-        _stage("decode", 0, _vae_bytes(workload, vae_dtype), cuda),
+        _stage("text", workload.text_block_bytes, text_bytes(workload), cuda),
+        _stage("images", 0, vae_bytes(workload, vae_dtype), cuda),
+        _stage("denoise", workload.block_bytes, denoise_bytes(workload, dtype), cuda),
+        _stage("decode", 0, vae_bytes(workload, vae_dtype), cuda),
     ]
     plan = Plan(hardware.device, hardware.name, dtype, vae_dtype, RING_SLOTS, 0, tuple(stages), limit)
     if plan.peak_bytes > limit:
@@ -113,20 +106,6 @@ def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool) -> Stage
     device = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
     # A GPU's blocks pass through two page-locked buffers on the host.
     return StagePlan(name, device, 2 * block_bytes + _PROCESS) if cuda else StagePlan(name, 0, device)
-
-
-def _denoise_bytes(workload: Workload, dtype: str) -> int:
-    size = _BYTES[dtype]
-    numbers = workload.tokens * workload.dim
-    attention = numbers * (_BLOCK_ACTIVATIONS * size + _BLOCK_FLOAT32 * 4)
-    feed_forward = workload.tokens * (2 * workload.ffn_dim + 3 * workload.dim) * size
-    decoded = workload.ffn_dim * workload.dim * size
-    return workload.outer_bytes + decoded + max(attention, feed_forward)
-
-
-def _vae_bytes(workload: Workload, dtype: str) -> int:
-    level = workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
-    return _VAE_ACTIVATIONS * level * _BYTES[dtype]
 
 
 def _shortage(plan: Plan, limit: int) -> str:
