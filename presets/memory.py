@@ -2,6 +2,12 @@
 
 from skyrun.presets.workload import Workload
 
+GIB = 1 << 30
+
+# Taken before the first tensor: the interpreter with torch on the host, the CUDA context on the device.
+PROCESS_BYTES = int(0.45 * GIB)
+CONTEXT_BYTES = int(0.6 * GIB)
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Numbers alive at the peak, counted in the code that allocates them (tests/test_memory.py counts them again). In a

@@ -4,15 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skyrun.presets.hardware import Hardware
-from skyrun.presets.memory import denoise_bytes, text_bytes, vae_bytes
+from skyrun.presets.memory import CONTEXT_BYTES, GIB, PROCESS_BYTES, denoise_bytes, text_bytes, vae_bytes
 from skyrun.presets.workload import Workload
 
-GIB = 1 << 30
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
-
-# Bytes that are taken before the first tensor: the interpreter with torch; the CUDA context on the device.
-_PROCESS = int(0.45 * GIB)
-_CONTEXT = int(0.6 * GIB)
 
 
 @dataclass(frozen=True)
@@ -94,18 +89,18 @@ def _with(plan: Plan, **changes: Any) -> Plan:
 
 
 def _limit(hardware: Hardware, gib: float | None) -> int:
-    free = hardware.vram_free + _CONTEXT if hardware.device == "cuda" else hardware.ram_free
+    free = hardware.vram_free + CONTEXT_BYTES if hardware.device == "cuda" else hardware.ram_free
     return free if gib is None else min(int(gib * GIB), free)
 
 
 def _base(cuda: bool) -> int:
-    return _CONTEXT if cuda else _PROCESS
+    return CONTEXT_BYTES if cuda else PROCESS_BYTES
 
 
 def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool) -> StagePlan:
     device = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
     # A GPU's blocks pass through two page-locked buffers on the host.
-    return StagePlan(name, device, 2 * block_bytes + _PROCESS) if cuda else StagePlan(name, 0, device)
+    return StagePlan(name, device, 2 * block_bytes + PROCESS_BYTES) if cuda else StagePlan(name, 0, device)
 
 
 def _shortage(plan: Plan, limit: int) -> str:

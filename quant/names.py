@@ -31,7 +31,8 @@ class Entry:
         return tuple(prod(int(f) if f.isdigit() else dims[f] for f in word.split("*")) for word in self.shape.split())
 
 
-def _linear(source: str, target: str, shape: str) -> list[Entry]:
+def _layer(source: str, target: str, shape: str) -> list[Entry]:
+    """Weight and bias of a linear layer or a convolution."""
     rows = shape.split()[0]
     return [
         Entry(f"{source}.weight", f"{target}.weight", shape),
@@ -41,7 +42,7 @@ def _linear(source: str, target: str, shape: str) -> list[Entry]:
 
 def _attention(source: str, target: str) -> list[Entry]:
     names = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
-    entries = [e for theirs, ours in names for e in _linear(f"{source}.{theirs}", f"{target}.{ours}", "dim dim")]
+    entries = [e for theirs, ours in names for e in _layer(f"{source}.{theirs}", f"{target}.{ours}", "dim dim")]
     norms = [Entry(f"{source}.{norm}.weight", f"{target}.{norm}.weight", "dim") for norm in ("norm_q", "norm_k")]
     return entries + norms
 
@@ -51,20 +52,20 @@ def _attention(source: str, target: str) -> list[Entry]:
 R2V_TRANSFORMER = [
     Entry("patch_embedding.weight", "patch_embedding.weight", "dim in 1 2 2"),
     Entry("patch_embedding.bias", "patch_embedding.bias", "dim"),
-    *_linear("condition_embedder.text_embedder.linear_1", "text_embedding.0", "dim text"),
-    *_linear("condition_embedder.text_embedder.linear_2", "text_embedding.2", "dim dim"),
-    *_linear("condition_embedder.time_embedder.linear_1", "time_embedding.0", "dim freq"),
-    *_linear("condition_embedder.time_embedder.linear_2", "time_embedding.2", "dim dim"),
-    *_linear("condition_embedder.time_proj", "time_projection.1", "6*dim dim"),
+    *_layer("condition_embedder.text_embedder.linear_1", "text_embedding.0", "dim text"),
+    *_layer("condition_embedder.text_embedder.linear_2", "text_embedding.2", "dim dim"),
+    *_layer("condition_embedder.time_embedder.linear_1", "time_embedding.0", "dim freq"),
+    *_layer("condition_embedder.time_embedder.linear_2", "time_embedding.2", "dim dim"),
+    *_layer("condition_embedder.time_proj", "time_projection.1", "6*dim dim"),
     Entry("blocks.{n}.scale_shift_table", "blocks.{n}.modulation", "1 6 dim"),
     *_attention("blocks.{n}.attn1", "blocks.{n}.self_attn"),
     Entry("blocks.{n}.norm2.weight", "blocks.{n}.norm3.weight", "dim"),
     Entry("blocks.{n}.norm2.bias", "blocks.{n}.norm3.bias", "dim"),
     *_attention("blocks.{n}.attn2", "blocks.{n}.cross_attn"),
-    *_linear("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0", "ffn dim"),
-    *_linear("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2", "dim ffn"),
+    *_layer("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0", "ffn dim"),
+    *_layer("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2", "dim ffn"),
     Entry("scale_shift_table", "head.modulation", "1 2 dim"),
-    *_linear("proj_out", "head.head", "out*4 dim"),
+    *_layer("proj_out", "head.head", "out*4 dim"),
 ]
 
 # UMT5 encoder: transformers names -> the names of GGUF's t5encoder architecture.
@@ -88,20 +89,16 @@ UMT5_ENCODER = [
 ]
 
 
-def _conv(source: str, target: str, shape: str) -> list[Entry]:
-    return _linear(source, target, shape)
-
-
 def _residual(source: str, target: str, channels: tuple[str, str]) -> list[Entry]:
     before, after = channels
     entries = [
         Entry(f"{source}.norm1.gamma", f"{target}.residual.0.gamma", f"{before} 1 1 1"),
-        *_conv(f"{source}.conv1", f"{target}.residual.2", f"{after} {before} 3 3 3"),
+        *_layer(f"{source}.conv1", f"{target}.residual.2", f"{after} {before} 3 3 3"),
         Entry(f"{source}.norm2.gamma", f"{target}.residual.3.gamma", f"{after} 1 1 1"),
-        *_conv(f"{source}.conv2", f"{target}.residual.6", f"{after} {after} 3 3 3"),
+        *_layer(f"{source}.conv2", f"{target}.residual.6", f"{after} {after} 3 3 3"),
     ]
     if before != after:
-        entries += _conv(f"{source}.conv_shortcut", f"{target}.shortcut", f"{after} {before} 1 1 1")
+        entries += _layer(f"{source}.conv_shortcut", f"{target}.shortcut", f"{after} {before} 1 1 1")
     return entries
 
 
@@ -110,14 +107,14 @@ def _middle(source: str, target: str) -> list[Entry]:
     return [
         *_residual(f"{source}.resnets.0", f"{target}.0", (c, c)),
         Entry(f"{source}.attentions.0.norm.gamma", f"{target}.1.norm.gamma", f"{c} 1 1"),
-        *_conv(f"{source}.attentions.0.to_qkv", f"{target}.1.to_qkv", f"3*{c} {c} 1 1"),
-        *_conv(f"{source}.attentions.0.proj", f"{target}.1.proj", f"{c} {c} 1 1"),
+        *_layer(f"{source}.attentions.0.to_qkv", f"{target}.1.to_qkv", f"3*{c} {c} 1 1"),
+        *_layer(f"{source}.attentions.0.proj", f"{target}.1.proj", f"{c} {c} 1 1"),
         *_residual(f"{source}.resnets.1", f"{target}.2", (c, c)),
     ]
 
 
 def _vae_encoder() -> list[Entry]:
-    entries = _conv("encoder.conv_in", "encoder.conv1", "base 3 3 3 3")
+    entries = _layer("encoder.conv_in", "encoder.conv1", "base 3 3 3 3")
     width, index = "base", 0
     for level, wider in enumerate(("base", "2*base", "4*base", "4*base")):
         for _ in range(2):
@@ -126,17 +123,17 @@ def _vae_encoder() -> list[Entry]:
             width, index = wider, index + 1
         if level < 3:
             source, target = f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}"
-            entries += _conv(f"{source}.resample.1", f"{target}.resample.1", f"{width} {width} 3 3")
+            entries += _layer(f"{source}.resample.1", f"{target}.resample.1", f"{width} {width} 3 3")
             if level > 0:  # the first level halves space only, the others time too
-                entries += _conv(f"{source}.time_conv", f"{target}.time_conv", f"{width} {width} 3 1 1")
+                entries += _layer(f"{source}.time_conv", f"{target}.time_conv", f"{width} {width} 3 1 1")
             index += 1
     entries += _middle("encoder.mid_block", "encoder.middle")
     entries.append(Entry("encoder.norm_out.gamma", "encoder.head.0.gamma", "4*base 1 1 1"))
-    return entries + _conv("encoder.conv_out", "encoder.head.2", "2*z 4*base 3 3 3")
+    return entries + _layer("encoder.conv_out", "encoder.head.2", "2*z 4*base 3 3 3")
 
 
 def _vae_decoder() -> list[Entry]:
-    entries = _conv("decoder.conv_in", "decoder.conv1", "4*base z 3 3 3") + _middle(
+    entries = _layer("decoder.conv_in", "decoder.conv1", "4*base z 3 3 3") + _middle(
         "decoder.mid_block", "decoder.middle"
     )
     width, index = "4*base", 0
@@ -149,19 +146,19 @@ def _vae_decoder() -> list[Entry]:
             width, index = wider, index + 1
         if halved:  # every level but the last doubles space and halves the channels; the first two double time too
             source, target = f"decoder.up_blocks.{level}.upsamplers.0", f"decoder.upsamples.{index}"
-            entries += _conv(f"{source}.resample.1", f"{target}.resample.1", f"{halved} {wider} 3 3")
+            entries += _layer(f"{source}.resample.1", f"{target}.resample.1", f"{halved} {wider} 3 3")
             if level < 2:
-                entries += _conv(f"{source}.time_conv", f"{target}.time_conv", f"2*{wider} {wider} 3 1 1")
+                entries += _layer(f"{source}.time_conv", f"{target}.time_conv", f"2*{wider} {wider} 3 1 1")
             width, index = halved, index + 1
     entries.append(Entry("decoder.norm_out.gamma", "decoder.head.0.gamma", "base 1 1 1"))
-    return entries + _conv("decoder.conv_out", "decoder.head.2", "3 base 3 3 3")
+    return entries + _layer("decoder.conv_out", "decoder.head.2", "3 base 3 3 3")
 
 
 # Wan video autoencoder: diffusers names -> original Wan names.
 WAN_VAE = [
     *_vae_encoder(),
-    *_conv("quant_conv", "conv1", "2*z 2*z 1 1 1"),
-    *_conv("post_quant_conv", "conv2", "z z 1 1 1"),
+    *_layer("quant_conv", "conv1", "2*z 2*z 1 1 1"),
+    *_layer("post_quant_conv", "conv2", "z z 1 1 1"),
     *_vae_decoder(),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ def _emit(value: dict[str, Any]) -> None:
 
 def run(arguments: Namespace) -> int:
     """Make a clip, or say with --dry-run how it would be made."""
+    from skyrun.job import prepare
+    from skyrun.report import plan_text, result_text
     from skyrun.request import Request, parse_size
 
     request = Request(
@@ -40,11 +43,6 @@ def run(arguments: Namespace) -> int:
         max_ram=arguments.max_ram,
         save_latents=arguments.save_latents,
     )
-    from dataclasses import replace
-
-    from skyrun.report import plan_text, result_text
-    from skyrun.runner import prepare
-
     job = prepare(request)
     if job.request.output is None:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
@@ -71,7 +69,7 @@ def _free_name(stem: str, suffix: str) -> Path:
 
 
 def follow(job: Any, as_json: bool) -> Any:
-    """Run a job and show its events. The job is a runner.Job, the value a runner.Result."""
+    """Run a job and show its events. The job is a job.Job, the value a runner.Result."""
     from skyrun.events import as_json as event_json
     from skyrun.progress import progress
     from skyrun.runner import run_job

@@ -9,11 +9,12 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.job import Job, prepare
 from skyrun.progress import duration, size
 from skyrun.quant.conversion import convert
 from skyrun.report import plan_text, result_text
 from skyrun.request import Request
-from skyrun.runner import Job, Result, prepare
+from skyrun.runner import Result
 
 _PROMPT = "A person walking by the sea, looking at the camera."
 _SIZE = (208, 352)

@@ -14,7 +14,6 @@ from torch import Tensor
 from skyrun.errors import FAILED, SkyrunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_GIB = 1 << 30
 _HOST_OOM = "can't allocate memory"  # torch has no class for it on the CPU
 
 
@@ -27,11 +26,11 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def limit_vram(device: torch.device, gib: float | None) -> None:
-    """Let torch's allocator fail above `gib` rather than take more."""
-    if device.type == "cuda" and gib is not None:
+def limit_vram(device: torch.device, nbytes: int) -> None:
+    """Let torch's allocator fail above `nbytes` rather than take more."""
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * _GIB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes) / total), device)
 
 
 @contextmanager
@@ -111,7 +110,7 @@ class CudaRing:
 
     def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._staging = [torch.empty(nbytes, dtype=torch.uint8).pin_memory() for _ in range(2)]
+        self._staging = [torch.empty(nbytes, dtype=torch.uint8).pin_memory() for _ in range(2 if slots else 0)]
         self._staged: list[Any] = [None, None]
         self._turn = 0
         self._device = device

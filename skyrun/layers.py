@@ -33,12 +33,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1).flatten(1)
 
 
-def sinusoid(t: float, width: int, device: torch.device) -> Tensor:
-    """float32 [width]: cosines of t * 10000^(-2i/width), then sines."""
+def sinusoid(times: Tensor, width: int) -> Tensor:
+    """float32 times [n] -> [n, width]: cosines of t * 10000^(-2i/width), then sines."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
-    angle = t * frequency
-    return torch.cat((angle.cos(), angle.sin()))
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
+    angle = torch.outer(times, frequency)
+    return torch.cat((angle.cos(), angle.sin()), 1)
 
 
 def rope_table(frames: int, rows: int, cols: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from skyrun.progress import duration, size
 from skyrun.request import FPS
 
 if TYPE_CHECKING:
+    from skyrun.job import Job
     from skyrun.quant.conversion import Conversion
-    from skyrun.runner import Job, Result
+    from skyrun.runner import Result
 
 _GIB = 1 << 30
 

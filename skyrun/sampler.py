@@ -42,42 +42,39 @@ class UniPC:
         self._index += 1
         return self._predict(sample)
 
-    def _lambda(self, index: int) -> float:
-        """Half the log signal-to-noise ratio."""
-        sigma = self.sigmas[index]
-        return math.log((1 - sigma) / sigma) if sigma else math.inf
-
     def _predict(self, sample: Tensor) -> Tensor:
-        here, there = self._index - 1, self._index
-        sigma, alpha = self.sigmas[there], 1 - self.sigmas[there]
-        h = self._lambda(there) - self._lambda(here)
-        step = math.expm1(-h)
-        newest = self._predictions[-1]
-        result = sample * (sigma / self.sigmas[here]) - newest * (alpha * step)
-        if self._order == 2:
-            slope = self._slope(here, h)
-            result = result - slope * (alpha * step * 0.5)
-        return result
+        result, h, weight = self._first_order(sample)
+        return result - self._slope(h) * (0.5 * weight) if self._order == 2 else result
 
     def _correct(self, start: Tensor, clean: Tensor) -> Tensor:
         """Redo the last step, now that the prediction at its end is known. `_predictions` still end at its start."""
-        here, there = self._index - 1, self._index
-        sigma, alpha = self.sigmas[there], 1 - self.sigmas[there]
-        h = self._lambda(there) - self._lambda(here)
-        step = math.expm1(-h)
-        newest = self._predictions[-1]
-        result = start * (sigma / self.sigmas[here]) - newest * (alpha * step)
-        change = clean - newest
+        result, h, weight = self._first_order(start)
+        change = clean - self._predictions[-1]
         if self._order == 1:
-            return result - change * (alpha * step * 0.5)
+            return result - change * (0.5 * weight)
+        step = math.expm1(-h)
         phi = step / -h - 1
         b1, b2 = phi / step, 2 * (phi / -h - 0.5) / step
-        ratio = (self._lambda(here - 1) - self._lambda(here)) / h
-        rho_slope = (b2 - b1) / (ratio - 1)
-        rho_change = b1 - rho_slope
-        return result - (self._slope(here, h) * rho_slope + change * rho_change) * (alpha * step)
+        rho_slope = (b2 - b1) / (self._ratio(h) - 1)
+        return result - (self._slope(h) * rho_slope + change * (b1 - rho_slope)) * weight
 
-    def _slope(self, here: int, h: float) -> Tensor:
-        """Change of the prediction over the step before `here`, scaled to a step of length h."""
+    def _first_order(self, sample: Tensor) -> tuple[Tensor, float, float]:
+        """The step from `index - 1` to `index` with a constant prediction, its length h, and the weight of changes."""
+        here, there = self.sigmas[self._index - 1], self.sigmas[self._index]
+        h = _log_snr(there) - _log_snr(here)
+        weight = (1 - there) * math.expm1(-h)
+        return sample * (there / here) - self._predictions[-1] * weight, h, weight
+
+    def _ratio(self, h: float) -> float:
+        """Length of the step before, going back, over h."""
+        return (_log_snr(self.sigmas[self._index - 2]) - _log_snr(self.sigmas[self._index - 1])) / h
+
+    def _slope(self, h: float) -> Tensor:
+        """Change of the prediction over the step before, scaled to a step of length h."""
         before, newest = self._predictions
-        return (before - newest) / ((self._lambda(here - 1) - self._lambda(here)) / h)
+        return (before - newest) / self._ratio(h)
+
+
+def _log_snr(sigma: float) -> float:
+    """Half the log of the signal-to-noise ratio at a noise level."""
+    return math.log((1 - sigma) / sigma) if sigma else math.inf

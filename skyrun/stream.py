@@ -119,6 +119,7 @@ class BlockStream:
         self._kept: dict[int, Tensor] = {}
         self._reader = reader or FileReader(path)
         passing = [block.nbytes for index, block in enumerate(blocks) if index not in resident]
+        slots = slots if passing else 0
         self._ring = make_ring(device, slots, max(passing, default=0))
         self._free: SimpleQueue[int | None] = SimpleQueue()
         self._ready: SimpleQueue[_Loaded | BaseException] = SimpleQueue()

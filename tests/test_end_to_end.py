@@ -42,7 +42,7 @@ def relative(got, expected):
 def test_noise_is_upstreams(goldens, case):
     golden = goldens(f"e2e/{case}/golden")
     request = request_of(golden, None)
-    noise, pictures = draw_noise(request, *request.size)
+    noise, pictures = draw_noise(request)
     assert torch.equal(noise, golden["in.noise"][0])
     for index, picture in enumerate(pictures):
         assert torch.equal(picture, golden[f"in.ref_sample_noise{index}"][0])

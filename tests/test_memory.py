@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrun.events import drain
+from skyrun.job import prepare
 from skyrun.models.dit import DiT, block_layouts
 from skyrun.models.vae import WanVAE
 from skyrun.presets.memory import denoise_bytes, vae_bytes
 from skyrun.request import Request
-from skyrun.runner import prepare
 from skyrun.stream import BlockStream
 
 CPU = torch.device("cpu")
@@ -62,10 +62,11 @@ def test_denoising(job, dtype):
     file, work = job.files.transformer, job.workload
     dit = DiT(file, CPU, getattr(torch, dtype))
     latents = torch.randn(16, work.latent_frames, work.height // 8, work.width // 8)
+    (time,) = dit.embed_times([500.0])
     context, rope = dit.embed_text(torch.randn(20, dit.dims.text_dim)), dit.rope(latents)
     tables = sum(table.nbytes for table in rope)
     with BlockStream(file.path, block_layouts(file, dit.dims.layers), CPU) as stream, CountingAllocator() as counted:
-        drain(dit.forward(stream, latents, 500, context, rope))
+        drain(dit.forward(stream, latents, time, context, rope))
     expected = denoise_bytes(work, dtype) - work.outer_bytes
     assert counted.peak + tables == pytest.approx(expected, rel=0.1)
 

@@ -3,7 +3,7 @@
 Weights have original Wan names. A block is a function of activations and of the weights that pass by.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,7 +21,8 @@ _HEAD_DIM = 128
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 TEXT_LENGTH = 512
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
+TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,12 @@ class DiT:
         hidden = F.gelu(self._outer.linear("text_embedding.0", text), approximate="tanh")
         return self._outer.linear("text_embedding.2", hidden)
 
-    def embed_time(self, timestep: float) -> tuple[Tensor, Tensor]:
-        """float32 embedding [D] for the head, and its projection [6, D] for the blocks."""
-        wave = sinusoid(timestep, self.dims.freq_dim, self.device).unsqueeze(0)
-        time = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", wave)))
-        projection = self._outer.linear("time_projection.1", F.silu(time))
-        return time[0], projection.view(6, self.dims.dim)
+    def embed_times(self, timesteps: Sequence[float]) -> list[TimeEmbedding]:
+        """An embedding per timestep, all at once: the projection is the largest matrix outside the blocks."""
+        waves = sinusoid(torch.tensor(timesteps, dtype=torch.float32, device=self.device), self.dims.freq_dim)
+        times = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", waves)))
+        projections = self._outer.linear("time_projection.1", F.silu(times))
+        return list(zip(times, projections.view(-1, 6, self.dims.dim), strict=True))
 
     def rope(self, latents: Tensor) -> Rope:
         """The rotary table of latents [C, F, h, w]."""
@@ -161,16 +162,16 @@ class DiT:
         return rope_table(frames, height // 2, width // 2, _HEAD_DIM, self.device)
 
     def forward(
-        self, stream: BlockStream, latents: Tensor, timestep: float, context: Tensor, rope: Rope
+        self, stream: BlockStream, latents: Tensor, time: TimeEmbedding, context: Tensor, rope: Rope
     ) -> Generator[Event, None, Tensor]:
         """latents [C, F, h, w] -> velocity float32 [C, F, h, w]. Yields an event after every block."""
         _, frames, height, width = latents.shape
-        time, projection = self.embed_time(timestep)
+        embedding, projection = time
         x = self._patchify(latents)
         for weights, clock in stream.blocks():
             x = dit_block(x, weights, projection, context, rope, self.dims)
             yield clock.done()
-        shift, scale = self._outer.dense("head.modulation").view(2, -1) + time
+        shift, scale = self._outer.dense("head.modulation").view(2, -1) + embedding
         x = self._outer.linear("head.head", modulate(x, shift, scale, self.dims.eps))
         patches = x.float().view(frames, height // 2, width // 2, 2, 2, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)

@@ -7,35 +7,32 @@ from torch import Tensor
 
 from skyrun.events import Event, LatentsReady
 from skyrun.images import letterbox, open_image, to_pixels
-from skyrun.model_files import ModelFiles
-from skyrun.models.umt5 import UMT5
+from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer, open_blocks
-from skyrun.presets import Plan
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sampler import UniPC
 
 _SHIFT = 5.0  # of the noise levels that the model was distilled with
 
 
-def draw_noise(request: Request, height: int, width: int) -> tuple[Tensor, list[Tensor]]:
+def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
     """Noise for the clip [16, F, h, w] and for each picture [16, 1, h, w], from one CPU generator in this order."""
-    assert request.seed is not None
+    assert request.seed is not None and request.size is not None
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    rows, cols = height // 8, width // 8
+    rows, cols = (side // 8 for side in request.size)
     clip = torch.randn(LATENT_CHANNELS, request.latent_frames, rows, cols, generator=generator)
     return clip, [torch.randn(LATENT_CHANNELS, 1, rows, cols, generator=generator) for _ in request.images]
 
 
 @torch.inference_mode()
-def reference_to_video(
-    request: Request, plan: Plan, files: ModelFiles, height: int, width: int, device: torch.device
-) -> Iterator[Event]:
+def reference_to_video(job: Job) -> Iterator[Event]:
     """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out."""
+    request, plan, files, device = job.request, job.plan, job.files, job.device
     vae_dtype = getattr(torch, plan.vae_dtype)
-    noise, picture_noise = draw_noise(request, height, width)
-    pixels = [to_pixels(letterbox(open_image(path), height, width)) for path in request.images]
-    text = yield from encode_text(UMT5(files.text_encoder), request.prompt, device)
+    noise, picture_noise = draw_noise(request)
+    pixels = [to_pixels(letterbox(open_image(path), job.height, job.width)) for path in request.images]
+    text = yield from encode_text(job.encoder, request.prompt, device)
     pictures = yield from encode_images(files.vae, pixels, picture_noise, device, vae_dtype)
     empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
     condition = torch.cat((*pictures, *empty), 1)

@@ -1,6 +1,5 @@
 """The stages that pipelines are made of: each holds what it needs, says what it does, and lets go of it."""
 
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skyrun.device import peak_bytes, release_cached, reset_peak
-from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted
+from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
 from skyrun.gguf_file import GGUFFile
 from skyrun.images import to_uint8
 from skyrun.models.dit import DiT, block_layouts
@@ -27,7 +26,7 @@ class Stage:
 
     def started(self) -> StageStarted:
         reset_peak(self._device)
-        self._start = time.perf_counter()
+        self._start = now()
         return StageStarted(self._name, self._total, self._unit)
 
     def done(self, count: int) -> Progress:
@@ -35,7 +34,7 @@ class Stage:
 
     def ended(self, stats: StreamStats | None = None) -> StageEnded:
         stats = stats or StreamStats()
-        seconds = time.perf_counter() - self._start
+        seconds = now() - self._start
         peak = peak_bytes(self._device)
         release_cached(self._device)
         return StageEnded(self._name, seconds, peak, stats.bytes_read, stats.read_seconds, stats.stall_seconds)
@@ -98,9 +97,9 @@ def denoise(
     frames = latents.shape[1]
     context = dit.embed_text(text)
     rope = dit.rope(torch.cat((latents, condition), 1))
-    for index, timestep in enumerate(sampler.timesteps):
+    for index, time in enumerate(dit.embed_times(sampler.timesteps)):
         sequence = torch.cat((latents, condition), 1)
-        velocity = yield from dit.forward(stream, sequence, timestep, context, rope)
+        velocity = yield from dit.forward(stream, sequence, time, context, rope)
         latents = sampler.step(velocity[:, :frames], latents)
         yield stage.done(index + 1)
     yield stage.ended(stream.stats)

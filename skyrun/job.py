@@ -1,0 +1,112 @@
+"""From a request to a job: check everything and decide everything before anything heavy begins."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from skyrun.device import choose_device
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.images import open_image
+from skyrun.model_files import ModelFiles, find_model, main_type
+from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
+from skyrun.models.umt5 import UMT5
+from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_base_dim
+from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.request import MAX_REFERENCES, Request
+from skyrun.sizes import bucket
+
+_SEEDS = 1 << 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has passed every check, with all that was decided for it."""
+
+    request: Request
+    files: ModelFiles
+    encoder: UMT5
+    height: int
+    width: int
+    device: torch.device
+    workload: Workload
+    plan: Plan
+
+    def as_json(self) -> dict[str, Any]:
+        """The decisions as plain values."""
+        return {
+            "request": self.request.as_json(),
+            "size": [self.height, self.width],
+            "frames": self.request.frame_count,
+            "tokens": self.workload.tokens,
+            "model": {
+                "transformer": str(self.files.transformer.path),
+                "type": main_type(self.files.transformer),
+                "text_encoder": str(self.files.text_encoder.path),
+                "vae": str(self.files.vae),
+            },
+            "plan": self.plan.as_json(),
+        }
+
+
+def prepare(request: Request) -> Job:
+    """Open headers and pictures, decide sizes and the plan. No weights are read.
+
+    Raises SkyrunError for anything wrong with the input; with exit code 4 if the model is missing, 3 if it won't fit.
+    """
+    if request.seed is None:
+        request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
+    device = choose_device(request.device)
+    pictures = [open_image(path) for path in request.images]
+    files = find_model(request.model, request.task, request.quant)
+    height, width = request.size or bucket(request.resolution, pictures[0].height, pictures[0].width)
+    request = replace(request, size=(height, width), frames=request.frame_count)
+    encoder = UMT5(files.text_encoder)
+    workload = _workload(request, files, encoder)
+    plan = choose(probe(device.type), workload, dtype=request.dtype, max_vram=request.max_vram, max_ram=request.max_ram)
+    if plan.problem:
+        raise SkyrunError(
+            f"{height}x{width} with {request.frame_count} frames will not fit: {plan.problem}",
+            "use a smaller --resolution or --size, fewer --seconds, or raise --max-vram or --max-ram",
+            WILL_NOT_FIT,
+        )
+    return Job(request, files, encoder, height, width, device, workload, plan)
+
+
+def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
+    """The numbers of the job, after a look at every tensor's shape."""
+    dims = read_dims(files.transformer)
+    if encoder.dim != dims.text_dim:
+        raise SkyrunError(
+            f"{files.text_encoder.path} makes embeddings of {encoder.dim}, "
+            f"{files.transformer.path} expects {dims.text_dim}",
+            "use the text encoder that was converted with this model",
+        )
+    if dims.in_channels != LATENT_CHANNELS:
+        raise SkyrunError(
+            f"{files.transformer.path} takes {dims.in_channels} channels, reference to video has {LATENT_CHANNELS}",
+            "use a SkyReels-V3 R2V model",
+        )
+    encoder.check()
+    check_vae(files.vae)
+    assert request.size is not None
+    height, width = request.size
+    tensors = canonical_tensors(files.transformer)
+    return Workload(
+        task=request.task,
+        height=height,
+        width=width,
+        frames=request.frame_count,
+        latent_frames=request.latent_frames + MAX_REFERENCES,
+        steps=request.steps,
+        layers=dims.layers,
+        dim=dims.dim,
+        ffn_dim=dims.ffn_dim,
+        block_bytes=max(block.nbytes for block in block_layouts(files.transformer, dims.layers)),
+        outer_bytes=sum(info.nbytes for name, info in tensors.items() if not name.startswith("blocks.")),
+        text_layers=encoder.layers,
+        text_dim=encoder.dim,
+        text_block_bytes=encoder.block_bytes,
+        vae_base_dim=read_base_dim(files.vae),
+    )
