@@ -1,5 +1,6 @@
 """From the published layout to frames: convert and run by command line, against upstream's clips."""
 
+import gc
 import json
 
 import av
@@ -12,7 +13,11 @@ from safetensors.torch import load_file
 from skyrun import Request, run
 from skyrun.cli import main
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.events import BlockDone, StageStarted
+from skyrun.job import prepare
 from skyrun.pipelines.reference import draw_noise
+from skyrun.quant import convert
+from skyrun.runner import run_job
 from skyrun.video import read_request
 
 CASES = ["r2v_1img", "r2v_2img"]
@@ -117,6 +122,31 @@ def test_another_size_of_model_needs_no_code(tmp_path):
     assert result.frames.shape == (5, 32, 48, 3)
     assert result.frames.std() > 1
     assert torch.isfinite(result.latents).all()
+
+
+def test_while_a_model_of_twelve_blocks_runs_three_are_in_memory(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint", CheckpointDims(dim=256, layers=12, ffn=512, text=64, vae_base=4))
+    convert(tmp_path / "checkpoint", tmp_path / "model", "Q8_0")
+    Image.new("RGB", (48, 32), "teal").save(tmp_path / "teal.png")
+    job = prepare(
+        Request("r2v", "x", (tmp_path / "teal.png",), model=tmp_path / "model", size=(32, 48), frames=5, steps=2)
+    )
+    assert job.plan.resident_blocks == 0
+    block_bytes, counts, stage = job.workload.block_bytes, [], ""
+    for event in run_job(job):
+        stage = event.stage if isinstance(event, StageStarted) else stage
+        if isinstance(event, BlockDone) and stage == "denoise":
+            assert event.total == 12
+            counts.append(len(storages(block_bytes)))
+    assert len(counts) == 24
+    assert max(counts) == 3
+    assert not storages(block_bytes)
+
+
+def storages(least):
+    """Addresses of all memory of at least that size which tensors of bytes hold: blocks, as activations are floats."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.dtype == torch.uint8]
+    return {t.untyped_storage().data_ptr() for t in tensors if t.untyped_storage().nbytes() >= least}
 
 
 @pytest.mark.gpu
