@@ -82,6 +82,9 @@ class Ring(Protocol):
     def release(self, slot: int) -> None:
         """Model: work enqueued so far is the last that uses the slot."""
 
+    def close(self) -> None:
+        """Let go of the buffers, once no copy into them is under way."""
+
 
 class HostRing:
     """On a CPU a slot is the memory that is read into."""
@@ -100,6 +103,9 @@ class HostRing:
 
     def release(self, slot: int) -> None:
         pass
+
+    def close(self) -> None:
+        self.slots.clear()
 
 
 class CudaRing:
@@ -137,6 +143,10 @@ class CudaRing:
 
     def release(self, slot: int) -> None:
         self._released[slot] = torch.cuda.current_stream(self._device).record_event()
+
+    def close(self) -> None:
+        self._copies.synchronize()
+        self.slots.clear()
 
 
 def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:

@@ -142,7 +142,7 @@ class BlockStream:
         self._thread.join()
         self._reader.close()
         self._kept.clear()
-        self._ring.slots.clear()
+        self._ring.close()
 
     def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
         """One pass: the weights of each block in order, valid until the next is asked for, and its clock."""
