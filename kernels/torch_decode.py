@@ -6,6 +6,7 @@ follows, so the values equal ggml's bit for bit.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ _CHUNK_WEIGHTS = 1 << 21  # decoded at a time: keeps the temporaries of a decode
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
+@lru_cache
+def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor, made once per device: making one on a GPU stops the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The float16 stored at byte `at` of every block, as float32 [n, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
@@ -25,7 +33,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _shifted(codes: Tensor, shifts: range | tuple[int, ...], mask: int) -> Tensor:
     """uint8 [n, groups, width] -> int8 [n, groups, len(shifts), width]: the fields that `shifts` and `mask` cut out."""
-    by = torch.tensor(tuple(shifts), dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
+    by = _constant(tuple(shifts), torch.uint8, codes.device).view(1, 1, -1, 1)
     return ((codes.unsqueeze(2) >> by) & mask).to(torch.int8)
 
 
@@ -36,7 +44,7 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 def _bits(plane: Tensor) -> Tensor:
     """uint8 [n, 4] -> int8 [n, 32]: one bit per weight, lowest first."""
-    by = torch.arange(8, dtype=torch.uint8, device=plane.device)
+    by = _constant(tuple(range(8)), torch.uint8, plane.device)
     return ((plane.unsqueeze(2) >> by) & 1).to(torch.int8).flatten(1)
 
 
@@ -111,7 +119,7 @@ def _q6_k(b: Tensor) -> Tensor:
 
 
 def _iq4_values(codes: Tensor) -> Tensor:
-    return torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
+    return _constant(_IQ4_VALUES, torch.float32, codes.device)[codes.int()]
 
 
 def _iq4_nl(b: Tensor) -> Tensor:

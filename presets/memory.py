@@ -8,6 +8,9 @@ GIB = 1 << 30
 PROCESS_BYTES = int(0.45 * GIB)
 CONTEXT_BYTES = int(0.6 * GIB)
 
+# Left free on a GPU: workspaces of the vendor's libraries, and what fragmentation costs.
+RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Numbers alive at the peak, counted in the code that allocates them (tests/test_memory.py counts them again). In a
@@ -27,9 +30,14 @@ def denoise_bytes(workload: Workload, dtype: str) -> int:
 
 
 def vae_bytes(workload: Workload, dtype: str) -> int:
-    """Activations of encoding or decoding a group of frames."""
+    """The autoencoder's weights, and activations of encoding or decoding a group of frames."""
     level = workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
-    return int(_VAE_ACTIVATIONS * level * BYTES[dtype])
+    return int((workload.vae_weights + _VAE_ACTIVATIONS * level) * BYTES[dtype])
+
+
+def page_locked_bytes(block_bytes: int) -> int:
+    """Host memory of the two buffers that a GPU's blocks pass through; torch rounds each up to a power of two."""
+    return 2 * (1 << (block_bytes - 1).bit_length()) if block_bytes else 0
 
 
 def text_bytes(workload: Workload) -> int:

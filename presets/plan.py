@@ -4,7 +4,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skyrun.presets.hardware import Hardware
-from skyrun.presets.memory import CONTEXT_BYTES, GIB, PROCESS_BYTES, denoise_bytes, text_bytes, vae_bytes
+from skyrun.presets.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    PROCESS_BYTES,
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    denoise_bytes,
+    page_locked_bytes,
+    text_bytes,
+    vae_bytes,
+)
 from skyrun.presets.workload import Workload
 
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
@@ -62,7 +72,8 @@ def choose(
     cuda = hardware.device == "cuda"
     dtype = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if cuda else "float32")
     limit = _limit(hardware, max_vram if cuda else max_ram)
-    vae_dtype = "float32" if vae_bytes(workload, "float32") + _base(cuda) <= limit else dtype
+    usable = limit - (max(RESERVE_BYTES, int(RESERVE_SHARE * limit)) if cuda else 0)
+    vae_dtype = "float32" if vae_bytes(workload, "float32") + _base(cuda) <= usable else dtype
     stages = [
         _stage("text", workload.text_block_bytes, text_bytes(workload), cuda),
         _stage("images", 0, vae_bytes(workload, vae_dtype), cuda),
@@ -78,7 +89,7 @@ def choose(
         return _with(plan, problem=f"it needs {host / GIB:.1f} GiB of RAM, {host_limit / GIB:.1f} GiB may be used")
     if not cuda:
         return plan
-    spare = limit - stages[2].device_bytes
+    spare = usable - stages[2].device_bytes
     resident = min(workload.layers, max(0, spare) // max(1, workload.block_bytes))
     kept = StagePlan("denoise", stages[2].device_bytes + resident * workload.block_bytes, stages[2].host_bytes)
     return _with(plan, resident_blocks=resident, stages=(*stages[:2], kept, stages[3]))
@@ -99,8 +110,9 @@ def _base(cuda: bool) -> int:
 
 def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool) -> StagePlan:
     device = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
-    # A GPU's blocks pass through two page-locked buffers on the host.
-    return StagePlan(name, device, 2 * block_bytes + PROCESS_BYTES) if cuda else StagePlan(name, 0, device)
+    return (
+        StagePlan(name, device, page_locked_bytes(block_bytes) + PROCESS_BYTES) if cuda else StagePlan(name, 0, device)
+    )
 
 
 def _shortage(plan: Plan, limit: int) -> str:

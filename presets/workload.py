@@ -9,7 +9,7 @@ class Workload:
 
     height, width, frames: of the clip in pixels. latent_frames: frames that the transformer sees, references included.
     block_bytes and text_block_bytes: the largest block of the transformer and of the text encoder as stored.
-    outer_bytes: what of the transformer is not in blocks.
+    outer_bytes: what of the transformer is not in blocks. vae_weights: their number.
     """
 
     task: str
@@ -27,6 +27,7 @@ class Workload:
     text_dim: int
     text_block_bytes: int
     vae_base_dim: int
+    vae_weights: int
 
     @property
     def tokens(self) -> int:

@@ -116,7 +116,10 @@ def _weight_files(folder: Path) -> list[Path]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
         return sorted(folder.glob("*.safetensors"))
-    shards = sorted({folder / str(name) for name in _read_json(indexes[0]).get("weight_map", {}).values()})
+    weight_map = _read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SkyrunError(f"{indexes[0]} has no weight_map of tensors to files", "download it again")
+    shards = sorted({folder / str(name) for name in weight_map.values()})
     missing = [f"{shard} is missing" for shard in shards if not shard.is_file()]
     if missing:
         raise SkyrunError.listing(f"{indexes[0].name} names shards that are not there", missing, "download them again")
@@ -133,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SkyrunError(f"{path} is not JSON: {error}", "download it again") from error
     if not isinstance(content, dict):

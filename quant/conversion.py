@@ -1,5 +1,6 @@
 """Convert a checkpoint: plan every tensor of every file first, then write them one at a time."""
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,9 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, naming_convention, size_label
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from skyrun.kernels import block_format
@@ -79,8 +82,9 @@ def plan_conversion(
     source: Path | str, out: Path | str, quant: str = "Q8_0", text_encoder_type: str | None = None
 ) -> Conversion:
     """Decide every file, name and type. Reads headers only; raises SkyrunError for anything that will not convert."""
+    quant = quant.upper()
     check_quant(quant)
-    encoder_quant = text_encoder_type or text_encoder_quant(quant)
+    encoder_quant = text_encoder_type.upper() if text_encoder_type else text_encoder_quant(quant)
     check_quant(encoder_quant)
     checkpoint = open_checkpoint(Path(source))
     families = []
@@ -102,7 +106,12 @@ def _tokenizer(checkpoint: Checkpoint) -> str:
             f"{checkpoint.folder} has a text encoder but no tokenizer/tokenizer.json",
             "download the tokenizer folder too",
         )
-    return checkpoint.tokenizer.read_text(encoding="utf-8")
+    try:
+        text = checkpoint.tokenizer.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise SkyrunError(f"{checkpoint.tokenizer} is not a tokenizer: {error}", "download it again") from error
+    return text
 
 
 def _plan_file(out: Path, family: Family, component: Component, quant: str) -> PlannedFile:
@@ -132,17 +141,23 @@ def _plan_file(out: Path, family: Family, component: Component, quant: str) -> P
 
 def write_file(file: PlannedFile, device: str = "cpu") -> Iterator[PlannedTensor]:
     """Write a planned file beside its place and rename it when it is whole. Yields every tensor that is done."""
-    return (_write_gguf if file.architecture else _write_safetensors)(file, device)
+    try:
+        yield from (_write_gguf if file.architecture else _write_safetensors)(file, device)
+    except (OSError, SafetensorError) as error:
+        hint = "nothing was left half-written: check free space and permissions, then convert again"
+        raise SkyrunError(f"cannot write {file.path}: {error}", hint, FAILED) from error
 
 
 def check_space(conversion: Conversion) -> None:
-    """SkyrunError if the disk cannot take the files."""
-    folder = conversion.files[0].path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(file.nbytes for file in conversion.files), shutil.disk_usage(folder).free
+    """SkyrunError if the folder or the disk cannot take the files. Writes nothing."""
+    folder = conversion.files[0].path.absolute().parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SkyrunError(f"cannot write to the folder {folder}", f"{existing} is not a folder that can be written to")
+    needed, free = sum(file.nbytes for file in conversion.files), shutil.disk_usage(existing).free
     if needed > free:
         raise SkyrunError(
-            f"the converted files need {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            f"the converted files need {needed / 1e6:.0f} MB and {existing} has {free / 1e6:.0f} MB free",
             "free some space, choose another folder with -o, or a smaller --quant",
             FAILED,
         )

@@ -1,6 +1,7 @@
 """Numbers to block bytes. Each type is one encoder and one line in the table at the end."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +31,21 @@ def _encode_q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
     return torch.cat((_bytes(scale.half()), _bytes(codes)), 1)
 
 
-# type -> (float32 [n, block_size], importance of the same shape or None) -> uint8 [n, block_bytes]
-ENCODERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "F32": lambda x, _: _bytes(x),
-    "F16": lambda x, _: _bytes(x.half()),
-    "BF16": lambda x, _: _bytes(x.bfloat16()),
-    "Q8_0": _encode_q8_0,
-    "Q4_K": encode_q4_k,
+class Encoder(NamedTuple):
+    """How a type is written. largest: the magnitude up to which its scales, or its numbers, are finite."""
+
+    # (float32 [n, block_size], importance of the same shape or None) -> uint8 [n, block_bytes]
+    encode: Callable[[Tensor, Tensor | None], Tensor]
+    largest: float
+
+
+_HALF = torch.finfo(torch.float16).max
+ENCODERS = {
+    "F32": Encoder(lambda x, _: _bytes(x), torch.finfo(torch.float32).max),
+    "F16": Encoder(lambda x, _: _bytes(x.half()), _HALF),
+    "BF16": Encoder(lambda x, _: _bytes(x.bfloat16()), torch.finfo(torch.bfloat16).max),
+    "Q8_0": Encoder(_encode_q8_0, 127 * _HALF),
+    "Q4_K": Encoder(encode_q4_k, 63 * _HALF),
 }
 
 
@@ -55,8 +64,9 @@ def quantize(x: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
     row_bytes = format.row_bytes(cols)
     if not torch.isfinite(x).all():
         raise SkyrunError(f"{int((~torch.isfinite(x)).sum())} weights are NaN or infinite", "the source is damaged")
-    if type == "F16" and x.numel() and float(x.abs().max()) > torch.finfo(torch.float16).max:
-        raise SkyrunError(f"F16 holds up to 65504, got a weight of {float(x.abs().max()):g}", "use BF16 or F32")
+    encoder, top = ENCODERS[type], float(x.abs().max()) if x.numel() else 0.0
+    if top > encoder.largest:
+        raise SkyrunError(f"{type} holds up to {encoder.largest:g}, got a weight of {top:g}", "use BF16 or F32")
     blocks = x.float().reshape(-1, format.block_size)
     weights = None if importance is None else importance.float().expand(rows, cols).reshape(blocks.shape)
-    return ENCODERS[type](blocks, weights).view(rows, row_bytes)
+    return encoder.encode(blocks, weights).view(rows, row_bytes)

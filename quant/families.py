@@ -38,8 +38,16 @@ def _size(component: Component, name: str, axis: int) -> int:
 
 
 def _layers(component: Component, prefix: str) -> int:
-    indexes = {int(name.removeprefix(prefix).split(".")[0]) for name in component.tensors if name.startswith(prefix)}
-    return max(indexes, default=-1) + 1
+    """How many blocks there are: their names begin with the prefix and a number. Gaps show as missing tensors."""
+    numbers = (name.removeprefix(prefix).split(".")[0] for name in component.tensors if name.startswith(prefix))
+    return len({number for number in numbers if number.isdecimal()})
+
+
+def _number(component: Component, key: str, default: float) -> float:
+    value = component.config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SkyrunError(f"config.json in {component.folder} says {key} = {value!r}", "expected a number")
+    return float(value)
 
 
 def _agree(component: Component, expected: dict[str, int]) -> None:
@@ -92,7 +100,7 @@ def transformer(component: Component) -> Family:
         "skyrun.out_channels": dims["out"],
         "skyrun.text_dim": dims["text"],
         "skyrun.freq_dim": dims["freq"],
-        "skyrun.eps": float(component.config.get("eps", 1e-6)),
+        "skyrun.eps": _number(component, "eps", 1e-6),
     }
     entries = match(str(component.folder), R2V_TRANSFORMER, dims, shapes)
     return Family("transformer", "SkyReels-V3-R2V", "wan", entries, transformer_type, metadata)
@@ -132,7 +140,7 @@ def text_encoder(component: Component, tokenizer: str) -> Family:
         "t5encoder.attention.key_length": dims["inner"] // dims["heads"],
         "t5encoder.attention.value_length": dims["inner"] // dims["heads"],
         "t5encoder.attention.relative_buckets_count": dims["buckets"],
-        "t5encoder.attention.layer_norm_rms_epsilon": float(component.config.get("layer_norm_epsilon", 1e-6)),
+        "t5encoder.attention.layer_norm_rms_epsilon": _number(component, "layer_norm_epsilon", 1e-6),
         "t5encoder.vocab_size": dims["vocab"],
         "tokenizer.huggingface.json": tokenizer,
     }
@@ -149,7 +157,13 @@ def vae(component: Component) -> Family:
     _agree(component, {"base_dim": dims["base"], "z_dim": dims["z"]})
     shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
     said: dict[str, Any] = {"role": "vae", "base_dim": dims["base"], "z_dim": dims["z"]}
-    said |= {key: component.config[key] for key in ("latents_mean", "latents_std") if key in component.config}
+    for key in ("latents_mean", "latents_std"):
+        if key in component.config:
+            values = component.config[key]
+            if not isinstance(values, list) or [type(value) for value in values] != [float] * dims["z"]:
+                hint = f"expected {dims['z']} numbers"
+                raise SkyrunError(f"config.json in {component.folder} says {key} = {values!r}", hint)
+            said[key] = values
     metadata = {"skyrun": json.dumps(said)}  # one entry: safetensors writes several in random order
     entries = match(str(component.folder), WAN_VAE, dims, shapes)
     return Family("vae", "wan-vae", "", entries, lambda name, shape, source, quant: Choice(source), metadata)

@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from skyrun import __version__
+from skyrun.interrupts import Interrupted, interruptible
+
+_INTERRUPTED = 130  # as skyrun.errors has it, which would import numpy
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +41,9 @@ def _add_run(commands: Commands) -> None:
     parser = _add(commands, "run", "make a clip")
     parser.add_argument("task", choices=["r2v"], help="r2v: a clip that shows what is in one to four pictures")
     parser.add_argument("-p", "--prompt", required=True, help="what the clip shows")
-    parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="F", help="one to four reference pictures")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="one to four reference pictures"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, or one transformer file")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
@@ -45,7 +51,7 @@ def _add_run(commands: Commands) -> None:
     size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
     size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length at 24 frames a second (5)")
+    length.add_argument("--seconds", type=float, metavar="N", help="length at 24 frames a second (5)")
     length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
@@ -86,21 +92,29 @@ def _add_doctor(commands: Commands) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, the code of the SkyrunError that ended it, or 130 if interrupted."""
     arguments = _parser().parse_args(argv)
-    from skyrun import commands
-    from skyrun.errors import INTERRUPTED, SkyrunError
-    from skyrun.interrupts import Interrupted, interruptible
-
     try:
         with interruptible():
-            return int(getattr(commands, arguments.command)(arguments))
+            return _run(arguments)
+    except Interrupted:
+        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from skyrun import commands
+    from skyrun.errors import FAILED, SkyrunError
+
+    try:
+        return int(getattr(commands, arguments.command)(arguments))
     except SkyrunError as error:
         if arguments.json:
             print(json.dumps({"event": "error", "message": error.message, "hint": error.hint, "code": error.code}))
         print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.code
-    except Interrupted:
-        print("interrupted: nothing half-written was left behind", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
-        return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: whoever read the output has gone", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"error: {error}\nhint: check the path, its permissions and free space", file=sys.stderr)
+        return FAILED

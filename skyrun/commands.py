@@ -15,14 +15,14 @@ def _say(text: str = "") -> None:
 
 
 def _emit(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(json.dumps(value), flush=True)
 
 
 def run(arguments: Namespace) -> int:
     """Make a clip, or say with --dry-run how it would be made."""
     from skyrun.job import prepare
     from skyrun.report import plan_text, result_text
-    from skyrun.request import Request, parse_size
+    from skyrun.request import Request
 
     request = Request(
         task=arguments.task,
@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> int:
         output=arguments.output,
         model=arguments.model,
         quant=arguments.quant,
-        size=parse_size(arguments.size) if arguments.size else None,
+        size=arguments.size,
         resolution=arguments.resolution,
         frames=arguments.frames,
         seconds=arguments.seconds,
@@ -48,9 +48,9 @@ def run(arguments: Namespace) -> int:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
     _say(plan_text(job))
+    if arguments.json:
+        _emit({"event": "plan"} | job.as_json())
     if arguments.dry_run:
-        if arguments.json:
-            _emit(job.as_json())
         return 0
     result = follow(job, arguments.json)
     _say(result_text(result))
@@ -106,13 +106,13 @@ def convert(arguments: Namespace) -> int:
     from skyrun.report import conversion_text
 
     conversion = plan_conversion(arguments.source, arguments.output, arguments.quant, arguments.text_encoder_quant)
+    check_space(conversion)
     _say(conversion_text(conversion))
     if not arguments.dry_run:
         if arguments.device == "cuda":
             from skyrun.device import choose_device
 
             choose_device("cuda")
-        check_space(conversion)
         with progress() as display:
             for file in conversion.files:
                 display.begin(file.path.name, file.nbytes, "bytes")
@@ -120,7 +120,7 @@ def convert(arguments: Namespace) -> int:
                     display.advance(tensor.nbytes)
                 display.end()
     if arguments.json:
-        _emit(conversion.summary())
+        _emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0
 
 

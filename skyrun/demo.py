@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 from skyrun.job import Job, prepare
+from skyrun.kernels.atomic import replacing
 from skyrun.progress import duration, size
 from skyrun.quant.conversion import convert
 from skyrun.report import plan_text, result_text
@@ -33,7 +34,8 @@ def run_demo(folder: Path, say: Callable[[str], None], follow: Callable[[Job], R
     for file in summary["files"]:
         say(f"   {file['path']}: {size(file['bytes'])}")
     say("3. drawing a reference picture")
-    draw_reference().save(picture)
+    with replacing(picture) as partial:
+        draw_reference().save(partial, format="PNG")
     say("4. making a clip from it")
     request = Request("r2v", _PROMPT, (picture,), clip, model, size=_SIZE, frames=_FRAMES, seed=1)
     job = prepare(request)

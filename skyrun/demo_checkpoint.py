@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from skyrun.errors import FAILED, SkyrunError
+from skyrun.kernels.atomic import replacing
 from skyrun.quant.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, expand
 
 _SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
@@ -51,8 +54,7 @@ def write_checkpoint(folder: Path, dims: CheckpointDims, seed: int = 0) -> None:
     vae = dict(_weights(WAN_VAE, {"base": dims.vae_base, "z": 16}, generator))
     _write_whole(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
     _write_config(folder / "vae", {"_class_name": "AutoencoderKLWan", "base_dim": dims.vae_base, "z_dim": 16})
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    _tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
+    _write_text(folder / "tokenizer" / "tokenizer.json", _tokenizer().to_str(pretty=True))
 
 
 def _weights(entries: list[Entry], dims: dict[str, int], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -105,16 +107,24 @@ def _write_sharded(folder: Path, entries: list[Entry], dims: CheckpointDims, gen
         (folder / f"shard-{number + 1}.safetensors").replace(folder / name)
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    _write_text(folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index, indent=1))
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    try:
+        with replacing(path) as partial:
+            save_file(tensors, partial)
+    except SafetensorError as error:
+        raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error
 
 
 def _write_config(folder: Path, config: dict[str, object]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write_text(folder / "config.json", json.dumps(config, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _transformer_config(dims: CheckpointDims) -> dict[str, object]:

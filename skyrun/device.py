@@ -3,6 +3,7 @@
 The only file of the runner that talks to CUDA.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HOST_OOM = "can't allocate memory"  # torch has no class for it on the CPU
+_BLOCKS_AHEAD = 2
+# Failed allocations that torch reports as a plain RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -23,14 +25,23 @@ def choose_device(name: str | None) -> torch.device:
         built = torch.version.cuda
         cause = f"torch {torch.__version__} finds no NVIDIA GPU" if built else f"torch {torch.__version__} has no CUDA"
         raise SkyrunError(f"--device cuda: {cause}", "run `skyrun doctor`, or use --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if (name or "cuda") == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # with its index: other threads have another default
+    return torch.device("cpu")
 
 
-def limit_vram(device: torch.device, nbytes: int) -> None:
+@contextmanager
+def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
     """Let torch's allocator fail above `nbytes` rather than take more."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes) / total), device)
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 @contextmanager
@@ -40,7 +51,8 @@ def out_of_memory_explained() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and _HOST_OOM not in cause:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(sign in cause for sign in _OUT_OF_MEMORY):
             raise
         hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
         raise SkyrunError(f"out of memory: {cause}", hint, FAILED) from error
@@ -59,9 +71,10 @@ def peak_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def release_cached(device: torch.device) -> None:
-    """Give memory that a finished stage used back to the device."""
+def finish(device: torch.device) -> None:
+    """Wait for the device's work, and give memory that is not in use back to it."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
@@ -81,6 +94,9 @@ class Ring(Protocol):
 
     def release(self, slot: int) -> None:
         """Model: work enqueued so far is the last that uses the slot."""
+
+    def keep_pace(self) -> None:
+        """Model: a block is enqueued. Wait until the device is at most two behind, so that times mean something."""
 
     def close(self) -> None:
         """Let go of the buffers, once no copy into them is under way."""
@@ -104,6 +120,9 @@ class HostRing:
     def release(self, slot: int) -> None:
         pass
 
+    def keep_pace(self) -> None:
+        pass
+
     def close(self) -> None:
         self.slots.clear()
 
@@ -111,16 +130,18 @@ class HostRing:
 class CudaRing:
     """Slots in device memory behind two page-locked buffers: one is read into while the other is copied.
 
-    Copies run on their own stream. Events order them with the model's kernels; only the reader thread ever waits.
+    Copies run on their own stream, and events order them with the model's kernels.
     """
 
     def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
         self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._staging = [torch.empty(nbytes, dtype=torch.uint8).pin_memory() for _ in range(2 if slots else 0)]
+        self._staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2 if slots else 0)]
         self._staged: list[Any] = [None, None]
         self._turn = 0
         self._device = device
         self._copies = torch.cuda.Stream(device)
+        self._copies.wait_stream(torch.cuda.current_stream(device))  # the slots' memory may still be in use there
+        self._enqueued: deque[Any] = deque()
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._released: list[Any] = [None] * slots
 
@@ -144,9 +165,15 @@ class CudaRing:
     def release(self, slot: int) -> None:
         self._released[slot] = torch.cuda.current_stream(self._device).record_event()
 
+    def keep_pace(self) -> None:
+        self._enqueued.append(torch.cuda.current_stream(self._device).record_event())
+        if len(self._enqueued) > _BLOCKS_AHEAD:
+            self._enqueued.popleft().synchronize()
+
     def close(self) -> None:
         self._copies.synchronize()
         self.slots.clear()
+        self._staging.clear()
 
 
 def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:

@@ -16,6 +16,7 @@ _GIB = 1 << 30
 _COMFORTABLE_RAM = 12 * _GIB
 _MODEL_SPACE = 25 * _GIB  # a Q8_0 model with its text encoder
 _CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
+_DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
 _LABELS = {"good": "good ", "slow": "slow ", "fails": "FAILS"}
 
 
@@ -51,11 +52,15 @@ def _torch(gpu: str) -> Finding:
     try:
         found = f"torch {version('torch')}"
     except PackageNotFoundError:
-        return Finding("torch", "fails", "not installed", "pip install 'torch<2.14'")
+        return Finding("torch", "fails", "not installed", 'pip install "torch<2.14"')
     cuda = _cuda_of_torch()
     if gpu and not cuda:
-        remedy = f"pip install --force-reinstall 'torch<2.14' --index-url {_CUDA_INDEX}"
+        remedy = f'pip install --force-reinstall "torch<2.14" --index-url {_CUDA_INDEX}'
         return Finding("torch", "slow", f"{found} has no CUDA, but there is a GPU", remedy)
+    needed, driver = _DRIVERS.get(cuda.split(".")[0], 0), _driver_major(gpu)
+    if gpu and driver < needed:
+        said = f"{found} with CUDA {cuda} needs driver {needed}, there is {driver}"
+        return Finding("torch", "fails", said, "update the NVIDIA driver")
     return Finding("torch", "good", f"{found}, {f'CUDA {cuda}' if cuda else 'CPU only'}")
 
 
@@ -67,6 +72,12 @@ def _cuda_of_torch() -> str:
     text = (Path(spec.origin).parent / "version.py").read_text()
     match = re.search(r"^cuda[^=\n]*=\s*'([^']+)'", text, re.MULTILINE)
     return match[1] if match else ""
+
+
+def _driver_major(gpu: str) -> int:
+    """The first number of the driver's version, the last field of what nvidia-smi said."""
+    match = re.search(r"(\d+)[\d.]*$", gpu)
+    return int(match[1]) if match else 0
 
 
 def _nvidia_smi() -> str:

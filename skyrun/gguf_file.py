@@ -5,6 +5,7 @@ list for every array; this one reads the header once, skips arrays, and checks e
 before it reads or allocates.
 """
 
+import io
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from skyrun.kernels.formats import BY_ID, Format
 
 _MAX_STRING = 1 << 28  # a tokenizer is tens of MB
 _MAX_NAME = 1 << 10
+_MAX_ENTRIES = 1 << 16  # tensors, or metadata keys
 _MAX_DIMS = 8
 _MAX_NESTING = 4
 _STRING, _ARRAY = 8, 9
@@ -45,21 +47,38 @@ class GGUFFile:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
+    def number(self, key: str, default: float) -> float:
+        """A number of the metadata. SkyrunError if it is something else."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SkyrunError(f"{self.path} says {key} = {value!r}, expected a number", "convert or download it again")
+        return value
+
     def read(self, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> bytearray:
         """`nbytes` bytes of a tensor from byte `start` of it; the whole tensor by default."""
         data = bytearray(info.nbytes - start if nbytes is None else nbytes)
-        with open(self.path, "rb", buffering=0) as file:
+        with open_unbuffered(self.path) as file:
             read_into(file, memoryview(data), info.offset + start)
         return data
 
 
-def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
+def open_unbuffered(path: Path) -> io.FileIO:
+    """The file, for reading into buffers of one's own. SkyrunError if it has gone."""
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise SkyrunError(
+            f"cannot read {path}: {error}", "it was there before: restore it and run again", FAILED
+        ) from error
+
+
+def read_into(file: io.FileIO, buffer: memoryview, offset: int) -> None:
     """Fill the buffer from byte `offset` of an unbuffered file, or raise SkyrunError."""
     try:
         file.seek(offset)
         done = 0
         while done < len(buffer):
-            got = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+            got = file.readinto(buffer[done:])
             if not got:
                 raise SkyrunError(
                     f"{file.name} ended at byte {offset + done}, expected {len(buffer) - done} more",
@@ -105,20 +124,23 @@ class _Header:
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             raise _Malformed("it is big-endian" if swapped in (2, 3) else f"version {version}, expected 2 or 3")
-        tensor_count = self._count(24)
-        metadata = self._metadata(self._count(12))
-        tensors = [self._tensor() for _ in range(tensor_count)]
+        tensor_count = self._count(24, _MAX_ENTRIES)
+        metadata = self._metadata(self._count(12, _MAX_ENTRIES))
+        tensors: dict[str, TensorInfo] = {}
+        for _ in range(tensor_count):
+            info = self._tensor()
+            if info.name in tensors:
+                raise _Malformed(f"two tensors are called {info.name!r}")
+            tensors[info.name] = info
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise _Malformed(f"alignment {alignment!r}, expected a power of two from 8")
         data = -(-self._at // alignment) * alignment
         return GGUFFile(path, metadata, self._placed(tensors, data, alignment))
 
-    def _placed(self, tensors: list[TensorInfo], data: int, alignment: int) -> dict[str, TensorInfo]:
+    def _placed(self, tensors: dict[str, TensorInfo], data: int, alignment: int) -> dict[str, TensorInfo]:
         placed: dict[str, TensorInfo] = {}
-        for info in tensors:
-            if info.name in placed:
-                raise _Malformed(f"two tensors are called {info.name!r}")
+        for info in tensors.values():
             if info.offset % alignment:
                 raise _Malformed(f"{info.name} starts at {info.offset}, expected a multiple of {alignment}")
             end = data + info.offset + info.nbytes
@@ -150,9 +172,11 @@ class _Header:
     def _scalar(self, layout: str) -> Any:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
 
-    def _count(self, smallest: int) -> int:
-        """A number of items that each take at least `smallest` bytes of what is left."""
+    def _count(self, smallest: int, most: int | None = None) -> int:
+        """A number of items, at most `most`, that each take at least `smallest` bytes of what is left."""
         count = int(self._scalar("<Q"))
+        if most is not None and count > most:
+            raise _Malformed(f"{count} entries cannot fit a header, expected at most {most}")
         if count * smallest > self._size - self._at:
             raise _Malformed(f"{count} entries cannot fit in {self._size - self._at} bytes")
         return count

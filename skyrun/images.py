@@ -14,11 +14,24 @@ def open_image(path: Path) -> Image.Image:
     """The picture in RGB, upright. An alpha channel is dropped, as upstream does. SkyrunError if it is none."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", "check the path given to --image") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError) as error:
+    except Image.DecompressionBombError as error:
+        raise SkyrunError(
+            f"{path} is too large a picture: {error}", "scale it down; a few megapixels are enough"
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise SkyrunError(f"{path} is not a readable picture: {error}", "use a PNG, JPEG or WebP file") from error
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Sixteen-bit grey to eight bits, which Pillow would clip to white instead."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise SkyrunError(f"{path} is a picture of floating-point numbers", "save it with 8 bits per channel")
+    return image
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:

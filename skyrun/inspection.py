@@ -7,7 +7,7 @@ from typing import Any
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.gguf_file import open_gguf
-from skyrun.model_files import safetensors_header
+from skyrun.safetensors_header import read_safetensors_header
 
 _VIDEO = (".mp4", ".mkv", ".mov", ".webm")
 
@@ -26,7 +26,19 @@ def describe(path: Path) -> dict[str, Any]:
         return head | {"kind": "video", "made_from": read_request(path) or {"request": "none in the file"}}
     if suffix == ".safetensors":
         return head | _describe_safetensors(path)
+    if suffix != ".gguf" and not _starts_like_gguf(path):
+        raise SkyrunError(
+            f"{path} is no kind of file that skyrun knows", "it describes GGUF, safetensors and video files"
+        )
     return head | _describe_gguf(path)
+
+
+def _starts_like_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise SkyrunError(f"cannot read {path}: {error}", "check its permissions") from error
 
 
 def _describe_gguf(path: Path) -> dict[str, Any]:
@@ -36,17 +48,9 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
 
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
-    header = safetensors_header(path)
-    metadata = header.pop("__metadata__", {})
-    try:
-        tensors = [
-            (name, tuple(t["shape"]), str(t["dtype"]), int(t["data_offsets"][1]) - int(t["data_offsets"][0]))
-            for name, t in header.items()
-            if isinstance(t, dict)
-        ]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise SkyrunError(f"{path} has a damaged header: {error!r}", "convert or download it again") from error
-    return {"kind": "safetensors", "metadata": metadata} | _totals(tensors)
+    header = read_safetensors_header(path)
+    tensors = [(name, tensor.shape, tensor.dtype, tensor.nbytes) for name, tensor in header.tensors.items()]
+    return {"kind": "safetensors", "metadata": header.metadata} | _totals(tensors)
 
 
 def _totals(tensors: list[tuple[str, tuple[int, ...], str, int]]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Ctrl-C that is not lost: libraries in C may turn a KeyboardInterrupt into an error of their own."""
+"""Being told to stop: Ctrl-C, a closed terminal, a request to end. None may be lost or leave a file half-written."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# SIGHUP and SIGTERM are what closing a terminal and `kill` send; Windows has no SIGHUP.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -13,7 +16,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted for whatever exception leaves the body after a Ctrl-C."""
+    """Raise Interrupted for whatever exception leaves the body after such a signal.
+
+    A library in C may turn the KeyboardInterrupt that is raised in it into an error of its own.
+    """
     asked = False
 
     def ask(_number: int, _frame: FrameType | None) -> None:
@@ -21,8 +27,11 @@ def interruptible() -> Iterator[None]:
         asked = True
         raise KeyboardInterrupt
 
-    here = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-    before = signal.signal(signal.SIGINT, ask) if here else None
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & ignore some on purpose
+                before[number] = signal.signal(number, ask)
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -32,5 +41,5 @@ def interruptible() -> Iterator[None]:
             raise Interrupted from error
         raise
     finally:
-        if here:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from skyrun.device import choose_device
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
@@ -12,7 +13,7 @@ from skyrun.images import open_image
 from skyrun.model_files import ModelFiles, find_model, main_type
 from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
-from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_base_dim
+from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sizes import bucket
@@ -58,10 +59,10 @@ def prepare(request: Request) -> Job:
     if request.seed is None:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     device = choose_device(request.device)
-    pictures = [open_image(path) for path in request.images]
-    files = find_model(request.model, request.task, request.quant)
+    pictures, files = _open_inputs(request)
+    assert not isinstance(request.size, str)
     height, width = request.size or bucket(request.resolution, pictures[0].height, pictures[0].width)
-    request = replace(request, size=(height, width), frames=request.frame_count)
+    request = replace(request, size=(height, width), frames=request.frame_count, seconds=None)
     encoder = UMT5(files.text_encoder)
     workload = _workload(request, files, encoder)
     plan = choose(probe(device.type), workload, dtype=request.dtype, max_vram=request.max_vram, max_ram=request.max_ram)
@@ -72,6 +73,30 @@ def prepare(request: Request) -> Job:
             WILL_NOT_FIT,
         )
     return Job(request, files, encoder, height, width, device, workload, plan)
+
+
+def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:
+    """Pictures and model. What is wrong with any of them is in one error."""
+    pictures, failures = [], []
+    for path in request.images:
+        try:
+            pictures.append(open_image(path))
+        except SkyrunError as error:
+            failures.append(error)
+    try:
+        files = find_model(request.model, request.task, request.quant)
+    except SkyrunError as error:
+        failures.append(error)
+    if not failures:
+        parts = {path.resolve() for path in (files.transformer.path, files.text_encoder.path, files.vae)}
+        for place in (request.output, request.save_latents):
+            if place is not None and place.resolve() in parts:
+                failures.append(SkyrunError(f"{place} is a file of the model, it would be lost", "choose another name"))
+    if failures:
+        first = failures[0]
+        problems = [failure.message for failure in failures]
+        raise SkyrunError.listing("this cannot be run", problems, first.hint, first.code)
+    return pictures, files
 
 
 def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
@@ -90,9 +115,10 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         )
     encoder.check()
     check_vae(files.vae)
-    assert request.size is not None
+    assert isinstance(request.size, tuple)
     height, width = request.size
     tensors = canonical_tensors(files.transformer)
+    vae_base_dim, vae_weights = read_vae_dims(files.vae)
     return Workload(
         task=request.task,
         height=height,
@@ -103,10 +129,11 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         layers=dims.layers,
         dim=dims.dim,
         ffn_dim=dims.ffn_dim,
-        block_bytes=max(block.nbytes for block in block_layouts(files.transformer, dims.layers)),
+        block_bytes=max(block.nbytes for block in block_layouts(files.transformer)),
         outer_bytes=sum(info.nbytes for name, info in tensors.items() if not name.startswith("blocks.")),
         text_layers=encoder.layers,
         text_dim=encoder.dim,
         text_block_bytes=encoder.block_bytes,
-        vae_base_dim=read_base_dim(files.vae),
+        vae_base_dim=vae_base_dim,
+        vae_weights=vae_weights,
     )

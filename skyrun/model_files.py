@@ -1,19 +1,22 @@
 """The files that make up a model: found in a folder by what they say of themselves, never by their names."""
 
-import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
-from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.formats import FORMATS
+from skyrun.safetensors_header import read_safetensors_header
+
+T = TypeVar("T")
 
 _CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
 _VAE_TENSOR = "decoder.conv1.weight"
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
-_MAX_HEADER = 100 << 20  # the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,44 @@ def find_model(model: Path | None, task: str, quant: str | None = None) -> Model
     if not model.exists():
         raise SkyrunError(f"the model {model} does not exist", _CONVERT, MODEL_MISSING)
     folder = model if model.is_dir() else model.parent
-    headers = [open_gguf(path) for path in sorted(folder.glob("*.gguf"))]
-    if model.is_file():
-        transformers = [open_gguf(model)]
-    else:
-        transformers = [header for header in headers if header.architecture == "wan"]
+    unreadable: list[str] = []
+    headers = _readable(open_gguf, folder.glob("*.gguf"), unreadable)
     encoders = [header for header in headers if header.architecture == "t5encoder"]
-    vaes = [path for path in sorted(folder.glob("*.safetensors")) if _VAE_TENSOR in safetensors_header(path)]
-    parts = {"a transformer": transformers, "a text encoder": encoders, "an autoencoder": vaes}
-    missing = [f"{folder} has no {name.split(' ', 1)[1]}" for name, found in parts.items() if not found]
+    vaes = [path for path in _readable(_vae, folder.glob("*.safetensors"), unreadable) if path]
+    transformers = [open_gguf(model)] if model.is_file() else [h for h in headers if h.architecture == "wan"]
+    parts = (("transformer", bool(transformers)), ("text encoder", bool(encoders)), ("autoencoder", bool(vaes)))
+    missing = [f"{folder} has no {name}" for name, found in parts if not found]
     if missing:
+        code = BAD_INPUT if unreadable else MODEL_MISSING
         if (folder / "transformer").is_dir():
             missing.append(f"{folder} is a published checkpoint, which has to be converted first")
-        raise SkyrunError.listing("the model is not complete", missing, _CONVERT, MODEL_MISSING)
-    return ModelFiles(_for_task(_select(transformers, quant), task), max(encoders, key=bits_per_weight), vaes[0])
+        raise SkyrunError.listing("the model is not complete", [*unreadable, *missing], _CONVERT, code)
+    transformer = _select(_for_task(transformers, task), quant)
+    return ModelFiles(transformer, max(encoders, key=bits_per_weight), vaes[0])
+
+
+def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list[str]) -> list[T]:
+    """What `read` makes of each path; one that it refuses matters only if something is missing in the end."""
+    found = []
+    for path in sorted(path for path in paths if path.is_file()):
+        try:
+            found.append(read(path))
+        except SkyrunError as error:
+            unreadable.append(error.message)
+    return found
+
+
+def _vae(path: Path) -> Path | None:
+    return path if _VAE_TENSOR in read_safetensors_header(path).tensors else None
+
+
+def _for_task(transformers: list[GGUFFile], task: str) -> list[GGUFFile]:
+    fitting = [file for file in transformers if file.metadata.get("skyrun.task", task) == task]
+    if not fitting:
+        other = transformers[0]
+        said = other.metadata["skyrun.task"]
+        raise SkyrunError(f"{other.path} is a model for {said}, not for {task}", f"use it with `skyrun run {said}`")
+    return fitting
 
 
 def _select(transformers: list[GGUFFile], quant: str | None) -> GGUFFile:
@@ -60,15 +87,6 @@ def _select(transformers: list[GGUFFile], quant: str | None) -> GGUFFile:
             raise SkyrunError(f"{folder} has no {quant} transformer", f"it has {', '.join(there)}", MODEL_MISSING)
         return there[quant]
     return max(transformers, key=bits_per_weight)
-
-
-def _for_task(transformer: GGUFFile, task: str) -> GGUFFile:
-    said = transformer.metadata.get("skyrun.task", task)
-    if said != task:
-        raise SkyrunError(
-            f"{transformer.path} is a model for {said}, not for {task}", f"use it with `skyrun run {said}`"
-        )
-    return transformer
 
 
 def main_type(file: GGUFFile) -> str:
@@ -83,28 +101,3 @@ def main_type(file: GGUFFile) -> str:
 def bits_per_weight(file: GGUFFile) -> float:
     """Bits per weight of that type."""
     return FORMATS[main_type(file)].bits_per_weight
-
-
-def safetensors_header(path: Path) -> dict[str, object]:
-    """The header of a safetensors file: tensors by name and `__metadata__`.
-
-    SkyrunError if it is none, or if it is shorter than its header says.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-        if end > size:
-            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SkyrunError(
-            f"{path} is not a usable safetensors file: {error}", "convert or download it again"
-        ) from error
-    return header

@@ -1,10 +1,11 @@
 """Plans, results and descriptions as text for people."""
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyrun.progress import duration, size
-from skyrun.request import FPS
+from skyrun.request import FPS, TEXT_LENGTH
 
 if TYPE_CHECKING:
     from skyrun.job import Job
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from skyrun.runner import Result
 
 _GIB = 1 << 30
+_LONG = 2000  # a prompt is shorter, a tokenizer longer
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -29,13 +31,16 @@ def plan_text(job: "Job") -> str:
     if plan.resident_blocks == job.workload.layers:
         blocks = "all blocks stay in memory"
     head = [
-        f"{request.task}: {job.width} x {job.height}, {request.frame_count} frames ({length:.1f} s), "
+        f"{request.task}: {job.height}x{job.width} (height x width), {request.frame_count} frames ({length:.1f} s), "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
         f"{job.files.transformer.path.name} on {plan.device_name}, {plan.dtype} (decoding in {plan.vae_dtype})",
         blocks,
         f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
     ]
     columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]
+    tokens = job.encoder.token_count(request.prompt)
+    if tokens > TEXT_LENGTH:
+        head.insert(1, f"the prompt has {tokens} tokens, the model reads {TEXT_LENGTH}: its end is cut off")
     rows = [["  stage", *columns]]
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
@@ -92,4 +97,5 @@ def _shown(value: Any) -> str:
             f"{part} {name}" if isinstance(part, int) else f"{name} {part}" for name, part in value.items()
         )
     text = str(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+    text = text if text.isprintable() else json.dumps(text)  # line breaks and escapes would not stay in their line
+    return text if len(text) <= _LONG else f"{text[:80]}... ({len(text)} characters)"

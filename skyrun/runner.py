@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skyrun.device import limit_vram, out_of_memory_explained, peak_bytes
+from skyrun.device import out_of_memory_explained, peak_bytes, vram_limited
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, StageEnded, StageStarted, drain, now
 from skyrun.job import Job, prepare
@@ -49,18 +49,18 @@ class Result:
 def run_job(job: Job, keep_frames: bool = True) -> Generator[Event, None, Result]:
     """Make the clip. Yields events; latents are saved before decoding, frames are written as they come."""
     request = job.request
-    limit_vram(job.device, job.plan.limit_bytes - CONTEXT_BYTES)
     kept, stages, latents = [], [], torch.empty(0)
-    with out_of_memory_explained(), ExitStack() as stack:
+    failure: SkyrunError | None = None
+    allowed = job.plan.limit_bytes - CONTEXT_BYTES
+    with out_of_memory_explained(), vram_limited(job.device, allowed), ExitStack() as stack:
         writer = None
         if request.output is not None:
             video = writing_video(request.output, job.height, job.width, FPS, request.as_json())
             writer = stack.enter_context(video)
         for event in reference_to_video(job):
             if isinstance(event, LatentsReady):
-                latents = event.latents
-                if request.save_latents is not None:
-                    _save_latents(request.save_latents, latents, request)
+                latents = event.latents.clone()  # an ordinary tensor, not one of inference mode
+                failure = _save_latents(request, latents)
             elif isinstance(event, FramesReady):
                 if writer is not None:
                     writer.add(event.frames)
@@ -74,16 +74,23 @@ def run_job(job: Job, keep_frames: bool = True) -> Generator[Event, None, Result
             yield StageStarted("write", 1, "file")
             stack.close()
             yield StageEnded("write", now() - start, peak_bytes(job.device))
+    if failure is not None:  # only now: the clip itself could be made
+        raise failure
     frames = np.concatenate(kept) if kept else np.empty((0, job.height, job.width, 3), np.uint8)
     return Result(frames, latents, FPS, request, job.plan, tuple(stages))
 
 
-def _save_latents(path: Path, latents: Tensor, request: Request) -> None:
+def _save_latents(request: Request, latents: Tensor) -> SkyrunError | None:
+    """Save them if the request says where. Returns why it failed."""
+    path = request.save_latents
+    if path is None:
+        return None
     try:
         with replacing(path) as partial:
             save_file({"latents": latents.contiguous()}, partial, {"request": json.dumps(request.as_json())})
     except (OSError, SafetensorError) as error:
-        raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error
+        return SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED)
+    return None
 
 
 def run(request: Request) -> Result:

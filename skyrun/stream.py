@@ -4,8 +4,9 @@ A ring of a few buffers holds the block in use and the next ones; nothing else o
 those that the plan keeps. Blocks are found by the offsets in the header, in whatever order the file has them.
 """
 
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from skyrun.device import make_ring
+from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
-from skyrun.gguf_file import TensorInfo, read_into
+from skyrun.gguf_file import TensorInfo, open_unbuffered, read_into
 from skyrun.weights import Weights, as_weight
 
 _ALIGNMENT = 32
@@ -59,11 +61,26 @@ def lay_out(tensors: dict[str, TensorInfo]) -> Block:
     return Block(tuple(placed), tuple(extents), extents[-1].at + extents[-1].nbytes)
 
 
+def lay_out_blocks(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> list[Block]:
+    """The blocks `prefix0.`, `prefix1.`, ... of a file, in order. SkyrunError if the numbers have gaps."""
+    numbered = re.compile(re.escape(prefix) + r"(\d{1,5})\.(.+)")
+    blocks: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if match := numbered.fullmatch(name):
+            blocks.setdefault(int(match[1]), {})[match[2]] = info
+        elif name.startswith(prefix):
+            raise SkyrunError(f"{path} has a tensor {name} of no block", "convert or download it again")
+    if not blocks or max(blocks) != len(blocks) - 1:
+        found = f"blocks up to {max(blocks)}" if blocks else "none"
+        raise SkyrunError(f"{path} has {len(blocks)} blocks {prefix}N, {found}", "convert or download it again")
+    return [lay_out(blocks[index]) for index in range(len(blocks))]
+
+
 class FileReader:
     """Fills buffers from a file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = open_unbuffered(path)
 
     def read(self, block: Block, buffer: Tensor) -> None:
         """Read the block's extents into the buffer, uint8 on the host."""
@@ -117,10 +134,10 @@ class BlockStream:
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
-        self._reader = reader or FileReader(path)
         passing = [block.nbytes for index, block in enumerate(blocks) if index not in resident]
         slots = slots if passing else 0
         self._ring = make_ring(device, slots, max(passing, default=0))
+        self._reader = reader or FileReader(path)
         self._free: SimpleQueue[int | None] = SimpleQueue()
         self._ready: SimpleQueue[_Loaded | BaseException] = SimpleQueue()
         for slot in range(slots):
@@ -153,6 +170,7 @@ class BlockStream:
             if loaded.slot is not None:
                 self._ring.release(loaded.slot)
                 self._free.put(loaded.slot)
+            self._ring.keep_pace()
 
     def _next(self, index: int) -> _Loaded:
         if index in self._kept:
@@ -174,6 +192,8 @@ class BlockStream:
         try:
             for turn in range(self._passes):
                 for index, block in enumerate(self._blocks):
+                    if self._closed:
+                        return
                     if index in self._resident:
                         if turn == 0:
                             self._ready.put(self._read_kept(index, block))

@@ -47,7 +47,7 @@ def writing_video(path: Path, height: int, width: int, fps: int, request: dict[s
     """A writer for an mp4 that appears under `path` when it is whole, with the request as JSON in its comment."""
     try:
         with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container:
-            container.metadata[_TAG] = json.dumps(request, ensure_ascii=False)
+            container.metadata[_TAG] = json.dumps(request)
             writer = VideoWriter(container, height, width, fps)
             yield writer
             writer.finish()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
-from skyrun.gguf_file import GGUFFile, TensorInfo, read_into
+from skyrun.gguf_file import GGUFFile, TensorInfo, open_unbuffered, read_into
 from skyrun.kernels import QuantizedWeight, dequantize, linear
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -15,9 +15,14 @@ Weight = Tensor | QuantizedWeight
 
 
 def as_weight(data: Tensor, info: TensorInfo) -> Weight:
-    """uint8 [nbytes] -> a view of it: a plain tensor of the info's shape, or blocks with their type."""
+    """uint8 [nbytes] -> a view of it: a plain tensor of the info's shape, or for a quantized matrix its blocks.
+
+    Some tools quantize vectors too; those are decoded here.
+    """
     if info.format.name in _PLAIN:
         return data.view(_PLAIN[info.format.name]).view(info.shape)
+    if len(info.shape) != 2:
+        return dequantize(data, info.format.name).view(info.shape)
     return QuantizedWeight(data.view(-1, info.format.row_bytes(info.shape[-1])), info.format.name)
 
 
@@ -44,8 +49,8 @@ class Weights:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x [..., cols] through the layer called `name`, with its bias if it has one -> [..., rows]."""
-        bias = self._weights.get(f"{name}.bias")
-        return linear(x, self[f"{name}.weight"], bias if isinstance(bias, Tensor) else None)
+        bias = self.dense(f"{name}.bias") if f"{name}.bias" in self._weights else None
+        return linear(x, self[f"{name}.weight"], bias)
 
 
 def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.device) -> Weights:
@@ -66,7 +71,7 @@ def read_rows(file: GGUFFile, info: TensorInfo, rows: list[int]) -> Tensor:
             "its tokenizer belongs to another model: convert the checkpoint again",
         )
     data = bytearray(row_bytes * len(rows))
-    with open(file.path, "rb", buffering=0) as source:
+    with open_unbuffered(file.path) as source:
         for place, row in enumerate(rows):
             target = memoryview(data)[place * row_bytes : (place + 1) * row_bytes]
             read_into(source, target, info.offset + row * row_bytes)

@@ -72,7 +72,8 @@ def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return convert
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """For tests that call models directly, which pipelines do in this mode."""
     with torch.inference_mode():
         yield

@@ -219,7 +219,7 @@ print((peak() - base) // 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("quant", ["Q8_0", "F32"])
 def test_a_tensor_larger_than_the_budget_is_converted_in_pieces(copy, tmp_path, quant):
-    """The embedding table is 300 MB, 600 in float32; at most 320 MB may be held beyond the interpreter with torch."""
+    """The embedding table is 300 MB, 600 in float32; at most 450 MB may be held beyond the interpreter with torch."""
     path = copy / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
     tensors["shared.weight"] = torch.zeros(1_200_000, 128, dtype=torch.bfloat16)
@@ -228,4 +228,4 @@ def test_a_tensor_larger_than_the_budget_is_converted_in_pieces(copy, tmp_path, 
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 1_200_000}))
     command = [sys.executable, "-c", _MEASURE, str(copy), str(tmp_path / "out"), quant]
     measured = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(measured.stdout) < 320, measured.stdout
+    assert int(measured.stdout) < 450, measured.stdout

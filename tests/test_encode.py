@@ -76,12 +76,23 @@ def test_rows_do_not_depend_on_their_neighbours(type):
     assert torch.equal(together, quantize(x, type))
 
 
+@pytest.mark.parametrize("type", list(ENCODERS))
+def test_the_largest_weights_stay_finite(type):
+    rows = torch.full((3, 256), ENCODERS[type].largest)
+    rows[1] *= -1
+    rows[2] *= torch.linspace(-1, 1, 256)
+    assert torch.isfinite(dequantize(quantize(rows, type), type)).all()
+
+
 @pytest.mark.parametrize(
     ("x", "type", "message"),
     [
         (torch.tensor([[1.0, float("nan")]]), "F32", "1 weights are NaN or infinite"),
         (torch.full((1, 256), float("inf")), "Q4_K", "256 weights are NaN or infinite"),
-        (torch.full((1, 2), 1e5), "F16", "F16 holds up to 65504"),
+        (torch.full((1, 2), 1e5), "F16", "F16 holds up to 65504, got a weight of 100000"),
+        (torch.full((1, 2), 3.4e38), "BF16", "BF16 holds up to 3.38953e\\+38"),
+        (torch.full((1, 32), 1e9), "Q8_0", "Q8_0 holds up to 8.31901e\\+06"),
+        (torch.full((1, 256), -1e9), "Q4_K", "Q4_K holds up to"),
         (torch.zeros(1, 100), "Q4_K", "a row of 100 weights cannot be Q4_K"),
         (torch.zeros(1, 256), "IQ4_XS", "cannot write IQ4_XS"),
         (torch.zeros(1, 256), "Q4", "unknown type 'Q4'"),

@@ -1,5 +1,6 @@
 """From the published layout to frames: convert and run by command line, against upstream's clips."""
 
+import dataclasses
 import gc
 import json
 
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from skyrun import Request, run
+from skyrun import Request, SkyrunError, run
 from skyrun.cli import main
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 from skyrun.events import BlockDone, StageStarted
+from skyrun.images import open_image
 from skyrun.job import prepare
 from skyrun.pipelines.reference import draw_noise
 from skyrun.quant import convert
@@ -107,9 +109,67 @@ def test_bfloat16_activations_stay_near(goldens, converted):
 def test_a_clip_can_be_made_again_from_what_it_says(goldens, converted, tmp_path):
     golden = goldens("e2e/r2v_1img/golden")
     first = run(request_of(golden, converted("Q8_0"), output=tmp_path / "a.mp4", seed=None))
-    again = Request.from_json(json.dumps(read_request(tmp_path / "a.mp4")))
+    again = Request.from_json(read_request(tmp_path / "a.mp4"))
     assert again == first.request
     assert torch.equal(run(again).latents, first.latents)
+
+
+def test_the_result_is_an_ordinary_tensor(goldens, converted):
+    latents = run(request_of(goldens("e2e/r2v_1img/golden"), converted("Q8_0"), steps=1)).latents
+    latents.mul_(2).requires_grad_()
+
+
+@pytest.mark.parametrize("text", ['海, 🌊 and\n a "wave"', "caf\udce9"])
+def test_a_clip_carries_any_prompt(goldens, converted, tmp_path, text):
+    request = request_of(goldens("e2e/r2v_1img/golden"), converted("Q8_0"), prompt=text, steps=1)
+    run(dataclasses.replace(request, output=tmp_path / "clip.mp4"))
+    assert read_request(tmp_path / "clip.mp4")["prompt"] == text
+
+
+def test_a_sixteen_bit_picture_is_the_picture(goldens, converted, tmp_path):
+    grey = np.tile(np.arange(0, 240, 5, dtype=np.uint8), (32, 1))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert np.array_equal(np.array(open_image(tmp_path / "8.png")), np.array(open_image(tmp_path / "16.png")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None, "steps": "8"}, "(?s)steps is '8', expected a whole number.*prompt is None, expected text"),
+        ({"size": (480.0, 832)}, "size is 480.0, expected a whole number"),
+        ({"size": (100,)}, "size is \\(100,\\), expected"),
+        ({"size": "100"}, "size '100' is not HxW"),
+        ({"images": None}, "image is None, expected a path"),
+        ({"images": ()}, "got 0 reference images"),
+        ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
+        ({"frames": True}, "frames is True, expected a whole number"),
+        ({"seconds": 1}, "got 17 frames and 1 seconds, expected one of them"),
+        ({"max_ram": "big"}, "max_ram is 'big', expected a number"),
+        ({"device": "tpu", "dtype": "int8"}, "(?s)unknown device 'tpu'.*unknown dtype 'int8'"),
+        ({"task": "t2v"}, "unknown task 't2v'"),
+    ],
+)
+def test_mistakes_from_python(goldens, changes, message):
+    with pytest.raises(SkyrunError, match=message):
+        request_of(goldens("e2e/r2v_1img/golden"), None, **changes)
+
+
+def test_a_request_survives_json(goldens):
+    request = request_of(goldens("e2e/r2v_2img/golden"), "models", quant="q8_0", resolution="720p")
+    assert request.quant == "Q8_0"
+    assert Request.from_json(json.loads(json.dumps(request.as_json()))) == dataclasses.replace(
+        request, resolution="480P"
+    )
+    for damaged in ({}, {"task": "r2v"}, request.as_json() | {"fps": 3}, [1]):
+        with pytest.raises(SkyrunError, match="are not a request"):
+            Request.from_json(damaged)
+
+
+def test_a_size_may_be_text_and_a_picture_alone(goldens):
+    golden = goldens("e2e/r2v_1img/golden")
+    request = request_of(golden, None, size="32 × 48", images=str(golden.folder / "ref0.png"))
+    assert request == request_of(golden, None)
 
 
 def test_another_size_of_model_needs_no_code(tmp_path):

@@ -20,6 +20,7 @@ from skyrun.sizes import bucket
 from skyrun.stream import BlockStream
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def worst(a, b):
@@ -71,6 +72,16 @@ def test_umt5(goldens, encoder):
     embedding = embed(encoder, long)
     assert worst(embedding[:16], golden["out.wan512_emb_first16_p1"]) < 2e-5
     assert worst(embedding[-16:], golden["out.wan512_emb_last16_p1"]) < 2e-5
+
+
+def test_a_tokenizer_that_pads_is_told_not_to(converted, encoder):
+    file = open_gguf(next(converted("F32").glob("umt5*.gguf")))
+    key = "tokenizer.huggingface.json"
+    padding = {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    text = json.dumps(json.loads(file.metadata[key]) | {"padding": padding})
+    padded = UMT5(dataclasses.replace(file, metadata=file.metadata | {key: text}))
+    assert padded.token_ids("a sea") == encoder.token_ids("a sea")
 
 
 def test_umt5_of_tensors_that_do_not_fit_is_refused(converted, encoder):
@@ -129,7 +140,7 @@ def test_dit(goldens, converted):
     latents = golden["in.hidden_states"][0]
     rope = dit.rope(latents)
     assert worst(torch.stack(rope, 2), golden["out.rope"]) < 1e-6
-    with BlockStream(file.path, block_layouts(file, dit.dims.layers), CPU, passes=len(timesteps)) as stream:
+    with BlockStream(file.path, block_layouts(file), CPU, passes=len(timesteps)) as stream:
         for index, time in enumerate(times):
             sample = drain(dit.forward(stream, latents, time, context, rope))
             assert worst(sample, golden[f"out.sample{index}"][0]) < 2e-5

@@ -26,6 +26,7 @@ REAL = Workload(
     text_dim=4096,
     text_block_bytes=200_000_000,
     vae_base_dim=96,
+    vae_weights=127_000_000,
 )
 
 

@@ -11,7 +11,9 @@ import torch
 from skyrun.errors import SkyrunError
 from skyrun.gguf_file import TensorInfo, open_gguf
 from skyrun.kernels import FORMATS
+from skyrun.quant import quantize
 from skyrun.stream import BlockStream, FileReader, lay_out, spread
+from skyrun.weights import Weights, as_weight
 
 CPU = torch.device("cpu")
 BLOCKS, NUMBERS = 12, 5000
@@ -106,7 +108,7 @@ def test_the_next_block_is_read_while_one_computes(model):
                 assert reader.count.acquire(timeout=60)  # the next one arrives without being asked for
             clocks.append(clock.done())
     for this, following in zip(clocks, clocks[1:], strict=False):
-        assert following.read_end <= this.compute_end
+        assert following.read_start <= this.compute_end
 
 
 def test_reading_wraps_into_the_next_pass(model):
@@ -137,6 +139,38 @@ def test_closing_early_ends_the_thread(model):
     assert threading.active_count() == before
 
 
+def test_closing_early_does_not_read_what_would_have_been_kept(model):
+    class Gated(Watched):
+        gate = threading.Event()
+
+        def read(self, block, buffer):
+            super().read(block, buffer)
+            self.gate.wait(60)
+
+    path, blocks = model
+    reader = Gated(path)
+    stream = BlockStream(path, blocks, CPU, resident=frozenset(range(BLOCKS)), reader=reader)
+    assert reader.count.acquire(timeout=60)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    while not stream._closed:
+        time.sleep(0.001)
+    reader.gate.set()
+    closing.join(60)
+    assert not reader.count.acquire(blocking=False)
+
+
+def test_weights_that_other_tools_quantize_are_decoded():
+    numbers = torch.linspace(-1, 1, 64)
+    data = quantize(numbers[None], "Q8_0").flatten()
+    info = TensorInfo("x.bias", (64,), FORMATS["Q8_0"], 0, len(data))
+    matrix = TensorInfo("x.weight", (64, 32), FORMATS["F32"], 0, 64 * 32 * 4)
+    zeros = torch.zeros(matrix.nbytes, dtype=torch.uint8)
+    weights = Weights("x", {"x.bias": as_weight(data, info), "x.weight": as_weight(zeros, matrix)})
+    assert weights.dense("x.bias").shape == (64,)
+    torch.testing.assert_close(weights.linear("x", torch.ones(32)), numbers, atol=0.01, rtol=0)
+
+
 def test_a_slow_reader_is_waited_for(model):
     class Slow(FileReader):
         def read(self, block, buffer):
@@ -161,14 +195,14 @@ def test_model_files_have_one_extent_per_block(converted):
     from skyrun.models.dit import block_layouts
 
     file = open_gguf(next(converted("Q4_K").glob("SkyReels*.gguf")))
-    blocks = block_layouts(file, 2)
+    blocks = block_layouts(file)
     assert [len(block.extents) for block in blocks] == [1, 1]
     assert blocks[0].extents[0].offset + blocks[0].nbytes <= blocks[1].extents[0].offset
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("resident", [0, 5])
+@pytest.mark.parametrize("resident", [0, 5, BLOCKS])
 def test_blocks_arrive_whole_on_a_gpu(model, resident):
     path, blocks = model
     device = torch.device("cuda")

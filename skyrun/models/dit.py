@@ -14,12 +14,12 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.gguf_file import GGUFFile, TensorInfo
 from skyrun.layers import add_gated, attention, layer_norm, modulate, rms_norm, rope_table, rotate, sinusoid
-from skyrun.stream import Block, BlockStream, lay_out
+from skyrun.request import TEXT_LENGTH
+from skyrun.stream import Block, BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights
 
 _HEAD_DIM = 128
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-TEXT_LENGTH = 512
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
 TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
@@ -61,17 +61,16 @@ def read_dims(file: GGUFFile) -> DiTDims:
             )
         return tensors[name].shape[axis]
 
-    layers = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
     dims = DiTDims(
         dim=size("patch_embedding.weight", 0),
         heads=size("patch_embedding.weight", 0) // _HEAD_DIM,
-        layers=max(layers, default=-1) + 1,
+        layers=len(block_layouts(file)),
         ffn_dim=size("blocks.0.ffn.0.weight", 0),
         in_channels=size("patch_embedding.weight", 1),
         out_channels=size("head.head.weight", 0) // 4,
         text_dim=size("text_embedding.0.weight", 1),
         freq_dim=size("time_embedding.0.weight", 1),
-        eps=float(file.metadata.get("skyrun.eps", 1e-6)),
+        eps=file.number("skyrun.eps", 1e-6),
     )
     problems = _shape_problems(dims, tensors)
     if dims.dim % _HEAD_DIM:
@@ -120,14 +119,9 @@ def _found(tensors: dict[str, TensorInfo], name: str) -> str:
     return str(list(tensors[name].shape)) if name in tensors else "missing"
 
 
-def block_layouts(file: GGUFFile, layers: int) -> list[Block]:
+def block_layouts(file: GGUFFile) -> list[Block]:
     """Where each block lies, in execution order."""
-    blocks: list[dict[str, TensorInfo]] = [{} for _ in range(layers)]
-    for name, info in canonical_tensors(file).items():
-        if name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
-            blocks[int(index)][rest] = info
-    return [lay_out(block) for block in blocks]
+    return lay_out_blocks(file.path, canonical_tensors(file), "blocks.")
 
 
 class DiT:

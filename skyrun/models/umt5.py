@@ -18,11 +18,13 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.gguf_file import GGUFFile, TensorInfo
 from skyrun.layers import rms_norm
-from skyrun.stream import Block, BlockStream, lay_out
+from skyrun.request import TEXT_LENGTH
+from skyrun.stream import BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights, read_rows, shapes_only
 
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128
+_CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
 _TOKENIZER = "tokenizer.huggingface.json"
 
 
@@ -36,11 +38,13 @@ class UMT5:
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
-        self._eps = float(file.metadata.get("t5encoder.attention.layer_norm_rms_epsilon", 1e-6))
-        self._blocks = self._block_layouts()
+        self._eps = file.number("t5encoder.attention.layer_norm_rms_epsilon", 1e-6)
+        self._buckets, self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape
+        _, self.dim = self._tensor("token_embd.weight").shape
+        self._blocks = lay_out_blocks(file.path, file.tensors, _BLOCK)
+        if len(self._blocks) != (said := file.number("t5encoder.block_count", len(self._blocks))):
+            raise SkyrunError(f"{file.path} has {len(self._blocks)} blocks, its header says {said}", _CONVERT)
         self._tokenizer = self._load_tokenizer()
-        self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape[1]
-        self.dim = self._tensor("token_embd.weight").shape[1]
 
     @property
     def layers(self) -> int:
@@ -51,18 +55,24 @@ class UMT5:
         """Bytes of the largest block."""
         return max(block.nbytes for block in self._blocks)
 
-    def token_ids(self, prompt: str, max_length: int = 512) -> list[int]:
+    def token_ids(self, prompt: str, max_length: int = TEXT_LENGTH) -> list[int]:
         """Ids of the cleaned prompt, closed by </s>; a longer prompt is cut so that </s> is the last."""
         self._tokenizer.enable_truncation(max_length)
+        self._tokenizer.no_padding()  # a tokenizer file may ask for it; here every id counts as a token
         ids: list[int] = self._tokenizer.encode(clean_prompt(prompt)).ids
         return ids
+
+    def token_count(self, prompt: str) -> int:
+        """How many tokens the whole prompt has, </s> included."""
+        self._tokenizer.no_truncation()
+        return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
 
     def check(self) -> None:
         """Run every block on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
         meta = torch.device("meta")
         x = torch.empty(2, self.dim, device=meta)
         buckets = torch.zeros(2, 2, dtype=torch.int64, device=meta)
-        self._tensor("enc.output_norm.weight")
+        self._tensor("enc.output_norm.weight", 1)
         try:
             for index, block in enumerate(self._blocks):
                 infos = {name: info for name, info, _ in block.tensors}
@@ -85,38 +95,23 @@ class UMT5:
         runs once, and its activations leave float16's range.
         """
         x = read_rows(self._file, self._tensor("token_embd.weight"), ids).to(device)
-        buckets = relative_buckets(len(ids), self._bucket_count(), device)
+        buckets = relative_buckets(len(ids), self._buckets, device)
         for weights, clock in stream.blocks():
             x = umt5_block(x, weights, buckets, self.heads, self._eps)
             yield clock.done()
         name = "enc.output_norm.weight"
-        norm = load_weights(self._file, {name: self._tensor(name)}, device)
+        norm = load_weights(self._file, {name: self._tensor(name, 1)}, device)
         return rms_norm(x, norm.dense(name), self._eps)
 
-    def _tensor(self, name: str) -> TensorInfo:
-        if name not in self._file.tensors:
+    def _tensor(self, name: str, dims: int = 2) -> TensorInfo:
+        info = self._file.tensors.get(name)
+        if info is None:
+            raise SkyrunError(f"{self._file.path} has no tensor {name}: it is not a UMT5 encoder", _CONVERT)
+        if len(info.shape) != dims:
             raise SkyrunError(
-                f"{self._file.path} has no tensor {name}: it is not a UMT5 encoder",
-                "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
+                f"{self._file.path} has {name} of shape {list(info.shape)}, expected {dims} axes", _CONVERT
             )
-        return self._file.tensors[name]
-
-    def _bucket_count(self) -> int:
-        return self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape[0]
-
-    def _block_layouts(self) -> list[Block]:
-        blocks: dict[int, dict[str, TensorInfo]] = {}
-        for name, info in self._file.tensors.items():
-            if name.startswith(_BLOCK):
-                index, rest = name.removeprefix(_BLOCK).split(".", 1)
-                blocks.setdefault(int(index), {})[rest] = info
-        count = int(self._file.metadata.get("t5encoder.block_count", len(blocks)))
-        if not blocks or sorted(blocks) != list(range(count)):
-            raise SkyrunError(
-                f"{self._file.path} holds {len(blocks)} blocks of a text encoder, its header says {count}",
-                "convert or download it again",
-            )
-        return [lay_out(blocks[index]) for index in range(count)]
+        return info
 
     def _load_tokenizer(self) -> Tokenizer:
         text = self._file.metadata.get(_TOKENIZER)

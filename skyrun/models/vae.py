@@ -6,6 +6,7 @@ with the length of the clip. Weights have original Wan names; the structure is r
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.model_files import safetensors_header
+from skyrun.safetensors_header import read_safetensors_header
 
 # Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
 _LATENTS_MEAN = (
@@ -27,6 +28,7 @@ _LATENTS_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 LATENT_CHANNELS = 16
+_FLOAT = ("F32", "F16", "BF16")
 _GROUP = 4  # frames per latent frame, after the first
 
 Memory = dict[str, Tensor]
@@ -73,7 +75,12 @@ class WanVAE:
             yield self._decoder(x, memory).squeeze(0).float().clamp(-1, 1)
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
-        values = json.loads(metadata.get("skyrun", "{}")).get(key, default)
+        said = json.loads(metadata.get("skyrun", "{}"))
+        values = said.get(key, default) if isinstance(said, dict) else default
+        if not isinstance(values, (list, tuple)) or [type(value) for value in values] != [float] * LATENT_CHANNELS:
+            raise SkyrunError(
+                f"{self._path} says {key} = {values}, expected {LATENT_CHANNELS} numbers", "convert it again"
+            )
         return torch.tensor(values, device=self._device).view(-1, 1, 1, 1)
 
     def _w(self, name: str) -> Tensor:
@@ -95,8 +102,8 @@ class WanVAE:
 
     def _stack(self, prefix: str) -> list[str]:
         """Names of the layers `prefix.0`, `prefix.1`, ... that the file has."""
-        found = {int(name[len(prefix) + 1 :].split(".")[0]) for name in self._weights if name.startswith(prefix + ".")}
-        return [f"{prefix}.{index}" for index in range(max(found, default=-1) + 1)]
+        names = {".".join(name.split(".")[:3]) for name in self._weights if name.startswith(prefix + ".")}
+        return [f"{prefix}.{index}" for index in range(len(names))]
 
     def _is_residual(self, name: str) -> bool:
         return f"{name}.resample.1.weight" not in self._weights
@@ -181,33 +188,37 @@ class WanVAE:
         return self._spatial(x, name, padding=1)
 
 
-def read_base_dim(path: Path) -> int:
-    """Channels of the autoencoder's widest level, from the file's header."""
-    tensor = safetensors_header(path).get("decoder.head.2.weight")
-    shape = tensor.get("shape") if isinstance(tensor, dict) else None
-    if not isinstance(shape, list) or len(shape) != 5:
+def read_vae_dims(path: Path) -> tuple[int, int]:
+    """Channels of the autoencoder's widest level, and the number of its weights, from the file's header."""
+    tensors = read_safetensors_header(path).tensors
+    head = tensors.get("decoder.head.2.weight")
+    if head is None or len(head.shape) != 5:
         raise SkyrunError(f"{path} is not a Wan autoencoder with original names", "convert the published checkpoint")
-    return int(shape[1])
+    return head.shape[1], sum(prod(tensor.shape) for tensor in tensors.values())
 
 
 def check_vae(path: Path) -> None:
     """Encode and decode on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
-    vae = WanVAE(path, torch.device("meta"))
     try:
+        vae = WanVAE(path, torch.device("meta"))
         vae.encode(torch.empty(3, 9, 16, 16, device="meta"))
         for pixels in vae.decode(torch.empty(LATENT_CHANNELS, 3, 2, 2, device="meta")):
             assert pixels.shape[2:] == (16, 16)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         raise SkyrunError(
             f"{path} has tensors that do not fit each other: {error}", "convert or download the autoencoder again"
         ) from error
 
 
 def _shapes(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    header = safetensors_header(path)
-    metadata: Any = header.pop("__metadata__", {})
-    shapes = {name: tensor["shape"] for name, tensor in header.items() if isinstance(tensor, dict)}
-    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}, metadata
+    header = read_safetensors_header(path)
+    strange = [
+        f"{name} is {t.dtype}, expected F32, F16 or BF16" for name, t in header.tensors.items() if t.dtype not in _FLOAT
+    ]
+    if strange:
+        raise SkyrunError.listing(f"{path} cannot be used", strange, "convert or download the autoencoder again")
+    weights = {name: torch.empty(t.shape, dtype=dtype, device=device) for name, t in header.tensors.items()}
+    return weights, header.metadata
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:

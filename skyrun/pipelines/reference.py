@@ -9,7 +9,7 @@ from skyrun.events import Event, LatentsReady
 from skyrun.images import letterbox, open_image, to_pixels
 from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
-from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer, open_blocks
+from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sampler import UniPC
 
@@ -18,7 +18,7 @@ _SHIFT = 5.0  # of the noise levels that the model was distilled with
 
 def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
     """Noise for the clip [16, F, h, w] and for each picture [16, 1, h, w], from one CPU generator in this order."""
-    assert request.seed is not None and request.size is not None
+    assert request.seed is not None and isinstance(request.size, tuple)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     rows, cols = (side // 8 for side in request.size)
     clip = torch.randn(LATENT_CHANNELS, request.latent_frames, rows, cols, generator=generator)
@@ -38,8 +38,7 @@ def reference_to_video(job: Job) -> Iterator[Event]:
     condition = torch.cat((*pictures, *empty), 1)
     dit = yield from load_transformer(files.transformer, plan, device)
     sampler = UniPC(request.steps, _SHIFT)
-    with open_blocks(files.transformer, dit, plan, request.steps) as stream:
-        latents = yield from denoise(dit, stream, sampler, noise.to(device), condition, text)
-    del dit, stream
+    latents = yield from denoise(dit, files.transformer, plan, sampler, noise.to(device), condition, text)
+    del dit
     yield LatentsReady(latents.cpu())
     yield from decode(files.vae, latents, device, vae_dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skyrun.device import peak_bytes, release_cached, reset_peak
+from skyrun.device import finish, peak_bytes, reset_peak
 from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
 from skyrun.gguf_file import GGUFFile
 from skyrun.images import to_uint8
@@ -34,9 +34,8 @@ class Stage:
 
     def ended(self, stats: StreamStats | None = None) -> StageEnded:
         stats = stats or StreamStats()
-        seconds = now() - self._start
-        peak = peak_bytes(self._device)
-        release_cached(self._device)
+        finish(self._device)
+        seconds, peak = now() - self._start, peak_bytes(self._device)
         return StageEnded(self._name, seconds, peak, stats.bytes_read, stats.read_seconds, stats.stall_seconds)
 
 
@@ -76,32 +75,24 @@ def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Genera
     return dit
 
 
-def open_blocks(file: GGUFFile, dit: DiT, plan: Plan, passes: int) -> BlockStream:
-    """The transformer's blocks, as the plan wants them streamed."""
-    return BlockStream(
-        file.path,
-        block_layouts(file, dit.dims.layers),
-        dit.device,
-        passes=passes,
-        slots=plan.ring_slots,
-        resident=spread(plan.resident_blocks, dit.dims.layers),
-    )
-
-
 def denoise(
-    dit: DiT, stream: BlockStream, sampler: UniPC, latents: Tensor, condition: Tensor, text: Tensor
+    dit: DiT, file: GGUFFile, plan: Plan, sampler: UniPC, latents: Tensor, condition: Tensor, text: Tensor
 ) -> Generator[Event, None, Tensor]:
     """Noise [16, F, h, w] to latents. `condition` [16, R, h, w] follows the latents in time and stays as it is."""
     stage = Stage("denoise", len(sampler.timesteps), "steps", dit.device)
     yield stage.started()
-    frames = latents.shape[1]
-    context = dit.embed_text(text)
-    rope = dit.rope(torch.cat((latents, condition), 1))
-    for index, time in enumerate(dit.embed_times(sampler.timesteps)):
-        sequence = torch.cat((latents, condition), 1)
-        velocity = yield from dit.forward(stream, sequence, time, context, rope)
-        latents = sampler.step(velocity[:, :frames], latents)
-        yield stage.done(index + 1)
+    kept = spread(plan.resident_blocks, dit.dims.layers)
+    passes, slots = len(sampler.timesteps), plan.ring_slots
+    stream = BlockStream(file.path, block_layouts(file), dit.device, passes=passes, slots=slots, resident=kept)
+    with stream:
+        frames = latents.shape[1]
+        context = dit.embed_text(text)
+        rope = dit.rope(torch.cat((latents, condition), 1))
+        for index, time in enumerate(dit.embed_times(sampler.timesteps)):
+            sequence = torch.cat((latents, condition), 1)
+            velocity = yield from dit.forward(stream, sequence, time, context, rope)
+            latents = sampler.step(velocity[:, :frames], latents)
+            yield stage.done(index + 1)
     yield stage.ended(stream.stats)
     return latents
 
