@@ -1,6 +1,6 @@
 """Decide once how a clip is made: numbers' type, what stays in memory, and how much each stage will take."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from skyrun.presets.hardware import Hardware
@@ -82,21 +82,17 @@ def choose(
     ]
     plan = Plan(hardware.device, hardware.name, dtype, vae_dtype, RING_SLOTS, 0, tuple(stages), limit)
     if plan.peak_bytes > limit:
-        return _with(plan, problem=_shortage(plan, limit))
+        return replace(plan, problem=_shortage(plan, limit))
     host = max(stage.host_bytes for stage in stages)
     host_limit = int(max_ram * GIB) if max_ram is not None else hardware.ram_free
     if cuda and host > host_limit:
-        return _with(plan, problem=f"it needs {host / GIB:.1f} GiB of RAM, {host_limit / GIB:.1f} GiB may be used")
+        return replace(plan, problem=f"it needs {host / GIB:.1f} GiB of RAM, {host_limit / GIB:.1f} GiB may be used")
     if not cuda:
         return plan
     spare = usable - stages[2].device_bytes
     resident = min(workload.layers, max(0, spare) // max(1, workload.block_bytes))
     kept = StagePlan("denoise", stages[2].device_bytes + resident * workload.block_bytes, stages[2].host_bytes)
-    return _with(plan, resident_blocks=resident, stages=(*stages[:2], kept, stages[3]))
-
-
-def _with(plan: Plan, **changes: Any) -> Plan:
-    return Plan(**{name: getattr(plan, name) for name in plan.__dataclass_fields__} | changes)
+    return replace(plan, resident_blocks=resident, stages=(*stages[:2], kept, stages[3]))
 
 
 def _limit(hardware: Hardware, gib: float | None) -> int:
@@ -109,10 +105,10 @@ def _base(cuda: bool) -> int:
 
 
 def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool) -> StagePlan:
-    device = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
-    return (
-        StagePlan(name, device, page_locked_bytes(block_bytes) + PROCESS_BYTES) if cuda else StagePlan(name, 0, device)
-    )
+    total = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
+    if cuda:
+        return StagePlan(name, total, page_locked_bytes(block_bytes) + PROCESS_BYTES)
+    return StagePlan(name, 0, total)
 
 
 def _shortage(plan: Plan, limit: int) -> str:

@@ -23,7 +23,8 @@ def test_equals_ggml(goldens, type, case):
 def test_equals_gguf_py_on_any_bytes(type):
     rng = np.random.default_rng(7)
     blocks = rng.integers(0, 256, (5, 3 * FORMATS[type].block_bytes), dtype=np.uint8)
-    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type])
+    with np.errstate(invalid="ignore"):  # random scales include infinities, and their products with zero
+        expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[type])
     got = dequantize(torch.from_numpy(blocks), type).numpy()
     np.testing.assert_array_equal(got, expected)
 
