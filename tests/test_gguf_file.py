@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.gguf_file import open_gguf
 from skyrun.kernels import FORMATS
+from skyrun.models.dit import read_dims
+from skyrun.models.umt5 import UMT5
 
 _OVERHEAD = 1 << 16  # what an exception, a path and small dicts take
 
@@ -108,6 +110,28 @@ def test_corrupted_headers_never_crash(sample, tmp_path, data):
     if not refused(path):  # the damage was to a name or a value: then all tensors still lie inside the file
         for info in open_gguf(path).tensors.values():
             assert info.offset + info.nbytes <= len(content)
+
+
+@pytest.mark.parametrize(("role", "use"), [("SkyReels*", read_dims), ("umt5*", lambda file: UMT5(file).check())])
+@given(data=st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_corrupted_header_says_is_not_believed(converted, tmp_path, role, use, data):
+    """Names, shapes and numbers that pass the reader may still be nonsense for a model."""
+    content = bytearray(next(converted("Q8_0").glob(role)).read_bytes())
+    names = [
+        match.span() for match in re.finditer(rb"(blocks|enc\.blk|skyrun|t5encoder|head|token_embd)[\w.]+", content)
+    ]
+    for _ in range(data.draw(st.integers(1, 3))):
+        start, end = data.draw(st.sampled_from(names))
+        at = data.draw(st.integers(start, end + 24))  # in the name, or in the kind, shape or value behind it
+        patch = data.draw(st.sampled_from([b"0", b"9", b"x", b".", b"\0", b"\1", b"\x08", b"\xff"]))
+        content[at : at + 1] = patch
+    path = tmp_path / "corrupt.gguf"
+    path.write_bytes(content)
+    try:
+        use(open_gguf(path))
+    except SkyrunError as error:
+        assert error.hint
 
 
 @given(st.binary(max_size=400))
