@@ -35,10 +35,6 @@ class Format:
     def bits_per_weight(self) -> float:
         return 8 * self.block_bytes / self.block_size
 
-    @property
-    def quantized(self) -> bool:
-        return self.block_size > 1
-
 
 FORMATS: dict[str, Format] = {
     name: Format(name, int(GGMLQuantizationType[name]), *GGML_QUANT_SIZES[GGMLQuantizationType[name]])
