@@ -22,7 +22,7 @@ from skyrun.kernels.errors import FAILED, SkyrunError
 from skyrun.quant.checkpoint import Checkpoint, Component, SourceTensor, open_checkpoint
 from skyrun.quant.encode import quantize
 from skyrun.quant.families import Family, text_encoder, transformer, vae
-from skyrun.quant.recipes import FILE_TYPES, check_quant, text_encoder_quant
+from skyrun.quant.recipes import FILE_TYPES, check_quant, default_text_encoder_quant
 
 _CHUNK_WEIGHTS = 1 << 22  # encoded at a time; bounds the memory of a conversion together with the encoder's temporaries
 
@@ -79,12 +79,12 @@ class Conversion:
 
 
 def plan_conversion(
-    source: Path | str, out: Path | str, quant: str = "Q8_0", text_encoder_type: str | None = None
+    source: Path | str, out: Path | str, quant: str = "Q8_0", text_encoder_quant: str | None = None
 ) -> Conversion:
     """Decide every file, name and type. Reads headers only; raises SkyrunError for anything that will not convert."""
     quant = quant.upper()
     check_quant(quant)
-    encoder_quant = text_encoder_type.upper() if text_encoder_type else text_encoder_quant(quant)
+    encoder_quant = text_encoder_quant.upper() if text_encoder_quant else default_text_encoder_quant(quant)
     check_quant(encoder_quant)
     checkpoint = open_checkpoint(Path(source))
     families = []
@@ -230,16 +230,16 @@ def convert(
     source: Path | str,
     out: Path | str,
     quant: str = "Q8_0",
-    text_encoder_type: str | None = None,
+    text_encoder_quant: str | None = None,
     device: str = "cpu",
 ) -> Mapping[str, Any]:
     """Convert the checkpoint folder `source` to files in the folder `out`.
 
-    quant: type of the transformer's block matrices. text_encoder_type: of the text encoder's, by default the same but
+    quant: type of the transformer's block matrices. text_encoder_quant: of the text encoder's, by default the same but
     not below Q8_0. device: where encoders run. Returns a summary: files with path, role, bytes, types and fallbacks.
     Raises SkyrunError for a checkpoint that is incomplete, misshapen or damaged; what was in `out` survives it.
     """
-    conversion = plan_conversion(source, out, quant, text_encoder_type)
+    conversion = plan_conversion(source, out, quant, text_encoder_quant)
     check_space(conversion)
     for file in conversion.files:
         for _ in write_file(file, device):

@@ -160,7 +160,8 @@ def vae(component: Component) -> Family:
     for key in ("latents_mean", "latents_std"):
         if key in component.config:
             values = component.config[key]
-            if not isinstance(values, list) or [type(value) for value in values] != [float] * dims["z"]:
+            numbers = isinstance(values, list) and [v for v in values if isinstance(v, (int, float))]
+            if not numbers or len(numbers) != len(values) or len(values) != dims["z"]:
                 hint = f"expected {dims['z']} numbers"
                 raise SkyrunError(f"config.json in {component.folder} says {key} = {values!r}", hint)
             said[key] = values

@@ -31,7 +31,7 @@ def check_quant(quant: str) -> None:
         raise SkyrunError(f"cannot write a file of type {quant!r}", f"types: {', '.join(FILE_TYPES)}")
 
 
-def text_encoder_quant(quant: str) -> str:
+def default_text_encoder_quant(quant: str) -> str:
     """The text encoder's type when none is asked for: as the transformer's, but never below Q8_0.
 
     It runs once per clip and its error is in every step, so bits saved here buy nothing.

@@ -26,6 +26,7 @@ class Job:
     """A request that has passed every check, with all that was decided for it."""
 
     request: Request
+    pictures: tuple[Image, ...]
     files: ModelFiles
     encoder: UMT5
     height: int
@@ -72,7 +73,7 @@ def prepare(request: Request) -> Job:
             "use a smaller --resolution or --size, fewer --seconds, or raise --max-vram or --max-ram",
             WILL_NOT_FIT,
         )
-    return Job(request, files, encoder, height, width, device, workload, plan)
+    return Job(request, tuple(pictures), files, encoder, height, width, device, workload, plan)
 
 
 def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:

@@ -32,6 +32,9 @@ BAD_MODELS = {
     "cut": damaged("SkyReels*", lambda content: content[: len(content) // 2]),
     "foreign": damaged("SkyReels*", renamed(b"r2v", b"a2v")),
     "liar": damaged("SkyReels*", renamed(b"skyrun.layers\x04\0\0\0\x02", b"skyrun.layers\x04\0\0\0\x09")),
+    "misshapen": damaged(
+        "SkyReels*", renamed(b"patch_embedding.weight\5\0\0\0\2", b"patch_embedding.weight\5\0\0\0\1")
+    ),
     "headless": damaged("SkyReels*", renamed(b"head.head.bias", b"head.head.bios")),
     "many_blocks": damaged("SkyReels*", renamed(b"blocks.1.self_attn.q.bias", b"blocks.99999.lf_attn.q.bi")),
     "odd_block": damaged("SkyReels*", renamed(b"blocks.1.ffn.0.bias", b"blocks.x.ffn.0.bias")),
@@ -139,6 +142,7 @@ MISTAKES = [
     ([*INPUTS, "--model", "{foreign}"], BAD_INPUT, "is a model for a2v, not for r2v", "run a2v"),
     ([*INPUTS, "--model", "{liar}"], BAD_INPUT, "its metadata says layers = 9, its tensors 2", "again"),
     ([*INPUTS, "--model", "{headless}"], BAD_INPUT, "head.head.bias is missing, expected 64 numbers", "again"),
+    ([*INPUTS, "--model", "{misshapen}"], BAD_INPUT, "patch_embedding.weight is .*, expected 16384 numbers", "again"),
     ([*INPUTS, "--model", "{many_blocks}"], BAD_INPUT, "has 3 blocks blocks.N, blocks up to 99999", "again"),
     ([*INPUTS, "--model", "{odd_block}"], BAD_INPUT, "has a tensor blocks.x.ffn.0.bias of no block", "again"),
     ([*INPUTS, "--model", "{cut_vae}"], BAD_INPUT, "ends at byte .*, the data at", "convert"),

@@ -94,7 +94,7 @@ def _shape_problems(dims: DiTDims, tensors: dict[str, TensorInfo]) -> list[str]:
         "time_projection.1": (6 * d, d),
         "head.head": (dims.out_channels * 4, d),
     }
-    sizes = {"patch_embedding.bias": d, "head.modulation": 2 * d}
+    sizes = {"patch_embedding.weight": d * dims.in_channels * 4, "patch_embedding.bias": d, "head.modulation": 2 * d}
     for n in range(dims.layers):
         for attn in ("self_attn", "cross_attn"):
             linears |= {f"blocks.{n}.{attn}.{name}": (d, d) for name in "qkvo"}

@@ -58,7 +58,6 @@ class UMT5:
     def token_ids(self, prompt: str, max_length: int = TEXT_LENGTH) -> list[int]:
         """Ids of the cleaned prompt, closed by </s>; a longer prompt is cut so that </s> is the last."""
         self._tokenizer.enable_truncation(max_length)
-        self._tokenizer.no_padding()  # a tokenizer file may ask for it; here every id counts as a token
         ids: list[int] = self._tokenizer.encode(clean_prompt(prompt)).ids
         return ids
 
@@ -121,9 +120,11 @@ class UMT5:
                 "convert the published checkpoint: skyrun convert puts the tokenizer in",
             )
         try:
-            return Tokenizer.from_str(text)
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise SkyrunError(f"the tokenizer in {self._file.path} is damaged: {error}", "convert it again") from error
+        tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
+        return tokenizer
 
 
 def relative_buckets(length: int, count: int, device: torch.device) -> Tensor:

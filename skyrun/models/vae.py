@@ -77,11 +77,12 @@ class WanVAE:
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
         said = json.loads(metadata.get("skyrun", "{}"))
         values = said.get(key, default) if isinstance(said, dict) else default
-        if not isinstance(values, (list, tuple)) or [type(value) for value in values] != [float] * LATENT_CHANNELS:
+        numbers = isinstance(values, (list, tuple)) and [v for v in values if isinstance(v, (int, float))]
+        if not numbers or len(numbers) != len(values) or len(values) != LATENT_CHANNELS:
             raise SkyrunError(
                 f"{self._path} says {key} = {values}, expected {LATENT_CHANNELS} numbers", "convert it again"
             )
-        return torch.tensor(values, device=self._device).view(-1, 1, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=self._device).view(-1, 1, 1, 1)
 
     def _w(self, name: str) -> Tensor:
         if name not in self._weights:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, LatentsReady
-from skyrun.images import letterbox, open_image, to_pixels
+from skyrun.images import letterbox, to_pixels
 from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
@@ -31,7 +31,7 @@ def reference_to_video(job: Job) -> Iterator[Event]:
     request, plan, files, device = job.request, job.plan, job.files, job.device
     vae_dtype = getattr(torch, plan.vae_dtype)
     noise, picture_noise = draw_noise(request)
-    pixels = [to_pixels(letterbox(open_image(path), job.height, job.width)) for path in request.images]
+    pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
     text = yield from encode_text(job.encoder, request.prompt, device)
     pictures = yield from encode_images(files.vae, pixels, picture_noise, device, vae_dtype)
     empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
