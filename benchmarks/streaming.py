@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from environment import environment
 
-from skyrun.gguf_file import TensorInfo
 from skyrun.kernels import FORMATS
+from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.stream import Block, BlockStream, FileReader, lay_out
 
 DIM, PASSES = 1024, 3

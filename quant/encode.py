@@ -10,6 +10,18 @@ from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
 from skyrun.quant.encode_q4_k import encode_q4_k
 
+# Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
+# importance of row i % k, which is positive and at most 1.
+Encode = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Encoder(NamedTuple):
+    """How a type is written."""
+
+    encode: Encode
+    largest: float  # the magnitude up to which its scales, or its numbers, are finite
+    plain: Encode | None = None  # ggml's rounding without a search, byte for byte; None where ggml always searches
+
 
 def _bytes(x: Tensor) -> Tensor:
     """Any [n, k] tensor -> its bytes, uint8 [n, k * itemsize]."""
@@ -31,42 +43,56 @@ def _encode_q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
     return torch.cat((_bytes(scale.half()), _bytes(codes)), 1)
 
 
-class Encoder(NamedTuple):
-    """How a type is written. largest: the magnitude up to which its scales, or its numbers, are finite."""
-
-    # (float32 [n, block_size], importance of the same shape or None) -> uint8 [n, block_bytes]
-    encode: Callable[[Tensor, Tensor | None], Tensor]
-    largest: float
-
-
 _HALF = torch.finfo(torch.float16).max
 ENCODERS = {
-    "F32": Encoder(lambda x, _: _bytes(x), torch.finfo(torch.float32).max),
-    "F16": Encoder(lambda x, _: _bytes(x.half()), _HALF),
-    "BF16": Encoder(lambda x, _: _bytes(x.bfloat16()), torch.finfo(torch.bfloat16).max),
-    "Q8_0": Encoder(_encode_q8_0, 127 * _HALF),
+    "F32": Encoder(lambda x, _: _bytes(x), torch.finfo(torch.float32).max, lambda x, _: _bytes(x)),
+    "F16": Encoder(lambda x, _: _bytes(x.half()), _HALF, lambda x, _: _bytes(x.half())),
+    "BF16": Encoder(
+        lambda x, _: _bytes(x.bfloat16()), torch.finfo(torch.bfloat16).max, lambda x, _: _bytes(x.bfloat16())
+    ),
+    "Q8_0": Encoder(_encode_q8_0, 127 * _HALF, _encode_q8_0),
     "Q4_K": Encoder(encode_q4_k, 63 * _HALF),
 }
 
 
-def quantize(x: Tensor, type: str, importance: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, type: str, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
     """Encode rows of weights.
 
     x: float32 [rows, cols]. importance: float32 [cols], the mean square of each input channel; the error of a weight
-    counts in proportion to it (types whose format leaves no choice ignore it). Returns uint8 [rows, row_bytes] on x's
-    device. Raises SkyrunError for an unknown type, a row that is not a whole number of blocks, or weights that are
-    not finite or that the type cannot hold.
+    counts in proportion to it (types whose format leaves no choice ignore it). search: False gives ggml's plain
+    rounding, for the types that have one. Returns uint8 [rows, row_bytes] on x's device. Raises SkyrunError for an
+    unknown type, a row that is not a whole number of blocks, or numbers that are not finite or that the type cannot
+    hold.
     """
     format = block_format(type)
     if type not in ENCODERS:
         raise SkyrunError(f"skyrun cannot write {type}", f"types it writes: {', '.join(ENCODERS)}")
     rows, cols = x.shape
     row_bytes = format.row_bytes(cols)
-    if not torch.isfinite(x).all():
+    encoder = ENCODERS[type]
+    encode = encoder.encode if search else encoder.plain
+    if encode is None:
+        raise SkyrunError(f"{type} has no plain rounding", "leave out search=False")
+    low, high = (float(end) for end in x.aminmax()) if x.numel() else (0.0, 0.0)
+    top = max(-low, high)
+    if not top < torch.inf:  # NaN too
         raise SkyrunError(f"{int((~torch.isfinite(x)).sum())} weights are NaN or infinite", "the source is damaged")
-    encoder, top = ENCODERS[type], float(x.abs().max()) if x.numel() else 0.0
     if top > encoder.largest:
         raise SkyrunError(f"{type} holds up to {encoder.largest:g}, got a weight of {top:g}", "use BF16 or F32")
     blocks = x.float().reshape(-1, format.block_size)
-    weights = None if importance is None else importance.float().expand(rows, cols).reshape(blocks.shape)
-    return encoder.encode(blocks, weights).view(rows, row_bytes)
+    weights = None if importance is None else _relative(importance, cols)
+    if weights is not None:
+        weights = weights.to(x.device).view(-1, format.block_size)
+    return encode(blocks, weights).view(rows, row_bytes)
+
+
+def _relative(importance: Tensor, cols: int) -> Tensor | None:
+    """Importance in proportion to its largest; None if it says nothing.
+
+    A group without any importance would have no defined fit: a floor far below the rest gives it one.
+    """
+    if importance.shape != (cols,) or not torch.isfinite(importance).all() or (importance < 0).any():
+        got = list(importance.shape) if importance.shape != (cols,) else "negative, NaN or infinite numbers"
+        raise SkyrunError(f"an importance of {got}, expected {cols} numbers from 0", "collect it again")
+    top = importance.max()
+    return (importance.float() / top).clamp_min(1e-6) if top > 0 else None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, match
 from skyrun.quant.checkpoint import Component
-from skyrun.quant.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, match
 from skyrun.quant.recipes import Choice, text_encoder_type, transformer_type
 
 _HEAD_DIM = 128  # of every Wan transformer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
-from skyrun.quant.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, expand
+from skyrun.kernels.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, expand
 
 _SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 _WORDS = "a an the of in on and with person man woman child is are walking talking looking at camera city sea red blue"

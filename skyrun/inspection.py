@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.gguf_file import open_gguf
-from skyrun.safetensors_header import read_safetensors_header
+from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.safetensors_header import read_safetensors_header
 
 _VIDEO = (".mp4", ".mkv", ".mov", ".webm")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
-from skyrun.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.formats import FORMATS
-from skyrun.safetensors_header import read_safetensors_header
+from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from skyrun.device import make_ring
 from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
-from skyrun.gguf_file import TensorInfo, open_unbuffered, read_into
+from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.weights import Weights, as_weight
 
 _ALIGNMENT = 32

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
-from skyrun.gguf_file import GGUFFile, TensorInfo, open_unbuffered, read_into
 from skyrun.kernels import QuantizedWeight, dequantize, linear
+from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.reading import open_unbuffered, read_into
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

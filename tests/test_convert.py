@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from skyrun.errors import SkyrunError
-from skyrun.gguf_file import open_gguf
 from skyrun.kernels import dequantize
+from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, expand
 from skyrun.quant import convert
 from skyrun.quant.conversion import plan_conversion
-from skyrun.quant.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, expand
 
 
 def only(folder, pattern):

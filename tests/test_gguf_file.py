@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.gguf_file import open_gguf
 from skyrun.kernels import FORMATS
+from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import read_dims
 from skyrun.models.umt5 import UMT5
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from skyrun.errors import SkyrunError
 from skyrun.events import drain
-from skyrun.gguf_file import open_gguf
 from skyrun.images import letterbox, open_image, to_uint8
+from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import DiT, block_layouts
 from skyrun.models.umt5 import UMT5, clean_prompt
 from skyrun.models.vae import WanVAE

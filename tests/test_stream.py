@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from skyrun.errors import SkyrunError
-from skyrun.gguf_file import TensorInfo, open_gguf
 from skyrun.kernels import FORMATS
+from skyrun.kernels.gguf_file import TensorInfo, open_gguf
 from skyrun.quant import quantize
 from skyrun.stream import BlockStream, FileReader, lay_out, spread
 from skyrun.weights import Weights, as_weight

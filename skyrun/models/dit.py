@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
-from skyrun.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
 from skyrun.layers import add_gated, attention, layer_norm, modulate, rms_norm, rope_table, rotate, sinusoid
 from skyrun.request import TEXT_LENGTH
 from skyrun.stream import Block, BlockStream, lay_out_blocks

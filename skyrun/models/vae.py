@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.safetensors_header import read_safetensors_header
+from skyrun.kernels.safetensors_header import read_safetensors_header
 
 # Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
 _LATENTS_MEAN = (

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from skyrun.device import finish, peak_bytes, reset_peak
 from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
-from skyrun.gguf_file import GGUFFile
 from skyrun.images import to_uint8
+from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.dit import DiT, block_layouts
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE

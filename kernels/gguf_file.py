@@ -5,15 +5,15 @@ list for every array; this one reads the header once, skips arrays, and checks e
 before it reads or allocates.
 """
 
-import io
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
+from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.formats import BY_ID, Format
+from skyrun.kernels.reading import open_unbuffered, read_into
 
 _MAX_STRING = 1 << 28  # a tokenizer is tens of MB
 _MAX_NAME = 1 << 10
@@ -60,34 +60,6 @@ class GGUFFile:
         with open_unbuffered(self.path) as file:
             read_into(file, memoryview(data), info.offset + start)
         return data
-
-
-def open_unbuffered(path: Path) -> io.FileIO:
-    """The file, for reading into buffers of one's own. SkyrunError if it has gone."""
-    try:
-        return open(path, "rb", buffering=0)
-    except OSError as error:
-        raise SkyrunError(
-            f"cannot read {path}: {error}", "it was there before: restore it and run again", FAILED
-        ) from error
-
-
-def read_into(file: io.FileIO, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from byte `offset` of an unbuffered file, or raise SkyrunError."""
-    try:
-        file.seek(offset)
-        done = 0
-        while done < len(buffer):
-            got = file.readinto(buffer[done:])
-            if not got:
-                raise SkyrunError(
-                    f"{file.name} ended at byte {offset + done}, expected {len(buffer) - done} more",
-                    "the file was cut or replaced while it was read: restore it and run again",
-                    code=FAILED,
-                )
-            done += got
-    except OSError as error:
-        raise SkyrunError(f"cannot read {file.name}: {error}", "check the disk and the file", code=FAILED) from error
 
 
 def open_gguf(path: Path) -> GGUFFile:

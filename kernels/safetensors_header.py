@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 
 _MAX_HEADER = 100 << 20  # the limit of the format
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -15,10 +15,11 @@ _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file."""
+    """A tensor of a safetensors file. offset: bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    offset: int
     nbytes: int
 
 
@@ -43,7 +44,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
         data_bytes = size - 8 - length
-        tensors = {name: _checked(name, entry, data_bytes) for name, entry in header.items()}
+        tensors = {name: _checked(name, entry, 8 + length, data_bytes) for name, entry in header.items()}
         if sum(tensor.nbytes for tensor in tensors.values()) != data_bytes:
             raise ValueError(f"its tensors do not cover the {data_bytes} bytes of data")
         return SafetensorsHeader(tensors, metadata)
@@ -55,7 +56,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         ) from error
 
 
-def _checked(name: str, entry: dict[str, Any], data_bytes: int) -> StoredTensor:
+def _checked(name: str, entry: dict[str, Any], data: int, data_bytes: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
     if not all(isinstance(side, int) and side >= 0 for side in (*shape, start, end)):
@@ -64,4 +65,4 @@ def _checked(name: str, entry: dict[str, Any], data_bytes: int) -> StoredTensor:
         raise ValueError(f"{name} ends at byte {end}, the data at {data_bytes}")
     if dtype in _WIDTHS and prod(shape) * _WIDTHS[dtype] != end - start:
         raise ValueError(f"{name} has shape {list(shape)} in {end - start} bytes of {dtype}")
-    return StoredTensor(dtype, shape, end - start)
+    return StoredTensor(dtype, shape, data + start, end - start)
