@@ -1,202 +1,205 @@
-"""Tensor names of the published checkpoints, the names GGUF uses for them, and the shapes they must have.
+"""Tables of tensor names: recognise whose tensors a file holds, rename them, and find what is missing or misshapen.
 
-One table per family; a table lists every tensor, so it renames, and finds what is missing, unknown or misshapen.
+A table lists every tensor of a family once: its shape in terms of the model's dims, and its name in every naming that
+is in use. The first naming is the one that skyrun writes and runs.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-
-from skyrun.kernels.errors import SkyrunError
 
 Shape = tuple[int, ...]
 
+_LEAST_SHARE = 0.3  # of a table's rows that a file must hold to be taken for that family
+
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor: its name in the checkpoint, its name in the file written, its shape in terms of the model's dims.
+class Row:
+    """One tensor. shape: words such as "6*dim dim". `{n}` in the names is the index of the block."""
 
-    `{n}` in both names is the block's index. shape: words such as "6*dim dim".
-    """
-
-    source: str
-    target: str
     shape: str
+    names: tuple[str, ...]
 
-    def for_block(self, index: int) -> "Entry":
-        return Entry(self.source.replace("{n}", str(index)), self.target.replace("{n}", str(index)), self.shape)
+    def name(self, naming: int = 0) -> str:
+        """Its name in a naming; the written one where the naming has no name of its own."""
+        return self.names[naming] if naming < len(self.names) else self.names[0]
 
-    def sizes(self, dims: Mapping[str, int]) -> Shape:
-        return tuple(prod(int(f) if f.isdigit() else dims[f] for f in word.split("*")) for word in self.shape.split())
+    def for_block(self, index: int) -> "Row":
+        return Row(self.shape, tuple(name.replace("{n}", str(index)) for name in self.names))
 
-
-def _layer(source: str, target: str, shape: str) -> list[Entry]:
-    """Weight and bias of a linear layer or a convolution."""
-    rows = shape.split()[0]
-    return [
-        Entry(f"{source}.weight", f"{target}.weight", shape),
-        Entry(f"{source}.bias", f"{target}.bias", rows),
-    ]
-
-
-def _attention(source: str, target: str) -> list[Entry]:
-    names = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
-    entries = [e for theirs, ours in names for e in _layer(f"{source}.{theirs}", f"{target}.{ours}", "dim dim")]
-    norms = [Entry(f"{source}.{norm}.weight", f"{target}.{norm}.weight", "dim") for norm in ("norm_q", "norm_k")]
-    return entries + norms
+    def sizes(self, dims: Mapping[str, int]) -> Shape | None:
+        """The shape, or None where it depends on a dim that is not known."""
+        words = [word.split("*") for word in self.shape.split()]
+        if any(factor not in dims and not factor.isdigit() for word in words for factor in word):
+            return None
+        return tuple(prod(int(f) if f.isdigit() else dims[f] for f in word) for word in words)
 
 
-# Reference-to-video transformer: diffusers names -> original Wan names. Diffusers' norm2 is Wan's norm3 (the one with
-# weights, before cross-attention); Wan's norm1 and norm2 have none.
-R2V_TRANSFORMER = [
-    Entry("patch_embedding.weight", "patch_embedding.weight", "dim in 1 2 2"),
-    Entry("patch_embedding.bias", "patch_embedding.bias", "dim"),
-    *_layer("condition_embedder.text_embedder.linear_1", "text_embedding.0", "dim text"),
-    *_layer("condition_embedder.text_embedder.linear_2", "text_embedding.2", "dim dim"),
-    *_layer("condition_embedder.time_embedder.linear_1", "time_embedding.0", "dim freq"),
-    *_layer("condition_embedder.time_embedder.linear_2", "time_embedding.2", "dim dim"),
-    *_layer("condition_embedder.time_proj", "time_projection.1", "6*dim dim"),
-    Entry("blocks.{n}.scale_shift_table", "blocks.{n}.modulation", "1 6 dim"),
-    *_attention("blocks.{n}.attn1", "blocks.{n}.self_attn"),
-    Entry("blocks.{n}.norm2.weight", "blocks.{n}.norm3.weight", "dim"),
-    Entry("blocks.{n}.norm2.bias", "blocks.{n}.norm3.bias", "dim"),
-    *_attention("blocks.{n}.attn2", "blocks.{n}.cross_attn"),
-    *_layer("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0", "ffn dim"),
-    *_layer("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2", "dim ffn"),
-    Entry("scale_shift_table", "head.modulation", "1 2 dim"),
-    *_layer("proj_out", "head.head", "out*4 dim"),
-]
+@dataclass(frozen=True)
+class Table:
+    """All tensors of a family in the order they are written. ignored: what its files may hold and no model reads."""
 
-# UMT5 encoder: transformers names -> the names of GGUF's t5encoder architecture.
-UMT5_ENCODER = [
-    Entry("shared.weight", "token_embd.weight", "vocab dim"),
-    Entry("encoder.block.{n}.layer.0.layer_norm.weight", "enc.blk.{n}.attn_norm.weight", "dim"),
-    Entry("encoder.block.{n}.layer.0.SelfAttention.q.weight", "enc.blk.{n}.attn_q.weight", "inner dim"),
-    Entry("encoder.block.{n}.layer.0.SelfAttention.k.weight", "enc.blk.{n}.attn_k.weight", "inner dim"),
-    Entry("encoder.block.{n}.layer.0.SelfAttention.v.weight", "enc.blk.{n}.attn_v.weight", "inner dim"),
-    Entry("encoder.block.{n}.layer.0.SelfAttention.o.weight", "enc.blk.{n}.attn_o.weight", "dim inner"),
-    Entry(
-        "encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias.weight",
-        "enc.blk.{n}.attn_rel_b.weight",
-        "buckets heads",
-    ),
-    Entry("encoder.block.{n}.layer.1.layer_norm.weight", "enc.blk.{n}.ffn_norm.weight", "dim"),
-    Entry("encoder.block.{n}.layer.1.DenseReluDense.wi_0.weight", "enc.blk.{n}.ffn_gate.weight", "ffn dim"),
-    Entry("encoder.block.{n}.layer.1.DenseReluDense.wi_1.weight", "enc.blk.{n}.ffn_up.weight", "ffn dim"),
-    Entry("encoder.block.{n}.layer.1.DenseReluDense.wo.weight", "enc.blk.{n}.ffn_down.weight", "dim ffn"),
-    Entry("encoder.final_layer_norm.weight", "enc.output_norm.weight", "dim"),
-]
+    name: str
+    namings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    ignored: str = "(?!)"
 
+    def expand(self, layers: int = 0) -> list[Row]:
+        """Every tensor: before the blocks, block after block, after the blocks."""
+        block = [row for row in self.rows if "{n}" in row.name()]
+        if not block:
+            return list(self.rows)
+        first = self.rows.index(block[0])
+        blocks = [row.for_block(index) for index in range(layers) for row in block]
+        after = [row for row in self.rows[first:] if "{n}" not in row.name()]
+        return [*self.rows[:first], *blocks, *after]
 
-def _residual(source: str, target: str, channels: tuple[str, str]) -> list[Entry]:
-    before, after = channels
-    entries = [
-        Entry(f"{source}.norm1.gamma", f"{target}.residual.0.gamma", f"{before} 1 1 1"),
-        *_layer(f"{source}.conv1", f"{target}.residual.2", f"{after} {before} 3 3 3"),
-        Entry(f"{source}.norm2.gamma", f"{target}.residual.3.gamma", f"{after} 1 1 1"),
-        *_layer(f"{source}.conv2", f"{target}.residual.6", f"{after} {after} 3 3 3"),
-    ]
-    if before != after:
-        entries += _layer(f"{source}.conv_shortcut", f"{target}.shortcut", f"{after} {before} 1 1 1")
-    return entries
+    def shapes(self, naming: str, dims: Mapping[str, int]) -> dict[str, Shape]:
+        """Every name in a naming and its shape, for a model whose dims (and "layers") are all known."""
+        column = self.namings.index(naming)
+        return {row.name(column): row.sizes(dims) or () for row in self.expand(dims.get("layers", 0))}
 
+    def ignores(self, name: str) -> bool:
+        return re.fullmatch(self.ignored, name) is not None
 
-def _middle(source: str, target: str) -> list[Entry]:
-    c = "4*base"
-    return [
-        *_residual(f"{source}.resnets.0", f"{target}.0", (c, c)),
-        Entry(f"{source}.attentions.0.norm.gamma", f"{target}.1.norm.gamma", f"{c} 1 1"),
-        *_layer(f"{source}.attentions.0.to_qkv", f"{target}.1.to_qkv", f"3*{c} {c} 1 1"),
-        *_layer(f"{source}.attentions.0.proj", f"{target}.1.proj", f"{c} {c} 1 1"),
-        *_residual(f"{source}.resnets.1", f"{target}.2", (c, c)),
-    ]
+    def locate(self, name: str, naming: int) -> tuple[Row, int | None] | None:
+        """The row of a name, and the index of its block."""
+        rows, numbered = self._by_name[naming]
+        if name in rows and "{n}" not in name:
+            return rows[name], None
+        if numbered and (found := numbered.fullmatch(name)):
+            row = rows.get(f"{found[1]}{{n}}.{found[3]}")
+            return (row, int(found[2])) if row else None
+        return None
+
+    def prefixes(self, names: Collection[str], naming: int) -> Iterator[str]:
+        """Prefixes under which names hold a good part of the table, "" included."""
+        found: Counter[str] = Counter()
+        for row in self.rows:
+            ending = row.name(naming).replace("{n}", "0")
+            for name in names:
+                if name.endswith(ending) and (len(name) == len(ending) or name[-len(ending) - 1] == "."):
+                    found[name.removesuffix(ending)] += 1
+        return (prefix for prefix, count in found.items() if count >= _LEAST_SHARE * len(self.rows))
+
+    @cached_property
+    def _by_name(self) -> list[tuple[dict[str, Row], re.Pattern[str] | None]]:
+        """For every naming its rows by name, and what the names of block tensors look like."""
+        columns = []
+        for naming in range(len(self.namings)):
+            rows = {row.name(naming): row for row in self.rows}
+            heads = {name.split("{n}.")[0] for name in rows if "{n}" in name}
+            pattern = f"({'|'.join(map(re.escape, heads))})(0|[1-9][0-9]{{0,4}})\\.(.+)" if heads else None
+            columns.append((rows, re.compile(pattern) if pattern else None))
+        return columns
 
 
-def _vae_encoder() -> list[Entry]:
-    entries = _layer("encoder.conv_in", "encoder.conv1", "base 3 3 3 3")
-    width, index = "base", 0
-    for level, wider in enumerate(("base", "2*base", "4*base", "4*base")):
-        for _ in range(2):
-            name = f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}"
-            entries += _residual(*name, (width, wider))
-            width, index = wider, index + 1
-        if level < 3:
-            source, target = f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}"
-            entries += _layer(f"{source}.resample.1", f"{target}.resample.1", f"{width} {width} 3 3")
-            if level > 0:  # the first level halves space only, the others time too
-                entries += _layer(f"{source}.time_conv", f"{target}.time_conv", f"{width} {width} 3 1 1")
-            index += 1
-    entries += _middle("encoder.mid_block", "encoder.middle")
-    entries.append(Entry("encoder.norm_out.gamma", "encoder.head.0.gamma", "4*base 1 1 1"))
-    return entries + _layer("encoder.conv_out", "encoder.head.2", "2*z 4*base 3 3 3")
+@dataclass(frozen=True)
+class Match:
+    """A family that was recognised: in which naming, under which prefix, and its tensors, written name -> file's."""
+
+    table: Table
+    naming: int
+    prefix: str
+    names: dict[str, str]
+
+    @property
+    def layers(self) -> int:
+        """How many blocks there are; gaps show as missing tensors."""
+        located = (self.table.locate(name, 0) for name in self.names)
+        return len({place[1] for place in located if place and place[1] is not None})
+
+    def file_name(self, row: Row) -> str:
+        return self.prefix + row.name(self.naming)
+
+    def check(self, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+        """The dims that the shapes (by name in the file) imply, and what is missing or misshapen.
+
+        known: dims that no shape tells by itself.
+        """
+        rows = self.table.expand(self.layers)
+        present = [(row, shapes[self.file_name(row)]) for row in rows if self.file_name(row) in shapes]
+        dims = solve(present, {**known, "layers": self.layers})
+        problems = []
+        for row in rows:
+            name, expected = self.file_name(row), row.sizes(dims)
+            wanted = list(expected) if expected else row.shape
+            if name not in shapes:
+                problems.append(f"{name} is missing (expected shape {wanted})")
+            elif expected is None or not fits(shapes[name], expected):
+                problems.append(f"{name} has shape {list(shapes[name])}, expected {wanted}")
+        return dims, problems
 
 
-def _vae_decoder() -> list[Entry]:
-    entries = _layer("decoder.conv_in", "decoder.conv1", "4*base z 3 3 3") + _middle(
-        "decoder.mid_block", "decoder.middle"
-    )
-    width, index = "4*base", 0
-    for level, (wider, halved) in enumerate(
-        (("4*base", "2*base"), ("4*base", "2*base"), ("2*base", "base"), ("base", ""))
-    ):
-        for layer in range(3):
-            name = f"decoder.up_blocks.{level}.resnets.{layer}", f"decoder.upsamples.{index}"
-            entries += _residual(*name, (width, wider))
-            width, index = wider, index + 1
-        if halved:  # every level but the last doubles space and halves the channels; the first two double time too
-            source, target = f"decoder.up_blocks.{level}.upsamplers.0", f"decoder.upsamples.{index}"
-            entries += _layer(f"{source}.resample.1", f"{target}.resample.1", f"{halved} {wider} 3 3")
-            if level < 2:
-                entries += _layer(f"{source}.time_conv", f"{target}.time_conv", f"2*{wider} {wider} 3 1 1")
-            width, index = halved, index + 1
-    entries.append(Entry("decoder.norm_out.gamma", "decoder.head.0.gamma", "base 1 1 1"))
-    return entries + _layer("decoder.conv_out", "decoder.head.2", "3 base 3 3 3")
+def recognise(names: Collection[str], tables: Collection[Table]) -> list[Match]:
+    """The families whose tensors these are, by the names alone; no tensor belongs to two of them."""
+    candidates = []
+    for table in tables:
+        for naming in range(len(table.namings)):
+            for prefix in table.prefixes(names, naming):
+                found = {}
+                for name in names:
+                    if name.startswith(prefix) and (place := table.locate(name.removeprefix(prefix), naming)):
+                        row, index = place
+                        found[row.name() if index is None else row.for_block(index).name()] = name
+                candidates.append(Match(table, naming, prefix, found))
+    # Most tensors first; among equals the family that is more nearly whole.
+    candidates.sort(key=lambda match: (-len(match.names), len(match.table.expand(match.layers))))
+    taken: set[str] = set()
+    matches = []
+    for match in candidates:
+        if match.names and taken.isdisjoint(match.names.values()):
+            taken.update(match.names.values())
+            taken.update(name for name in names if match.table.ignores(name))  # it may look like another family's
+            matches.append(match)
+    return matches
 
 
-# Wan video autoencoder: diffusers names -> original Wan names.
-WAN_VAE = [
-    *_vae_encoder(),
-    *_layer("quant_conv", "conv1", "2*z 2*z 1 1 1"),
-    *_layer("post_quant_conv", "conv2", "z z 1 1 1"),
-    *_vae_decoder(),
-]
+def strays(names: Collection[str], matches: Collection[Match]) -> tuple[list[str], list[str]]:
+    """Names that no match lists: those under the prefix of one, which does not know them, and those of nobody.
 
-# Leftovers of training that no forward pass reads.
-_IGNORED = re.compile(r"blocks\.\d+\.attn\d\.norm_added_[qk]\.weight|encoder\.embed_tokens\.weight")
-
-
-def expand(table: list[Entry], layers: int) -> list[Entry]:
-    """The table with its block rows repeated for every block, in execution order: before, blocks, after."""
-    block = [entry for entry in table if "{n}" in entry.source]
-    if not block:
-        return table
-    first = table.index(block[0])
-    plain = [entry for entry in table if "{n}" not in entry.source]
-    blocks = [entry.for_block(index) for index in range(layers) for entry in block]
-    return plain[:first] + blocks + plain[first:]
-
-
-def match(what: str, table: list[Entry], dims: Mapping[str, int], found: Mapping[str, Shape]) -> list[Entry]:
-    """Check `found` (name -> shape) against the table and return its rows in the order they are written.
-
-    Raises SkyrunError that lists every missing, unknown and misshapen tensor at once.
+    What a family ignores is in neither.
     """
-    entries = expand(table, dims.get("layers", 0))
-    problems = []
-    for entry in entries:
-        expected = entry.sizes(dims)
-        if entry.source not in found:
-            problems.append(f"{entry.source} is missing (expected shape {list(expected)})")
-        elif found[entry.source] != expected:
-            problems.append(f"{entry.source} has shape {list(found[entry.source])}, expected {list(expected)}")
-    known = {entry.source for entry in entries}
-    problems += [
-        f"{name} {list(found[name])} is not a tensor of this model"
-        for name in sorted(found)
-        if name not in known and not _IGNORED.fullmatch(name)
-    ]
-    if problems:
-        hint = "download the checkpoint again, or check that it is a SkyReels-V3 R2V repository"
-        raise SkyrunError.listing(f"{what} does not match its model", problems, hint)
-    return entries
+    listed = {name for match in matches for name in match.names.values()}
+    unknown: list[str] = []
+    others: list[str] = []
+    for name in sorted(set(names) - listed):
+        if any(match.table.ignores(name) or match.table.ignores(name.removeprefix(match.prefix)) for match in matches):
+            continue
+        owned = any(name.startswith(match.prefix) for match in matches)
+        (unknown if owned else others).append(name)
+    return unknown, others
+
+
+def solve(found: Collection[tuple[Row, Shape]], known: Mapping[str, int]) -> dict[str, int]:
+    """The dims in the shapes of rows, from the first row on that tells each."""
+    dims = dict(known)
+    while True:
+        before = len(dims)
+        for row, shape in found:
+            words = row.shape.split()
+            if len(words) == len(shape):
+                for word, size in zip(words, shape, strict=True):
+                    _solve_word(word, size, dims)
+        for row, shape in found:  # axes merged or dropped: the product still tells
+            _solve_word("*".join(row.shape.split()), prod(shape), dims)
+        if len(dims) == before:
+            return dims
+
+
+def _solve_word(word: str, size: int, dims: dict[str, int]) -> None:
+    factors = word.split("*")
+    unknown = [factor for factor in factors if not factor.isdigit() and factor not in dims]
+    rest = prod(int(f) if f.isdigit() else dims[f] for f in factors if f not in unknown)
+    if len(unknown) == 1 and size and rest and size % rest == 0:
+        dims[unknown[0]] = size // rest
+
+
+def fits(shape: Shape, expected: Shape) -> bool:
+    """Whether a shape is the expected one but for axes of length 1 and, beyond matrices, leading axes merged."""
+    plain, target = [n for n in shape if n != 1], [n for n in expected if n != 1]
+    merged = len(target) - len(plain) + 1
+    return plain == target or (len(target) > 2 and merged > 1 and plain == [prod(target[:merged]), *target[merged:]])

@@ -1,143 +1,176 @@
-"""A published checkpoint on disk: which components it has, and the tensors of each, read piece by piece."""
+"""What lies in a folder: files of tensors, which of them belong together as one part, and the config beside them."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.quant.source import SourceTensor, apply_scales
+from skyrun.quant.torch_file import read_torch_file
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor of a safetensors file, not read yet."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-    @property
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
-    def rows(self, at_most: int) -> Iterator[Tensor]:
-        """The tensor in float32 as [rows, cols] pieces of at most `at_most` weights (at least one row).
-
-        The file is opened anew for each piece: a mapping that stays open keeps every page it touched in memory.
-        """
-        if len(self.shape) != 2 or self.numel <= at_most:
-            with _opened(self.file) as source:
-                whole = source.get_tensor(self.name).float()
-            yield whole.reshape(-1, self.shape[-1]) if whole.dim() > 1 else whole.reshape(1, -1)
-            return
-        step = max(1, at_most // self.shape[1])
-        for start in range(0, self.shape[0], step):
-            with _opened(self.file) as source:
-                yield source.get_slice(self.name)[start : start + step].float()
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise SkyrunError(f"cannot read {path}: {error}", "download the file again: it is cut or damaged") from error
+SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin")  # of a part that is there twice the first of these is taken
+_NAMED_ONLY = (".pt", ".ckpt")  # trainers' own files: read when they are asked for
+_DEPTH = 2  # google/umt5-xxl
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 @dataclass(frozen=True)
-class Component:
-    """One folder of a checkpoint: its tensors by name and its config.json."""
+class Part:
+    """Files that make up one set of tensors.
 
-    folder: Path
+    config: what stands beside or inside them about the model, in the words of whoever wrote it.
+    """
+
+    label: str
+    files: tuple[Path, ...]
     tensors: dict[str, SourceTensor]
     config: dict[str, Any]
+    config_source: str
+    gguf: GGUFFile | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.files[0].parent
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint folder holds; an absent part is None."""
+@dataclass
+class _Group:
+    """Files to be read as one part: the shards that an index names or that are numbered, or a file alone."""
 
-    folder: Path
-    transformer: Component | None
-    text_encoder: Component | None
-    vae: Component | None
-    tokenizer: Path | None
+    files: list[Path]
+    index: Path | None = None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Look into a folder of the published R2V layout. SkyrunError if it holds none of its parts."""
-    if not folder.exists():
-        raise SkyrunError(f"{folder} does not exist", "give the folder of a downloaded checkpoint", MODEL_MISSING)
-    if not folder.is_dir():
-        raise SkyrunError(
-            f"{folder} is a file, expected a checkpoint folder", "give the folder that holds transformer/"
-        )
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
-    transformer, text_encoder, vae = (_component(folder / name) for name in ("transformer", "text_encoder", "vae"))
-    checkpoint = Checkpoint(folder, transformer, text_encoder, vae, tokenizer if tokenizer.is_file() else None)
-    if not (checkpoint.transformer or checkpoint.text_encoder or checkpoint.vae):
-        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise SkyrunError(
-            f"{folder} is not a SkyReels-V3 R2V checkpoint: it holds {inside}",
-            "expected the folders transformer/, text_encoder/, tokenizer/ and vae/",
-        )
-    return checkpoint
+def open_parts(source: Path) -> tuple[list[Part], list[SkyrunError]]:
+    """Every part that a folder holds, or the one that a file belongs to; and what is wrong with the others."""
+    if not source.exists():
+        raise SkyrunError(f"{source} does not exist", "give a downloaded checkpoint", MODEL_MISSING)
+    if source.is_dir():
+        groups = [group for folder in folders(source) for group in _groups(folder)]
+    else:
+        if source.suffix not in SUFFIXES + _NAMED_ONLY:
+            raise SkyrunError(
+                f"{source} is no file of tensors",
+                f"expected a checkpoint folder, or a file that ends in {', '.join(SUFFIXES)}",
+            )
+        groups = [group for group in _groups(source.parent) if source in group.files] or [_Group([source])]
+    parts, errors = [], []
+    for group in groups:
+        try:
+            parts.append(_part(group, source if source.is_dir() else source.parent))
+        except SkyrunError as error:
+            errors.append(error)
+    return parts, errors
 
 
-def _component(folder: Path) -> Component | None:
-    if not folder.is_dir():
-        return None
-    files = _weight_files(folder)
-    if not files:
-        raise SkyrunError(f"{folder} holds no .safetensors file", "download the checkpoint again")
+def folders(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folder and those in it, two levels deep."""
+    yield folder
+    for inside in sorted(folder.iterdir()):
+        if depth and inside.is_dir() and not inside.name.startswith("."):
+            yield from folders(inside, depth - 1)
+
+
+def _groups(folder: Path) -> list[_Group]:
+    groups = {index.name: _Group(_named_shards(index), index) for index in sorted(folder.glob("*.index.json"))}
+    owned = {shard for group in groups.values() for shard in group.files}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file() and path not in owned and not path.name.startswith("."):
+            numbered = _SHARD.fullmatch(path.name)
+            name = f"{numbered[1]} of {numbered[3]}{numbered[4]}" if numbered else path.name
+            groups.setdefault(name, _Group([])).files.append(path)
+    return list(groups.values())
+
+
+def _named_shards(index: Path) -> list[Path]:
+    """The files that an index names; none of a damaged one, about which `_check_whole` complains."""
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except SkyrunError:
+        return []
+    names = weight_map.values() if isinstance(weight_map, dict) else []
+    return sorted({index.parent / name for name in names if isinstance(name, str)})
+
+
+def _check_whole(group: _Group) -> None:
+    if group.index:
+        read_json(group.index)
+        if not group.files:
+            raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download it again")
+        title = f"{group.index.name} names shards that are not there"
+        missing = [f"{path} is missing" for path in group.files if not path.is_file()]
+    else:
+        numbered = _SHARD.fullmatch(group.files[0].name)
+        if numbered is None:
+            return
+        title = f"shards of {numbered[1]} are not there"
+        there = {path.name for path in group.files}
+        names = [f"{numbered[1]}-{n + 1:05}-of-{numbered[3]}{numbered[4]}" for n in range(int(numbered[3]))]
+        missing = [f"{group.files[0].parent / name} is missing" for name in names if name not in there]
+    if missing:
+        raise SkyrunError.listing(title, missing, "download them again")
+
+
+def _part(group: _Group, source: Path) -> Part:
+    _check_whole(group)
     tensors: dict[str, SourceTensor] = {}
     problems = []
-    for file in files:
-        for tensor in _tensors(file):
-            if tensor.name in tensors:
-                problems.append(f"{tensor.name} is in both {tensors[tensor.name].file.name} and {file.name}")
-            if tensor.dtype not in _DTYPES:
-                problems.append(f"{tensor.name} in {file.name} is {tensor.dtype}, expected {', '.join(_DTYPES)}")
-            tensors[tensor.name] = tensor
-    if problems:
-        raise SkyrunError.listing(f"cannot use {folder}", problems)
-    return Component(folder, tensors, _read_json(folder / "config.json"))
+    texts: dict[str, Any] = {}
+    gguf = None
+    for file in group.files:
+        if file.suffix == ".gguf":
+            gguf = open_gguf(file)
+            found = _gguf_tensors(gguf)
+        elif file.suffix == ".safetensors":
+            header = read_safetensors_header(file)
+            texts |= header.metadata
+            found = {n: SourceTensor(n, t.shape, t.dtype, file, t.offset) for n, t in header.tensors.items()}
+        else:
+            found = read_torch_file(file)
+        problems += [f"{n} is in both {tensors[n].file.name} and {file.name}" for n in found if n in tensors]
+        tensors |= found
+    tensors, scale_problems = apply_scales(tensors)
+    name = group.files[0] if len(group.files) == 1 else group.files[0].parent
+    label = str(name.relative_to(source)) if name != source else source.name
+    if problems or scale_problems:
+        raise SkyrunError.listing(f"cannot use {name}", problems + scale_problems, "download it again")
+    if own := _own_words(gguf, texts):
+        return Part(label, tuple(group.files), tensors, own, f"the header of {group.files[0]}", gguf)
+    config = group.files[0].parent / "config.json"
+    return Part(label, tuple(group.files), tensors, read_json(config), str(config), gguf)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The shards that the index names, or every safetensors file when there is no index."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        return sorted(folder.glob("*.safetensors"))
-    weight_map = _read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SkyrunError(f"{indexes[0]} has no weight_map of tensors to files", "download it again")
-    shards = sorted({folder / str(name) for name in weight_map.values()})
-    missing = [f"{shard} is missing" for shard in shards if not shard.is_file()]
-    if missing:
-        raise SkyrunError.listing(f"{indexes[0].name} names shards that are not there", missing, "download them again")
-    return shards
+def _gguf_tensors(file: GGUFFile) -> dict[str, SourceTensor]:
+    return {
+        name: SourceTensor(name, info.shape, info.format.name, file.path, info.offset)
+        for name, info in file.tensors.items()
+    }
 
 
-def _tensors(file: Path) -> list[SourceTensor]:
-    with _opened(file) as source:
-        slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118 - not a dict
-        return [SourceTensor(n, tuple(s.get_shape()), s.get_dtype(), file) for n, s in slices.items()]
+def _own_words(gguf: GGUFFile | None, texts: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of its model: GGUF keys without their family's name, or what skyrun put in a safetensors."""
+    if gguf:
+        own = {key: value for key, value in gguf.metadata.items() if not key.startswith(("general.", "tokenizer."))}
+        return {re.sub(r"^(skyrun|clip\.vision|clip|[^.]+)\.", "", key): value for key, value in own.items()}
+    try:
+        said = json.loads(texts.get("skyrun", "{}"))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} where there is no file. SkyrunError for anything else."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SkyrunError(f"{path} is not JSON: {error}", "download it again") from error
     if not isinstance(content, dict):
         raise SkyrunError(f"{path} holds a {type(content).__name__}, expected an object", "download it again")

@@ -13,16 +13,15 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, naming_convention, size_label
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.errors import FAILED, SkyrunError
-from skyrun.quant.checkpoint import Checkpoint, Component, SourceTensor, open_checkpoint
 from skyrun.quant.encode import quantize
-from skyrun.quant.families import Family, text_encoder, transformer, vae
-from skyrun.quant.recipes import FILE_TYPES, check_quant, default_text_encoder_quant
+from skyrun.quant.families import Family, ModelTensor, find_families
+from skyrun.quant.recipes import FILE_TYPES, check_quant, default_text_encoder_quant, tensor_type
+from skyrun.quant.source import SourceTensor
 
 _CHUNK_WEIGHTS = 1 << 22  # encoded at a time; bounds the memory of a conversion together with the encoder's temporaries
 
@@ -32,6 +31,7 @@ class PlannedTensor:
     """A tensor of an output file: where it comes from and what it becomes."""
 
     name: str
+    shape: tuple[int, ...]
     source: SourceTensor
     type: str
     nbytes: int
@@ -86,42 +86,14 @@ def plan_conversion(
     check_quant(quant)
     encoder_quant = text_encoder_quant.upper() if text_encoder_quant else default_text_encoder_quant(quant)
     check_quant(encoder_quant)
-    checkpoint = open_checkpoint(Path(source))
-    families = []
-    if checkpoint.transformer:
-        families.append((transformer(checkpoint.transformer), checkpoint.transformer, quant))
-    if checkpoint.text_encoder:
-        families.append(
-            (text_encoder(checkpoint.text_encoder, _tokenizer(checkpoint)), checkpoint.text_encoder, encoder_quant)
-        )
-    if checkpoint.vae:
-        families.append((vae(checkpoint.vae), checkpoint.vae, ""))
-    files = tuple(_plan_file(Path(out), *family) for family in families)
+    quants = {"transformer": quant, "text_encoder": encoder_quant, "image_encoder": "F16"}
+    found = find_families(Path(source))
+    files = tuple(_plan_file(Path(out), family, quants.get(family.role, "")) for family in found.families)
     return Conversion(Path(source), files)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> str:
-    if checkpoint.tokenizer is None:
-        raise SkyrunError(
-            f"{checkpoint.folder} has a text encoder but no tokenizer/tokenizer.json",
-            "download the tokenizer folder too",
-        )
-    try:
-        text = checkpoint.tokenizer.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise SkyrunError(f"{checkpoint.tokenizer} is not a tokenizer: {error}", "download it again") from error
-    return text
-
-
-def _plan_file(out: Path, family: Family, component: Component, quant: str) -> PlannedFile:
-    tensors = []
-    for entry in family.entries:
-        source = component.tensors[entry.source]
-        choice = family.choose_type(entry.target, source.shape, source.dtype, quant)
-        format = block_format(choice.type)
-        nbytes = source.numel // source.shape[-1] * format.row_bytes(source.shape[-1])
-        tensors.append(PlannedTensor(entry.target, source, choice.type, nbytes, choice.fallback))
+def _plan_file(out: Path, family: Family, quant: str) -> PlannedFile:
+    tensors = tuple(_plan_tensor(family.role, tensor, quant) for tensor in family.tensors)
     label = size_label(sum(tensor.source.numel for tensor in tensors), 0, 0, 0)
     name = naming_convention(None, family.basename, None, None, label, quant or None)
     metadata = dict(family.metadata)
@@ -136,7 +108,13 @@ def _plan_file(out: Path, family: Family, component: Component, quant: str) -> P
             "skyrun.quant": quant,
         }
     suffix = ".gguf" if family.architecture else ".safetensors"
-    return PlannedFile(out / f"{name}{suffix}", family.role, family.architecture, tuple(tensors), metadata)
+    return PlannedFile(out / f"{name}{suffix}", family.role, family.architecture, tensors, metadata)
+
+
+def _plan_tensor(role: str, tensor: ModelTensor, quant: str) -> PlannedTensor:
+    choice = tensor_type(role, tensor.name, tensor.shape, tensor.source.dtype, quant)
+    nbytes = tensor.source.numel // tensor.shape[-1] * block_format(choice.type).row_bytes(tensor.shape[-1])
+    return PlannedTensor(tensor.name, tensor.shape, tensor.source, choice.type, nbytes, choice.fallback)
 
 
 def write_file(file: PlannedFile, device: str = "cpu") -> Iterator[PlannedTensor]:
@@ -183,9 +161,7 @@ def _write_gguf(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
         for tensor in file.tensors:
             kind = GGMLQuantizationType[tensor.type]
             # float32 stands for "the shape is in weights": the real type is `raw_dtype`
-            writer.add_tensor_info(
-                tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind
-            )
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -200,6 +176,8 @@ def _write_gguf(file: PlannedFile, device: str) -> Iterator[PlannedTensor]:
 def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     else:
@@ -207,7 +185,9 @@ def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
 
 
 def _encoded(tensor: PlannedTensor, device: str) -> Iterator[Tensor]:
-    for piece in tensor.source.rows(_CHUNK_WEIGHTS):
+    step = max(1, _CHUNK_WEIGHTS // tensor.source.cols)
+    for start in range(0, tensor.source.rows, step):
+        piece = tensor.source.read(start, min(start + step, tensor.source.rows))
         try:
             yield quantize(piece.to(device), tensor.type)
         except SkyrunError as error:
@@ -220,7 +200,7 @@ def _write_safetensors(file: PlannedFile, device: str) -> Iterator[PlannedTensor
     tensors = {}
     for tensor in file.tensors:
         pieces = [piece.flatten() for piece in _encoded(tensor, "cpu")]
-        tensors[tensor.name] = torch.cat(pieces).view(plain[tensor.type]).view(tensor.source.shape)
+        tensors[tensor.name] = torch.cat(pieces).view(plain[tensor.type]).view(tensor.shape)
         yield tensor
     with replacing(file.path) as partial:
         save_file(tensors, partial, file.metadata)

@@ -1,170 +1,196 @@
-"""The parts of a checkpoint: for each its tables of names and types, and what its file says about itself."""
+"""The models in a checkpoint, recognised by their tensors: what each is, its tensors in order, what its file says."""
 
-import json
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, match
-from skyrun.quant.checkpoint import Component
-from skyrun.quant.recipes import Choice, text_encoder_type, transformer_type
+from skyrun.kernels.name_tables import (
+    CLIP_VISION,
+    UMT5_ENCODER,
+    WAN_AUDIO_TRANSFORMER,
+    WAN_TRANSFORMER,
+    WAN_VAE,
+    WAV2VEC2,
+)
+from skyrun.kernels.names import Match, recognise, strays
+from skyrun.quant import describe
+from skyrun.quant.checkpoint import SUFFIXES, Part, open_parts
+from skyrun.quant.source import READABLE, SourceTensor
+from skyrun.quant.tokenizer import find_tokenizer
 
-_HEAD_DIM = 128  # of every Wan transformer
+_AGAIN = "download the checkpoint again, or check that it is a SkyReels-V3 repository"
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor of a file to be written. shape: the source's but for axes of length 1, or merged ones restored."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: SourceTensor
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one component is written. An empty architecture means safetensors instead of GGUF."""
+    """One model of a checkpoint.
+
+    role: transformer, text_encoder, vae, image_encoder or audio_encoder. task: of a transformer, "" where nothing
+    tells. architecture: GGUF's name for it, "" for a safetensors file. tensors: in the order of the file, blocks whole
+    and in execution order.
+    """
 
     role: str
+    task: str
     basename: str
     architecture: str
-    entries: list[Entry]
-    choose_type: Callable[[str, tuple[int, ...], str, str], Choice]
+    tensors: tuple[ModelTensor, ...]
     metadata: dict[str, Any]
 
 
-def _size(component: Component, name: str, axis: int) -> int:
-    """One size of a tensor that the dims are read from; such a tensor has to be there."""
-    tensor = component.tensors.get(name)
-    if tensor is None or len(tensor.shape) <= axis:
-        found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
-        raise SkyrunError(
-            f"{name} {found} in {component.folder}",
-            "expected a SkyReels-V3 R2V checkpoint; download it again if it is one",
+@dataclass(frozen=True)
+class Found:
+    """What a source holds. notes: what was there and is not used, in words."""
+
+    source: Path
+    families: tuple[Family, ...]
+    notes: tuple[str, ...]
+
+
+_ROLES = {
+    WAN_AUDIO_TRANSFORMER.name: "transformer",
+    WAN_TRANSFORMER.name: "transformer",
+    UMT5_ENCODER.name: "text_encoder",
+    WAN_VAE.name: "vae",
+    CLIP_VISION.name: "image_encoder",
+    WAV2VEC2.name: "audio_encoder",
+}
+_TABLES = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A family that was recognised in a part."""
+
+    part: Part
+    match: Match
+
+    @property
+    def role(self) -> str:
+        return _ROLES[self.match.table.name]
+
+    @property
+    def task(self) -> str:
+        return describe.task_of(self.part, self.match) if self.role == "transformer" else ""
+
+    @property
+    def preference(self) -> int:
+        return (*SUFFIXES, "").index(self.part.files[0].suffix if self.part.files[0].suffix in SUFFIXES else "")
+
+
+def find_families(source: Path) -> Found:
+    """Look into a folder or a file; reads headers only. SkyrunError lists all that keeps it from being converted."""
+    parts, errors = open_parts(source)
+    notes: list[str] = []
+    models: list[_Model] = []
+    for part in parts:
+        matches = recognise(part.tensors, _TABLES)
+        models += [_Model(part, match) for match in matches]
+        unknown, others = strays(part.tensors, matches)
+        errors += [
+            SkyrunError(f"{name} {list(part.tensors[name].shape)} is not a tensor of this model: {part.label}", _AGAIN)
+            for name in unknown
+        ]
+        if others:
+            notes.append(f"not used: {_some(others)} in {part.label}")
+    if not models and not errors:
+        raise _nothing(source, notes)
+    families = []
+    for model in _choose(models, notes, errors):
+        try:
+            families.append(_family(source, model))
+        except SkyrunError as error:
+            errors.append(error)
+    if errors:
+        raise _all(source, errors)
+    return Found(source, tuple(families), tuple(notes))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _nothing(source: Path, notes: list[str]) -> SkyrunError:
+    if source.is_dir() and not notes:
+        inside = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
+        return SkyrunError(
+            f"{source} is no checkpoint: it holds {inside}",
+            f"expected the folder of a SkyReels-V3 repository, or files that end in {', '.join(SUFFIXES)}",
         )
-    return tensor.shape[axis]
+    title = f"{source} holds no model that skyrun knows"
+    return SkyrunError("; ".join([title, *notes]), "expected SkyReels-V3: transformer, UMT5, Wan VAE, CLIP, wav2vec2")
 
 
-def _layers(component: Component, prefix: str) -> int:
-    """How many blocks there are: their names begin with the prefix and a number. Gaps show as missing tensors."""
-    numbers = (name.removeprefix(prefix).split(".")[0] for name in component.tensors if name.startswith(prefix))
-    return len({number for number in numbers if number.isdecimal()})
+def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
+    """The one error, or a list of all of them."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [line.removeprefix("  - ") for error in errors for line in error.message.splitlines()]
+    hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
+    return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints))
 
 
-def _number(component: Component, key: str, default: float) -> float:
-    value = component.config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SkyrunError(f"config.json in {component.folder} says {key} = {value!r}", "expected a number")
-    return float(value)
+def _choose(models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[_Model]:
+    """One model for each role and task. Where a folder has one in several formats, the best of them."""
+    groups = defaultdict(list)
+    for model in models:
+        groups[model.role, model.task].append(model)
+    chosen = []
+    for (role, task), group in groups.items():
+        group.sort(key=lambda model: model.preference)
+        best, *others = group
+        for other in others:
+            if other.part.folder == best.part.folder and other.preference > best.preference:
+                notes.append(f"not used: {other.part.label}, the same {role} is in {best.part.label}")
+            else:
+                what = f"two {task} {role}s" if task else f"two {role}s"
+                errors.append(
+                    SkyrunError(
+                        f"there are {what}: {best.part.label} and {other.part.label}", "give the file to convert"
+                    )
+                )
+        chosen.append(best)
+    return sorted(chosen, key=lambda model: list(_ROLES.values()).index(model.role))
 
 
-def _agree(component: Component, expected: dict[str, int]) -> None:
-    """The config must say what the tensors say."""
-    problems = [
-        f"config.json says {key} = {component.config[key]}, the tensors say {value}"
-        for key, value in expected.items()
-        if component.config.get(key) not in (None, value)
+def _family(source: Path, model: _Model) -> Family:
+    part, match = model.part, model.match
+    shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
+    dims, problems = match.check(shapes, describe.known_dims(part))
+    problems += [
+        f"{tensor.name} in {tensor.file} is {tensor.dtype}, expected {', '.join(READABLE)}"
+        for tensor in (part.tensors[name] for name in match.names.values())
+        if tensor.dtype not in READABLE
     ]
     if problems:
-        raise SkyrunError.listing(f"{component.folder} contradicts itself", problems, "download the checkpoint again")
-
-
-def transformer(component: Component) -> Family:
-    """The reference-to-video transformer, written with original Wan names."""
-    dims = {
-        "dim": _size(component, "patch_embedding.weight", 0),
-        "in": _size(component, "patch_embedding.weight", 1),
-        "out": _size(component, "proj_out.weight", 0) // 4,
-        "ffn": _size(component, "blocks.0.ffn.net.0.proj.weight", 0),
-        "text": _size(component, "condition_embedder.text_embedder.linear_1.weight", 1),
-        "freq": _size(component, "condition_embedder.time_embedder.linear_1.weight", 1),
-        "layers": _layers(component, "blocks."),
-    }
-    heads = dims["dim"] // _HEAD_DIM
-    _agree(
-        component,
-        {
-            "num_attention_heads": heads,
-            "attention_head_dim": _HEAD_DIM,
-            "num_layers": dims["layers"],
-            "ffn_dim": dims["ffn"],
-            "in_channels": dims["in"],
-            "out_channels": dims["out"],
-            "text_dim": dims["text"],
-            "freq_dim": dims["freq"],
-        },
+        raise SkyrunError.listing(f"{part.label} does not match its model", problems, _AGAIN)
+    tensors = tuple(
+        ModelTensor(row.name(), row.sizes(dims) or (), part.tensors[match.file_name(row)])
+        for row in match.table.expand(match.layers)
     )
-    shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
-    metadata: dict[str, Any] = {
-        "general.type": "model",
-        "general.license": "other",
-        "general.license.name": "Skywork Community License",
-        "skyrun.task": "r2v",
-        "skyrun.dim": dims["dim"],
-        "skyrun.heads": heads,
-        "skyrun.layers": dims["layers"],
-        "skyrun.ffn_dim": dims["ffn"],
-        "skyrun.in_channels": dims["in"],
-        "skyrun.out_channels": dims["out"],
-        "skyrun.text_dim": dims["text"],
-        "skyrun.freq_dim": dims["freq"],
-        "skyrun.eps": _number(component, "eps", 1e-6),
-    }
-    entries = match(str(component.folder), R2V_TRANSFORMER, dims, shapes)
-    return Family("transformer", "SkyReels-V3-R2V", "wan", entries, transformer_type, metadata)
-
-
-def text_encoder(component: Component, tokenizer: str) -> Family:
-    """The UMT5 encoder, written as GGUF's t5encoder with its tokenizer inside."""
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    dims = {
-        "vocab": _size(component, "shared.weight", 0),
-        "dim": _size(component, "shared.weight", 1),
-        "inner": _size(component, "encoder.block.0.layer.0.SelfAttention.q.weight", 0),
-        "ffn": _size(component, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
-        "buckets": _size(component, bias, 0),
-        "heads": _size(component, bias, 1),
-        "layers": _layers(component, "encoder.block."),
-    }
-    _agree(
-        component,
-        {
-            "d_model": dims["dim"],
-            "d_kv": dims["inner"] // dims["heads"],
-            "d_ff": dims["ffn"],
-            "num_heads": dims["heads"],
-            "num_layers": dims["layers"],
-            "vocab_size": dims["vocab"],
-        },
-    )
-    shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
-    metadata = {
-        "general.type": "model",
-        "t5encoder.block_count": dims["layers"],
-        "t5encoder.context_length": 512,
-        "t5encoder.embedding_length": dims["dim"],
-        "t5encoder.feed_forward_length": dims["ffn"],
-        "t5encoder.attention.head_count": dims["heads"],
-        "t5encoder.attention.key_length": dims["inner"] // dims["heads"],
-        "t5encoder.attention.value_length": dims["inner"] // dims["heads"],
-        "t5encoder.attention.relative_buckets_count": dims["buckets"],
-        "t5encoder.attention.layer_norm_rms_epsilon": _number(component, "layer_norm_epsilon", 1e-6),
-        "t5encoder.vocab_size": dims["vocab"],
-        "tokenizer.huggingface.json": tokenizer,
-    }
-    entries = match(str(component.folder), UMT5_ENCODER, dims, shapes)
-    return Family("text_encoder", "umt5-encoder", "t5encoder", entries, text_encoder_type, metadata)
-
-
-def vae(component: Component) -> Family:
-    """The Wan autoencoder, written as safetensors with original names: every tool loads that, none a GGUF of it."""
-    dims = {
-        "base": _size(component, "encoder.conv_in.weight", 0),
-        "z": _size(component, "post_quant_conv.weight", 0),
-    }
-    _agree(component, {"base_dim": dims["base"], "z_dim": dims["z"]})
-    shapes = {name: tensor.shape for name, tensor in component.tensors.items()}
-    said: dict[str, Any] = {"role": "vae", "base_dim": dims["base"], "z_dim": dims["z"]}
-    for key in ("latents_mean", "latents_std"):
-        if key in component.config:
-            values = component.config[key]
-            numbers = isinstance(values, list) and [v for v in values if isinstance(v, (int, float))]
-            if not numbers or len(numbers) != len(values) or len(values) != dims["z"]:
-                hint = f"expected {dims['z']} numbers"
-                raise SkyrunError(f"config.json in {component.folder} says {key} = {values!r}", hint)
-            said[key] = values
-    metadata = {"skyrun": json.dumps(said)}  # one entry: safetensors writes several in random order
-    entries = match(str(component.folder), WAN_VAE, dims, shapes)
-    return Family("vae", "wan-vae", "", entries, lambda name, shape, source, quant: Choice(source), metadata)
+    metadata: dict[str, Any]
+    basename, architecture = model.role.replace("_", "-"), ""
+    if model.role == "transformer":
+        basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
+        architecture, metadata = "wan", describe.transformer(part, dims, model.task)
+    elif model.role == "text_encoder":
+        basename, architecture = "umt5-encoder", "t5encoder"
+        metadata = describe.text_encoder(part, dims, find_tokenizer(source, part))
+    elif model.role == "vae":
+        basename, metadata = "wan-vae", describe.vae(part, dims)
+    elif model.role == "image_encoder":
+        basename, architecture, metadata = "clip-vision", "clip", describe.image_encoder(part, dims)
+    else:
+        basename, metadata = "wav2vec2", describe.audio_encoder(part, dims)
+    return Family(model.role, model.task, basename, architecture, tensors, metadata)

@@ -46,21 +46,17 @@ def _linear(quant: str, shape: tuple[int, ...]) -> Choice:
     return Choice(quant)
 
 
-def transformer_type(name: str, shape: tuple[int, ...], source: str, quant: str) -> Choice:
-    """Attention and feed-forward matrices of the blocks get `quant`; the rest keeps its precision.
+def tensor_type(role: str, name: str, shape: tuple[int, ...], source: str, quant: str) -> Choice:
+    """Matrices of the blocks, and a text encoder's table of embeddings, get `quant`; the rest keeps its precision.
 
-    Other matrices keep their source type. Norms, biases, modulation and the convolution are F32: readers of GGUF use
+    Other matrices keep their source type. Norms, biases, modulation and convolutions are F32: readers of GGUF use
     those as they are, without a decode.
     """
-    if len(shape) != 2:
-        return Choice("F32")
-    if name.startswith("blocks."):
-        return _linear(quant, shape)
-    return Choice("F32" if quant == "F32" else source)
-
-
-def text_encoder_type(name: str, shape: tuple[int, ...], source: str, quant: str) -> Choice:
-    """Matrices and the embedding table get `quant`; norms and the position bias are F32."""
+    kept = source if source in ("F32", "F16", "BF16") else "BF16"
+    if not quant:
+        return Choice(kept)
     if len(shape) != 2 or name.endswith("attn_rel_b.weight"):
         return Choice("F32")
-    return _linear(quant, shape)
+    if role != "transformer" or name.startswith("blocks."):
+        return _linear(quant, shape)
+    return Choice("F32" if quant == "F32" else kept)

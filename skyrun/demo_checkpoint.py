@@ -14,7 +14,10 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
-from skyrun.kernels.names import R2V_TRANSFORMER, UMT5_ENCODER, WAN_VAE, Entry, expand
+from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
+from skyrun.kernels.names import Shape
+
+Shapes = dict[str, Shape]
 
 _SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 _WORDS = "a an the of in on and with person man woman child is are walking talking looking at camera city sea red blue"
@@ -46,20 +49,22 @@ class CheckpointDims:
 def write_checkpoint(folder: Path, dims: CheckpointDims, seed: int = 0) -> None:
     """Write transformer/, text_encoder/, tokenizer/ and vae/. The same dims and seed give the same files."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    _write_sharded(folder / "transformer", expand(R2V_TRANSFORMER, dims.layers), dims, generator)
+    _write_sharded(
+        folder / "transformer", WAN_TRANSFORMER.shapes("diffusers", dims.transformer), dims.shard_bytes, generator
+    )
     _write_config(folder / "transformer", _transformer_config(dims))
-    encoder = dict(_weights(expand(UMT5_ENCODER, dims.text_layers), dims.text_encoder, generator))
+    encoder = dict(_weights(UMT5_ENCODER.shapes("transformers", dims.text_encoder), generator))
     _write_whole(folder / "text_encoder" / "model.safetensors", encoder)
     _write_config(folder / "text_encoder", _text_encoder_config(dims))
-    vae = dict(_weights(WAN_VAE, {"base": dims.vae_base, "z": 16}, generator))
+    vae = dict(_weights(WAN_VAE.shapes("diffusers", {"base": dims.vae_base, "z": 16}), generator))
     _write_whole(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
     _write_config(folder / "vae", {"_class_name": "AutoencoderKLWan", "base_dim": dims.vae_base, "z_dim": 16})
     _write_text(folder / "tokenizer" / "tokenizer.json", _tokenizer().to_str(pretty=True))
 
 
-def _weights(entries: list[Entry], dims: dict[str, int], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    for entry in entries:
-        yield entry.source, _weight(entry.source, entry.sizes(dims), generator)
+def _weights(shapes: Shapes, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in shapes.items():
+        yield name, _weight(name, shape, generator)
 
 
 def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -90,14 +95,14 @@ def _smooth(noise: Tensor) -> Tensor:
     return noise.flatten(2)[:, :, :1].view(*noise.shape[:2], *[1] * blur.dim()) * blur
 
 
-def _write_sharded(folder: Path, entries: list[Entry], dims: CheckpointDims, generator: torch.Generator) -> None:
-    """Shards of about `shard_bytes` and the index that names them; one shard in memory at a time."""
+def _write_sharded(folder: Path, shapes: Shapes, shard_bytes: int, generator: torch.Generator) -> None:
+    """Shards of about that many bytes and the index that names them; one shard in memory at a time."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
-    total = 0
-    for name, weight in _weights(entries, dims.transformer, generator):
+    total, last = 0, list(shapes)[-1]
+    for name, weight in _weights(shapes, generator):
         pending[name] = weight
-        if sum(tensor.nbytes for tensor in pending.values()) >= dims.shard_bytes or name == entries[-1].source:
+        if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes or name == last:
             shards.append(list(pending))
             total += sum(tensor.nbytes for tensor in pending.values())
             _write_whole(folder / f"shard-{len(shards)}.safetensors", pending)

@@ -4,7 +4,7 @@ Weights have original Wan names. A block is a function of activations and of the
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.names import Match, fits, recognise, strays
 from skyrun.layers import add_gated, attention, layer_norm, modulate, rms_norm, rope_table, rotate, sinusoid
 from skyrun.request import TEXT_LENGTH
 from skyrun.stream import Block, BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights
 
 _HEAD_DIM = 128
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
 TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
@@ -41,38 +42,52 @@ class DiTDims:
 
 
 def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
-    """Tensors by original Wan name, without the prefix that some tools write."""
-    for prefix in _PREFIXES:
-        named = {name.removeprefix(prefix): info for name, info in file.tensors.items() if name.startswith(prefix)}
-        if named:
-            return named
-    return file.tensors
+    """Tensors by original Wan name and in torch's shapes, whatever naming, prefix and axes the file has.
+
+    Tensors that the model does not know keep the names they have.
+    """
+    match = _recognised(file)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    dims, _ = match.check(shapes, {})
+    rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
+    tensors = {}
+    for name, in_file in match.names.items():
+        info, expected = file.tensors[in_file], rows.get(name)
+        restored = expected if expected and fits(info.shape, expected) else info.shape
+        tensors[name] = replace(info, shape=restored)
+    unknown, _ = strays(shapes, [match])
+    return tensors | {name.removeprefix(match.prefix): file.tensors[name] for name in unknown}
+
+
+def _recognised(file: GGUFFile) -> Match:
+    matches = recognise(file.tensors, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))
+    if not matches:
+        raise SkyrunError(
+            f"{file.path} is not a Wan transformer: it has no tensors such as patch_embedding.weight",
+            "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
+        )
+    return matches[0]
 
 
 def read_dims(file: GGUFFile) -> DiTDims:
     """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
-    tensors = canonical_tensors(file)
-
-    def size(name: str, axis: int) -> int:
-        if name not in tensors or len(tensors[name].shape) <= axis:
-            raise SkyrunError(
-                f"{file.path} has no tensor {name}: it is not a Wan transformer with original names",
-                "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
-            )
-        return tensors[name].shape[axis]
-
+    match = _recognised(file)
+    layers = len(block_layouts(file))
+    sizes, problems = match.check({name: info.shape for name, info in file.tensors.items()}, {})
+    problems += [f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0]]
+    if problems:
+        raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
     dims = DiTDims(
-        dim=size("patch_embedding.weight", 0),
-        heads=size("patch_embedding.weight", 0) // _HEAD_DIM,
-        layers=len(block_layouts(file)),
-        ffn_dim=size("blocks.0.ffn.0.weight", 0),
-        in_channels=size("patch_embedding.weight", 1),
-        out_channels=size("head.head.weight", 0) // 4,
-        text_dim=size("text_embedding.0.weight", 1),
-        freq_dim=size("time_embedding.0.weight", 1),
+        dim=sizes["dim"],
+        heads=sizes["dim"] // _HEAD_DIM,
+        layers=layers,
+        ffn_dim=sizes["ffn"],
+        in_channels=sizes["in"],
+        out_channels=sizes["out"],
+        text_dim=sizes["text"],
+        freq_dim=sizes["freq"],
         eps=file.number("skyrun.eps", 1e-6),
     )
-    problems = _shape_problems(dims, tensors)
     if dims.dim % _HEAD_DIM:
         problems.append(f"its width {dims.dim} is not a multiple of the {_HEAD_DIM} of a head")
     for field in fields(dims):
@@ -80,43 +95,8 @@ def read_dims(file: GGUFFile) -> DiTDims:
         if said is not None and said != getattr(dims, field.name):
             problems.append(f"its metadata says {field.name} = {said}, its tensors {getattr(dims, field.name)}")
     if problems:
-        raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
+        raise SkyrunError.listing(f"{file.path} contradicts itself", problems, "convert or download it again")
     return dims
-
-
-def _shape_problems(dims: DiTDims, tensors: dict[str, TensorInfo]) -> list[str]:
-    d, ffn = dims.dim, dims.ffn_dim
-    linears = {
-        "text_embedding.0": (d, dims.text_dim),
-        "text_embedding.2": (d, d),
-        "time_embedding.0": (d, dims.freq_dim),
-        "time_embedding.2": (d, d),
-        "time_projection.1": (6 * d, d),
-        "head.head": (dims.out_channels * 4, d),
-    }
-    sizes = {"patch_embedding.weight": d * dims.in_channels * 4, "patch_embedding.bias": d, "head.modulation": 2 * d}
-    for n in range(dims.layers):
-        for attn in ("self_attn", "cross_attn"):
-            linears |= {f"blocks.{n}.{attn}.{name}": (d, d) for name in "qkvo"}
-            sizes |= {f"blocks.{n}.{attn}.norm_{name}.weight": d for name in "qk"}
-        linears |= {f"blocks.{n}.ffn.0": (ffn, d), f"blocks.{n}.ffn.2": (d, ffn)}
-        sizes |= {f"blocks.{n}.norm3.weight": d, f"blocks.{n}.norm3.bias": d, f"blocks.{n}.modulation": 6 * d}
-    sizes |= {f"{name}.bias": shape[0] for name, shape in linears.items()}
-    problems = [
-        f"{name}.weight is {_found(tensors, f'{name}.weight')}, expected {list(shape)}"
-        for name, shape in linears.items()
-        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].shape != shape
-    ]
-    # One-dimensional ones are compared by size: some tools add or drop axes of length 1.
-    return problems + [
-        f"{name} is {_found(tensors, name)}, expected {size} numbers"
-        for name, size in sizes.items()
-        if name not in tensors or torch.Size(tensors[name].shape).numel() != size
-    ]
-
-
-def _found(tensors: dict[str, TensorInfo], name: str) -> str:
-    return str(list(tensors[name].shape)) if name in tensors else "missing"
 
 
 def block_layouts(file: GGUFFile) -> list[Block]:

@@ -1,0 +1,217 @@
+"""What a written file says about its model: sizes from the tensors, the rest from the checkpoint's config.
+
+A config may leave things out, but not contradict the tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.names import Match
+from skyrun.quant.checkpoint import Part, read_json
+
+Dims = Mapping[str, int]
+
+TASKS = ("r2v", "v2v", "shot", "a2v")
+_HEAD_DIM = 128  # of every Wan transformer
+_CLIP_HEAD_DIM, _AUDIO_HEAD_DIM = 80, 64
+_AUDIO_WINDOW = 5  # frames of audio around a video frame
+_AUDIO_LAYERS = 12  # layers of wav2vec2 whose outputs are kept
+_REDUCED = "tiny_dims.json"  # beside checkpoints of reduced size: sizes that the real models have hard-coded
+
+
+class Said:
+    """The config of one part, asked about one model. A config of another model in the same folder says nothing."""
+
+    def __init__(self, part: Part, *marks: str) -> None:
+        self._config = part.config if any(mark in part.config for mark in marks) else {}
+        self._where = part.config_source
+
+    def number(self, key: str, default: float) -> float:
+        value = self._config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SkyrunError(f"{self._where} says {key} = {value!r}", "expected a number")
+        return float(value)
+
+    def count(self, key: str, default: int) -> int:
+        value = self._config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SkyrunError(f"{self._where} says {key} = {value!r}", "expected a whole number")
+        return value
+
+    def numbers(self, key: str, length: int) -> list[float] | None:
+        """A list of `length` numbers, or None where the config has none."""
+        values = self._config.get(key)
+        if values is None:
+            return None
+        if not isinstance(values, list) or len(values) != length or not all(_is_number(value) for value in values):
+            raise SkyrunError(f"{self._where} says {key} = {values!r}", f"expected {length} numbers")
+        return values
+
+    def text(self, key: str) -> str:
+        return str(self._config.get(key, ""))
+
+    def agree(self, expected: Mapping[str, Any]) -> None:
+        """SkyrunError unless the config has these values, or none. Keys: all names of a value, with spaces between."""
+        problems = [
+            f"{self._where} says {key} = {self._config[key]}, the tensors say {value}"
+            for keys, value in expected.items()
+            for key in keys.split()
+            if self._config.get(key) not in (None, value)
+        ]
+        if problems:
+            raise SkyrunError.listing(f"{self._where} and the tensors differ", problems, "download it again")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def task_of(part: Part, match: Match) -> str:
+    """What a transformer was trained for, "" where nothing tells: its tensors are the same for several tasks."""
+    said = Said(part, "ffn_dim").text("task")
+    if said in TASKS:
+        return said
+    if "audio" in match.table.name:
+        return "a2v"
+    if match.table.namings[match.naming] == "diffusers":
+        return "r2v"
+    return {"transformer": "v2v", "shot_transformer": "shot"}.get(part.folder.name, "") if part.gguf is None else ""
+
+
+def known_dims(part: Part) -> dict[str, int]:
+    """Dims that no shape tells by itself."""
+    return {"audio_window": Said(part, "ffn_dim").count("audio_window", _AUDIO_WINDOW)}
+
+
+def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
+    """The keys of a transformer of any task."""
+    if dims["dim"] % _HEAD_DIM:
+        raise SkyrunError(
+            f"{part.label} is {dims['dim']} wide, expected a multiple of the {_HEAD_DIM} of a head",
+            "download it again",
+        )
+    said = Said(part, "ffn_dim")
+    values = {
+        "dim": dims["dim"],
+        "heads": dims["dim"] // _HEAD_DIM,
+        "layers": dims["layers"],
+        "ffn_dim": dims["ffn"],
+        "in_channels": dims["in"],
+        "out_channels": dims["out"],
+        "text_dim": dims["text"],
+        "freq_dim": dims["freq"],
+    }
+    others = {"heads": "num_attention_heads num_heads", "layers": "num_layers"}
+    others |= {"in_channels": "in_dim", "out_channels": "out_dim"}
+    if "image" in dims:
+        values |= _audio(dims)
+        others |= {"image_dim": "img_dim", "audio_hidden": "intermediate_dim", "audio_dim": "output_dim"}
+    said.agree({f"{key} {others.get(key, '')}": value for key, value in values.items()})
+    said.agree({"attention_head_dim": _HEAD_DIM})
+    keys: dict[str, Any] = {"general.type": "model"}
+    if task:
+        keys |= {"general.license": "other", "general.license.name": "Skywork Community License", "skyrun.task": task}
+    return keys | {f"skyrun.{key}": value for key, value in values.items()} | {"skyrun.eps": said.number("eps", 1e-6)}
+
+
+def _audio(dims: Dims) -> dict[str, int]:
+    """Sizes of the modules that only the talking-avatar transformer has."""
+    return {
+        "image_dim": dims["image"],
+        "audio_window": dims["audio_window"],
+        "vae_scale": dims["middle_window"] - dims["audio_window"] + 1,
+        "audio_layers": _AUDIO_LAYERS,
+        "audio_channels": dims["audio_features"] // _AUDIO_LAYERS,
+        "audio_hidden": dims["audio_hidden"],
+        "audio_dim": dims["audio_dim"],
+        "context_tokens": dims["context_tokens"],
+    }
+
+
+def text_encoder(part: Part, dims: Dims, tokenizer: str) -> dict[str, Any]:
+    """The keys of GGUF's t5encoder, and the tokenizer."""
+    said = Said(part, "d_model", "embedding_length")
+    values = {
+        "block_count num_layers": dims["layers"],
+        "embedding_length d_model": dims["dim"],
+        "feed_forward_length d_ff": dims["ffn"],
+        "attention.head_count num_heads": dims["heads"],
+        "attention.key_length d_kv": dims["inner"] // dims["heads"],
+        "attention.value_length": dims["inner"] // dims["heads"],
+        "attention.relative_buckets_count relative_attention_num_buckets": dims["buckets"],
+        "vocab_size": dims["vocab"],
+    }
+    said.agree(values)
+    eps = said.number("attention.layer_norm_rms_epsilon", said.number("layer_norm_epsilon", 1e-6))
+    keys: dict[str, Any] = {"general.type": "model", "t5encoder.context_length": 512}
+    keys |= {f"t5encoder.{names.split()[0]}": value for names, value in values.items()}
+    return keys | {"t5encoder.attention.layer_norm_rms_epsilon": eps, "tokenizer.huggingface.json": tokenizer}
+
+
+def vae(part: Part, dims: Dims) -> dict[str, Any]:
+    """One entry of JSON: safetensors writes several in random order."""
+    config = Said(part, "base_dim", "z_dim")
+    config.agree({"base_dim": dims["base"], "z_dim": dims["z"]})
+    said: dict[str, Any] = {"role": "vae", "base_dim": dims["base"], "z_dim": dims["z"]}
+    for key in ("latents_mean", "latents_std"):
+        if values := config.numbers(key, dims["z"]):
+            said[key] = values
+    return {"skyrun": json.dumps(said)}
+
+
+def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
+    """The keys of GGUF's clip."""
+    side = isqrt(dims["positions"] - 1)
+    if side * side + 1 != dims["positions"]:
+        raise SkyrunError(
+            f"{part.label} has {dims['positions']} positions, expected a square of patches and one", "download it again"
+        )
+    reduced = read_json(part.folder / _REDUCED).get("clip_visual")
+    usual = reduced.get("num_heads") if isinstance(reduced, dict) else dims["dim"] // _CLIP_HEAD_DIM
+    said = Said(part, "embedding_length")
+    heads = said.count("attention.head_count", usual if isinstance(usual, int) else 0)
+    if dims["dim"] % heads:
+        raise SkyrunError(f"{part.label} is {dims['dim']} wide: unknown number of heads", "expected CLIP ViT-H/14")
+    values = {
+        "block_count": dims["layers"],
+        "embedding_length": dims["dim"],
+        "feed_forward_length": dims["ffn"],
+        "projection_dim": dims["projection"],
+        "patch_size": dims["patch"],
+        "image_size": side * dims["patch"],
+    }
+    said.agree(values)
+    keys: dict[str, Any] = {"general.type": "model", "clip.has_vision_encoder": True}
+    keys |= {f"clip.vision.{key}": value for key, value in values.items()}
+    keys["clip.vision.attention.head_count"] = heads
+    return keys | {"clip.vision.attention.layer_norm_epsilon": said.number("attention.layer_norm_epsilon", 1e-5)}
+
+
+def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
+    """One entry of JSON, in the words of wav2vec2's config.json."""
+    config = Said(part, "conv_kernel")
+    values: dict[str, Any] = {
+        "hidden_size": dims["dim"],
+        "intermediate_size": dims["ffn"],
+        "num_hidden_layers": dims["layers"],
+        "conv_dim": [dims["conv"]] * 7,
+        "conv_kernel": [dims[f"kernel{layer}"] for layer in range(7)],
+        "num_conv_pos_embeddings": dims["position_kernel"],
+        "num_conv_pos_embedding_groups": dims["dim"] // dims["group"],
+    }
+    config.agree(values)
+    config.agree({"feat_extract_norm": "group", "do_stable_layer_norm": False, "hidden_act": "gelu"})
+    config.agree({"feat_extract_activation": "gelu"})
+    heads = config.count("num_attention_heads", max(1, dims["dim"] // _AUDIO_HEAD_DIM))
+    if dims["dim"] % heads:
+        raise SkyrunError(f"{part.label} is {dims['dim']} wide with {heads} heads", "download it again")
+    values |= {
+        "conv_stride": config.numbers("conv_stride", 7) or [5, 2, 2, 2, 2, 2, 2],
+        "num_attention_heads": heads,
+        "layer_norm_eps": config.number("layer_norm_eps", 1e-5),
+        "feat_extract_norm": "group",
+    }
+    return {"skyrun": json.dumps({"role": "audio_encoder"} | values)}
