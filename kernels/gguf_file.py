@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata, and where each tensor lies. Trusts nothing but offsets it has checked.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf's own reader maps the file and builds a Python
-list for every array; this one reads the header once, skips arrays, and checks every length against the file's size
-before it reads or allocates.
+list for every array; this one reads the header once, keeps only the places of arrays, and checks every length against
+the file's size before it reads or allocates.
 """
 
 import struct
@@ -36,11 +36,22 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class ArrayInfo:
+    """An array of the metadata, not read. kind: GGUF's number for the type of its items."""
+
+    kind: int
+    count: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class GGUFFile:
-    """The header of a GGUF file. metadata: scalars and strings; arrays are skipped."""
+    """The header of a GGUF file. metadata: scalars and strings. arrays: where the others lie."""
 
     path: Path
     metadata: dict[str, Any]
+    arrays: dict[str, ArrayInfo]
     tensors: dict[str, TensorInfo]
 
     @property
@@ -60,6 +71,24 @@ class GGUFFile:
         with open_unbuffered(self.path) as file:
             read_into(file, memoryview(data), info.offset + start)
         return data
+
+    def array(self, key: str) -> list[Any]:
+        """The numbers or texts of an array, [] where there is none. SkyrunError for what is not UTF-8, or nested."""
+        info = self.arrays.get(key, ArrayInfo(0, 0, 0, 0))
+        data = bytearray(info.nbytes)
+        with open_unbuffered(self.path) as file:
+            read_into(file, memoryview(data), info.offset)
+        try:
+            if info.kind != _STRING:
+                return list(struct.unpack(f"<{info.count}{_SCALARS[info.kind][1]}", data))
+            texts, at = [], 0
+            for _ in range(info.count):
+                end = at + 8 + struct.unpack_from("<Q", data, at)[0]
+                texts.append(data[at + 8 : end].decode("utf-8"))
+                at = end
+            return texts
+        except (struct.error, KeyError, UnicodeDecodeError) as error:
+            raise SkyrunError(f"{self.path} has a {key} that cannot be read: {error}", "download it again") from error
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -87,6 +116,7 @@ class _Header:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size, self._at = file, size, 0
+        self._arrays: dict[str, ArrayInfo] = {}
 
     def parse(self, path: Path) -> GGUFFile:
         magic = self._take(4)
@@ -108,7 +138,7 @@ class _Header:
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise _Malformed(f"alignment {alignment!r}, expected a power of two from 8")
         data = -(-self._at // alignment) * alignment
-        return GGUFFile(path, metadata, self._placed(tensors, data, alignment))
+        return GGUFFile(path, metadata, self._arrays, self._placed(tensors, data, alignment))
 
     def _placed(self, tensors: dict[str, TensorInfo], data: int, alignment: int) -> dict[str, TensorInfo]:
         placed: dict[str, TensorInfo] = {}
@@ -168,7 +198,7 @@ class _Header:
             key = self._string(_MAX_NAME)
             kind = self._scalar("<I")
             if kind == _ARRAY:
-                self._skip_array(0)
+                self._arrays[key] = self._skip_array(0)
             elif kind == _STRING:
                 values[key] = self._string(_MAX_STRING)
             else:
@@ -180,19 +210,22 @@ class _Header:
             raise _Malformed(f"a value of kind {kind}, expected 0 to 12")
         return _SCALARS[kind]
 
-    def _skip_array(self, depth: int) -> None:
+    def _skip_array(self, depth: int) -> ArrayInfo:
         if depth > _MAX_NESTING:
             raise _Malformed("arrays nested too deep")
         kind = self._scalar("<I")
+        width = {_ARRAY: 12, _STRING: 8}.get(kind) or struct.calcsize(self._layout(kind))
+        count = self._count(width)
+        start = self._at
         if kind == _ARRAY:
-            for _ in range(self._count(12)):
+            for _ in range(count):
                 self._skip_array(depth + 1)
         elif kind == _STRING:
-            for _ in range(self._count(8)):
+            for _ in range(count):
                 self._skip(int(self._scalar("<Q")))
         else:
-            width = struct.calcsize(self._layout(kind))
-            self._skip(self._count(width) * width)
+            self._skip(count * width)
+        return ArrayInfo(kind, count, start, self._at - start)
 
     def _tensor(self) -> TensorInfo:
         """A tensor whose offset still counts from the start of the data."""

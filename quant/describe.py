@@ -71,7 +71,7 @@ def _is_number(value: Any) -> bool:
 
 def task_of(part: Part, match: Match) -> str:
     """What a transformer was trained for, "" where nothing tells: its tensors are the same for several tasks."""
-    said = Said(part, "ffn_dim").text("task")
+    said = Said(part, "ffn_dim", "task").text("task")
     if said in TASKS:
         return said
     if "audio" in match.table.name:

@@ -77,3 +77,31 @@ def inference() -> Iterator[None]:
     """For tests that call models directly, which pipelines do in this mode."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., Path]:
+    """write_gguf(path, tensors, metadata, types) writes tensors in the order given, F32 where `types` names no type."""
+    import gguf
+
+    def write(
+        path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], types: dict[str, str] | None = None
+    ) -> Path:
+        from skyrun.quant import quantize
+
+        writer = gguf.GGUFWriter(path, metadata.get("general.architecture", "wan"))
+        for key, value in metadata.items():
+            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            if key != "general.architecture":
+                add.get(type(value), writer.add_array)(key, value)
+        for name, tensor in tensors.items():
+            kind = (types or {}).get(name, "F32")
+            blocks = quantize(tensor.float().reshape(-1, tensor.shape[-1]), kind)
+            data = blocks.view(*tensor.shape[:-1], -1) if tensor.dim() > 1 else blocks.view(-1)
+            writer.add_tensor(name, data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        return path
+
+    return write
