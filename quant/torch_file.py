@@ -53,6 +53,9 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
 def _located(path: Path, tensors: dict[str, Tensor], entries: dict[int, int]) -> dict[str, SourceTensor]:
     found, problems = {}, []
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            problems.append(f"{name} in {path.name} is {tensor.layout}, expected plain numbers")
+            continue
         storage = tensor.untyped_storage()
         start = getattr(storage, "_checkpoint_offset", None)
         skipped, nbytes = int(tensor.storage_offset()) * tensor.itemsize, tensor.numel() * tensor.itemsize

@@ -81,7 +81,10 @@ def inference() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def write_gguf() -> Callable[..., Path]:
-    """write_gguf(path, tensors, metadata, types) writes tensors in the order given, F32 where `types` names no type."""
+    """write_gguf(path, tensors, metadata, types) writes tensors in the order given, F32 where `types` names no type.
+
+    uint8 tensors are blocks [rows, row_bytes] already.
+    """
     import gguf
 
     def write(
@@ -96,7 +99,8 @@ def write_gguf() -> Callable[..., Path]:
                 add.get(type(value), writer.add_array)(key, value)
         for name, tensor in tensors.items():
             kind = (types or {}).get(name, "F32")
-            blocks = quantize(tensor.float().reshape(-1, tensor.shape[-1]), kind)
+            encoded = tensor.dtype == torch.uint8
+            blocks = tensor if encoded else quantize(tensor.float().reshape(-1, tensor.shape[-1]), kind)
             data = blocks.view(*tensor.shape[:-1], -1) if tensor.dim() > 1 else blocks.view(-1)
             writer.add_tensor(name, data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind])
         for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
