@@ -61,8 +61,6 @@ FILES = {
     "sorted": {"order": sorted},
     "backwards": {"order": lambda names: list(names)[::-1]},
     "comfy": {"rename": "model.diffusion_model.{}".format},
-    "diffusion_model": {"rename": "diffusion_model.{}".format},
-    "transformer": {"rename": "transformer.{}".format},
     "another prefix": {"rename": "dit.net.{}".format},
     "diffusers": {"rename": diffusers},
     "prefixed diffusers": {"rename": lambda name: "transformer." + diffusers(name)},
@@ -93,10 +91,10 @@ def denoised(converted, goldens, tmp_path_factory):
 
     def make(file):
         model = tmp_path_factory.mktemp("model")
-        for part in (*converted("Q8_0").glob("umt5*"), *converted("Q8_0").glob("*.safetensors"), file):
+        for part in (*converted("F32").glob("umt5*"), *converted("F32").glob("*.safetensors"), file):
             shutil.copy(part, model)
         image = goldens("e2e/r2v_1img/golden").folder / "ref0.png"
-        request = Request("r2v", "a sea", (image,), model=model, size=(32, 48), frames=5, steps=2, seed=1, device="cpu")
+        request = Request("r2v", "a sea", (image,), model=model, size=(32, 32), frames=1, steps=1, seed=1, device="cpu")
         return run(request).latents
 
     return make
@@ -107,7 +105,7 @@ def reference(files, denoised):
     return denoised(files["ours"])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FILES if kind != "ours"])
+@pytest.mark.parametrize("kind", ["backwards", "comfy", "prefixed diffusers", "half", "quantized vectors"])
 def test_a_file_of_others_runs_like_ours(files, denoised, reference, kind):
     assert read_dims(open_gguf(files[kind])) == read_dims(open_gguf(files["ours"]))
     difference = (denoised(files[kind]) - reference).norm() / reference.norm()
