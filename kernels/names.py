@@ -120,7 +120,7 @@ class Match:
 
         known: dims that no shape tells by itself.
         """
-        rows = self.table.expand(self.layers)
+        rows = self.table.expand(max(1, self.layers))  # of a model without blocks the first is missing
         present = [(row, shapes[self.file_name(row)]) for row in rows if self.file_name(row) in shapes]
         dims = solve(present, {**known, "layers": self.layers})
         problems = []

@@ -77,10 +77,15 @@ def folders(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _groups(folder: Path) -> list[_Group]:
-    groups = {index.name: _Group(_named_shards(index), index) for index in sorted(folder.glob("*.index.json"))}
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
+    indexes = sorted(folder.glob("*.index.json"))
+    if any(path.suffix == ".safetensors" for path in files):  # .bin is transformers' older format of the same model
+        files = [path for path in files if path.suffix != ".bin"]
+        indexes = [index for index in indexes if not index.name.endswith(".bin.index.json")]
+    groups = {index.name: _Group(_named_shards(index), index) for index in indexes}
     owned = {shard for group in groups.values() for shard in group.files}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.is_file() and path not in owned and not path.name.startswith("."):
+    for path in files:
+        if path not in owned and not path.name.startswith("."):
             numbered = _SHARD.fullmatch(path.name)
             name = f"{numbered[1]} of {numbered[3]}{numbered[4]}" if numbered else path.name
             groups.setdefault(name, _Group([])).files.append(path)
@@ -94,7 +99,7 @@ def _named_shards(index: Path) -> list[Path]:
     except SkyrunError:
         return []
     names = weight_map.values() if isinstance(weight_map, dict) else []
-    return sorted({index.parent / name for name in names if isinstance(name, str)})
+    return sorted({index.parent / Path(name).name for name in names if isinstance(name, str) and name})
 
 
 def _check_whole(group: _Group) -> None:
@@ -136,7 +141,7 @@ def _part(group: _Group, source: Path) -> Part:
         tensors |= found
     tensors, scale_problems = apply_scales(tensors)
     name = group.files[0] if len(group.files) == 1 else group.files[0].parent
-    label = str(name.relative_to(source)) if name != source else source.name
+    label = str(name.relative_to(source)) if name != source else str(source)
     if problems or scale_problems:
         raise SkyrunError.listing(f"cannot use {name}", problems + scale_problems, "download it again")
     if own := _own_words(gguf, texts):

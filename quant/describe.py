@@ -107,7 +107,7 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
     others = {"heads": "num_attention_heads num_heads", "layers": "num_layers"}
     others |= {"in_channels": "in_dim", "out_channels": "out_dim"}
     if "image" in dims:
-        values |= _audio(dims)
+        values |= _audio(part, dims)
         others |= {"image_dim": "img_dim", "audio_hidden": "intermediate_dim", "audio_dim": "output_dim"}
     said.agree({f"{key} {others.get(key, '')}": value for key, value in values.items()})
     said.agree({"attention_head_dim": _HEAD_DIM})
@@ -117,8 +117,11 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
     return keys | {f"skyrun.{key}": value for key, value in values.items()} | {"skyrun.eps": said.number("eps", 1e-6)}
 
 
-def _audio(dims: Dims) -> dict[str, int]:
+def _audio(part: Part, dims: Dims) -> dict[str, int]:
     """Sizes of the modules that only the talking-avatar transformer has."""
+    if dims["audio_features"] % _AUDIO_LAYERS:
+        features = f"{dims['audio_features']} numbers per frame of audio"
+        raise SkyrunError(f"{part.label} takes {features}, expected a multiple of {_AUDIO_LAYERS}", "download it again")
     return {
         "image_dim": dims["image"],
         "audio_window": dims["audio_window"],

@@ -245,10 +245,12 @@ def test_strangers_in_a_folder_are_noted(a2v):
 
 def test_of_two_formats_the_better_is_taken(a2v):
     folder = a2v / "chinese-wav2vec2-base"
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes(b"of no interest beside model.safetensors")
+    assert find_families(a2v).notes == ()
+    torch.save(load_file(folder / "model.safetensors"), folder / "model.pth")
     found = find_families(a2v)
     assert [f.tensors[0].source.file.name for f in found.families if f.role == "audio_encoder"] == ["model.safetensors"]
-    assert "pytorch_model.bin, the same audio_encoder is in" in found.notes[0]
+    assert "model.pth, the same audio_encoder is in" in found.notes[0]
 
 
 def test_a_named_file_must_be_of_use(tmp_path):
@@ -257,6 +259,23 @@ def test_a_named_file_must_be_of_use(tmp_path):
         with pytest.raises(SkyrunError, match="holds no model that skyrun knows.*alien.weight") as error:
             find_families(source)
         assert error.value.code == BAD_INPUT
+
+
+def test_a_transformer_without_blocks_lacks_one(checkpoint, tmp_path):
+    tensors = {}
+    for path in (checkpoint / "transformer").glob("*.safetensors"):
+        tensors |= {name: tensor for name, tensor in load_file(path).items() if not name.startswith("blocks.")}
+    save_file(tensors, tmp_path / "outer.safetensors")
+    with pytest.raises(SkyrunError, match="blocks.0.attn1.to_q.weight is missing"):
+        find_families(tmp_path)
+
+
+def test_an_index_names_files_beside_it(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint / "transformer", tmp_path / "transformer")
+    os.replace(folder / SHARD_1, tmp_path / SHARD_1)
+    replace(INDEX, SHARD_1, "../" + SHARD_1)(folder)
+    with pytest.raises(SkyrunError, match=f"transformer/{SHARD_1} is missing"):
+        find_families(folder)
 
 
 def test_a_shard_stands_for_its_set(checkpoint):

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
+from skyrun.quant import convert
 from skyrun.quant.families import find_families
 from skyrun.quant.source import SourceTensor
 
@@ -269,6 +270,24 @@ def test_a_file_written_here_is_a_source(converted, expected, checkpoint):
     quantized = {family.role: family for family in find_families(converted("Q4_K")).families}
     same(values(quantized["transformer"]), expected["transformer"], 0.12)
     assert {tensor.source.dtype for tensor in quantized["transformer"].tensors} == {"Q4_K", "F32", "BF16"}
+
+
+@pytest.mark.parametrize("name", ["v2v-tiny", "a2v-tiny"])
+def test_files_of_every_task_are_sources(checkpoints, tmp_path, name):
+    before = find_families(checkpoints / name).families
+    convert(checkpoints / name, tmp_path, "F32")
+    after = find_families(tmp_path).families
+    named = {(family.role, family.task): family for family in after}
+    assert len(named) == len(before)
+    for family in before:
+        again = named[family.role, family.task]
+        same(values(again), values(family), 0.001)
+        if "skyrun" in family.metadata:
+            assert again.metadata == family.metadata
+        else:
+            assert {
+                k: pytest.approx(v) if isinstance(v, float) else v for k, v in again.metadata.items()
+            } == family.metadata
 
 
 @pytest.mark.parametrize("type", FORMATS)
