@@ -45,7 +45,7 @@ _AFTER = [
 
 # The text-conditioned Wan transformer: reference-to-video, video extension, shot switching.
 WAN_TRANSFORMER = Table(
-    "Wan transformer",
+    "transformer",
     ("original", "diffusers"),
     (*_BEFORE, *_ATTENTION, *_FEED_FORWARD, *_AFTER),
     ignored=r"blocks\.\d+\.attn\d\.norm_added_[qk]\.weight",
@@ -55,7 +55,7 @@ WAN_TRANSFORMER = Table(
 # audio_window frames of audio_features (layers * channels) numbers are seen by the first latent frame, middle_window
 # by every later one.
 WAN_AUDIO_TRANSFORMER = Table(
-    "Wan audio transformer",
+    "transformer",
     ("original",),
     (
         *_BEFORE,
@@ -110,7 +110,7 @@ def _umt5_block() -> list[Row]:
 
 # UMT5 encoder. The last naming is of files where only the encoder's reference to the shared embeddings was kept.
 UMT5_ENCODER = Table(
-    "UMT5 encoder",
+    "text_encoder",
     ("gguf", "transformers", "original", "tied"),
     (
         Row(
@@ -195,7 +195,7 @@ def _vae_decoder() -> list[Row]:
 
 # Wan video autoencoder.
 WAN_VAE = Table(
-    "Wan autoencoder",
+    "vae",
     ("original", "diffusers"),
     (
         *_vae_encoder(),
@@ -207,7 +207,7 @@ WAN_VAE = Table(
 
 # The vision tower of CLIP ViT-H/14, whose file holds a text tower too.
 CLIP_VISION = Table(
-    "CLIP vision tower",
+    "image_encoder",
     ("gguf", "original"),
     (
         Row("dim", ("v.class_embd", "visual.cls_embedding")),
@@ -253,7 +253,7 @@ def _wav2vec2() -> list[Row]:
 
 # wav2vec2 base; the second naming is of newer versions of torch, which spell weight normalisation differently.
 WAV2VEC2 = Table(
-    "wav2vec2",
+    "audio_encoder",
     ("transformers", "parametrized"),
     tuple(_wav2vec2()),
     ignored=r"(project_hid|project_q|quantizer|lm_head|projector|classifier)\..*|masked_spec_embed",

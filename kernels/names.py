@@ -40,9 +40,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors of a family in the order they are written. ignored: what its files may hold and no model reads."""
+    """All tensors of a family in the order they are written. ignored: what its files may hold and no model reads.
 
-    name: str
+    role: what the family does in a pipeline; several may have the same.
+    """
+
+    role: str
     namings: tuple[str, ...]
     rows: tuple[Row, ...]
     ignored: str = "(?!)"

@@ -9,6 +9,7 @@ from math import isqrt
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER
 from skyrun.kernels.names import Match
 from skyrun.quant.checkpoint import Part, read_json
 
@@ -74,7 +75,7 @@ def task_of(part: Part, match: Match) -> str:
     said = Said(part, "ffn_dim", "task").text("task")
     if said in TASKS:
         return said
-    if "audio" in match.table.name:
+    if match.table is WAN_AUDIO_TRANSFORMER:
         return "a2v"
     if match.table.namings[match.naming] == "diffusers":
         return "r2v"

@@ -1,6 +1,7 @@
 """The models in a checkpoint, recognised by their tensors: what each is, its tensors in order, what its file says."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,8 @@ class Found:
     notes: tuple[str, ...]
 
 
-_ROLES = {
-    WAN_AUDIO_TRANSFORMER.name: "transformer",
-    WAN_TRANSFORMER.name: "transformer",
-    UMT5_ENCODER.name: "text_encoder",
-    WAN_VAE.name: "vae",
-    CLIP_VISION.name: "image_encoder",
-    WAV2VEC2.name: "audio_encoder",
-}
 _TABLES = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
+_ROLES = [table.role for table in _TABLES]
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class _Model:
 
     @property
     def role(self) -> str:
-        return _ROLES[self.match.table.name]
+        return self.match.table.role
 
     @property
     def task(self) -> str:
@@ -86,7 +80,8 @@ class _Model:
 
     @property
     def preference(self) -> int:
-        return (*SUFFIXES, "").index(self.part.files[0].suffix if self.part.files[0].suffix in SUFFIXES else "")
+        suffix = self.part.files[0].suffix
+        return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)
 
 
 def find_families(source: Path) -> Found:
@@ -99,7 +94,7 @@ def find_families(source: Path) -> Found:
         models += [_Model(part, match) for match in matches]
         unknown, others = strays(part.tensors, matches)
         errors += [
-            SkyrunError(f"{name} {list(part.tensors[name].shape)} is not a tensor of this model: {part.label}", _AGAIN)
+            SkyrunError(f"{part.label}: {name} {list(part.tensors[name].shape)} is not a tensor of this model", _AGAIN)
             for name in unknown
         ]
         if others:
@@ -133,10 +128,13 @@ def _nothing(source: Path, notes: list[str]) -> SkyrunError:
 
 
 def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
-    """The one error, or a list of all of them."""
+    """The one error, or a list of all that they list."""
     if len(errors) == 1:
         return errors[0]
-    lines = [line.removeprefix("  - ") for error in errors for line in error.message.splitlines()]
+    lines = []
+    for error in errors:
+        title, *listed = error.message.splitlines()
+        lines += [line.removeprefix("  - ") for line in listed] or [title]
     hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
     return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints))
 
@@ -161,13 +159,14 @@ def _choose(models: list[_Model], notes: list[str], errors: list[SkyrunError]) -
                     )
                 )
         chosen.append(best)
-    return sorted(chosen, key=lambda model: list(_ROLES.values()).index(model.role))
+    return sorted(chosen, key=lambda model: _ROLES.index(model.role))
 
 
 def _family(source: Path, model: _Model) -> Family:
     part, match = model.part, model.match
     shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
     dims, problems = match.check(shapes, describe.known_dims(part))
+    problems = [f"{part.label}: {problem}" for problem in problems]
     problems += [
         f"{tensor.name} in {tensor.file} is {tensor.dtype}, expected {', '.join(READABLE)}"
         for tensor in (part.tensors[name] for name in match.names.values())
@@ -179,18 +178,22 @@ def _family(source: Path, model: _Model) -> Family:
         ModelTensor(row.name(), row.sizes(dims) or (), part.tensors[match.file_name(row)])
         for row in match.table.expand(match.layers)
     )
-    metadata: dict[str, Any]
-    basename, architecture = model.role.replace("_", "-"), ""
-    if model.role == "transformer":
-        basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
-        architecture, metadata = "wan", describe.transformer(part, dims, model.task)
-    elif model.role == "text_encoder":
-        basename, architecture = "umt5-encoder", "t5encoder"
-        metadata = describe.text_encoder(part, dims, find_tokenizer(source, part))
-    elif model.role == "vae":
-        basename, metadata = "wan-vae", describe.vae(part, dims)
-    elif model.role == "image_encoder":
-        basename, architecture, metadata = "clip-vision", "clip", describe.image_encoder(part, dims)
-    else:
-        basename, metadata = "wav2vec2", describe.audio_encoder(part, dims)
+    basename, architecture, metadata = _described(source, model, dims)
     return Family(model.role, model.task, basename, architecture, tensors, metadata)
+
+
+def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[str, str, dict[str, Any]]:
+    """Basename, architecture and metadata."""
+    part = model.part
+    match model.role:
+        case "transformer":
+            basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
+            return basename, "wan", describe.transformer(part, dims, model.task)
+        case "text_encoder":
+            return "umt5-encoder", "t5encoder", describe.text_encoder(part, dims, find_tokenizer(source, part))
+        case "image_encoder":
+            return "clip-vision", "clip", describe.image_encoder(part, dims)
+        case "audio_encoder":
+            return "wav2vec2", "", describe.audio_encoder(part, dims)
+        case _:
+            return "wan-vae", "", describe.vae(part, dims)

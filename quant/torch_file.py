@@ -86,6 +86,9 @@ def _entries(path: Path) -> dict[int, int]:
                 )
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
+                orders = [archive.read(info) for info in infos if info.filename.endswith("/byteorder")]
+            if any(order != b"little" for order in orders):
+                raise SkyrunError(f"{path} was saved by a big-endian machine", "get the model as .safetensors")
             packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise SkyrunError(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.quant import convert
@@ -366,6 +367,37 @@ def test_a_community_text_encoder_brings_its_tokenizer(weights, expected, tmp_pa
     for row in goldens("umt5/prompts").notes["tokenizer_table"]:
         assert tokenizer.encode(row["text"]).ids == row["ids"]
         assert tokenizer.encode(row["cleaned"]).ids == row["ids_cleaned"]
+
+
+def spiece_beside(weights, folder, model):
+    save_file(weights["text"], folder / "t5.safetensors")
+    shutil.copy(model, folder)
+
+
+def spiece_inside(weights, folder, model):
+    bytes_of = torch.frombuffer(bytearray(model.read_bytes()), dtype=torch.uint8)
+    tensors = prefixed(weights["text"] | {"spiece_model": bytes_of}, "text_encoders.umt5xxl.transformer.")
+    save_file(tensors, folder / "t5.safetensors")
+
+
+@pytest.mark.parametrize("write", [spiece_beside, spiece_inside])
+def test_a_sentencepiece_model_will_do(weights, expected, tmp_path, checkpoint, goldens, write):
+    write(weights, tmp_path, checkpoint / "tokenizer/spiece.model")
+    (family,) = find_families(tmp_path).families
+    same(values(family), expected["text_encoder"])
+    tokenizer = Tokenizer.from_str(family.metadata["tokenizer.huggingface.json"])
+    for row in goldens("umt5/prompts").notes["tokenizer_table"]:
+        if "<extra_id" not in row["text"]:  # these are added to the model's pieces by the tokenizer.json only
+            assert tokenizer.encode(row["text"]).ids == row["ids"]
+
+
+def test_damaged_sentencepiece_models(weights, checkpoint, tmp_path):
+    content = (checkpoint / "tokenizer/spiece.model").read_bytes()
+    save_file(weights["text"], tmp_path / "t5.safetensors")
+    for damaged in (b"", b"\xff" * 99, content[:5000], content[:-900], b"\x08" + content):
+        (tmp_path / "spiece.model").write_bytes(damaged)
+        with pytest.raises(SkyrunError, match="spiece.model is not a tokenizer"):
+            find_families(tmp_path)
 
 
 # --- the autoencoder, and several models in one file
