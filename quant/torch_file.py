@@ -20,6 +20,7 @@ from skyrun.quant.source import PLAIN, SourceTensor
 
 _NAMES = {dtype: name for name, dtype in PLAIN.items()}
 _WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
+_MOST_WRAPPERS = 4  # a dictionary may hold itself
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _MOST_OBJECTS = 64 << 20  # bytes of the pickle: names and shapes, no weights
 
@@ -42,7 +43,9 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
     """The tensors by name, out of the dictionaries that trainers wrap around them."""
-    while isinstance(loaded, Mapping):
+    for _ in range(_MOST_WRAPPERS):
+        if not isinstance(loaded, Mapping):
+            break
         tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
         if tensors:
             return {str(name): value for name, value in tensors.items()}
@@ -86,9 +89,6 @@ def _entries(path: Path) -> dict[int, int]:
                 )
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
-                orders = [archive.read(info) for info in infos if info.filename.endswith("/byteorder")]
-            if any(order != b"little" for order in orders):
-                raise SkyrunError(f"{path} was saved by a big-endian machine", "get the model as .safetensors")
             packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
             if packed:
                 raise SkyrunError(
@@ -104,6 +104,9 @@ def _entries(path: Path) -> dict[int, int]:
                 if signature != b"PK\x03\x04" or start + info.file_size > archive.start_dir:
                     raise SkyrunError(*again)
                 places[start] = info.file_size
+                file.seek(start)
+                if info.filename.endswith("/byteorder") and file.read(6) != b"little":
+                    raise SkyrunError(f"{path} was saved by a big-endian machine", "get the model as .safetensors")
             return places
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         raise SkyrunError(f"{again[0]}: {error}", again[1]) from error

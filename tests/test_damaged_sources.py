@@ -195,6 +195,14 @@ def test_a_malicious_pickle_is_not_executed(a2v, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_dictionary_that_holds_itself(tmp_path):
+    state = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(SkyrunError, match="holds no tensors by name"):
+        find_families(tmp_path)
+
+
 def test_storages_must_lie_inside_the_file(a2v):
     """A pickle may say that a tensor is larger than the bytes that are there for it."""
     content = (a2v / T5).read_bytes()
