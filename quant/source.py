@@ -1,6 +1,6 @@
 """A tensor that lies in a file of any format: where, and how to read rows of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -106,5 +106,5 @@ def apply_scales(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTens
                 expected = f"expected one number or {weight.rows}"
                 problems.append(f"{name} in {scale.file.name} is {scale.dtype} {list(scale.shape)}, {expected}")
             else:
-                plain[weight.name] = SourceTensor(**{**vars(weight), "scale": scale})
+                plain[weight.name] = replace(weight, scale=scale)
     return plain, problems

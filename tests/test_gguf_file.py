@@ -58,6 +58,15 @@ def test_agrees_with_gguf_py(sample):
     assert file.metadata == {name: value for name, value in scalars.items() if name not in arrays}
 
 
+def test_arrays_are_read_when_they_are_asked_for(sample):
+    file = open_gguf(sample)
+    assert file.array("names") == ["a", "bc", "def"]
+    assert file.array("numbers") == [1, 2, 3]
+    assert file.array("text") == []  # a string, no array
+    with pytest.raises(SkyrunError, match="a nested that cannot be read"):
+        file.array("nested")
+
+
 def test_part_of_a_tensor_can_be_read(sample):
     file = open_gguf(sample)
     info = file.tensors["five"]

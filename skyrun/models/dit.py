@@ -21,6 +21,7 @@ from skyrun.stream import Block, BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights
 
 _HEAD_DIM = 128
+_AUDIO_WINDOW = 5  # frames of audio around a video frame, where a file does not say
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
 TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
@@ -47,15 +48,14 @@ def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
     Tensors that the model does not know keep the names they have.
     """
     match = _recognised(file)
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    dims, _ = match.check(shapes, {})
+    dims, _ = _check(match, file)
     rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
     tensors = {}
     for name, in_file in match.names.items():
         info, expected = file.tensors[in_file], rows.get(name)
         restored = expected if expected and fits(info.shape, expected) else info.shape
         tensors[name] = replace(info, shape=restored)
-    unknown, _ = strays(shapes, [match])
+    unknown, _ = strays(file.tensors, [match])
     return tensors | {name.removeprefix(match.prefix): file.tensors[name] for name in unknown}
 
 
@@ -69,11 +69,18 @@ def _recognised(file: GGUFFile) -> Match:
     return matches[0]
 
 
+def _check(match: Match, file: GGUFFile) -> tuple[dict[str, int], list[str]]:
+    """The sizes that the tensors imply, and what is missing or misshapen."""
+    window = file.metadata.get("skyrun.audio_window")
+    known = {"audio_window": window if isinstance(window, int) and window > 0 else _AUDIO_WINDOW}
+    return match.check({name: info.shape for name, info in file.tensors.items()}, known)
+
+
 def read_dims(file: GGUFFile) -> DiTDims:
     """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
     match = _recognised(file)
     layers = len(block_layouts(file))
-    sizes, problems = match.check({name: info.shape for name, info in file.tensors.items()}, {})
+    sizes, problems = _check(match, file)
     problems += [f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0]]
     if problems:
         raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
