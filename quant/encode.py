@@ -8,7 +8,15 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
-from skyrun.quant.encode_q4_k import encode_q4_k
+from skyrun.quant.encode_affine import (
+    encode_q2_k,
+    encode_q4_1,
+    encode_q4_1_plain,
+    encode_q4_k,
+    encode_q5_1,
+    encode_q5_1_plain,
+    encode_q5_k,
+)
 
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
 # importance of row i % k, which is positive and at most 1.
@@ -51,7 +59,11 @@ ENCODERS = {
         lambda x, _: _bytes(x.bfloat16()), torch.finfo(torch.bfloat16).max, lambda x, _: _bytes(x.bfloat16())
     ),
     "Q8_0": Encoder(_encode_q8_0, 127 * _HALF, _encode_q8_0),
+    "Q5_K": Encoder(encode_q5_k, 63 * _HALF),
     "Q4_K": Encoder(encode_q4_k, 63 * _HALF),
+    "Q2_K": Encoder(encode_q2_k, 15 * _HALF),
+    "Q5_1": Encoder(encode_q5_1, _HALF, encode_q5_1_plain),
+    "Q4_1": Encoder(encode_q4_1, _HALF, encode_q4_1_plain),
 }
 
 

@@ -2,7 +2,8 @@
 
 Blocks lie side by side: a tile is [block_size, n], weight by weight along the first axis and block by block along the
 contiguous one. A sum or a maximum over a group of weights then adds whole rows of blocks, which vectorises, and each
-operation on a tile stays inside the cache.
+operation on a tile stays inside the cache. Arithmetic on groups touches far fewer numbers: done for a batch of tiles
+at a time, it does not drown in the cost of calls.
 """
 
 import threading
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 _LANES = 32  # a tile of fewer blocks would take another code path of torch's kernels and round differently
+_CPU_TILE, _CPU_TILES = 384 * 256, 5  # weights in a tile, tiles in a batch
+_TILE = 1 << 22
 
 # (weights float32 [block_size, n], importance of the same shape or None, buffers) -> blocks uint8 [n, block_bytes]
 EncodeTile = Callable[[Tensor, Tensor | None, "Workspace"], Tensor]
+# (weights float32 [tiles, block_size, n], importance alike or None, buffers) -> blocks uint8 [tiles * n, block_bytes]
+EncodeBatch = Callable[[Tensor, Tensor | None, "Workspace"], Tensor]
 
 
 class Workspace:
@@ -42,24 +47,48 @@ def _workspace(device: torch.device) -> Workspace:
     return workspaces.setdefault(device, Workspace(device))
 
 
-def in_tiles(x: Tensor, importance: Tensor | None, tile: int, encode: EncodeTile) -> Tensor:
-    """Encode blocks tile by tile: float32 [n, block_size] -> uint8 [n, block_bytes].
-
-    importance: float32 [k, block_size]; block i has that of row i % k. tile: blocks in a tile, a multiple of 32; the
-    last tile is filled up with zeros, so that the bytes do not depend on how the blocks were divided.
-    """
+def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode: EncodeBatch) -> Tensor:
+    """Batches of up to `tiles` tiles of up to `tile` blocks, a multiple of 32. Tiles are filled up with zeros."""
     count, width = x.shape
     space = _workspace(x.device)
-    encoded = []
-    for start in range(0, count, tile):
-        some = x[start : start + tile]
-        padded = -(-len(some) // _LANES) * _LANES
-        lanes = space("lanes", width, padded)
-        lanes[:, : len(some)] = some.T
-        lanes[:, len(some) :] = 0
-        weights = None
-        if importance is not None:
-            rows = torch.arange(start, start + padded, device=x.device) % len(importance)
-            weights = space("importance", width, padded).copy_(importance[rows].T)
-        encoded.append(encode(lanes, weights, space)[: len(some)].clone())
-    return torch.cat(encoded)
+    out: Tensor | None = None
+    for start in range(0, max(count, 1), tile * tiles):
+        some = x[start : start + tile * tiles]
+        used = max(1, -(-len(some) // tile))
+        lanes = max(1, -(-len(some) // (used * _LANES))) * _LANES
+        batch = space("batch", used, width, lanes)
+        weights = None if importance is None else space("importance", used, width, lanes)
+        for i in range(used):
+            part = some[i * lanes : (i + 1) * lanes]
+            batch[i, :, : len(part)] = part.T
+            batch[i, :, len(part) :] = 0
+            if weights is not None and importance is not None:
+                first = start + i * lanes
+                rows = torch.arange(first, first + lanes, device=x.device) % len(importance)
+                weights[i] = importance[rows].T
+        encoded = encode(batch, weights, space)
+        if out is None:
+            out = encoded.new_empty(count, encoded.shape[1])
+        out[start : start + len(some)] = encoded[: len(some)]
+    assert out is not None
+    return out
+
+
+def in_batches(x: Tensor, importance: Tensor | None, encode: EncodeBatch) -> Tensor:
+    """Encode blocks, a batch of tiles at a time: float32 [n, block_size] -> uint8 [n, block_bytes].
+
+    importance: float32 [k, block_size]; block i has that of row i % k. Bytes do not depend on how the blocks are
+    divided.
+    """
+    # On a CPU, a tile, its codes and a scratch of its size share the cache. Elsewhere, calls cost more than memory.
+    weights, tiles = (_CPU_TILE, _CPU_TILES) if x.device.type == "cpu" else (_TILE, 1)
+    return _encode(x, importance, weights // x.shape[1], tiles, encode)
+
+
+def in_tiles(x: Tensor, importance: Tensor | None, tile: int, encode: EncodeTile) -> Tensor:
+    """As in_batches, a tile of up to `tile` blocks, a multiple of 32, at a time."""
+
+    def single(batch: Tensor, weights: Tensor | None, space: Workspace) -> Tensor:
+        return encode(batch[0], None if weights is None else weights[0], space)
+
+    return _encode(x, importance, tile, 1, single)

@@ -1,0 +1,159 @@
+"""Least squares for groups of weights: value = scale * code - minimum, with codes from 0 to a maximum.
+
+Tensors of weights are [tiles, groups, width, n], of groups [tiles, groups, n], with n blocks side by side (see
+tiles.py). Whatever touches every weight writes into buffers of one tile, which stay in the cache. Masks are float
+tensors of zeros and ones that steer a lerp: on CPUs, torch selects by booleans an order of magnitude slower.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skyrun.quant.tiles import Workspace
+
+_TINY = 1e-15  # a group whose range is below this is zero, as in ggml
+_FLAT = 1e-5  # codes that vary less than this, in proportion to their squares, define no slope
+_FIELD = 2048.0  # holds a sum of 32 centred codes; times the sum of their squares, at most 2^13, it is still exact
+ENDLESS = 2.0**27  # stands for the step of a group of scale 0: every code becomes 0, every error stays exact
+
+
+Sums = tuple[Tensor, Tensor, Tensor]  # of code, code^2, code * x over each group
+
+
+class Groups(NamedTuple):
+    """What a fit needs to know of the weights once."""
+
+    x: Tensor  # [tiles, groups, width, n]
+    weight: Tensor | None  # same shape: how much each error counts
+    weighted: Tensor  # x * weight
+    total: Tensor | float  # sum of the weights of each group
+    mean: Tensor  # weighted mean of each group
+    sum: Tensor  # mean * total
+    low: Tensor
+    high: Tensor
+    max_code: int
+
+    @property
+    def centre(self) -> int:
+        return (self.max_code + 1) // 2
+
+
+class Fit(NamedTuple):
+    """Scale and minimum per group, [tiles, groups, n]."""
+
+    scale: Tensor
+    minimum: Tensor  # subtracted
+    gain: Tensor  # squared error below that of coding every weight by the mean
+    mean_code: Tensor  # how the best minimum follows a change of the scale
+    curvature: Tensor  # what a change of the scale costs once the minimum has followed
+
+
+def above(a: Tensor, b: Tensor | float) -> Tensor:
+    """1.0 where a > b, else 0.0."""
+    mask = torch.empty_like(a)
+    return torch.gt(a, b, out=mask) if isinstance(b, Tensor) else torch.gt(a, b, out=mask)
+
+
+def describe(x: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, max_code: int, space: Workspace) -> Groups:
+    """Sums of the weights [tiles, groups, width, n] whose extremes `low` and `high` are known."""
+    if weight is None:
+        sum, total = x.sum(2), x.shape[2]
+        return Groups(x, None, x, total, sum / total, sum, low, high, max_code)
+    weighted = torch.mul(x, weight, out=space("weighted", *x.shape))
+    sum, sum_weight = weighted.sum(2), weight.sum(2)
+    return Groups(x, weight, weighted, sum_weight, sum / sum_weight, sum, low, high, max_code)
+
+
+def encode_tile(x: Tensor, inverse: Tensor, bias: Tensor, low: float, high: float, out: Tensor) -> Tensor:
+    """Codes of one tile [groups, width, n] from inverse scales and biases [groups, 1, n]."""
+    return torch.addcmul(bias, x, inverse, out=out).round_().clamp_(low, high)
+
+
+def moments(g: Groups, inverse: Tensor, bias: Tensor, space: Workspace) -> Sums:
+    """Sums of code, code^2 and code * x over each group, for each of k ways to round.
+
+    inverse, bias: [k, tiles, groups, n], code = round(x * inverse + bias). Returns [k, tiles, groups, n] each. Codes
+    are centred (from -centre), so that their sum and that of their squares share one float32.
+    """
+    low, high = float(-g.centre), float(g.max_code - g.centre)
+    code, work = space("code", *g.x.shape[1:]), space("work", *g.x.shape[1:])
+    first, second, along = (space(name, *inverse.shape) for name in ("first", "second", "along"))
+    inverse, bias = inverse.unsqueeze(3), bias.unsqueeze(3)
+    for t, x in enumerate(g.x):
+        weighted = g.weighted[t]
+        weight = None if g.weight is None else g.weight[t]
+        for k in range(len(inverse)):
+            encode_tile(x, inverse[k, t], bias[k, t], low, high, code)
+            torch.sum(torch.mul(code, weighted, out=work), 1, out=along[k, t])
+            if weight is None:
+                torch.sum(torch.addcmul(code, code, code, value=_FIELD, out=work), 1, out=second[k, t])
+            else:
+                torch.sum(torch.mul(code, weight, out=work), 1, out=first[k, t])
+                torch.sum(work.mul_(code), 1, out=second[k, t])
+    if g.weight is None:
+        torch.mul(second, 1 / _FIELD, out=first).round_()
+        second.sub_(first, alpha=_FIELD)
+        first, second = second, first
+    return first, second, along
+
+
+def from_zero(g: Groups, sums: Sums) -> Sums:
+    """In place: `moments` of codes from 0."""
+    first, second, along = sums
+    second.add_(first, alpha=2 * g.centre).add_(g.total, alpha=g.centre**2)
+    return first.add_(g.total, alpha=g.centre), second, along.add_(g.sum, alpha=g.centre)
+
+
+def least_squares(g: Groups, sums: Sums, signed: bool) -> Fit:
+    """Best scale and minimum for given codes, from `moments`, which it uses up; no minimum below 0 unless `signed`."""
+    first, second, along = sums
+    mean_code = first / g.total
+    curvature = torch.addcmul(second, first, mean_code, value=-1)
+    moment = torch.addcmul(along, first, g.mean, value=-1)
+    scratch, square, inner = from_zero(g, sums)
+    mean_code.add_(g.centre)
+    steep = torch.gt(curvature, torch.mul(square, _FLAT, out=scratch), out=scratch)
+    curvature.clamp_min_(_TINY**2)
+    scale = torch.mul(steep, moment).div_(curvature)
+    gain = moment.mul_(scale)
+    minimum = torch.mul(scale, mean_code).sub_(g.mean)
+    if not signed:
+        # A minimum below zero cannot be stored: the line goes through zero instead.
+        negative = torch.lt(minimum, 0, out=scratch)
+        slope = torch.div(inner, square.clamp_min_(_TINY**2)).clamp_min_(0)
+        scale.lerp_(slope, negative)
+        gain.lerp_(slope.mul_(inner).addcmul_(g.mean, g.sum, value=-1), negative)
+        curvature.lerp_(square, negative)
+        minimum.clamp_min_(0)
+    return Fit(scale, minimum, gain, mean_code, curvature)
+
+
+def _better(fit: Fit, new: Fit) -> Fit:
+    mask = above(new.gain, fit.gain)
+    return Fit(*(old.lerp_(candidate, mask) for old, candidate in zip(fit, new, strict=True)))
+
+
+def fit_groups(g: Groups, starts: Sequence[tuple[float, float]], rounds: int, signed: bool, space: Workspace) -> Fit:
+    """The best of all starts for every group, then `rounds` times rounded and fitted again.
+
+    A start clips so many code steps at the bottom and at the top of a group's range. Clipping on one side and
+    stretching on the other explores the direction in which scale and minimum trade off, where the error is flat and a
+    better fit hides.
+    """
+    span = (g.high - g.low).clamp_min_(_TINY)
+    inverse, bias = (space(name, len(starts), *span.shape) for name in ("inverse", "bias"))
+    for k, (bottom, top) in enumerate(starts):
+        stretch = 1 / (1 - (bottom + top) / g.max_code)
+        torch.mul(span.reciprocal(), g.max_code * stretch, out=inverse[k])
+        torch.mul(g.low, inverse[k], out=bias[k]).neg_().sub_(bottom * stretch + g.centre)
+    sums = moments(g, inverse, bias, space)
+    best, *others = (least_squares(g, of_start, signed) for of_start in zip(*sums, strict=True))
+    for fit in others:
+        best = _better(best, fit)
+    for _ in range(rounds):
+        inverse = best.scale.clamp_min(_TINY).reciprocal_()
+        first, second, along = moments(g, inverse[None], (best.minimum * inverse - g.centre)[None], space)
+        best = _better(best, least_squares(g, (first[0], second[0], along[0]), signed))
+    return best

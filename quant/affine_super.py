@@ -1,0 +1,151 @@
+"""Level two of the affine K types: scales and minima of groups as d * scale code and dmin * minimum code.
+
+d and dmin are float16 numbers per block. Tensors of groups are [tiles, groups, n], of blocks [tiles, 1, n].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skyrun.quant.affine_fit import ENDLESS, Fit, Groups, above, from_zero, moments
+from skyrun.quant.tiles import Workspace
+
+_HALF_MAX = 65504.0
+_HALF_TINY = 2.0**-25  # half the smallest float16: divides in place of a scale that underflowed
+_TRIALS = 8
+# Steps of the codes of (scale, minimum). Both move together along the valley in which a change of one makes up for
+# the other.
+_NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0))
+
+
+class Super(NamedTuple):
+    """Level two of a batch: d, dmin are float16 values [tiles, 1, n], the codes [tiles, groups, n]."""
+
+    d: Tensor
+    dmin: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+    def step(self) -> Tensor:
+        """Between neighbouring codes of a group."""
+        step = self.d * self.scale
+        return step.add_(torch.eq(step, 0, out=torch.empty_like(step)), alpha=ENDLESS)
+
+    def rounding(self, centre: int) -> tuple[Tensor, Tensor]:
+        """inverse, bias: code = round(x * inverse + bias)."""
+        inverse = self.step().reciprocal_()
+        return inverse, self.dmin * self.minimum * inverse - centre
+
+
+def mirror(x: Tensor, low: Tensor, high: Tensor, max_code: int, max_scale: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply blocks by +1 or -1 [tiles, 1, n] in place: the sign that wastes less of the codes on offsets.
+
+    Groups start at or below zero, so a group far from zero on the positive side would spend codes on nothing; its
+    negative has a minimum instead. d and dmin are signed, so storing both negated undoes it. Returns the sign and the
+    groups' new extremes.
+    """
+
+    def cost(low: Tensor, high: Tensor) -> Tensor:
+        offset = (-low).clamp_min_(0)
+        span = high + offset
+        codes = (span / max_code).square_().mean(1, keepdim=True)
+        scales = (span.amax(1, keepdim=True) / max_scale).square_() / 12
+        return codes + scales + (offset.amax(1, keepdim=True) / max_scale).square_()
+
+    flip = above(cost(low, high), cost(-high, -low))
+    sign = 1 - 2 * flip
+    x.mul_(sign.unsqueeze(2))
+    return sign, low.lerp(-high, flip), high.lerp(-low, flip)
+
+
+def to_half(x: Tensor) -> Tensor:
+    return x.clamp(-_HALF_MAX, _HALF_MAX).half().float()
+
+
+def _super_scale(values: Tensor, weight: Tensor | float, max_scale: int) -> Tensor:
+    """Float16 d [tiles, 1, n] whose multiples by whole numbers are nearest to `values` [tiles, groups, n], weighted."""
+    unit = max_scale / values.amax(1, keepdim=True).clamp_min_(_HALF_TINY)
+    weighted = values * weight
+    best_d, best_score = torch.zeros_like(unit), torch.zeros_like(unit)
+    code, work = torch.empty_like(values), torch.empty_like(values)
+    for shift in torch.linspace(-0.3, 0.5 / max_scale, _TRIALS).tolist():
+        torch.mul(values, unit * (1 + shift), out=code).round_().clamp_(0, max_scale)
+        along = torch.mul(code, weighted, out=work).sum(1, keepdim=True)
+        square = torch.mul(code, code, out=work).mul_(weight).sum(1, keepdim=True)
+        d = to_half(along / square.clamp_min(1e-30))
+        score = d * (2 * along - d * square)
+        mask = above(score, best_score)
+        best_d.lerp_(d, mask)
+        best_score.lerp_(score, mask)
+    return best_d
+
+
+def _codes_of(values: Tensor, d: Tensor, max_scale: int) -> Tensor:
+    return (values / d.clamp_min(_HALF_TINY)).round_().clamp_(0, max_scale)
+
+
+def level_two(g: Groups, fit: Fit, max_scale: int) -> Super:
+    d = _super_scale(fit.scale, fit.curvature, max_scale)
+    scale = _codes_of(fit.scale, d, max_scale)
+    minimum = torch.addcmul(fit.minimum, fit.mean_code, d * scale - fit.scale).clamp_min_(0)
+    dmin = _super_scale(minimum, g.total, max_scale)
+    return Super(d, dmin, scale, _codes_of(minimum, dmin, max_scale))
+
+
+def _errors(g: Groups, choices: list[Super], space: Workspace) -> list[Tensor]:
+    """Weighted squared error of every group [tiles, groups, n], for each choice of level two."""
+    roundings = [[part.unsqueeze(2) for part in choice.rounding(0)] for choice in choices]
+    errors = list(space("errors", len(choices), *choices[0].scale.shape))
+    code, work = space("code", *g.x.shape[1:]), space("work", *g.x.shape[1:])
+    for t, x in enumerate(g.x):
+        for (inverse, bias), error in zip(roundings, errors, strict=True):
+            torch.addcmul(bias[t], x, inverse[t], out=work)
+            torch.round(work, out=code).clamp_(0, g.max_code)
+            work.sub_(code).square_()
+            if g.weight is not None:
+                work.mul_(g.weight[t])
+            torch.sum(work, 1, out=error[t])
+    return [error.mul_(choice.step().square_()) for choice, error in zip(choices, errors, strict=True)]
+
+
+def neighbours(g: Groups, found: Super, max_scale: int, space: Workspace) -> Super:
+    """The best of neighbouring codes for every group."""
+    choices = [
+        found._replace(
+            scale=(found.scale + scale).clamp_(0, max_scale), minimum=(found.minimum + minimum).clamp_(0, max_scale)
+        )
+        for scale, minimum in _NEIGHBOURS
+    ]
+    (least, *errors), (best, *others) = _errors(g, choices, space), choices
+    for error, other in zip(errors, others, strict=True):
+        mask = above(least, error)
+        least.lerp_(error, mask)
+        best.scale.lerp_(other.scale, mask)
+        best.minimum.lerp_(other.minimum, mask)
+    return best
+
+
+def refit(g: Groups, found: Super, space: Workspace) -> Super:
+    """d and dmin by least squares for the codes of all groups of a block, where that lowers the error."""
+    inverse, bias = found.rounding(g.centre)
+    first, second, along = (part[0] for part in moments(g, inverse[None], bias[None], space))
+    first, second, along = from_zero(g, (first, second, along))
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True)
+
+    s, m = found.scale, found.minimum
+    ss, sm, mm = total(s * s * second), total(s * m * first), total(m * m * g.total)
+    sx, mx = total(s * along), total(m * g.sum)
+    determinant = ss * mm - sm * sm
+    solvable = above(determinant, 1e-6 * ss * mm)
+    inverse_determinant = solvable / determinant.lerp(torch.ones_like(solvable), 1 - solvable)
+    d = to_half((sx * mm - mx * sm) * inverse_determinant)
+    dmin = to_half((sx * sm - mx * ss) * inverse_determinant)
+
+    def error(d: Tensor, dmin: Tensor) -> Tensor:
+        return d * (d * ss - 2 * dmin * sm - 2 * sx) + dmin * (dmin * mm + 2 * mx)
+
+    mask = above(error(found.d, found.dmin), error(d, dmin)) * solvable
+    return found._replace(d=found.d.lerp(d, mask), dmin=found.dmin.lerp(dmin, mask))
