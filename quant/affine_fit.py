@@ -5,7 +5,6 @@ tiles.py). Whatever touches every weight writes into buffers of one tile, which 
 tensors of zeros and ones that steer a lerp: on CPUs, torch selects by booleans an order of magnitude slower.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ class Groups(NamedTuple):
     x: Tensor  # [tiles, groups, width, n]
     weight: Tensor | None  # same shape: how much each error counts
     weighted: Tensor  # x * weight
-    total: Tensor | float  # sum of the weights of each group
+    total: Tensor  # sum of the weights of each group
     mean: Tensor  # weighted mean of each group
     sum: Tensor  # mean * total
     low: Tensor
@@ -50,6 +49,18 @@ class Fit(NamedTuple):
     curvature: Tensor  # what a change of the scale costs once the minimum has followed
 
 
+class Starts(NamedTuple):
+    """Roundings to begin with.
+
+    A clip is how many code steps of a group's range to cut off at the bottom and at the top. Clipping on one side and
+    stretching on the other explores the direction in which scale and minimum trade off, where the error is flat and a
+    better fit hides.
+    """
+
+    clips: tuple[tuple[float, float], ...]
+    aligned: tuple[float, ...] = ()  # clips of both sides together, with a code at exactly zero: for sparse weights
+
+
 def above(a: Tensor, b: Tensor | float) -> Tensor:
     """1.0 where a > b, else 0.0."""
     mask = torch.empty_like(a)
@@ -59,7 +70,8 @@ def above(a: Tensor, b: Tensor | float) -> Tensor:
 def describe(x: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, max_code: int, space: Workspace) -> Groups:
     """Sums of the weights [tiles, groups, width, n] whose extremes `low` and `high` are known."""
     if weight is None:
-        sum, total = x.sum(2), x.shape[2]
+        sum = x.sum(2)
+        total = torch.full_like(sum, x.shape[2])
         return Groups(x, None, x, total, sum / total, sum, low, high, max_code)
     weighted = torch.mul(x, weight, out=space("weighted", *x.shape))
     sum, sum_weight = weighted.sum(2), weight.sum(2)
@@ -135,19 +147,16 @@ def _better(fit: Fit, new: Fit) -> Fit:
     return Fit(*(old.lerp_(candidate, mask) for old, candidate in zip(fit, new, strict=True)))
 
 
-def fit_groups(g: Groups, starts: Sequence[tuple[float, float]], rounds: int, signed: bool, space: Workspace) -> Fit:
-    """The best of all starts for every group, then `rounds` times rounded and fitted again.
-
-    A start clips so many code steps at the bottom and at the top of a group's range. Clipping on one side and
-    stretching on the other explores the direction in which scale and minimum trade off, where the error is flat and a
-    better fit hides.
-    """
+def fit_groups(g: Groups, starts: Starts, signed: bool, space: Workspace, rounds: int = 0) -> Fit:
+    """The best of all starts for every group, then `rounds` times rounded and fitted again."""
     span = (g.high - g.low).clamp_min_(_TINY)
-    inverse, bias = (space(name, len(starts), *span.shape) for name in ("inverse", "bias"))
-    for k, (bottom, top) in enumerate(starts):
+    clips = (*starts.clips, *((clip / 2, clip / 2) for clip in starts.aligned))
+    inverse, bias = (space(name, len(clips), *span.shape) for name in ("inverse", "bias"))
+    for k, (bottom, top) in enumerate(clips):
         stretch = 1 / (1 - (bottom + top) / g.max_code)
         torch.mul(span.reciprocal(), g.max_code * stretch, out=inverse[k])
         torch.mul(g.low, inverse[k], out=bias[k]).neg_().sub_(bottom * stretch + g.centre)
+    bias[len(starts.clips) :].round_()
     sums = moments(g, inverse, bias, space)
     best, *others = (least_squares(g, of_start, signed) for of_start in zip(*sums, strict=True))
     for fit in others:

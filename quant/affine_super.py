@@ -13,10 +13,10 @@ from skyrun.quant.tiles import Workspace
 
 _HALF_MAX = 65504.0
 _HALF_TINY = 2.0**-25  # half the smallest float16: divides in place of a scale that underflowed
-_TRIALS = 8
+_TRIALS = 12
 # Steps of the codes of (scale, minimum). Both move together along the valley in which a change of one makes up for
 # the other.
-_NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0))
+_NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0), (1, 2), (-1, -2))
 
 
 class Super(NamedTuple):
@@ -63,21 +63,23 @@ def to_half(x: Tensor) -> Tensor:
     return x.clamp(-_HALF_MAX, _HALF_MAX).half().float()
 
 
-def _super_scale(values: Tensor, weight: Tensor | float, max_scale: int) -> Tensor:
+def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspace) -> Tensor:
     """Float16 d [tiles, 1, n] whose multiples by whole numbers are nearest to `values` [tiles, groups, n], weighted."""
     unit = max_scale / values.amax(1, keepdim=True).clamp_min_(_HALF_TINY)
     weighted = values * weight
-    best_d, best_score = torch.zeros_like(unit), torch.zeros_like(unit)
-    code, work = torch.empty_like(values), torch.empty_like(values)
-    for shift in torch.linspace(-0.3, 0.5 / max_scale, _TRIALS).tolist():
+    code, work = space("trial", *values.shape), torch.empty_like(values)
+    along, square = (space(name, _TRIALS, *unit.shape) for name in ("trial_along", "trial_square"))
+    for k, shift in enumerate(torch.linspace(-0.3, 0.5 / max_scale, _TRIALS).tolist()):
         torch.mul(values, unit * (1 + shift), out=code).round_().clamp_(0, max_scale)
-        along = torch.mul(code, weighted, out=work).sum(1, keepdim=True)
-        square = torch.mul(code, code, out=work).mul_(weight).sum(1, keepdim=True)
-        d = to_half(along / square.clamp_min(1e-30))
-        score = d * (2 * along - d * square)
-        mask = above(score, best_score)
-        best_d.lerp_(d, mask)
-        best_score.lerp_(score, mask)
+        torch.sum(torch.mul(code, weighted, out=work), 1, keepdim=True, out=along[k])
+        torch.sum(code.square_().mul_(weight), 1, keepdim=True, out=square[k])
+    d = to_half(along / square.clamp_min(1e-30))
+    score = along.mul_(2).addcmul_(d, square, value=-1).mul_(d)
+    best_d, best_score = d[0], score[0]
+    for k in range(1, _TRIALS):
+        mask = above(score[k], best_score)
+        best_d.lerp_(d[k], mask)
+        best_score.lerp_(score[k], mask)
     return best_d
 
 
@@ -85,11 +87,11 @@ def _codes_of(values: Tensor, d: Tensor, max_scale: int) -> Tensor:
     return (values / d.clamp_min(_HALF_TINY)).round_().clamp_(0, max_scale)
 
 
-def level_two(g: Groups, fit: Fit, max_scale: int) -> Super:
-    d = _super_scale(fit.scale, fit.curvature, max_scale)
+def level_two(g: Groups, fit: Fit, max_scale: int, space: Workspace) -> Super:
+    d = _super_scale(fit.scale, fit.curvature, max_scale, space)
     scale = _codes_of(fit.scale, d, max_scale)
     minimum = torch.addcmul(fit.minimum, fit.mean_code, d * scale - fit.scale).clamp_min_(0)
-    dmin = _super_scale(minimum, g.total, max_scale)
+    dmin = _super_scale(minimum, g.total, max_scale, space)
     return Super(d, dmin, scale, _codes_of(minimum, dmin, max_scale))
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from skyrun.quant import pack_affine as pack
-from skyrun.quant.affine_fit import ENDLESS, describe, encode_tile, fit_groups
+from skyrun.quant.affine_fit import ENDLESS, Starts, describe, encode_tile, fit_groups
 from skyrun.quant.affine_super import level_two, mirror, neighbours, refit, to_half
 from skyrun.quant.tiles import EncodeBatch, Workspace, in_batches
 
 Put = Callable[[Tensor, Tensor], None]
-Starts = tuple[tuple[float, float], ...]
 
 
 class KType(NamedTuple):
@@ -45,49 +44,65 @@ class LegacyType(NamedTuple):
     weighted_starts: Starts
 
 
-# Starts were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student
-# and matrix-like weights.
+# Clips were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student and
+# matrix-like weights.
+_ALIGNED = (0.0, 1.0, 0.5, -0.5)
 _Q2_K = KType(
     *(16, 3, 15, slice(80, 84), slice(0, 16), slice(16, 80), pack.put_scales_4, pack.put_codes_2),
-    starts=((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1)),
-    weighted_starts=(
-        *((0.1, 0.1), (0.1, 0.9), (0.7, 0.1), (-0.1, 1.3), (0.3, -0.1), (1.1, 0.1), (0.3, 0.7), (-0.3, 0.3)),
-        (0.7, 0.5),
+    Starts(((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1))),
+    Starts(
+        ((0.1, 0.1), (0.1, 0.9), (0.7, 0.1), (-0.1, 1.3), (0.3, -0.1), (1.1, 0.1), (0.3, 0.7), (-0.3, 0.3), (0.7, 0.5))
     ),
 )
 _Q4_K = KType(
     *(8, 15, 63, slice(0, 4), slice(4, 16), slice(16, 144), pack.put_scales_6, pack.put_codes_4),
-    starts=((0.1, 0.1), (0.3, 0.0), (-0.2, 0.5), (0.5, -0.1), (0.0, 0.3)),
-    weighted_starts=(
-        *((0.3, 0.1), (-0.1, 0.5), (0.7, -0.1), (0.1, 0.3), (0.1, 1.1), (1.7, 0.5), (0.1, 2.1), (0.3, -0.3)),
-        (2.1, 0.1),
+    Starts(((0.1, 0.1), (0.3, 0.0), (-0.2, 0.5), (0.5, -0.1), (0.0, 0.3))),
+    Starts(
+        ((0.3, 0.1), (-0.1, 0.5), (0.7, -0.1), (0.1, 0.3), (0.1, 1.1), (1.7, 0.5), (0.1, 2.1), (0.3, -0.3), (2.1, 0.1))
     ),
 )
 _Q5_K = KType(
     *(8, 31, 63, slice(0, 4), slice(4, 16), slice(16, 176), pack.put_scales_6, pack.put_codes_5),
-    starts=((0.1, 0.0), (-0.2, 0.4), (0.3, -0.2), (0.0, 0.2), (-0.5, 0.6)),
-    weighted_starts=(
-        *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.3), (0.3, -0.1), (0.1, 0.9), (0.9, 0.7), (-0.3, -0.3), (1.5, 0.3)),
-        (0.3, 2.5),
+    Starts(((0.1, 0.0), (-0.2, 0.4), (0.3, -0.2), (0.0, 0.2), (-0.5, 0.6))),
+    Starts(
+        (
+            *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.3), (0.3, -0.1), (0.1, 0.9), (0.9, 0.7)),
+            *((-0.3, -0.3), (1.5, 0.3), (0.3, 2.5)),
+        )
     ),
 )
 _Q4_1 = LegacyType(
     *(15, slice(4, 20), pack.put_legacy_codes_4),
-    starts=((0.2, 0.2), (0.5, -0.1), (-0.1, 0.4), (0.4, 0.1), (-0.3, 0.5), (0.0, 0.3), (0.0, -0.1), (0.2, -0.4)),
-    weighted_starts=(
-        *((0.1, -0.1), (-0.1, 0.5), (0.9, 0.1), (-0.1, 0.1), (0.5, 1.3), (0.7, 0.5), (1.5, 0.1), (0.3, -0.3)),
-        (0.1, 1.7),
+    Starts(
+        (
+            *((0.2, 0.2), (0.5, -0.1), (-0.1, 0.4), (0.3, 0.0), (-0.2, 0.5), (0.0, 0.3)),
+            *((0.0, -0.3), (0.6, -0.5), (-0.2, -0.1), (0.5, 0.2), (0.3, -0.4), (0.3, 0.5)),
+        ),
+        _ALIGNED,
+    ),
+    Starts(
+        (
+            *((0.1, -0.1), (-0.1, 0.5), (0.9, 0.1), (-0.1, 0.1), (0.5, 1.3), (0.7, 0.5)),
+            *((1.5, 0.1), (0.3, -0.3), (0.1, 1.7)),
+        ),
+        _ALIGNED,
     ),
 )
 _Q5_1 = LegacyType(
     *(31, slice(4, 24), pack.put_legacy_codes_5),
-    starts=(
-        *((0.2, 0.2), (-0.1, 0.6), (0.3, -0.1), (-0.2, 0.1), (-0.5, 0.6), (0.2, 0.0), (0.4, -0.3), (-0.2, -0.2)),
-        *((0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
+    Starts(
+        (
+            *((0.2, 0.2), (-0.1, 0.6), (0.3, -0.1), (-0.2, 0.1), (-0.5, 0.6), (0.2, 0.0)),
+            *((0.4, -0.3), (-0.2, -0.2), (0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
+        ),
+        _ALIGNED,
     ),
-    weighted_starts=(
-        *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.5), (0.3, -0.1), (0.3, 1.5), (1.7, 0.1), (-0.1, 0.3), (1.1, 0.3)),
-        (0.5, 2.5),
+    Starts(
+        (
+            *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.5), (0.3, -0.1), (0.3, 1.5), (1.7, 0.1)),
+            *((-0.1, 0.3), (1.1, 0.3), (0.5, 2.5)),
+        ),
+        _ALIGNED,
     ),
 )
 
@@ -99,8 +114,8 @@ def _k_batch(kind: KType) -> EncodeBatch:
         x, weight = lanes.view(shape), None if weight is None else weight.view(shape)
         sign, low, high = mirror(x, x.amin(2), x.amax(2), kind.max_code, kind.max_scale)
         g = describe(x, weight, low.clamp_max_(0), high, kind.max_code, space)
-        fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, 0, False, space)
-        found = refit(g, neighbours(g, level_two(g, fit, kind.max_scale), kind.max_scale, space), space)
+        fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, False, space)
+        found = refit(g, neighbours(g, level_two(g, fit, kind.max_scale, space), kind.max_scale, space), space)
         inverse, bias = (part.unsqueeze(2) for part in found.rounding(0))
         block_bytes = max(field.stop for field in (kind.halves, kind.codes))
         out = space("bytes", tiles, block_bytes, n, dtype=torch.uint8)
@@ -120,7 +135,7 @@ def _legacy_batch(kind: LegacyType) -> EncodeBatch:
         tiles, width, n = lanes.shape
         x, weight = lanes.unsqueeze(1), None if weight is None else weight.unsqueeze(1)
         g = describe(x, weight, x.amin(2), x.amax(2), kind.max_code, space)
-        fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, 1, True, space)
+        fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, True, space, rounds=1)
         d = to_half(fit.scale)
         minimum = to_half(torch.addcmul(g.mean, fit.mean_code, d, value=-1))
         zero = torch.eq(d, 0, out=torch.empty_like(d))
