@@ -12,23 +12,23 @@ from skyrun.quant.affine_fit import ENDLESS, Fit, Groups, above, from_zero, mome
 from skyrun.quant.tiles import Workspace
 
 _HALF_MAX = 65504.0
-_HALF_TINY = 2.0**-25  # half the smallest float16: divides in place of a scale that underflowed
-_TRIALS = 12
+HALF_TINY = 2.0**-24  # the smallest float16
+_TRIALS = 12  # grids to round to, from the finest that the codes allow to one 30 % coarser
 # Steps of the codes of (scale, minimum). Both move together along the valley in which a change of one makes up for
 # the other.
 _NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0), (1, 2), (-1, -2))
 
 
 class Super(NamedTuple):
-    """Level two of a batch: d, dmin are float16 values [tiles, 1, n], the codes [tiles, groups, n]."""
+    """Level two of a batch of blocks."""
 
-    d: Tensor
+    d: Tensor  # [tiles, 1, n], float16 values
     dmin: Tensor
-    scale: Tensor
+    scale: Tensor  # [tiles, groups, n], whole numbers
     minimum: Tensor
 
     def step(self) -> Tensor:
-        """Between neighbouring codes of a group."""
+        """Distance between neighbouring codes [tiles, groups, n]."""
         step = self.d * self.scale
         return step.add_(torch.eq(step, 0, out=torch.empty_like(step)), alpha=ENDLESS)
 
@@ -60,12 +60,16 @@ def mirror(x: Tensor, low: Tensor, high: Tensor, max_code: int, max_scale: int) 
 
 
 def to_half(x: Tensor) -> Tensor:
+    """The nearest finite float16 values, as float32."""
     return x.clamp(-_HALF_MAX, _HALF_MAX).half().float()
 
 
 def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspace) -> Tensor:
-    """Float16 d [tiles, 1, n] whose multiples by whole numbers are nearest to `values` [tiles, groups, n], weighted."""
-    unit = max_scale / values.amax(1, keepdim=True).clamp_min_(_HALF_TINY)
+    """Float16 d [tiles, 1, n] whose multiples by whole numbers are nearest to `values` [tiles, groups, n], weighted.
+
+    Each trial rounds the values to a grid and fits d to the codes; scores count d as rounded to float16.
+    """
+    unit = max_scale / values.amax(1, keepdim=True).clamp_min_(max_scale * HALF_TINY)
     weighted = values * weight
     code, work = space("trial", *values.shape), torch.empty_like(values)
     along, square = (space(name, _TRIALS, *unit.shape) for name in ("trial_along", "trial_square"))
@@ -84,10 +88,12 @@ def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspac
 
 
 def _codes_of(values: Tensor, d: Tensor, max_scale: int) -> Tensor:
-    return (values / d.clamp_min(_HALF_TINY)).round_().clamp_(0, max_scale)
+    """Whole multiples of d nearest to values, up to max_scale."""
+    return (values / d.clamp_min(HALF_TINY)).round_().clamp_(0, max_scale)
 
 
 def level_two(g: Groups, fit: Fit, max_scale: int, space: Workspace) -> Super:
+    """Units and codes for scales, then for minima that follow what rounding did to the scales."""
     d = _super_scale(fit.scale, fit.curvature, max_scale, space)
     scale = _codes_of(fit.scale, d, max_scale)
     minimum = torch.addcmul(fit.minimum, fit.mean_code, d * scale - fit.scale).clamp_min_(0)
@@ -149,5 +155,6 @@ def refit(g: Groups, found: Super, space: Workspace) -> Super:
     def error(d: Tensor, dmin: Tensor) -> Tensor:
         return d * (d * ss - 2 * dmin * sm - 2 * sx) + dmin * (dmin * mm + 2 * mx)
 
+    # Rounding the weights again, to the new grid, can only lower the error further.
     mask = above(error(found.d, found.dmin), error(d, dmin)) * solvable
     return found._replace(d=found.d.lerp(d, mask), dmin=found.dmin.lerp(dmin, mask))

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from skyrun.quant import pack_affine as pack
-from skyrun.quant.affine_fit import ENDLESS, Starts, describe, encode_tile, fit_groups
-from skyrun.quant.affine_super import level_two, mirror, neighbours, refit, to_half
+from skyrun.quant.affine_fit import ENDLESS, Starts, above, describe, encode_tile, fit_groups
+from skyrun.quant.affine_super import HALF_TINY, level_two, mirror, neighbours, refit, to_half
 from skyrun.quant.tiles import EncodeBatch, Workspace, in_batches
 
-Put = Callable[[Tensor, Tensor], None]
 
-
-class KType(NamedTuple):
-    """A type with two levels of scales: its numbers, where its fields lie in a block, and where its search starts."""
+class _KType(NamedTuple):
+    """A type with two levels of scales: its numbers, the bytes of its fields, and where its search starts."""
 
     groups: int
     max_code: int
@@ -29,17 +27,17 @@ class KType(NamedTuple):
     scales: slice
     codes: slice
     put_scales: Callable[[Tensor, Tensor, Tensor], None]
-    put_codes: Put
+    put_codes: Callable[[Tensor, Tensor], None]
     starts: Starts
     weighted_starts: Starts  # importance makes far outliers cheap, which shrinks the best range
 
 
-class LegacyType(NamedTuple):
-    """A type with float16 scale and minimum (added, of any sign) for each block of 32."""
+class _LegacyType(NamedTuple):
+    """A type with float16 scale and minimum (added, of any sign) for each block of 32, in its first four bytes."""
 
     max_code: int
     codes: slice
-    put_codes: Put
+    put_codes: Callable[[Tensor, Tensor], None]
     starts: Starts
     weighted_starts: Starts
 
@@ -47,21 +45,21 @@ class LegacyType(NamedTuple):
 # Clips were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student and
 # matrix-like weights.
 _ALIGNED = (0.0, 1.0, 0.5, -0.5)
-_Q2_K = KType(
+_Q2_K = _KType(
     *(16, 3, 15, slice(80, 84), slice(0, 16), slice(16, 80), pack.put_scales_4, pack.put_codes_2),
     Starts(((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1))),
     Starts(
         ((0.1, 0.1), (0.1, 0.9), (0.7, 0.1), (-0.1, 1.3), (0.3, -0.1), (1.1, 0.1), (0.3, 0.7), (-0.3, 0.3), (0.7, 0.5))
     ),
 )
-_Q4_K = KType(
+_Q4_K = _KType(
     *(8, 15, 63, slice(0, 4), slice(4, 16), slice(16, 144), pack.put_scales_6, pack.put_codes_4),
     Starts(((0.1, 0.1), (0.3, 0.0), (-0.2, 0.5), (0.5, -0.1), (0.0, 0.3))),
     Starts(
         ((0.3, 0.1), (-0.1, 0.5), (0.7, -0.1), (0.1, 0.3), (0.1, 1.1), (1.7, 0.5), (0.1, 2.1), (0.3, -0.3), (2.1, 0.1))
     ),
 )
-_Q5_K = KType(
+_Q5_K = _KType(
     *(8, 31, 63, slice(0, 4), slice(4, 16), slice(16, 176), pack.put_scales_6, pack.put_codes_5),
     Starts(((0.1, 0.0), (-0.2, 0.4), (0.3, -0.2), (0.0, 0.2), (-0.5, 0.6))),
     Starts(
@@ -71,7 +69,7 @@ _Q5_K = KType(
         )
     ),
 )
-_Q4_1 = LegacyType(
+_Q4_1 = _LegacyType(
     *(15, slice(4, 20), pack.put_legacy_codes_4),
     Starts(
         (
@@ -88,7 +86,7 @@ _Q4_1 = LegacyType(
         _ALIGNED,
     ),
 )
-_Q5_1 = LegacyType(
+_Q5_1 = _LegacyType(
     *(31, slice(4, 24), pack.put_legacy_codes_5),
     Starts(
         (
@@ -107,7 +105,7 @@ _Q5_1 = LegacyType(
 )
 
 
-def _k_batch(kind: KType) -> EncodeBatch:
+def _k_batch(kind: _KType) -> EncodeBatch:
     def encode(lanes: Tensor, weight: Tensor | None, space: Workspace) -> Tensor:
         tiles, block_size, n = lanes.shape
         shape = (tiles, kind.groups, block_size // kind.groups, n)
@@ -115,7 +113,8 @@ def _k_batch(kind: KType) -> EncodeBatch:
         sign, low, high = mirror(x, x.amin(2), x.amax(2), kind.max_code, kind.max_scale)
         g = describe(x, weight, low.clamp_max_(0), high, kind.max_code, space)
         fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, False, space)
-        found = refit(g, neighbours(g, level_two(g, fit, kind.max_scale, space), kind.max_scale, space), space)
+        found = level_two(g, fit, kind.max_scale, space)
+        found = refit(g, neighbours(g, found, kind.max_scale, space), space)
         inverse, bias = (part.unsqueeze(2) for part in found.rounding(0))
         block_bytes = max(field.stop for field in (kind.halves, kind.codes))
         out = space("bytes", tiles, block_bytes, n, dtype=torch.uint8)
@@ -130,13 +129,13 @@ def _k_batch(kind: KType) -> EncodeBatch:
     return encode
 
 
-def _legacy_batch(kind: LegacyType) -> EncodeBatch:
+def _legacy_batch(kind: _LegacyType) -> EncodeBatch:
     def encode(lanes: Tensor, weight: Tensor | None, space: Workspace) -> Tensor:
         tiles, width, n = lanes.shape
         x, weight = lanes.unsqueeze(1), None if weight is None else weight.unsqueeze(1)
         g = describe(x, weight, x.amin(2), x.amax(2), kind.max_code, space)
         fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, True, space, rounds=1)
-        d = to_half(fit.scale)
+        d = torch.maximum(to_half(fit.scale), above(fit.scale, 0.0).mul_(HALF_TINY))
         minimum = to_half(torch.addcmul(g.mean, fit.mean_code, d, value=-1))
         zero = torch.eq(d, 0, out=torch.empty_like(d))
         inverse = torch.add(d, zero, alpha=ENDLESS).reciprocal_()
@@ -151,7 +150,7 @@ def _legacy_batch(kind: LegacyType) -> EncodeBatch:
     return encode
 
 
-def _plain_batch(kind: LegacyType) -> EncodeBatch:
+def _plain_batch(kind: _LegacyType) -> EncodeBatch:
     """ggml's quantize_row_q4_1_ref and quantize_row_q5_1_ref: the range in equal steps, halves rounded up."""
 
     def encode(lanes: Tensor, weight: Tensor | None, space: Workspace) -> Tensor:

@@ -35,7 +35,8 @@ class Workspace:
         size = prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
+            with torch.inference_mode(False):  # usable in either mode later
+                buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
         return buffer[:size].view(shape)
 
 
