@@ -1,5 +1,8 @@
 """Least squares for groups of weights: value = scale * code - minimum, with codes from 0 to a maximum.
 
+As in ggml's make_qkx3_quants, several ways to round a group's weights each get the scale and minimum that fit best,
+and the best of them stays; ggml's ways differ in the scale alone, these in both directions (see Starts).
+
 Tensors of weights are [tiles, groups, width, n], of groups [tiles, groups, n], with n blocks side by side (see
 tiles.py). Whatever touches every weight writes into buffers of one tile, which stay in the cache. Masks are float
 tensors of zeros and ones that steer a lerp: on CPUs, torch selects by booleans an order of magnitude slower.
@@ -13,10 +16,9 @@ from torch import Tensor
 from skyrun.quant.tiles import Workspace
 
 _TINY = 1e-15  # a group whose range is below this is zero, as in ggml
-_FLAT = 1e-5  # codes that vary less than this, in proportion to their squares, define no slope
+_FLAT = 1e-6  # codes that vary less than this, in proportion to their squares, define no slope
 _FIELD = 2048.0  # holds a sum of 32 centred codes; times the sum of their squares, at most 2^13, it is still exact
 ENDLESS = 2.0**27  # stands for the step of a group of scale 0: every code becomes 0, every error stays exact
-
 
 Sums = tuple[Tensor, Tensor, Tensor]  # of code, code^2, code * x over each group
 
@@ -27,9 +29,9 @@ class Groups(NamedTuple):
     x: Tensor  # [tiles, groups, width, n]
     weight: Tensor | None  # same shape: how much each error counts
     weighted: Tensor  # x * weight
-    total: Tensor  # sum of the weights of each group
-    mean: Tensor  # weighted mean of each group
-    sum: Tensor  # mean * total
+    weight_sum: Tensor  # over each group, [tiles, groups, n]
+    x_sum: Tensor  # of the weighted
+    mean: Tensor
     low: Tensor
     high: Tensor
     max_code: int
@@ -61,21 +63,20 @@ class Starts(NamedTuple):
     aligned: tuple[float, ...] = ()  # clips of both sides together, with a code at exactly zero: for sparse weights
 
 
-def above(a: Tensor, b: Tensor | float) -> Tensor:
+def above(a: Tensor, b: Tensor) -> Tensor:
     """1.0 where a > b, else 0.0."""
-    mask = torch.empty_like(a)
-    return torch.gt(a, b, out=mask) if isinstance(b, Tensor) else torch.gt(a, b, out=mask)
+    return torch.gt(a, b, out=torch.empty_like(a))
 
 
 def describe(x: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, max_code: int, space: Workspace) -> Groups:
     """Sums of the weights [tiles, groups, width, n] whose extremes `low` and `high` are known."""
     if weight is None:
-        sum = x.sum(2)
-        total = torch.full_like(sum, x.shape[2])
-        return Groups(x, None, x, total, sum / total, sum, low, high, max_code)
-    weighted = torch.mul(x, weight, out=space("weighted", *x.shape))
-    sum, sum_weight = weighted.sum(2), weight.sum(2)
-    return Groups(x, weight, weighted, sum_weight, sum / sum_weight, sum, low, high, max_code)
+        weighted, x_sum = x, x.sum(2)
+        weight_sum = torch.full_like(x_sum, x.shape[2])
+    else:
+        weighted = torch.mul(x, weight, out=space("weighted", *x.shape))
+        x_sum, weight_sum = weighted.sum(2), weight.sum(2)
+    return Groups(x, weight, weighted, weight_sum, x_sum, x_sum / weight_sum, low, high, max_code)
 
 
 def encode_tile(x: Tensor, inverse: Tensor, bias: Tensor, low: float, high: float, out: Tensor) -> Tensor:
@@ -114,14 +115,14 @@ def moments(g: Groups, inverse: Tensor, bias: Tensor, space: Workspace) -> Sums:
 def from_zero(g: Groups, sums: Sums) -> Sums:
     """In place: `moments` of codes from 0."""
     first, second, along = sums
-    second.add_(first, alpha=2 * g.centre).add_(g.total, alpha=g.centre**2)
-    return first.add_(g.total, alpha=g.centre), second, along.add_(g.sum, alpha=g.centre)
+    second.add_(first, alpha=2 * g.centre).add_(g.weight_sum, alpha=g.centre**2)
+    return first.add_(g.weight_sum, alpha=g.centre), second, along.add_(g.x_sum, alpha=g.centre)
 
 
 def least_squares(g: Groups, sums: Sums, signed: bool) -> Fit:
     """Best scale and minimum for given codes, from `moments`, which it uses up; no minimum below 0 unless `signed`."""
     first, second, along = sums
-    mean_code = first / g.total
+    mean_code = first / g.weight_sum
     curvature = torch.addcmul(second, first, mean_code, value=-1)
     moment = torch.addcmul(along, first, g.mean, value=-1)
     scratch, square, inner = from_zero(g, sums)
@@ -136,7 +137,7 @@ def least_squares(g: Groups, sums: Sums, signed: bool) -> Fit:
         negative = torch.lt(minimum, 0, out=scratch)
         slope = torch.div(inner, square.clamp_min_(_TINY**2)).clamp_min_(0)
         scale.lerp_(slope, negative)
-        gain.lerp_(slope.mul_(inner).addcmul_(g.mean, g.sum, value=-1), negative)
+        gain.lerp_(slope.mul_(inner).addcmul_(g.mean, g.x_sum, value=-1), negative)
         curvature.lerp_(square, negative)
         minimum.clamp_min_(0)
     return Fit(scale, minimum, gain, mean_code, curvature)

@@ -97,7 +97,7 @@ def level_two(g: Groups, fit: Fit, max_scale: int, space: Workspace) -> Super:
     d = _super_scale(fit.scale, fit.curvature, max_scale, space)
     scale = _codes_of(fit.scale, d, max_scale)
     minimum = torch.addcmul(fit.minimum, fit.mean_code, d * scale - fit.scale).clamp_min_(0)
-    dmin = _super_scale(minimum, g.total, max_scale, space)
+    dmin = _super_scale(minimum, g.weight_sum, max_scale, space)
     return Super(d, dmin, scale, _codes_of(minimum, dmin, max_scale))
 
 
@@ -144,8 +144,8 @@ def refit(g: Groups, found: Super, space: Workspace) -> Super:
         return x.sum(1, keepdim=True)
 
     s, m = found.scale, found.minimum
-    ss, sm, mm = total(s * s * second), total(s * m * first), total(m * m * g.total)
-    sx, mx = total(s * along), total(m * g.sum)
+    ss, sm, mm = total(s * s * second), total(s * m * first), total(m * m * g.weight_sum)
+    sx, mx = total(s * along), total(m * g.x_sum)
     determinant = ss * mm - sm * sm
     solvable = above(determinant, 1e-6 * ss * mm)
     inverse_determinant = solvable / determinant.lerp(torch.ones_like(solvable), 1 - solvable)

@@ -38,13 +38,11 @@ class _LegacyType(NamedTuple):
     max_code: int
     codes: slice
     put_codes: Callable[[Tensor, Tensor], None]
-    starts: Starts
-    weighted_starts: Starts
+    clips: tuple[tuple[float, float], ...]
 
 
 # Clips were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student and
 # matrix-like weights.
-_ALIGNED = (0.0, 1.0, 0.5, -0.5)
 _Q2_K = _KType(
     *(16, 3, 15, slice(80, 84), slice(0, 16), slice(16, 80), pack.put_scales_4, pack.put_codes_2),
     Starts(((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1))),
@@ -71,38 +69,21 @@ _Q5_K = _KType(
 )
 _Q4_1 = _LegacyType(
     *(15, slice(4, 20), pack.put_legacy_codes_4),
-    Starts(
-        (
-            *((0.2, 0.2), (0.5, -0.1), (-0.1, 0.4), (0.3, 0.0), (-0.2, 0.5), (0.0, 0.3)),
-            *((0.0, -0.3), (0.6, -0.5), (-0.2, -0.1), (0.5, 0.2), (0.3, -0.4), (0.3, 0.5)),
-        ),
-        _ALIGNED,
-    ),
-    Starts(
-        (
-            *((0.1, -0.1), (-0.1, 0.5), (0.9, 0.1), (-0.1, 0.1), (0.5, 1.3), (0.7, 0.5)),
-            *((1.5, 0.1), (0.3, -0.3), (0.1, 1.7)),
-        ),
-        _ALIGNED,
+    clips=(
+        *((0.2, 0.2), (0.5, -0.1), (-0.1, 0.4), (0.3, 0.0), (-0.2, 0.5), (0.0, 0.3)),
+        *((0.0, -0.3), (0.6, -0.5), (-0.2, -0.1), (0.5, 0.2), (0.3, -0.4), (0.3, 0.5)),
     ),
 )
 _Q5_1 = _LegacyType(
     *(31, slice(4, 24), pack.put_legacy_codes_5),
-    Starts(
-        (
-            *((0.2, 0.2), (-0.1, 0.6), (0.3, -0.1), (-0.2, 0.1), (-0.5, 0.6), (0.2, 0.0)),
-            *((0.4, -0.3), (-0.2, -0.2), (0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
-        ),
-        _ALIGNED,
-    ),
-    Starts(
-        (
-            *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.5), (0.3, -0.1), (0.3, 1.5), (1.7, 0.1)),
-            *((-0.1, 0.3), (1.1, 0.3), (0.5, 2.5)),
-        ),
-        _ALIGNED,
+    clips=(
+        *((0.2, 0.2), (-0.1, 0.6), (0.3, -0.1), (-0.2, 0.1), (-0.5, 0.6), (0.2, 0.0)),
+        *((0.4, -0.3), (-0.2, -0.2), (0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
     ),
 )
+# Sparse weights want a code at exactly zero; importance makes far outliers cheap.
+_LEGACY_ALIGNED = (0.0, 1.0, 0.5, -0.5)
+_LEGACY_WEIGHTED = ((0.1, 0.9), (0.7, 0.7), (0.3, 1.5), (1.5, 0.1), (1.1, 0.3), (0.5, 2.5))
 
 
 def _k_batch(kind: _KType) -> EncodeBatch:
@@ -134,8 +115,9 @@ def _legacy_batch(kind: _LegacyType) -> EncodeBatch:
         tiles, width, n = lanes.shape
         x, weight = lanes.unsqueeze(1), None if weight is None else weight.unsqueeze(1)
         g = describe(x, weight, x.amin(2), x.amax(2), kind.max_code, space)
-        fit = fit_groups(g, kind.starts if weight is None else kind.weighted_starts, True, space, rounds=1)
-        d = torch.maximum(to_half(fit.scale), above(fit.scale, 0.0).mul_(HALF_TINY))
+        clips = kind.clips if weight is None else (*kind.clips, *_LEGACY_WEIGHTED)
+        fit = fit_groups(g, Starts(clips, _LEGACY_ALIGNED), True, space, rounds=1)
+        d = torch.maximum(to_half(fit.scale), above(fit.scale, torch.zeros_like(fit.scale)).mul_(HALF_TINY))
         minimum = to_half(torch.addcmul(g.mean, fit.mean_code, d, value=-1))
         zero = torch.eq(d, 0, out=torch.empty_like(d))
         inverse = torch.add(d, zero, alpha=ENDLESS).reciprocal_()
@@ -153,7 +135,7 @@ def _legacy_batch(kind: _LegacyType) -> EncodeBatch:
 def _plain_batch(kind: _LegacyType) -> EncodeBatch:
     """ggml's quantize_row_q4_1_ref and quantize_row_q5_1_ref: the range in equal steps, halves rounded up."""
 
-    def encode(lanes: Tensor, weight: Tensor | None, space: Workspace) -> Tensor:
+    def encode(lanes: Tensor, _: Tensor | None, space: Workspace) -> Tensor:
         tiles, width, n = lanes.shape
         low = lanes.amin(1, keepdim=True)
         d = (lanes.amax(1, keepdim=True) - low).div_(kind.max_code)

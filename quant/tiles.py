@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 _LANES = 32  # a tile of fewer blocks would take another code path of torch's kernels and round differently
-_CPU_TILE, _CPU_TILES = 384 * 256, 5  # weights in a tile, tiles in a batch
-_TILE = 1 << 22
+# Weights in a tile, tiles in a batch. On a CPU a tile, its codes and a scratch alike share the cache of a core;
+# elsewhere calls cost more than memory.
+_CPU_TILE, _CPU_TILES = 384 * 256, 5
+_TILE, _TILES = 1 << 22, 1
 
 # (weights float32 [block_size, n], importance of the same shape or None, buffers) -> blocks uint8 [n, block_bytes]
 EncodeTile = Callable[[Tensor, Tensor | None, "Workspace"], Tensor]
@@ -52,27 +54,24 @@ def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode:
     """Batches of up to `tiles` tiles of up to `tile` blocks, a multiple of 32. Tiles are filled up with zeros."""
     count, width = x.shape
     space = _workspace(x.device)
-    out: Tensor | None = None
+    encoded = []
     for start in range(0, max(count, 1), tile * tiles):
         some = x[start : start + tile * tiles]
         used = max(1, -(-len(some) // tile))
         lanes = max(1, -(-len(some) // (used * _LANES))) * _LANES
         batch = space("batch", used, width, lanes)
-        weights = None if importance is None else space("importance", used, width, lanes)
-        for i in range(used):
+        for i, out in enumerate(batch):
             part = some[i * lanes : (i + 1) * lanes]
-            batch[i, :, : len(part)] = part.T
-            batch[i, :, len(part) :] = 0
-            if weights is not None and importance is not None:
-                first = start + i * lanes
-                rows = torch.arange(first, first + lanes, device=x.device) % len(importance)
-                weights[i] = importance[rows].T
-        encoded = encode(batch, weights, space)
-        if out is None:
-            out = encoded.new_empty(count, encoded.shape[1])
-        out[start : start + len(some)] = encoded[: len(some)]
-    assert out is not None
-    return out
+            out[:, : len(part)] = part.T
+            out[:, len(part) :] = 0
+        weights = None
+        if importance is not None:
+            weights = space("importance", used, width, lanes)
+            rows = torch.arange(start, start + used * lanes, device=x.device) % len(importance)
+            for out, of_tile in zip(weights, rows.view(used, lanes), strict=True):
+                out.copy_(importance[of_tile].T)
+        encoded.append(encode(batch, weights, space)[: len(some)].clone())
+    return torch.cat(encoded)
 
 
 def in_batches(x: Tensor, importance: Tensor | None, encode: EncodeBatch) -> Tensor:
@@ -81,8 +80,7 @@ def in_batches(x: Tensor, importance: Tensor | None, encode: EncodeBatch) -> Ten
     importance: float32 [k, block_size]; block i has that of row i % k. Bytes do not depend on how the blocks are
     divided.
     """
-    # On a CPU, a tile, its codes and a scratch of its size share the cache. Elsewhere, calls cost more than memory.
-    weights, tiles = (_CPU_TILE, _CPU_TILES) if x.device.type == "cpu" else (_TILE, 1)
+    weights, tiles = (_CPU_TILE, _CPU_TILES) if x.device.type == "cpu" else (_TILE, _TILES)
     return _encode(x, importance, weights // x.shape[1], tiles, encode)
 
 
