@@ -44,23 +44,44 @@ class _LegacyType(NamedTuple):
 # Clips were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student and
 # matrix-like weights.
 _Q2_K = _KType(
-    *(16, 3, 15, slice(80, 84), slice(0, 16), slice(16, 80), pack.put_scales_4, pack.put_codes_2),
-    Starts(((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1))),
-    Starts(
+    groups=16,
+    max_code=3,
+    max_scale=15,
+    halves=slice(80, 84),
+    scales=slice(0, 16),
+    codes=slice(16, 80),
+    put_scales=pack.put_scales_4,
+    put_codes=pack.put_codes_2,
+    starts=Starts(((0.3, 0.2), (-0.1, 0.5), (0.4, 0.0), (0.1, 0.3), (0.6, -0.1))),
+    weighted_starts=Starts(
         ((0.1, 0.1), (0.1, 0.9), (0.7, 0.1), (-0.1, 1.3), (0.3, -0.1), (1.1, 0.1), (0.3, 0.7), (-0.3, 0.3), (0.7, 0.5))
     ),
 )
 _Q4_K = _KType(
-    *(8, 15, 63, slice(0, 4), slice(4, 16), slice(16, 144), pack.put_scales_6, pack.put_codes_4),
-    Starts(((0.1, 0.1), (0.3, 0.0), (-0.2, 0.5), (0.5, -0.1), (0.0, 0.3))),
-    Starts(
+    groups=8,
+    max_code=15,
+    max_scale=63,
+    halves=slice(0, 4),
+    scales=slice(4, 16),
+    codes=slice(16, 144),
+    put_scales=pack.put_scales_6,
+    put_codes=pack.put_codes_4,
+    starts=Starts(((0.1, 0.1), (0.3, 0.0), (-0.2, 0.5), (0.5, -0.1), (0.0, 0.3))),
+    weighted_starts=Starts(
         ((0.3, 0.1), (-0.1, 0.5), (0.7, -0.1), (0.1, 0.3), (0.1, 1.1), (1.7, 0.5), (0.1, 2.1), (0.3, -0.3), (2.1, 0.1))
     ),
 )
 _Q5_K = _KType(
-    *(8, 31, 63, slice(0, 4), slice(4, 16), slice(16, 176), pack.put_scales_6, pack.put_codes_5),
-    Starts(((0.1, 0.0), (-0.2, 0.4), (0.3, -0.2), (0.0, 0.2), (-0.5, 0.6))),
-    Starts(
+    groups=8,
+    max_code=31,
+    max_scale=63,
+    halves=slice(0, 4),
+    scales=slice(4, 16),
+    codes=slice(16, 176),
+    put_scales=pack.put_scales_6,
+    put_codes=pack.put_codes_5,
+    starts=Starts(((0.1, 0.0), (-0.2, 0.4), (0.3, -0.2), (0.0, 0.2), (-0.5, 0.6))),
+    weighted_starts=Starts(
         (
             *((0.1, 0.1), (0.5, -0.3), (-0.3, 0.3), (0.3, -0.1), (0.1, 0.9), (0.9, 0.7)),
             *((-0.3, -0.3), (1.5, 0.3), (0.3, 2.5)),
@@ -68,14 +89,18 @@ _Q5_K = _KType(
     ),
 )
 _Q4_1 = _LegacyType(
-    *(15, slice(4, 20), pack.put_legacy_codes_4),
+    max_code=15,
+    codes=slice(4, 20),
+    put_codes=pack.put_legacy_codes_4,
     clips=(
         *((0.2, 0.2), (0.5, -0.1), (-0.1, 0.4), (0.3, 0.0), (-0.2, 0.5), (0.0, 0.3)),
         *((0.0, -0.3), (0.6, -0.5), (-0.2, -0.1), (0.5, 0.2), (0.3, -0.4), (0.3, 0.5)),
     ),
 )
 _Q5_1 = _LegacyType(
-    *(31, slice(4, 24), pack.put_legacy_codes_5),
+    max_code=31,
+    codes=slice(4, 24),
+    put_codes=pack.put_legacy_codes_5,
     clips=(
         *((0.2, 0.2), (-0.1, 0.6), (0.3, -0.1), (-0.2, 0.1), (-0.5, 0.6), (0.2, 0.0)),
         *((0.4, -0.3), (-0.2, -0.2), (0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
