@@ -6,7 +6,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from skyrun.kernels.errors import SkyrunError
 
-# Best first. IQ4_NL and IQ4_XS are read only; the rest of ggml's types are not used for these models.
+# Best first. The rest of ggml's types are not used for these models.
 _NAMES = (
     *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
     *("Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),

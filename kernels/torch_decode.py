@@ -16,7 +16,7 @@ from skyrun.kernels.formats import block_format
 
 _CHUNK_WEIGHTS = 1 << 21  # decoded at a time: keeps the temporaries of a decoder inside the cache and out of the peak
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @lru_cache
@@ -119,7 +119,7 @@ def _q6_k(b: Tensor) -> Tensor:
 
 
 def _iq4_values(codes: Tensor) -> Tensor:
-    return _constant(_IQ4_VALUES, torch.float32, codes.device)[codes.int()]
+    return _constant(IQ4_VALUES, torch.float32, codes.device)[codes.int()]
 
 
 def _iq4_nl(b: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Numbers to block bytes. Each type is one encoder and one line in the table at the end."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,15 +9,10 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
-from skyrun.quant.encode_affine import (
-    encode_q2_k,
-    encode_q4_1,
-    encode_q4_1_plain,
-    encode_q4_k,
-    encode_q5_1,
-    encode_q5_1_plain,
-    encode_q5_k,
-)
+from skyrun.quant.encode_iq4 import IQ4_NL, IQ4_XS
+from skyrun.quant.encode_plain import encode_q4_0_plain, encode_q5_0_plain, encode_q8_0
+from skyrun.quant.encode_q4_k import encode_q4_k
+from skyrun.quant.encode_symmetric import Q3_K, Q4_0, Q5_0, Q6_K, encode_symmetric
 
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
 # importance of row i % k, which is positive and at most 1.
@@ -36,21 +32,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _round_half_away(x: Tensor) -> Tensor:
-    """C's roundf: torch.round would take halves to the even neighbour."""
-    magnitude = x.abs()
-    whole = magnitude.floor()
-    return (whole + (2 * (magnitude - whole)).floor()) * x.sign()
-
-
-def _encode_q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
-    # One scale per block that maps the largest magnitude to 127: the format leaves nothing to search.
-    scale = x.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    codes = _round_half_away(x * inverse).to(torch.int8)
-    return torch.cat((_bytes(scale.half()), _bytes(codes)), 1)
-
-
 _HALF = torch.finfo(torch.float16).max
 ENCODERS = {
     "F32": Encoder(lambda x, _: _bytes(x), torch.finfo(torch.float32).max, lambda x, _: _bytes(x)),
@@ -58,12 +39,14 @@ ENCODERS = {
     "BF16": Encoder(
         lambda x, _: _bytes(x.bfloat16()), torch.finfo(torch.bfloat16).max, lambda x, _: _bytes(x.bfloat16())
     ),
-    "Q8_0": Encoder(_encode_q8_0, 127 * _HALF, _encode_q8_0),
-    "Q5_K": Encoder(encode_q5_k, 63 * _HALF),
+    "Q8_0": Encoder(encode_q8_0, 127 * _HALF, encode_q8_0),
+    "Q6_K": Encoder(partial(encode_symmetric, Q6_K), 32 * 127 * _HALF),
     "Q4_K": Encoder(encode_q4_k, 63 * _HALF),
-    "Q2_K": Encoder(encode_q2_k, 15 * _HALF),
-    "Q5_1": Encoder(encode_q5_1, _HALF, encode_q5_1_plain),
-    "Q4_1": Encoder(encode_q4_1, _HALF, encode_q4_1_plain),
+    "Q3_K": Encoder(partial(encode_symmetric, Q3_K), 4 * 31 * _HALF),
+    "Q5_0": Encoder(partial(encode_symmetric, Q5_0), 16 * _HALF, encode_q5_0_plain),
+    "Q4_0": Encoder(partial(encode_symmetric, Q4_0), 8 * _HALF, encode_q4_0_plain),
+    "IQ4_NL": Encoder(partial(encode_symmetric, IQ4_NL), 113 * _HALF),
+    "IQ4_XS": Encoder(partial(encode_symmetric, IQ4_XS), 113 * 31 * _HALF),
 }
 
 

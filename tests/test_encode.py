@@ -25,10 +25,9 @@ def test_each_hard_row_is_finite_and_close(goldens, type):
     for row in goldens("quant/inputs")["edge"]:
         decoded = dequantize(quantize(row[None], type), type)[0]
         assert torch.isfinite(decoded).all()
-        # A step of the codes is at most the range of the row over their number; tiny rows underflow float16 to zero.
-        span = float(row.max().clamp_min(0) - row.min().clamp_max(0))
-        bits = int(next(filter(str.isdigit, type)))
-        assert float((decoded - row).abs().max()) <= 1.1 * span / (2**bits - 2) + 1e-7
+        # Codes of b bits step by at most the peak over 2^(b-1); tiny rows underflow float16 to zero.
+        bits = int(type.strip("IQ")[0])
+        assert float((decoded - row).abs().max()) <= float(row.abs().max()) / 2 ** (bits - 1) + 1e-7
 
 
 rows = hnp.arrays("float32", (3, 256), elements=st.floats(-30000, 30000, width=32))
@@ -69,7 +68,6 @@ def test_the_largest_weights_stay_finite(type):
         (torch.full((1, 32), 1e9), "Q8_0", "Q8_0 holds up to 8.31901e\\+06"),
         (torch.full((1, 256), -1e9), "Q4_K", "Q4_K holds up to"),
         (torch.zeros(1, 100), "Q4_K", "a row of 100 weights cannot be Q4_K"),
-        (torch.zeros(1, 256), "IQ4_XS", "cannot write IQ4_XS"),
         (torch.zeros(1, 256), "Q4", "unknown type 'Q4'"),
     ],
 )

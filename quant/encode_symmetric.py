@@ -1,0 +1,242 @@
+"""Types whose value is scale * code: one float16 scale per block, or d * sub-scale for each group of weights.
+
+Level one fits a scale to each group: it rounds x / s to the codes q for several s, takes the least-squares scale of
+those codes, sum(w x q) / sum(w q q), and keeps the one that removes most of the squared error. Level two fits the
+float16 d and the integer sub-scales of a block to these scales in the same way; then each sub-scale tries its
+neighbours with the weights rounded anew, and d is fitted again. Errors are weighted by importance.
+
+All arithmetic writes into buffers of the workspace, and choices are lerps by masks of 0.0 and 1.0: on a CPU, fresh
+memory and boolean masks would cost several times the search.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from skyrun.quant.pack_symmetric import pack_q3_k, pack_q4_0, pack_q5_0, pack_q6_k
+from skyrun.quant.tiles import Workspace, in_tiles
+
+_TILE_WEIGHTS = 1 << 19  # operations are few enough to outweigh their dispatch, buffers still fit the last-level cache
+_TINY = 1e-15  # a group whose largest magnitude is below this is zero, as in ggml
+_HALF = torch.finfo(torch.float16).max
+
+
+class Grid(Protocol):
+    """The numbers that codes stand for."""
+
+    def nearest(self, x: Tensor, space: Workspace) -> Tensor:
+        """x rounded, in place, to the grid."""
+
+    def code(self, x: Tensor, space: Workspace) -> Tensor:
+        """Numbers of the grid -> uint8 codes, counted from its lowest number."""
+
+
+class Integers(NamedTuple):
+    """The integers from low to high."""
+
+    low: int
+    high: int
+
+    def nearest(self, x: Tensor, space: Workspace) -> Tensor:
+        """x rounded, in place, to the grid."""
+        return x.round_().clamp_(self.low, self.high)
+
+    def code(self, x: Tensor, space: Workspace) -> Tensor:
+        """Numbers of the grid -> uint8 codes. Floats convert fast to int8 only; wrapping takes care of the sign."""
+        signed = space(f"signed {x.ndim}", *x.shape, dtype=torch.int8).copy_(x)
+        return signed.view(torch.uint8).sub_(self.low % 256)
+
+
+class Symmetric(NamedTuple):
+    """A type, and where its search starts: the numbers that the weight of largest magnitude of a group goes to.
+
+    The starts are those that together removed most of the error of normal, Student-t and low-rank weights. Importance
+    asks for more of them, because the largest weight may be clipped if it is the least important one.
+    """
+
+    width: int  # weights in a group
+    groups: int  # groups in a block
+    grid: Grid
+    starts: tuple[float, ...]
+    weighted_starts: tuple[float, ...]
+    pack: Callable[[Tensor, Tensor, Tensor, Workspace], Tensor]  # (codes, sub-scales, d, space) -> [block_bytes, n]
+    scale_grid: Grid | None = None  # of sub-scales
+    scale_starts: tuple[float, ...] = ()  # the same for the sub-scale of largest magnitude
+
+
+class _Tile(NamedTuple):
+    type: Symmetric
+    x: Tensor  # [groups, width, n]
+    w: Tensor | None  # importance
+    wx: Tensor
+    space: Workspace
+
+    def round(self, inverse: Tensor) -> Tensor:
+        """x * inverse, rounded; inverse: [groups, n]."""
+        codes = torch.mul(self.x, inverse.unsqueeze(1), out=self.space("codes", *self.x.shape))
+        return self.type.grid.nearest(codes, self.space)
+
+    def moments(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """sum(w x q) and sum(w q q) of every group [groups, n], for the codes q of an inverse scale."""
+        q, product = self.round(inverse), self.space("product", *self.x.shape)
+        along, square = (self.space(name, *inverse.shape) for name in ("along", "square"))
+        torch.sum(torch.mul(self.wx, q, out=product), 1, out=along)
+        torch.mul(q, q, out=product)
+        if self.w is not None:
+            product.mul_(self.w)
+        return along, torch.sum(product, 1, out=square)
+
+
+class _Best:
+    """The best candidate yet in every place, by its gain; to begin with, zeros that gain nothing."""
+
+    def __init__(self, space: Workspace, name: str, shape: tuple[int, ...], count: int) -> None:
+        self._mask = space(f"{name} mask", *shape)
+        self._gain = space(f"{name} gain", *shape).zero_()
+        self.values = tuple(space(f"{name} {k}", *shape).zero_() for k in range(count))
+
+    def offer(self, gain: Tensor, *candidate: Tensor) -> None:
+        """Take the candidate where it gains more. Ties keep the older: averaged, they would fit nothing."""
+        torch.gt(gain, self._gain, out=self._mask)
+        torch.maximum(gain, self._gain, out=self._gain)
+        for value, new in zip(self.values, candidate, strict=True):
+            value.lerp_(new, self._mask)
+
+
+def _reciprocal(x: Tensor, name: str, space: Workspace) -> Tensor:
+    """1/x, and 0 where x is 0."""
+    zero = torch.eq(x, 0, out=space("zero", *x.shape))
+    return torch.add(x, zero, out=space(name, *x.shape)).reciprocal_().sub_(zero)
+
+
+def _inverse_peak(x: Tensor, dim: int, space: Workspace) -> Tensor:
+    """The reciprocal of the number of largest magnitude along dim; 0 if it is tiny."""
+    shape = x.select(dim, 0).shape
+    high, low, magnitude, mask = (space(f"peak {k}", *shape) for k in range(4))
+    torch.amax(x, dim, out=high)
+    torch.amin(x, dim, out=low)
+    torch.gt(torch.neg(low, out=magnitude), high, out=mask)
+    high.lerp_(low, mask)
+    high.mul_(torch.ge(torch.abs(high, out=magnitude), _TINY, out=mask))
+    return _reciprocal(high, "inverse peak", space)
+
+
+def _gain(scale: Tensor, along: Tensor, square: Tensor, space: Workspace) -> Tensor:
+    """By how much codes at `scale` lower the squared error below that of zeros: scale * (2 along - scale * square)."""
+    gain = torch.mul(scale, square, out=space("gain", *scale.shape))
+    return torch.sub(along, gain, out=gain).add_(along).mul_(scale)
+
+
+def _fit_groups(tile: _Tile) -> tuple[Tensor, Tensor]:
+    """Scale of every group, and how steeply its error grows around it, both [groups, n]."""
+    space = tile.space
+    inverse_peak = _inverse_peak(tile.x, 1, space)
+    best = _Best(space, "group", inverse_peak.shape, 2)
+    for start in tile.type.starts if tile.w is None else tile.type.weighted_starts:
+        along, square = tile.moments(torch.mul(inverse_peak, start, out=space("inverse", *inverse_peak.shape)))
+        scale = _reciprocal(square, "scale", space).mul_(along)
+        if tile.type.scale_grid is None:
+            _to_half(scale, space)
+        best.offer(_gain(scale, along, square, space), scale, square)
+    scale, curvature = best.values
+    return scale, curvature
+
+
+def _to_half(d: Tensor, space: Workspace) -> Tensor:
+    """d rounded, in place, to finite float16."""
+    return d.copy_(space("half", *d.shape, dtype=torch.float16).copy_(d.clamp_(-_HALF, _HALF)))
+
+
+def _fit_d(sub: Tensor, along: Tensor, square: Tensor, space: Workspace) -> tuple[Tensor, Tensor]:
+    """The least-squares d [..., n] of sub-scales [..., groups, n], a float16, for their groups' moments; its gain."""
+    product, shape = space("sub product", *sub.shape), (*sub.shape[:-2], sub.shape[-1])
+    d_along, d_square = (space(name, *shape) for name in ("d along", "d square"))
+    torch.sum(torch.mul(sub, along, out=product), -2, out=d_along)
+    torch.sum(torch.mul(sub, sub, out=product).mul_(square), -2, out=d_square)
+    d = _to_half(_reciprocal(d_square, "d", space).mul_(d_along), space)
+    return d, _gain(d, d_along, d_square, space)
+
+
+def _fit_block(tile: _Tile, scale: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """d [n], a float16, and sub-scales [groups, n] for the best scales of the groups."""
+    type, space, (groups, n) = tile.type, tile.space, scale.shape
+    assert type.scale_grid is not None
+    inverse_peak = _inverse_peak(scale, 0, space)
+    inverses = space("inverse", len(type.scale_starts), n)
+    for inverse, start in zip(inverses, type.scale_starts, strict=True):
+        torch.mul(inverse_peak, start, out=inverse)
+    subs = torch.mul(scale, inverses.unsqueeze(1), out=space("subs", len(inverses), groups, n))
+    slope = torch.mul(scale, curvature, out=space("slope", groups, n))
+    ds, gains = _fit_d(type.scale_grid.nearest(subs, space), slope, curvature, space)
+    best_d = _Best(space, "block", (n,), 1)
+    for d, gain in zip(ds, gains, strict=True):
+        best_d.offer(gain, d)
+    (d,) = best_d.values
+
+    # Which of the two sub-scales around scale / d is better shows when the weights are rounded anew.
+    ratio = torch.mul(scale, _reciprocal(d, "inverse", space), out=scale).floor_()
+    best = _Best(space, "sub", (groups, n), 3)
+    for step in (0, 1):
+        sub = type.scale_grid.nearest(torch.add(ratio, step, out=space("near", groups, n)), space)
+        step_size = torch.mul(sub, d, out=space("scale", groups, n))
+        along, square = tile.moments(_reciprocal(step_size, "inverse", space))
+        best.offer(_gain(step_size, along, square, space), sub, along, square)
+    sub, along, square = best.values
+    return _fit_d(sub, along, square, space)[0], sub
+
+
+def _encode_tile(type: Symmetric, x: Tensor, w: Tensor | None, space: Workspace) -> Tensor:
+    x = x.view(type.groups, type.width, -1)
+    wx = x
+    if w is not None:
+        w = w.view_as(x)
+        wx = torch.mul(x, w, out=space("wx", *x.shape))
+    tile = _Tile(type, x, w, wx, space)
+    scale, curvature = _fit_groups(tile)
+    if type.scale_grid is None:
+        d = sub = scale
+    else:
+        d, sub = _fit_block(tile, scale, curvature)
+        torch.mul(sub, d, out=scale)
+    codes = type.grid.code(tile.round(_reciprocal(scale, "inverse", space)), space).view(-1, x.shape[2])
+    subs = codes if type.scale_grid is None else type.scale_grid.code(sub, space)
+    return type.pack(codes, subs, d.view(-1), space).T.contiguous()
+
+
+def encode_symmetric(type: Symmetric, x: Tensor, importance: Tensor | None) -> Tensor:
+    """float32 [n, block_size] -> uint8 [n, block_bytes]; importance as in quant/encode.py."""
+    tile = _TILE_WEIGHTS // (type.groups * type.width)
+    return in_tiles(x, importance, tile, partial(_encode_tile, type))
+
+
+Q4_0 = Symmetric(
+    *(32, 1, Integers(-8, 7)),
+    starts=(-6.9, -7.24, -7.81, -8.03, -8.37, -8.71),
+    weighted_starts=(-6.36, -7.33, -7.86, -8.44, -9.72, -11.2, -12.9, -19.7),
+    pack=pack_q4_0,
+)
+Q5_0 = Symmetric(
+    *(32, 1, Integers(-16, 15)),
+    starts=(-14.03, -14.71, -15.16, -15.84, -16.06, -16.51),
+    weighted_starts=(-12.73, -13.66, -14.66, -15.73, -16.88, -18.1, -22.4, -42),
+    pack=pack_q5_0,
+)
+Q3_K = Symmetric(
+    *(16, 16, Integers(-4, 3)),
+    starts=(-3.11, -3.85, -4.3, -4.69),
+    weighted_starts=(-3.18, -3.93, -4.86, -6.44, -14, 4.86, 8.5),
+    pack=pack_q3_k,
+    scale_grid=Integers(-32, 31),
+    scale_starts=(-28, -29.1, -30.2, -31.3, -32.4),
+)
+Q6_K = Symmetric(
+    *(16, 16, Integers(-32, 31)),
+    starts=(-28.06, -28.96, -29.87, -31.22, -32.12),
+    weighted_starts=(-26, -28.5, -30, -31.5, -35),
+    pack=pack_q6_k,
+    scale_grid=Integers(-128, 127),
+    scale_starts=(-116, -119, -122, -125, -128.4),
+)
