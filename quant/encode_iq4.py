@@ -11,30 +11,29 @@ from skyrun.quant.encode_symmetric import Integers, Symmetric
 from skyrun.quant.pack_symmetric import pack_iq4_xs, pack_q4_0
 from skyrun.quant.tiles import Workspace
 
+_LOW, _HIGH = IQ4_VALUES[0], IQ4_VALUES[-1]
+
 
 @lru_cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For every half step from the lowest number to the highest, the nearest number and its code; minus twice the
-    lowest number, which leads from numbers to half steps.
+    """The nearest number and its code for each half step from _LOW to _HIGH, and the half steps from _LOW to 0.
 
-    Midpoints between neighbours are whole or half, so that all of a half step is nearest to the same number.
+    Midpoints between neighbours are whole or half, so that one number is the nearest to all of a half step.
     """
-    low, high = IQ4_VALUES[0], IQ4_VALUES[-1]
-    steps = torch.arange(2 * low, 2 * high + 1)
-    code = torch.bucketize(steps, torch.tensor([a + b for a, b in pairwise(IQ4_VALUES)]), right=True)
+    midpoints = torch.tensor([a + b for a, b in pairwise(IQ4_VALUES)])
+    code = torch.bucketize(torch.arange(2 * _LOW, 2 * _HIGH + 1), midpoints, right=True)
     values = torch.tensor(IQ4_VALUES, dtype=torch.float32)[code]
-    return values.to(device), code.to(device, torch.uint8), torch.tensor(-2.0 * low, device=device)
+    return values.to(device), code.to(device, torch.uint8), torch.tensor(-2.0 * _LOW, device=device)
 
 
 class _Codebook:
     def _half_steps(self, x: Tensor, space: Workspace) -> Tensor:
-        place = space("place", *x.shape)
-        torch.add(_tables(x.device)[2], x, alpha=2, out=place)
-        return space("index", x.numel(), dtype=torch.int32).copy_(place.view(-1))
+        steps = torch.add(_tables(x.device)[2], x, alpha=2, out=space("half steps", *x.shape))
+        return space("index", x.numel(), dtype=torch.int32).copy_(steps.view(-1))
 
-    def nearest(self, x: Tensor, space: Workspace) -> Tensor:
+    def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
         """x rounded, in place, to the grid."""
-        steps = self._half_steps(x.clamp_(IQ4_VALUES[0], IQ4_VALUES[-1]), space)
+        steps = self._half_steps(x.clamp_(_LOW, _HIGH), space)
         torch.index_select(_tables(x.device)[0], 0, steps, out=x.view(-1))
         return x
 
@@ -45,7 +44,7 @@ class _Codebook:
 
 
 _starts = (-107.8, -122.1, -127.5, -134.7, 111.4, 118.5)
-_weighted_starts = (-108.4, -124.9, -143.8, -177.7, 87.8, 116.4, 143.8, 235.6)
+_weighted_starts = (-107.3, -126.4, -135.9, -157.8, -204.5, 112.1, 124.8, 144.8)
 
 IQ4_NL = Symmetric(32, 1, _Codebook(), _starts, _weighted_starts, pack_q4_0)
 IQ4_XS = Symmetric(

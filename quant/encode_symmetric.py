@@ -2,8 +2,8 @@
 
 Level one fits a scale to each group: it rounds x / s to the codes q for several s, takes the least-squares scale of
 those codes, sum(w x q) / sum(w q q), and keeps the one that removes most of the squared error. Level two fits the
-float16 d and the integer sub-scales of a block to these scales in the same way; then each sub-scale tries its
-neighbours with the weights rounded anew, and d is fitted again. Errors are weighted by importance.
+float16 d and the integer sub-scales of a block to these scales in the same way, tries both sub-scales around each with
+the weights rounded anew, and fits d again. Errors are weighted by importance.
 
 All arithmetic writes into buffers of the workspace, and choices are lerps by masks of 0.0 and 1.0: on a CPU, fresh
 memory and boolean masks would cost several times the search.
@@ -11,6 +11,7 @@ memory and boolean masks would cost several times the search.
 
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from skyrun.quant.pack_symmetric import pack_q3_k, pack_q4_0, pack_q5_0, pack_q6_k
 from skyrun.quant.tiles import Workspace, in_tiles
 
-_TILE_WEIGHTS = 1 << 19  # operations are few enough to outweigh their dispatch, buffers still fit the last-level cache
+# Weights in a tile. On a CPU, its buffers fit the last-level cache and the cost of calls is small beside their work.
+# Elsewhere, calls cost more than memory.
+_CPU_TILE, _TILE = 1 << 19, 1 << 22
 _TINY = 1e-15  # a group whose largest magnitude is below this is zero, as in ggml
 _HALF = torch.finfo(torch.float16).max
 
@@ -27,8 +30,8 @@ _HALF = torch.finfo(torch.float16).max
 class Grid(Protocol):
     """The numbers that codes stand for."""
 
-    def nearest(self, x: Tensor, space: Workspace) -> Tensor:
-        """x rounded, in place, to the grid."""
+    def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
+        """x, of magnitudes up to `reach`, rounded in place to the grid."""
 
     def code(self, x: Tensor, space: Workspace) -> Tensor:
         """Numbers of the grid -> uint8 codes, counted from its lowest number."""
@@ -40,21 +43,22 @@ class Integers(NamedTuple):
     low: int
     high: int
 
-    def nearest(self, x: Tensor, space: Workspace) -> Tensor:
-        """x rounded, in place, to the grid."""
-        return x.round_().clamp_(self.low, self.high)
+    def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
+        """x, of magnitudes up to `reach`, rounded in place to the grid."""
+        x.round_()
+        return x if reach < self.high + 0.5 else x.clamp_(self.low, self.high)
 
     def code(self, x: Tensor, space: Workspace) -> Tensor:
-        """Numbers of the grid -> uint8 codes. Floats convert fast to int8 only; wrapping takes care of the sign."""
+        """Numbers of the grid -> uint8 codes. Floats convert fast to int8 only; the subtraction wraps around."""
         signed = space(f"signed {x.ndim}", *x.shape, dtype=torch.int8).copy_(x)
         return signed.view(torch.uint8).sub_(self.low % 256)
 
 
 class Symmetric(NamedTuple):
-    """A type, and where its search starts: the numbers that the weight of largest magnitude of a group goes to.
+    """A type, and where its search starts: to which numbers it scales the weight of largest magnitude of a group.
 
-    The starts are those that together removed most of the error of normal, Student-t and low-rank weights. Importance
-    asks for more of them, because the largest weight may be clipped if it is the least important one.
+    The starts are those that together leave the least error of normal, Student-t and low-rank weights, found by adding
+    and exchanging one at a time. Importance asks for wider ones: the largest weight may be clipped where others matter.
     """
 
     width: int  # weights in a group
@@ -64,7 +68,7 @@ class Symmetric(NamedTuple):
     weighted_starts: tuple[float, ...]
     pack: Callable[[Tensor, Tensor, Tensor, Workspace], Tensor]  # (codes, sub-scales, d, space) -> [block_bytes, n]
     scale_grid: Grid | None = None  # of sub-scales
-    scale_starts: tuple[float, ...] = ()  # the same for the sub-scale of largest magnitude
+    scale_starts: tuple[float, ...] = ()  # the same for the scale of largest magnitude of a block
 
 
 class _Tile(NamedTuple):
@@ -74,14 +78,14 @@ class _Tile(NamedTuple):
     wx: Tensor
     space: Workspace
 
-    def round(self, inverse: Tensor) -> Tensor:
-        """x * inverse, rounded; inverse: [groups, n]."""
+    def round(self, inverse: Tensor, reach: float = inf) -> Tensor:
+        """x * inverse, of magnitudes up to `reach`, rounded; inverse: [groups, n]."""
         codes = torch.mul(self.x, inverse.unsqueeze(1), out=self.space("codes", *self.x.shape))
-        return self.type.grid.nearest(codes, self.space)
+        return self.type.grid.nearest(codes, reach, self.space)
 
-    def moments(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, inverse: Tensor, reach: float = inf) -> tuple[Tensor, Tensor]:
         """sum(w x q) and sum(w q q) of every group [groups, n], for the codes q of an inverse scale."""
-        q, product = self.round(inverse), self.space("product", *self.x.shape)
+        q, product = self.round(inverse, reach), self.space("product", *self.x.shape)
         along, square = (self.space(name, *inverse.shape) for name in ("along", "square"))
         torch.sum(torch.mul(self.wx, q, out=product), 1, out=along)
         torch.mul(q, q, out=product)
@@ -113,7 +117,7 @@ def _reciprocal(x: Tensor, name: str, space: Workspace) -> Tensor:
 
 
 def _inverse_peak(x: Tensor, dim: int, space: Workspace) -> Tensor:
-    """The reciprocal of the number of largest magnitude along dim; 0 if it is tiny."""
+    """The reciprocal of the number of largest magnitude along dim, with its sign; 0 if it is tiny."""
     shape = x.select(dim, 0).shape
     high, low, magnitude, mask = (space(f"peak {k}", *shape) for k in range(4))
     torch.amax(x, dim, out=high)
@@ -122,6 +126,11 @@ def _inverse_peak(x: Tensor, dim: int, space: Workspace) -> Tensor:
     high.lerp_(low, mask)
     high.mul_(torch.ge(torch.abs(high, out=magnitude), _TINY, out=mask))
     return _reciprocal(high, "inverse peak", space)
+
+
+def _least_squares(along: Tensor, square: Tensor, name: str, space: Workspace) -> Tensor:
+    """along / square; where there is nothing to fit, both are 0 and so is the scale."""
+    return torch.div(along, torch.add(square, 1e-30, out=space("gain", *square.shape)), out=space(name, *square.shape))
 
 
 def _gain(scale: Tensor, along: Tensor, square: Tensor, space: Workspace) -> Tensor:
@@ -136,8 +145,9 @@ def _fit_groups(tile: _Tile) -> tuple[Tensor, Tensor]:
     inverse_peak = _inverse_peak(tile.x, 1, space)
     best = _Best(space, "group", inverse_peak.shape, 2)
     for start in tile.type.starts if tile.w is None else tile.type.weighted_starts:
-        along, square = tile.moments(torch.mul(inverse_peak, start, out=space("inverse", *inverse_peak.shape)))
-        scale = _reciprocal(square, "scale", space).mul_(along)
+        inverse = torch.mul(inverse_peak, start, out=space("inverse", *inverse_peak.shape))
+        along, square = tile.moments(inverse, abs(start))
+        scale = _least_squares(along, square, "scale", space)
         if tile.type.scale_grid is None:
             _to_half(scale, space)
         best.offer(_gain(scale, along, square, space), scale, square)
@@ -156,7 +166,7 @@ def _fit_d(sub: Tensor, along: Tensor, square: Tensor, space: Workspace) -> tupl
     d_along, d_square = (space(name, *shape) for name in ("d along", "d square"))
     torch.sum(torch.mul(sub, along, out=product), -2, out=d_along)
     torch.sum(torch.mul(sub, sub, out=product).mul_(square), -2, out=d_square)
-    d = _to_half(_reciprocal(d_square, "d", space).mul_(d_along), space)
+    d = _to_half(_least_squares(d_along, d_square, "d", space), space)
     return d, _gain(d, d_along, d_square, space)
 
 
@@ -170,7 +180,7 @@ def _fit_block(tile: _Tile, scale: Tensor, curvature: Tensor) -> tuple[Tensor, T
         torch.mul(inverse_peak, start, out=inverse)
     subs = torch.mul(scale, inverses.unsqueeze(1), out=space("subs", len(inverses), groups, n))
     slope = torch.mul(scale, curvature, out=space("slope", groups, n))
-    ds, gains = _fit_d(type.scale_grid.nearest(subs, space), slope, curvature, space)
+    ds, gains = _fit_d(type.scale_grid.nearest(subs, inf, space), slope, curvature, space)
     best_d = _Best(space, "block", (n,), 1)
     for d, gain in zip(ds, gains, strict=True):
         best_d.offer(gain, d)
@@ -180,7 +190,7 @@ def _fit_block(tile: _Tile, scale: Tensor, curvature: Tensor) -> tuple[Tensor, T
     ratio = torch.mul(scale, _reciprocal(d, "inverse", space), out=scale).floor_()
     best = _Best(space, "sub", (groups, n), 3)
     for step in (0, 1):
-        sub = type.scale_grid.nearest(torch.add(ratio, step, out=space("near", groups, n)), space)
+        sub = type.scale_grid.nearest(torch.add(ratio, step, out=space("near", groups, n)), inf, space)
         step_size = torch.mul(sub, d, out=space("scale", groups, n))
         along, square = tile.moments(_reciprocal(step_size, "inverse", space))
         best.offer(_gain(step_size, along, square, space), sub, along, square)
@@ -208,26 +218,26 @@ def _encode_tile(type: Symmetric, x: Tensor, w: Tensor | None, space: Workspace)
 
 def encode_symmetric(type: Symmetric, x: Tensor, importance: Tensor | None) -> Tensor:
     """float32 [n, block_size] -> uint8 [n, block_bytes]; importance as in quant/encode.py."""
-    tile = _TILE_WEIGHTS // (type.groups * type.width)
-    return in_tiles(x, importance, tile, partial(_encode_tile, type))
+    weights = _CPU_TILE if x.device.type == "cpu" else _TILE
+    return in_tiles(x, importance, weights // (type.groups * type.width), partial(_encode_tile, type))
 
 
 Q4_0 = Symmetric(
     *(32, 1, Integers(-8, 7)),
     starts=(-6.9, -7.24, -7.81, -8.03, -8.37, -8.71),
-    weighted_starts=(-6.36, -7.33, -7.86, -8.44, -9.72, -11.2, -12.9, -19.7),
+    weighted_starts=(-6.16, -7.16, -7.96, -8.46, -9.12, -10.8, -15.3, 8.96),
     pack=pack_q4_0,
 )
 Q5_0 = Symmetric(
     *(32, 1, Integers(-16, 15)),
     starts=(-14.03, -14.71, -15.16, -15.84, -16.06, -16.51),
-    weighted_starts=(-12.73, -13.66, -14.66, -15.73, -16.88, -18.1, -22.4, -42),
+    weighted_starts=(-12.9, -13.9, -15.1, -16.06, -16.55, -17.5, -19.9, -23.6, -33.4),
     pack=pack_q5_0,
 )
 Q3_K = Symmetric(
     *(16, 16, Integers(-4, 3)),
     starts=(-3.11, -3.85, -4.3, -4.69),
-    weighted_starts=(-3.18, -3.93, -4.86, -6.44, -14, 4.86, 8.5),
+    weighted_starts=(-3.18, -3.98, -4.56, -5.91, -9.91, 4.43, 6.44),
     pack=pack_q3_k,
     scale_grid=Integers(-32, 31),
     scale_starts=(-28, -29.1, -30.2, -31.3, -32.4),
@@ -235,7 +245,7 @@ Q3_K = Symmetric(
 Q6_K = Symmetric(
     *(16, 16, Integers(-32, 31)),
     starts=(-28.06, -28.96, -29.87, -31.22, -32.12),
-    weighted_starts=(-26, -28.5, -30, -31.5, -35),
+    weighted_starts=(-25.04, -27.84, -29.84, -31.04, -32.24),
     pack=pack_q6_k,
     scale_grid=Integers(-128, 127),
     scale_starts=(-116, -119, -122, -125, -128.4),

@@ -1,8 +1,8 @@
 """ggml's layouts (ggml-common.h, ggml-quants.c) of the types whose value is scale * code, block beside block.
 
 Every function takes codes [block_size, n], sub-scales [groups, n], both uint8 counted from 0, and d float32 [n], and
-gives blocks uint8 [block_bytes, n]. Fields are cut and joined along the first axis, so that each operation runs over
-whole rows of blocks.
+gives blocks uint8 [block_bytes, n]; it overwrites the codes and sub-scales. Fields are cut and joined along the first
+axis, so that each operation runs over whole rows of blocks.
 """
 
 import torch
@@ -59,7 +59,7 @@ def pack_q3_k(code: Tensor, scale: Tensor, d: Tensor, space: Workspace) -> Tenso
 
 
 def pack_q6_k(code: Tensor, scale: Tensor, d: Tensor, space: Workspace) -> Tensor:
-    """128 bytes of low nibbles, 64 bytes of high bits, 16 signed scales (128 makes them signed again), d."""
+    """128 bytes of low nibbles, 64 bytes of high bits, 16 signed scales (the exclusive or takes 128 away), d."""
     out = space("blocks", 210, len(d), dtype=torch.uint8)
     low = _low_bits(code, 4, space).view(2, 2, 64, -1)
     high = code.bitwise_right_shift_(4).view(2, 4, 32, -1)

@@ -19,8 +19,8 @@ BARS = {
     "Q5_0": (0.995, 0.9),
     "Q4_0": (0.995, 0.9),
     "Q3_K": (0.995, 0.95),
-    "IQ4_NL": (0.99, 0.92),
-    "IQ4_XS": (0.99, 0.92),
+    "IQ4_NL": (0.99, 0.95),
+    "IQ4_XS": (0.99, 0.95),
 }
 PLAIN = ["Q8_0", "Q5_0", "Q4_0"]
 SLACK = 1e-3  # rows that a format holds all but exactly, where the rounding of its scales to float16 decides
