@@ -88,10 +88,10 @@ class _Tile(NamedTuple):
         q, product = self.round(inverse, reach), self.space("product", *self.x.shape)
         along, square = (self.space(name, *inverse.shape) for name in ("along", "square"))
         torch.sum(torch.mul(self.wx, q, out=product), 1, out=along)
-        torch.mul(q, q, out=product)
+        q.mul_(q)
         if self.w is not None:
-            product.mul_(self.w)
-        return along, torch.sum(product, 1, out=square)
+            q.mul_(self.w)
+        return along, torch.sum(q, 1, out=square)
 
 
 class _Best:
