@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_demo(commands)
     _add_convert(commands)
+    _add_calibrate(commands)
     _add_info(commands)
     _add_doctor(commands)
     return parser
@@ -78,6 +79,32 @@ def _add_convert(commands: Commands) -> None:
     parser.add_argument("--text-encoder-quant", metavar="TYPE", help="(default: as --quant, but not below Q8_0)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="where weights are encoded (cpu)")
     parser.add_argument("--dry-run", action="store_true", help="print files, types and sizes, and stop")
+
+
+def _add_calibrate(commands: Commands) -> None:
+    parser = _add(commands, "calibrate", "collect importance (an imatrix), which makes small types more accurate")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, best BF16 or Q8_0")
+    source.add_argument("--merge", type=Path, nargs="+", metavar="F", help="add up importance files, without a model")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("importance.gguf"), metavar="F", help="(importance.gguf)"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE.txt", help="one prompt per line (default: built in)")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="pictures (default: drawn)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
+    size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, metavar="N", help="length of each clip at 24 frames a second")
+    length.add_argument("--frames", type=int, metavar="N", help="length of each clip in frames, 4 k + 1 (17)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the first clip's noise (0)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of activations")
+    parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
+    parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
 
 
 def _add_info(commands: Commands) -> None:

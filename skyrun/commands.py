@@ -124,6 +124,75 @@ def convert(arguments: Namespace) -> int:
     return 0
 
 
+def calibrate(arguments: Namespace) -> int:
+    """Collect importance, or merge files of it."""
+    from skyrun.calibration import merge_files
+    from skyrun.quant.importance import read_importance
+    from skyrun.report import importance_text
+
+    if arguments.merge:
+        importance = merge_files(arguments.merge, arguments.output)
+    else:
+        _calibrate(arguments)
+        importance = read_importance(arguments.output)
+    _say(importance_text(arguments.output, importance))
+    if arguments.json:
+        summary = {"output": str(arguments.output), "weights": len(importance.sums), "clips": importance.chunks}
+        _emit({"event": "result"} | summary)
+    return 0
+
+
+def _calibrate(arguments: Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from skyrun.calibration import plan_calibration, read_prompts
+    from skyrun.calibration_clips import FRAMES, PROMPTS, draw_pictures
+    from skyrun.report import calibration_text
+
+    with TemporaryDirectory(prefix="skyrun-") as folder:
+        calibration = plan_calibration(
+            arguments.model,
+            arguments.output,
+            read_prompts(arguments.prompts) if arguments.prompts else PROMPTS,
+            arguments.image or draw_pictures(Path(folder)),
+            seed=arguments.seed,
+            size=arguments.size,
+            resolution=arguments.resolution,
+            frames=FRAMES if arguments.frames is arguments.seconds is None else arguments.frames,
+            seconds=arguments.seconds,
+            steps=arguments.steps,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            max_vram=arguments.max_vram,
+            max_ram=arguments.max_ram,
+        )
+        _say(calibration_text(calibration))
+        if calibration.pending:
+            _follow_calibration(calibration, arguments.json)
+
+
+def _follow_calibration(calibration: Any, as_json: bool) -> None:
+    """Run the pending clips of a calibration.Calibration and show its events. If it stops, say what is kept."""
+    from skyrun.calibration import collect
+    from skyrun.events import Progress
+    from skyrun.events import as_json as event_json
+    from skyrun.progress import progress
+
+    finished = len(calibration.clips) - len(calibration.pending)
+    try:
+        with progress() as display:
+            for event in collect(calibration):
+                display.show(event)
+                if as_json:
+                    _emit(event_json(event))
+                if isinstance(event, Progress) and event.done == int(event.done):
+                    finished += 1
+    except BaseException:
+        if finished:
+            _say(f"{finished} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
+        raise
+
+
 def info(arguments: Namespace) -> int:
     """Describe a file."""
     from skyrun.inspection import describe

@@ -32,7 +32,7 @@ class Progress:
     """Units of the running stage that are done."""
 
     stage: str
-    done: int
+    done: float
 
 
 @dataclass(frozen=True)

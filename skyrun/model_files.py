@@ -28,8 +28,8 @@ class ModelFiles:
     vae: Path
 
 
-def find_model(model: Path | None, task: str, quant: str | None = None) -> ModelFiles:
-    """Look into a folder, or beside a transformer file.
+def find_model(model: Path | None, task: str | None, quant: str | None = None) -> ModelFiles:
+    """Look into a folder, or beside a transformer file. task: None takes a model for any.
 
     Of several transformers the one with the most bits is taken, unless `quant` names another. SkyrunError (exit code
     4) says which parts are missing.
@@ -51,7 +51,7 @@ def find_model(model: Path | None, task: str, quant: str | None = None) -> Model
         if (folder / "transformer").is_dir():
             missing.append(f"{folder} is a published checkpoint, which has to be converted first")
         raise SkyrunError.listing("the model is not complete", [*unreadable, *missing], _CONVERT, code)
-    transformer = _select(_for_task(transformers, task), quant)
+    transformer = _select(_for_task(transformers, task) if task else transformers, quant)
     return ModelFiles(transformer, max(encoders, key=bits_per_weight), vaes[0])
 
 

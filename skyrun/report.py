@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skyrun.kernels.formats import FORMATS
 from skyrun.progress import duration, size
 from skyrun.request import FPS, TEXT_LENGTH
 
 if TYPE_CHECKING:
+    from skyrun.calibration import Calibration
     from skyrun.job import Job
     from skyrun.quant.conversion import Conversion
+    from skyrun.quant.importance import Importance
     from skyrun.runner import Result
 
 _GIB = 1 << 30
@@ -79,6 +83,23 @@ def conversion_text(conversion: "Conversion") -> str:
     if missing:
         notes.append(f"not in {conversion.source}: {missing}")
     return "\n".join([_table(rows), *notes])
+
+
+def calibration_text(calibration: "Calibration") -> str:
+    """What will be collected, and what of it is there already."""
+    total, pending = len(calibration.clips), len(calibration.pending)
+    lines = [calibration.origin]
+    if pending < total:
+        lines.append(f"{total - pending} of {total} clips are in {calibration.output} already")
+    if FORMATS[calibration.model_type].bits_per_weight < FORMATS["Q8_0"].bits_per_weight:
+        lines.append(f"the model is {calibration.model_type}: its errors are measured too, Q8_0 or BF16 is better")
+    return "\n".join(lines)
+
+
+def importance_text(path: Path, importance: "Importance") -> str:
+    """What a file of importance holds."""
+    rows = max(importance.counts.values())
+    return f"{path}: {len(importance.sums)} weights, {importance.chunks} clips, up to {rows} rows each"
 
 
 def description_text(description: dict[str, Any]) -> str:

@@ -201,7 +201,7 @@ class Request:
 
     def _place_problems(self) -> list[str]:
         places = [path for path in (self.output, self.save_latents) if path is not None]
-        problems = [problem for path in places for problem in _place_problems(path)]
+        problems = [problem for path in places for problem in place_problems(path)]
         if len({path.resolve() for path in places}) < len(places):
             problems.append(f"the clip and the latents cannot both be {places[0]}")
         inputs = {image.resolve() for image in self.images}
@@ -216,7 +216,7 @@ def _parse_size(text: str) -> tuple[int, int] | str:
     return (int(match[1]), int(match[2])) if match else text
 
 
-def _place_problems(path: Path) -> list[str]:
+def place_problems(path: Path) -> list[str]:
     """Why a file cannot be written there; better known before the work than after it."""
     if path.is_dir():
         return [f"{path} is a folder, expected the name of a file"]

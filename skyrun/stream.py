@@ -6,8 +6,9 @@ those that the plan keeps. Blocks are found by the offsets in the header, in wha
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,10 +20,12 @@ from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
 from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.reading import open_unbuffered, read_into
-from skyrun.weights import Weights, as_weight
+from skyrun.weights import Observe, Weights, as_weight
 
 _ALIGNMENT = 32
 _GAP = 1 << 16  # extents closer than this are read as one
+
+ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, after the index of the block
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,10 @@ class Block:
     extents: tuple[Extent, ...]
     nbytes: int
 
-    def weights(self, owner: str, buffer: Tensor) -> Weights:
+    def weights(self, owner: str, buffer: Tensor, observe: Observe | None = None) -> Weights:
         """Views of the buffer, without a copy."""
-        return Weights(owner, {name: as_weight(buffer[at : at + info.nbytes], info) for name, info, at in self.tensors})
+        views = {name: as_weight(buffer[at : at + info.nbytes], info) for name, info, at in self.tensors}
+        return Weights(owner, views, observe)
 
 
 def lay_out(tensors: dict[str, TensorInfo]) -> Block:
@@ -117,7 +121,8 @@ class BlockStream:
     """Hands out the blocks of a file in order, `passes` times over.
 
     resident: indexes of blocks that are read once and kept. slots: buffers of the ring, at least two. Reading of the
-    first block starts at once, and of the first block of a pass during the pass before.
+    first block starts at once, and of the first block of a pass during the pass before. observe: is shown the input of
+    every linear layer of the blocks.
     """
 
     def __init__(
@@ -130,8 +135,10 @@ class BlockStream:
         slots: int = 3,
         resident: frozenset[int] = frozenset(),
         reader: FileReader | None = None,
+        observe: ObserveBlock | None = None,
     ) -> None:
         self.stats = StreamStats()
+        self._observe = observe
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
@@ -167,7 +174,8 @@ class BlockStream:
         for index, block in enumerate(self._blocks):
             loaded = self._next(index)
             clock = BlockClock(index, len(self._blocks), loaded.read_start, loaded.read_end, now())
-            yield block.weights(f"block {index} of {self._path}", loaded.buffer), clock
+            observe = partial(self._observe, index) if self._observe else None
+            yield block.weights(f"block {index} of {self._path}", loaded.buffer, observe), clock
             if loaded.slot is not None:
                 self._ring.release(loaded.slot)
                 self._free.put(loaded.slot)

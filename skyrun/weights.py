@@ -1,6 +1,6 @@
 """Tensors of a GGUF file as the models use them: still in block form, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from skyrun.kernels.reading import open_unbuffered, read_into
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Weight = Tensor | QuantizedWeight
+Observe = Callable[[str, Tensor], None]  # sees the name of every linear layer that is used, and its input [..., cols]
 
 
 def as_weight(data: Tensor, info: TensorInfo) -> Weight:
@@ -35,8 +36,8 @@ def shapes_only(owner: str, infos: Mapping[str, TensorInfo]) -> "Weights":
 class Weights:
     """Weights of one block, or of what lies outside the blocks, by name."""
 
-    def __init__(self, owner: str, weights: dict[str, Weight]) -> None:
-        self._owner, self._weights = owner, weights
+    def __init__(self, owner: str, weights: dict[str, Weight], observe: Observe | None = None) -> None:
+        self._owner, self._weights, self._observe = owner, weights, observe
 
     def __getitem__(self, name: str) -> Weight:
         if name not in self._weights:
@@ -50,6 +51,8 @@ class Weights:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x [..., cols] through the layer called `name`, with its bias if it has one -> [..., rows]."""
+        if self._observe is not None:
+            self._observe(name, x)
         bias = self.dense(f"{name}.bias") if f"{name}.bias" in self._weights else None
         return linear(x, self[f"{name}.weight"], bias)
 

@@ -12,6 +12,7 @@ from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sampler import UniPC
+from skyrun.stream import ObserveBlock
 
 _SHIFT = 5.0  # of the noise levels that the model was distilled with
 
@@ -26,8 +27,11 @@ def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
 
 
 @torch.inference_mode()
-def reference_to_video(job: Job) -> Iterator[Event]:
-    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out."""
+def reference_to_video(job: Job, observe: ObserveBlock | None = None) -> Iterator[Event]:
+    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out.
+
+    observe: is shown the input of every linear layer of the transformer's blocks.
+    """
     request, plan, files, device = job.request, job.plan, job.files, job.device
     vae_dtype = getattr(torch, plan.vae_dtype)
     noise, picture_noise = draw_noise(request)
@@ -38,7 +42,7 @@ def reference_to_video(job: Job) -> Iterator[Event]:
     condition = torch.cat((*pictures, *empty), 1)
     dit = yield from load_transformer(files.transformer, plan, device)
     sampler = UniPC(request.steps, _SHIFT)
-    latents = yield from denoise(dit, files.transformer, plan, sampler, noise.to(device), condition, text)
+    latents = yield from denoise(dit, files.transformer, plan, sampler, noise.to(device), condition, text, observe)
     del dit
     yield LatentsReady(latents.cpu())
     yield from decode(files.vae, latents, device, vae_dtype)

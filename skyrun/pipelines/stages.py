@@ -15,7 +15,7 @@ from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE
 from skyrun.presets import Plan
 from skyrun.sampler import UniPC
-from skyrun.stream import BlockStream, StreamStats, spread
+from skyrun.stream import BlockStream, ObserveBlock, StreamStats, spread
 
 
 class Stage:
@@ -76,15 +76,24 @@ def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Genera
 
 
 def denoise(
-    dit: DiT, file: GGUFFile, plan: Plan, sampler: UniPC, latents: Tensor, condition: Tensor, text: Tensor
+    dit: DiT,
+    file: GGUFFile,
+    plan: Plan,
+    sampler: UniPC,
+    latents: Tensor,
+    condition: Tensor,
+    text: Tensor,
+    observe: ObserveBlock | None = None,
 ) -> Generator[Event, None, Tensor]:
     """Noise [16, F, h, w] to latents. `condition` [16, R, h, w] follows the latents in time and stays as it is."""
     stage = Stage("denoise", len(sampler.timesteps), "steps", dit.device)
     yield stage.started()
     kept = spread(plan.resident_blocks, dit.dims.layers)
     passes, slots = len(sampler.timesteps), plan.ring_slots
-    stream = BlockStream(file.path, block_layouts(file), dit.device, passes=passes, slots=slots, resident=kept)
-    with stream:
+    layouts = block_layouts(file)
+    with BlockStream(
+        file.path, layouts, dit.device, passes=passes, slots=slots, resident=kept, observe=observe
+    ) as stream:
         frames = latents.shape[1]
         context = dit.embed_text(text)
         rope = dit.rope(torch.cat((latents, condition), 1))
