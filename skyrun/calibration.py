@@ -66,13 +66,14 @@ def plan_calibration(
     seed `seed` + k. settings: what else a Request takes. SkyrunError for anything that is wrong, and if `output` exists
     and was not collected from this model with these settings.
     """
-    problems = place_problems(output)
+    problems = [] if prompts else ["no prompt was given"]
+    problems += place_problems(output)
     if output.suffix.lower() != ".gguf":
         problems.append(
             f"{output} does not end in .gguf; skyrun calibrate --merge F.gguf -o F.dat makes the other format"
         )
     if problems:
-        raise SkyrunError.listing("importance cannot be written there", problems, "choose another -o")
+        raise SkyrunError.listing("importance cannot be collected", problems, "choose another -o, or give prompts")
     file = find_model(model, None).transformer
     task = str(file.metadata.get("skyrun.task", "r2v"))
     if task not in PIPELINES:
@@ -157,8 +158,9 @@ class SumsOfSquares:
         """x [..., cols] enters the linear layer `layer` of a block."""
         name = f"blocks.{block}.{layer}.weight"
         rows = x.flatten(0, -2)
-        total = sum(part.float().square().sum(0, dtype=torch.float64) for part in rows.split(_ROWS))
-        self._sums[name] = self._sums[name] + total if name in self._sums else torch.as_tensor(total)
+        parts = [part.float().square().sum(0, dtype=torch.float64) for part in rows.split(_ROWS)]
+        total = torch.stack(parts).sum(0)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
     def sums(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, MODEL_MISSING, WILL_NOT_FIT, SkyrunError
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
+from skyrun.model_files import find_model
 from skyrun.quant import quantize
 from skyrun.quant.importance import read_importance
 
@@ -220,6 +221,24 @@ def test_clips_have_one_to_four_pictures(converted, tmp_path):
     assert [clip.request.prompt for clip in plan.clips] == ["a", "b", "a", "b"]
     assert [clip.request.seed for clip in plan.clips] == [0, 1, 2, 3]
     assert len({clip.label for clip in plan.clips}) == 4
+    with pytest.raises(SkyrunError, match="no prompt was given"):
+        calibration.plan_calibration(converted("BF16"), tmp_path / "x.gguf", [], pictures)
+
+
+def test_in_the_models_folder_it_is_not_taken_for_a_model(whole, converted, tmp_path):
+    shutil.copytree(converted("BF16"), tmp_path / "model")
+    shutil.copy(whole, tmp_path / "model" / "importance.gguf")
+    assert find_model(tmp_path / "model", None).transformer.path.name.startswith("SkyReels")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(places, whole):
+    assert calibrate(places, "--device", "cuda", "--dtype", "float32") == 0
+    on_gpu, expected = read_importance(Path(places["out"])), read_importance(whole)
+    assert on_gpu.counts == expected.counts
+    for name in expected.sums:
+        torch.testing.assert_close(on_gpu.mean(name), expected.mean(name), rtol=1e-2, atol=1e-5)
 
 
 def test_help_does_not_import_torch():

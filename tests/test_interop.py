@@ -49,7 +49,7 @@ def files(converted, tmp_path_factory):
     made = {}
 
     def make(task, quant):
-        if task == "r2v":
+        if task == "r2v":  # for every task, once `skyrun convert` reads V2V checkpoints
             return next(converted(quant).glob("SkyReels*.gguf"))
         if quant not in made:
             made[quant] = tmp_path_factory.mktemp(f"v2v-{quant}") / "v2v.gguf"
@@ -60,7 +60,7 @@ def files(converted, tmp_path_factory):
 
 
 def write_by_hand(source, path, quant):
-    """Stands in for `skyrun convert` until it reads V2V checkpoints; then `files` can use it for every task."""
+    """Stands in for `skyrun convert` until it reads V2V checkpoints."""
     (shard,) = source.glob("*.safetensors")
     writer = gguf.GGUFWriter(path, "wan")
     writer.add_string("skyrun.task", "v2v")
