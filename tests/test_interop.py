@@ -24,7 +24,6 @@ from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import DiT, block_layouts
 from skyrun.quant import quantize
 from skyrun.quant.importance import original_name
-from skyrun.quant.recipes import FILE_TYPES, transformer_type
 from skyrun.stream import BlockStream
 
 DATA = Path(__file__).parent / "data"
@@ -35,6 +34,12 @@ TASKS = ["r2v", "v2v"]
 TOLERANCES = {"F32": 1e-5, "BF16": 1e-5, "Q8_0": 3e-4, "Q4_K": 1e-3}
 QUANTIZED = {"Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"}
 PLAIN = {"F32", "F16", "BF16"}
+FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,
+}
 CASES = [(task, quant) for task in TASKS for quant in TOLERANCES]
 CPU = torch.device("cpu")
 
@@ -65,12 +70,12 @@ def write_by_hand(source, path, quant):
     writer = gguf.GGUFWriter(path, "wan")
     writer.add_string("skyrun.task", "v2v")
     writer.add_uint32("general.file_type", int(FILE_TYPES[quant]))
-    writer.add_quantization_version(2)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, tensor in load_file(shard).items():
-        type = transformer_type(name, tuple(tensor.shape), "BF16", quant).type
-        if type == "F32":
+        if tensor.dim() != 2:
             writer.add_tensor(name, tensor.float().numpy())
         else:
+            type = quant if name.startswith("blocks.") or quant == "F32" else "BF16"
             blocks = quantize(tensor.float(), type).numpy()
             writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[type])
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
