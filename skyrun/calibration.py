@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -85,16 +85,13 @@ def plan_calibration(
         chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % MAX_REFERENCES, len(images))))
         requests.append(Request(task, prompts[k % len(prompts)], chosen, model=file.path, seed=seed + k, **settings))
     origin = _origin(file, requests[0])
-    clips = []
-    for request in requests:
-        identity = json.dumps([origin, request.prompt, [pictures[path] for path in request.images], request.seed])
-        clips.append(Clip(request, f"{hashlib.sha256(identity.encode()).hexdigest()[:16]} {request.prompt[:60]}"))
+    clips = tuple(Clip(request, _label(origin, request, pictures)) for request in requests)
     collected = read_importance(output) if output.exists() else Importance()
     if collected.sums and collected.origin != origin:
         said = collected.origin or "unknown models or settings"
         hint = "choose another -o; files can be merged later with skyrun calibrate --merge"
         raise SkyrunError(f"{output} was collected from {said}; this is {origin}", hint)
-    return Calibration(output, origin, main_type(file), tuple(clips), collected)
+    return Calibration(output, origin, main_type(file), clips, collected)
 
 
 def _digests(images: Sequence[Path]) -> dict[Path, str]:
@@ -109,6 +106,11 @@ def _digests(images: Sequence[Path]) -> dict[Path, str]:
     if problems:
         raise SkyrunError.listing("these pictures cannot be used", problems, "use PNG, JPEG or WebP files")
     return digests
+
+
+def _label(origin: str, request: Request, pictures: Mapping[Path, str]) -> str:
+    identity = json.dumps([origin, request.prompt, [pictures[path] for path in request.images], request.seed])
+    return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]} {request.prompt[:60]}"
 
 
 def _origin(file: GGUFFile, request: Request) -> str:
