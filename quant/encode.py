@@ -9,9 +9,17 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
+from skyrun.quant.encode_affine import (
+    encode_q2_k,
+    encode_q4_1,
+    encode_q4_1_plain,
+    encode_q4_k,
+    encode_q5_1,
+    encode_q5_1_plain,
+    encode_q5_k,
+)
 from skyrun.quant.encode_iq4 import IQ4_NL, IQ4_XS
 from skyrun.quant.encode_plain import encode_q4_0_plain, encode_q5_0_plain, encode_q8_0
-from skyrun.quant.encode_q4_k import encode_q4_k
 from skyrun.quant.encode_symmetric import Q3_K, Q4_0, Q5_0, Q6_K, encode_symmetric
 
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
@@ -41,9 +49,13 @@ ENCODERS = {
     ),
     "Q8_0": Encoder(encode_q8_0, 127 * _HALF, encode_q8_0),
     "Q6_K": Encoder(partial(encode_symmetric, Q6_K), 32 * 127 * _HALF),
+    "Q5_K": Encoder(encode_q5_k, 63 * _HALF),
     "Q4_K": Encoder(encode_q4_k, 63 * _HALF),
     "Q3_K": Encoder(partial(encode_symmetric, Q3_K), 4 * 31 * _HALF),
+    "Q2_K": Encoder(encode_q2_k, 15 * _HALF),
+    "Q5_1": Encoder(encode_q5_1, _HALF, encode_q5_1_plain),
     "Q5_0": Encoder(partial(encode_symmetric, Q5_0), 16 * _HALF, encode_q5_0_plain),
+    "Q4_1": Encoder(encode_q4_1, _HALF, encode_q4_1_plain),
     "Q4_0": Encoder(partial(encode_symmetric, Q4_0), 8 * _HALF, encode_q4_0_plain),
     "IQ4_NL": Encoder(partial(encode_symmetric, IQ4_NL), 113 * _HALF),
     "IQ4_XS": Encoder(partial(encode_symmetric, IQ4_XS), 113 * 31 * _HALF),
@@ -53,15 +65,16 @@ ENCODERS = {
 def quantize(x: Tensor, type: str, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
     """Encode rows of weights.
 
-    x: float32 [rows, cols]. importance: float32 [cols], the mean square of each input channel; the error of a weight
-    counts in proportion to it (types whose format leaves no choice ignore it). search: False gives ggml's plain
-    rounding, for the types that have one. Returns uint8 [rows, row_bytes] on x's device. Raises SkyrunError for an
-    unknown type, a row that is not a whole number of blocks, or numbers that are not finite or that the type cannot
-    hold.
+    x: [rows, cols], of any floating type. importance: float32 [cols], the mean square of each input channel; the error
+    of a weight counts in proportion to it (types whose format leaves no choice ignore it). search: False gives ggml's
+    plain rounding, for the types that have one. Returns uint8 [rows, row_bytes] on x's device. Raises SkyrunError for
+    an unknown type, a row that is not a whole number of blocks, or numbers that are not finite or that the type
+    cannot hold.
     """
     format = block_format(type)
-    if type not in ENCODERS:
-        raise SkyrunError(f"skyrun cannot write {type}", f"types it writes: {', '.join(ENCODERS)}")
+    if x.ndim != 2:
+        raise SkyrunError(f"weights of shape {list(x.shape)}, expected [rows, cols]", "reshape them to a matrix")
+    x = x.detach().float()
     rows, cols = x.shape
     row_bytes = format.row_bytes(cols)
     encoder = ENCODERS[type]
@@ -71,10 +84,12 @@ def quantize(x: Tensor, type: str, importance: Tensor | None = None, *, search: 
     low, high = (float(end) for end in x.aminmax()) if x.numel() else (0.0, 0.0)
     top = max(-low, high)
     if not top < torch.inf:  # NaN too
-        raise SkyrunError(f"{int((~torch.isfinite(x)).sum())} weights are NaN or infinite", "the source is damaged")
+        raise SkyrunError(
+            f"{int((~torch.isfinite(x)).sum())} weights are NaN or infinite", "download or make the source again"
+        )
     if top > encoder.largest:
         raise SkyrunError(f"{type} holds up to {encoder.largest:g}, got a weight of {top:g}", "use BF16 or F32")
-    blocks = x.float().reshape(-1, format.block_size)
+    blocks = x.reshape(-1, format.block_size)
     weights = None if importance is None else _relative(importance, cols)
     if weights is not None:
         weights = weights.to(x.device).view(-1, format.block_size)

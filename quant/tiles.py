@@ -54,6 +54,7 @@ def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode:
     """Batches of up to `tiles` tiles of up to `tile` blocks, a multiple of 32. Tiles are filled up with zeros."""
     count, width = x.shape
     space = _workspace(x.device)
+    columns = None if importance is None else importance.T.contiguous()
     encoded = []
     for start in range(0, max(count, 1), tile * tiles):
         some = x[start : start + tile * tiles]
@@ -65,11 +66,11 @@ def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode:
             out[:, : len(part)] = part.T
             out[:, len(part) :] = 0
         weights = None
-        if importance is not None:
+        if columns is not None:
             weights = space("importance", used, width, lanes)
-            rows = torch.arange(start, start + used * lanes, device=x.device) % len(importance)
+            rows = torch.arange(start, start + used * lanes, device=x.device) % columns.shape[1]
             for out, of_tile in zip(weights, rows.view(used, lanes), strict=True):
-                out.copy_(importance[of_tile].T)
+                torch.index_select(columns, 1, of_tile, out=out)
         encoded.append(encode(batch, weights, space)[: len(some)].clone())
     return torch.cat(encoded)
 
