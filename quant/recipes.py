@@ -1,20 +1,78 @@
-"""Which type each tensor gets, given the type asked for the file."""
+"""Which type each tensor gets: the mix that a file's type stands for, and rules on top of it."""
 
+import re
 from dataclasses import dataclass
 
 from gguf.constants import LlamaFileType
 
 from skyrun.kernels import FORMATS, block_format
 from skyrun.kernels.errors import SkyrunError
+from skyrun.quant.families import ModelTensor
 
-# What `--quant` accepts, and the number that general.file_type says it with.
-FILE_TYPES = {
-    "F32": LlamaFileType.ALL_F32,
-    "F16": LlamaFileType.MOSTLY_F16,
-    "BF16": LlamaFileType.MOSTLY_BF16,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "Q4_K": LlamaFileType.MOSTLY_Q4_K_S,
+KEPT = ("F32", "F16", "BF16")  # types of GGUF that a source may have
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file's type: the type of most matrices of its blocks, and of those that lose most when they have few bits.
+
+    value: attention's value projections, but `early_value` for the first `early` of a file. down: the second matrix
+    of a feed-forward. The mixes are those with which the community quantizes Wan, so sizes compare.
+    """
+
+    file_type: LlamaFileType
+    base: str
+    value: str
+    down: str
+    early: int = 0
+    early_value: str = ""
+
+
+def _pure(type: str, file_type: LlamaFileType) -> Recipe:
+    return Recipe(file_type, type, type, type)
+
+
+_F = LlamaFileType
+# What `--quant` accepts, best first. A bare Q3_K, Q4_K or Q5_K has no mix.
+RECIPES = {
+    "F32": _pure("F32", _F.ALL_F32),
+    "F16": _pure("F16", _F.MOSTLY_F16),
+    "BF16": _pure("BF16", _F.MOSTLY_BF16),
+    "Q8_0": _pure("Q8_0", _F.MOSTLY_Q8_0),
+    "Q6_K": _pure("Q6_K", _F.MOSTLY_Q6_K),
+    "Q5_K_M": Recipe(_F.MOSTLY_Q5_K_M, "Q5_K", "Q6_K", "Q6_K"),
+    "Q5_K_S": _pure("Q5_K", _F.MOSTLY_Q5_K_S),
+    "Q5_K": _pure("Q5_K", _F.MOSTLY_Q5_K_S),
+    "Q5_1": _pure("Q5_1", _F.MOSTLY_Q5_1),
+    "Q5_0": Recipe(_F.MOSTLY_Q5_0, "Q5_0", "Q5_0", "Q5_1"),
+    "Q4_K_M": Recipe(_F.MOSTLY_Q4_K_M, "Q4_K", "Q6_K", "Q6_K"),
+    "Q4_K_S": Recipe(_F.MOSTLY_Q4_K_S, "Q4_K", "Q4_K", "Q5_K", early=4, early_value="Q5_K"),
+    "Q4_K": _pure("Q4_K", _F.MOSTLY_Q4_K_S),
+    "Q4_1": _pure("Q4_1", _F.MOSTLY_Q4_1),
+    "Q4_0": Recipe(_F.MOSTLY_Q4_0, "Q4_0", "Q4_0", "Q4_1"),
+    "IQ4_NL": _pure("IQ4_NL", _F.MOSTLY_IQ4_NL),
+    "IQ4_XS": _pure("IQ4_XS", _F.MOSTLY_IQ4_XS),
+    "Q3_K_L": Recipe(_F.MOSTLY_Q3_K_L, "Q3_K", "Q5_K", "Q5_K"),
+    "Q3_K_M": Recipe(_F.MOSTLY_Q3_K_M, "Q3_K", "Q4_K", "Q4_K", early=2, early_value="Q5_K"),
+    "Q3_K_S": _pure("Q3_K", _F.MOSTLY_Q3_K_S),
+    "Q3_K": _pure("Q3_K", _F.MOSTLY_Q3_K_S),
+    "Q2_K": Recipe(_F.MOSTLY_Q2_K, "Q2_K", "Q3_K", "Q2_K"),
 }
+
+_BLOCK = re.compile(r"(blocks|enc\.blk|v\.blk)\.\d+\.")
+_VALUE = re.compile(r"\.v\.weight$|\.attn_v\.weight$")
+_DOWN = re.compile(r"\.ffn\.2\.weight$|\.ffn_down\.weight$")
+
+
+@dataclass(frozen=True)
+class TypeRule:
+    """Matrices whose name in the file matches `pattern` anywhere get `type`."""
+
+    pattern: re.Pattern[str]
+    type: str
+
+    def matches(self, tensor: ModelTensor) -> bool:
+        return len(tensor.shape) == 2 and bool(self.pattern.search(tensor.name))
 
 
 @dataclass(frozen=True)
@@ -25,38 +83,99 @@ class Choice:
     fallback: str = ""
 
 
-def check_quant(quant: str) -> None:
-    """SkyrunError unless `quant` is a type that a file can be written in."""
-    if quant not in FILE_TYPES:
-        raise SkyrunError(f"cannot write a file of type {quant!r}", f"types: {', '.join(FILE_TYPES)}")
+def find_recipe(quant: str) -> Recipe:
+    """The recipe called `quant`; SkyrunError lists the known ones."""
+    if quant.upper() not in RECIPES:
+        raise SkyrunError(f"cannot write a file of type {quant!r}", f"types: {', '.join(RECIPES)}")
+    return RECIPES[quant.upper()]
 
 
-def default_text_encoder_quant(quant: str) -> str:
-    """The text encoder's type when none is asked for: as the transformer's, but never below Q8_0.
+def parse_rule(text: str) -> TypeRule:
+    """ "regex=TYPE" as on the command line. SkyrunError for a pattern or a type that is none."""
+    pattern, equals, type = text.rpartition("=")
+    if not equals or not pattern:
+        raise SkyrunError(f"the rule {text!r} is not regex=TYPE", r"for example --type-rule 'ffn\.2=Q6_K'")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SkyrunError(f"{pattern!r} is not a regular expression: {error}", "correct the rule") from error
+    return TypeRule(compiled, block_format(type.upper()).name)
 
-    It runs once per clip and its error is in every step, so bits saved here buy nothing.
+
+def default_encoder_quant(quant: str) -> str:
+    """The type of text and image encoders when none is asked for: as the transformer's, but never below Q8_0.
+
+    They run once per clip and their error is in every step, so bits saved here buy nothing.
     """
-    return quant if block_format(quant).bits_per_weight >= FORMATS["Q8_0"].bits_per_weight else "Q8_0"
+    bits = block_format(find_recipe(quant).base).bits_per_weight
+    return quant if bits >= FORMATS["Q8_0"].bits_per_weight else "Q8_0"
 
 
-def _linear(quant: str, shape: tuple[int, ...]) -> Choice:
-    format = block_format(quant)
-    if shape[-1] % format.block_size:
-        return Choice("F16", f"rows of {shape[-1]} are not a multiple of {quant}'s {format.block_size}")
-    return Choice(quant)
+def is_quantizable(tensor: ModelTensor, role: str) -> bool:
+    """Whether a tensor is a matrix that a recipe gives its type to.
 
-
-def tensor_type(role: str, name: str, shape: tuple[int, ...], source: str, quant: str) -> Choice:
-    """Matrices of the blocks, and a text encoder's table of embeddings, get `quant`; the rest keeps its precision.
-
-    Other matrices keep their source type. Norms, biases, modulation and convolutions are F32: readers of GGUF use
-    those as they are, without a decode.
+    In a transformer those of the blocks; in an encoder all but the position bias. Norms, biases, modulation and
+    convolutions are F32: readers of GGUF use those as they are, without a decode.
     """
-    kept = source if source in ("F32", "F16", "BF16") else "BF16"
-    if not quant:
-        return Choice(kept)
-    if len(shape) != 2 or name.endswith("attn_rel_b.weight"):
-        return Choice("F32")
-    if role != "transformer" or name.startswith("blocks."):
-        return _linear(quant, shape)
-    return Choice("F32" if quant == "F32" else kept)
+    if len(tensor.shape) != 2 or role not in ("transformer", "text_encoder", "image_encoder"):
+        return False
+    if role == "text_encoder":
+        return not tensor.name.endswith("attn_rel_b.weight")
+    return tensor.name.endswith(".weight") and bool(_BLOCK.match(tensor.name))
+
+
+def _wanted(tensors: list[ModelTensor], recipe: Recipe) -> dict[str, str]:
+    """The recipe's type for each matrix, in file order: the first values count."""
+    wanted, values = {}, 0
+    for tensor in tensors:
+        type = recipe.base
+        if _VALUE.search(tensor.name):
+            type = recipe.early_value if values < recipe.early else recipe.value
+            values += 1
+        elif _DOWN.search(tensor.name):
+            type = recipe.down
+        wanted[tensor.name] = type
+    return wanted
+
+
+def keep_type(tensor: ModelTensor) -> str:
+    """The plain type that a tensor keeps: its source's, or for one that is in blocks or 8 bits the widest."""
+    return tensor.source.dtype if tensor.source.dtype in KEPT else "F32"
+
+
+def _kept(tensor: ModelTensor, recipe: Recipe | None) -> str:
+    """The type of a tensor that no recipe quantizes."""
+    if recipe is None:
+        return keep_type(tensor)
+    matrix = len(tensor.shape) == 2 and not tensor.name.endswith("attn_rel_b.weight")
+    if not matrix or recipe.base == "F32":
+        return "F32"
+    kept = keep_type(tensor)
+    return "BF16" if kept == "F32" and tensor.source.dtype != "F32" else kept
+
+
+def choose_types(
+    tensors: tuple[ModelTensor, ...], role: str, quant: str, rules: tuple[TypeRule, ...] = ()
+) -> dict[str, Choice]:
+    """A choice for each tensor by name. The first rule that matches a matrix wins over the recipe.
+
+    Raises SkyrunError listing the matrices whose rows a rule's type cannot hold.
+    """
+    recipe = find_recipe(quant) if quant else None
+    matrices = [tensor for tensor in tensors if is_quantizable(tensor, role)]
+    wanted = _wanted(matrices, recipe) if recipe else {}
+    choices, problems = {}, []
+    for tensor in tensors:
+        rule = next((rule for rule in rules if rule.matches(tensor)), None)
+        type = rule.type if rule else wanted.get(tensor.name) or _kept(tensor, recipe)
+        format = block_format(type)
+        choice = Choice(type)
+        if tensor.shape and tensor.shape[-1] % format.block_size:
+            why = f"rows of {tensor.shape[-1]} are not a multiple of {type}'s {format.block_size}"
+            choice = Choice("F16", why)
+            if rule:
+                problems.append(f"{tensor.name}: {why}")
+        choices[tensor.name] = choice
+    if problems:
+        raise SkyrunError.listing("these matrices cannot have the type of a rule", problems, "narrow the rule")
+    return choices

@@ -1,0 +1,54 @@
+"""What a type costs in accuracy, measured on some rows of a tensor before anything is written."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from skyrun.kernels import dequantize
+from skyrun.kernels.errors import SkyrunError
+from skyrun.quant.encode import quantize
+from skyrun.quant.families import ModelTensor
+from skyrun.quant.source import SourceTensor
+
+_SAMPLE_WEIGHTS = 1 << 16
+_RUNS = 8
+
+
+def noise_power(x: Tensor, decoded: Tensor, importance: Tensor | None) -> tuple[float, float]:
+    """Power of the error and of the signal in a layer's output, for inputs whose channels do not correlate.
+
+    x, decoded: float32 [rows, cols]; importance: mean square of each input channel [cols], ones when it is unknown.
+    Output i errs by sum_j (x - decoded)_ij * input_j, whose mean square is sum_j (x - decoded)_ij^2 * importance_j.
+    """
+    noise, signal = (part.square().sum(0, dtype=torch.float64) for part in (x - decoded, x))
+    if importance is not None:
+        noise, signal = noise * importance, signal * importance
+    return float(noise.sum()), float(signal.sum())
+
+
+def sample_rows(source: SourceTensor) -> Tensor:
+    """Eight evenly spaced runs of rows of a matrix, float32 [n, cols]: about 65 k weights, at least eight rows."""
+    length = max(1, _SAMPLE_WEIGHTS // (_RUNS * source.cols))
+    if source.rows <= _RUNS * length:
+        return source.read()
+    starts = [(source.rows - length) * run // (_RUNS - 1) for run in range(_RUNS)]
+    return torch.cat([source.read(start, start + length) for start in starts])
+
+
+def sampled_errors(tensor: ModelTensor, types: Iterable[str], importance: Tensor | None) -> dict[str, float]:
+    """Noise over signal in the output for each type. SkyrunError, naming the tensor, if it cannot be encoded."""
+    x = sample_rows(tensor.source)
+    errors = {}
+    for type in types:
+        if type == tensor.source.dtype and tensor.source.scale is None:
+            errors[type] = 0.0
+            continue
+        try:
+            decoded = dequantize(quantize(x, type, importance), type)
+        except SkyrunError as error:
+            where = f"{tensor.source.name} in {tensor.source.file}"
+            raise SkyrunError(f"cannot encode {where} as {type}: {error.message}", error.hint) from error
+        noise, signal = noise_power(x, decoded, importance)
+        errors[type] = noise / signal if signal else 0.0
+    return errors

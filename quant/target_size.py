@@ -1,0 +1,58 @@
+"""A size instead of a recipe: the types that fit it with the least error."""
+
+import re
+
+from skyrun.kernels import block_format
+from skyrun.kernels.errors import SkyrunError
+from skyrun.quant.allocate import Option, allocate
+from skyrun.quant.encode import ENCODERS
+from skyrun.quant.families import ModelTensor
+
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "9GB", "8.5 GiB" or "900M". SkyrunError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)B?", text.strip().upper())
+    if not match:
+        raise SkyrunError(f"{text!r} is not a size", "write it as 9GB, 8.5GiB or 900MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def size_text(nbytes: int) -> str:
+    """ "9GB", as file names and messages have it."""
+    unit = "G" if nbytes >= 10**9 else "M"
+    return f"{nbytes / _UNITS[unit]:.4g}{unit}B"
+
+
+def candidates(tensor: ModelTensor) -> list[str]:
+    """The types that a matrix could have: all that hold its rows, and 16 bits, which stand for everything above."""
+    plain = tensor.source.dtype if tensor.source.dtype in ("F16", "BF16") else "BF16"
+    blocks = [name for name in ENCODERS if block_format(name).block_size > 1]
+    return [name for name in blocks if tensor.shape[-1] % block_format(name).block_size == 0] + [plain]
+
+
+def fit(
+    sizes: dict[str, dict[str, int]],
+    errors: dict[str, dict[str, float]],
+    weights: dict[str, int],
+    rest: int,
+    target: int,
+) -> dict[str, str]:
+    """The type of each matrix, by name, so that the file has at most `target` bytes and its errors add up to the least.
+
+    sizes, errors: of a matrix's output, noise over signal; by name and type. A matrix counts in proportion to its
+    number of weights. rest: bytes of the file besides. SkyrunError says the smallest possible size.
+    """
+    tables = [
+        [Option(type, sizes[name][type], weights[name] * error) for type, error in row.items()]
+        for name, row in errors.items()
+    ]
+    least = rest + sum(min(option.nbytes for option in table) for table in tables)
+    budget = target - rest
+    if least > target:
+        raise SkyrunError(
+            f"{size_text(target)} is too small for this model: the smallest its file can be is {least} bytes",
+            f"say --target-size {-(-least // 10**5) / 10:.1f}MB or more",
+        )
+    return {name: option.type for name, option in zip(errors, allocate(tables, budget), strict=True)}
