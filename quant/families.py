@@ -155,7 +155,8 @@ def _choose(models: list[_Model], notes: list[str], errors: list[SkyrunError]) -
                 what = f"two {task} {role}s" if task else f"two {role}s"
                 errors.append(
                     SkyrunError(
-                        f"there are {what}: {best.part.label} and {other.part.label}", "give the file to convert"
+                        f"there are {what}: {best.part.label} and {other.part.label}",
+                        "move one of them away, or give the file to convert",
                     )
                 )
         chosen.append(best)

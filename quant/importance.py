@@ -5,7 +5,6 @@ Two formats are read and written, told apart by content: GGUF, as llama.cpp's to
 """
 
 import json
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.errors import FAILED, MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo, open_gguf
-from skyrun.kernels.names import R2V_TRANSFORMER, expand
+from skyrun.kernels.name_tables import WAN_TRANSFORMER
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _CHUNKS, _ORIGIN, _SAMPLES = "imatrix.chunk_count", "skyrun.calibration.origin", "skyrun.calibration.samples"
@@ -73,14 +72,11 @@ def original_name(name: str) -> str:
     """A weight's name as Wan has it, whichever prefix or naming the file has."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
-    block = re.match(r"blocks\.\d+\.", name)
-    if block is None:
-        return _OF_FIRST_BLOCK.get(name, name)
-    first = "blocks.0." + name[block.end() :]
-    return block[0] + _OF_FIRST_BLOCK.get(first, first).removeprefix("blocks.0.")
-
-
-_OF_FIRST_BLOCK = {entry.source: entry.target for entry in expand(R2V_TRANSFORMER, 1)}
+    for naming in range(len(WAN_TRANSFORMER.namings)):
+        if place := WAN_TRANSFORMER.locate(name, naming):
+            row, index = place
+            return row.name() if index is None else row.for_block(index).name()
+    return name
 
 
 class _Malformed(Exception):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skyrun.kernels import FORMATS, dequantize
+from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.reading import open_unbuffered, read_into
 
 PLAIN = {
@@ -20,6 +21,17 @@ PLAIN = {
 }
 
 READABLE = tuple(dict.fromkeys((*PLAIN, *FORMATS)))
+
+Stamp = tuple[int, int, int]
+
+
+def stamp(file: Path) -> Stamp:
+    """What changes when a file is written again: its inode, size and time. SkyrunError if it has gone."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise SkyrunError(f"cannot read {file}: {error}", "restore it and convert again") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,11 @@ class SourceTensor:
         if self.dtype in PLAIN:
             return self.cols * PLAIN[self.dtype].itemsize
         return FORMATS[self.dtype].row_bytes(self.cols)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows in the file."""
+        return self.rows * self.row_bytes
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` as float32 [stop - start, cols]. SkyrunError if the file has gone or shrunk."""

@@ -1,0 +1,83 @@
+"""The two kinds of file that are written: their header, and where in the file each tensor lies."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+
+class Entry(NamedTuple):
+    """A tensor as a header lists it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+
+
+class Layout(NamedTuple):
+    """Everything of a file but its tensors. offsets: of each tensor, from the start of the file."""
+
+    header: bytes
+    offsets: tuple[int, ...]
+    nbytes: int
+
+
+_ALIGNMENT = 32
+
+
+def _placed(header: bytes, entries: Sequence[Entry], alignment: int) -> Layout:
+    offsets, at = [], len(header)
+    for entry in entries:
+        offsets.append(at)
+        at += -(-entry.nbytes // alignment) * alignment
+    return Layout(header, tuple(offsets), at)
+
+
+def gguf_layout(architecture: str, metadata: Mapping[str, str | int | float], entries: Sequence[Entry]) -> Layout:
+    """A GGUF v3 file with tensors in the order given, each at a multiple of 32 bytes."""
+    with tempfile.TemporaryDirectory() as folder:  # gguf's writer only writes to paths
+        path = Path(folder) / "header"
+        writer = GGUFWriter(path, architecture)
+        for key, value in metadata.items():
+            _add_value(writer, key, value)
+        for entry in entries:
+            # float32 stands for "the shape is in weights": the real type is `raw_dtype`
+            kind = GGMLQuantizationType[entry.type]
+            writer.add_tensor_info(entry.name, entry.shape or (1,), np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return _placed(header + bytes(-len(header) % _ALIGNMENT), entries, _ALIGNMENT)
+
+
+def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
+
+
+def safetensors_layout(metadata: Mapping[str, str], entries: Sequence[Entry]) -> Layout:
+    """A safetensors file. Give wide types first: then every tensor lies at a multiple of its width.
+
+    Format: https://huggingface.co/docs/safetensors, "Format".
+    """
+    listed: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for entry in entries:
+        listed[entry.name] = {"dtype": entry.type, "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(listed, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _placed(len(text).to_bytes(8, "little") + text, entries, 1)
