@@ -72,17 +72,38 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_convert(commands: Commands) -> None:
-    parser = _add(commands, "convert", "turn a published checkpoint into GGUF files")
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder with transformer/, text_encoder/, vae/")
+    parser = _add(commands, "convert", "turn a checkpoint into GGUF files, or one GGUF file into another")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the files")
-    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="F32, F16, BF16, Q8_0 (default) or Q4_K")
-    parser.add_argument("--text-encoder-quant", metavar="TYPE", help="(default: as --quant, but not below Q8_0)")
+    types = parser.add_mutually_exclusive_group()
+    types.add_argument(
+        "--quant", default="Q8_0", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0, BF16, F16 or F32 (Q8_0)"
+    )
+    types.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="such as 9GB: types with which a transformer's file is at most that large and loses least",
+    )
+    parser.add_argument(
+        "--text-encoder-quant", metavar="TYPE", help="(as --quant, but not below Q8_0; Q8_0 with --target-size)"
+    )
+    parser.add_argument(
+        "--type-rule",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="matrices of a transformer with such a name get this type; the first of several rules wins",
+    )
+    parser.add_argument("--imatrix", type=Path, metavar="F", help="importances of input channels: keep what matters")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="where weights are encoded (cpu)")
-    parser.add_argument("--dry-run", action="store_true", help="print files, types and sizes, and stop")
+    parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="then draw the error per tensor and block")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print files, types, sizes and expected errors, and stop"
+    )
 
 
 def _add_calibrate(commands: Commands) -> None:
-    parser = _add(commands, "calibrate", "collect importance (an imatrix), which makes small types more accurate")
+    parser = _add(commands, "calibrate", "collect importance (an imatrix) of an r2v model, for better small types")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, best BF16 or Q8_0")
     source.add_argument("--merge", type=Path, nargs="+", metavar="F", help="add up importance files, without a model")
@@ -110,6 +131,7 @@ def _add_calibrate(commands: Commands) -> None:
 def _add_info(commands: Commands) -> None:
     parser = _add(commands, "info", "what a GGUF, safetensors or mp4 file holds")
     parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="its source: print the error of every tensor")
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -123,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             return _run(arguments)
     except Interrupted:
-        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        print("interrupted: no file was left half-written under its name", file=sys.stderr)
         return _INTERRUPTED
 
 

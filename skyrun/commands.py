@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import FAILED
+from skyrun.errors import FAILED, SkyrunError
 
 
 def _say(text: str = "") -> None:
@@ -100,28 +100,88 @@ def demo(arguments: Namespace) -> int:
 
 
 def convert(arguments: Namespace) -> int:
-    """Plan a conversion, print it, and write it."""
+    """Plan a conversion, print it, write it, and draw what it lost."""
     from skyrun.progress import progress
-    from skyrun.quant.conversion import check_space, plan_conversion, write_file
+    from skyrun.quant.conversion import check_device, check_space
+    from skyrun.quant.plan import Settings
+    from skyrun.quant.planner import plan_conversion
+    from skyrun.quant.target_size import parse_size
     from skyrun.report import conversion_text
 
-    conversion = plan_conversion(arguments.source, arguments.output, arguments.quant, arguments.text_encoder_quant)
+    if arguments.report:
+        _check_report(arguments.report, arguments.dry_run)
+    check_device(arguments.device)
+    settings = Settings(
+        quant=arguments.quant,
+        text_encoder_quant=arguments.text_encoder_quant,
+        type_rules=tuple(arguments.type_rule),
+        target_size=parse_size(arguments.target_size) if arguments.target_size else None,
+        imatrix=arguments.imatrix,
+    )
+    with progress() as display:
+        on_measured = display.counter("measuring what types lose", "matrices")
+        conversion = plan_conversion(arguments.source, arguments.output, settings, on_measured)
     check_space(conversion)
     _say(conversion_text(conversion))
     if not arguments.dry_run:
-        if arguments.device == "cuda":
-            from skyrun.device import choose_device
-
-            choose_device("cuda")
-        with progress() as display:
-            for file in conversion.files:
-                display.begin(file.path.name, file.nbytes, "bytes")
-                for tensor in write_file(file, arguments.device):
-                    display.advance(tensor.nbytes)
-                display.end()
+        for file in conversion.files:
+            _write(file, arguments.device)
+        if arguments.report:
+            _draw_errors(conversion, arguments.report, arguments.imatrix)
     if arguments.json:
         _emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0
+
+
+def _check_report(report: Path, dry_run: bool) -> None:
+    """Better before the conversion than after it."""
+    from skyrun.quant.error_map import check_suffix
+    from skyrun.request import place_problems
+
+    check_suffix(report)
+    if dry_run:
+        raise SkyrunError("--report draws what was written, --dry-run writes nothing", "leave out one of them")
+    if problems := place_problems(report):
+        raise SkyrunError.listing("the report cannot be written", problems, "choose another place for --report")
+
+
+def _write(file: Any, device: str) -> None:
+    """Write a plan.PlannedFile and show how far it is. If it stops, say what is kept."""
+    from skyrun.progress import progress, size
+    from skyrun.quant.conversion import write_file
+    from skyrun.quant.partial import partial_path
+
+    try:
+        with progress() as display:
+            display.begin(file.path.name, file.nbytes, "bytes")
+            finished = write_file(file, device)
+            if before := next(finished):
+                _say(f"{size(before)} were finished before: going on from there")
+            display.resume(before)
+            for nbytes in finished:
+                display.advance(nbytes)
+            display.end()
+    except KeyboardInterrupt:
+        if (kept := partial_path(file.path)).exists():
+            _say(f"what is finished is kept in {kept}: run the same command again to go on from there")
+        raise
+
+
+def _draw_errors(conversion: Any, report: Path, imatrix: Path | None) -> None:
+    """One picture for each transformer; the conversion is a plan.Conversion."""
+    from skyrun.progress import progress
+    from skyrun.quant.compare import compare
+    from skyrun.quant.error_map import error_map, write_error_map
+
+    files = [file for file in conversion.files if file.role == "transformer"] or list(conversion.files[:1])
+    for file in files:
+        importances = {tensor.name: tensor.importance for tensor in file.tensors}
+        with progress() as display:
+            errors = compare(file.path, conversion.source, importances.get, display.counter("comparing", "bytes"))
+        path = report if len(files) == 1 else report.with_stem(f"{report.stem}-{file.task}")
+        weighing = f", weighted by {imatrix.name}" if imatrix else ""
+        write_error_map(path, error_map(f"{file.path.name}{weighing}", errors))
+        _say(f"{path}: the error of every tensor of {file.path.name}")
 
 
 def calibrate(arguments: Namespace) -> int:
@@ -149,12 +209,13 @@ def _calibrate(arguments: Namespace) -> None:
     from skyrun.calibration_clips import FRAMES, PROMPTS, draw_pictures
     from skyrun.report import calibration_text
 
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else PROMPTS
     with TemporaryDirectory(prefix="skyrun-") as folder:
         calibration = plan_calibration(
             arguments.model,
             arguments.output,
-            read_prompts(arguments.prompts) if arguments.prompts else PROMPTS,
-            arguments.image or draw_pictures(Path(folder)),
+            prompts,
+            arguments.image or draw_pictures(Path(folder))[: len(prompts)],
             seed=arguments.seed,
             size=arguments.size,
             resolution=arguments.resolution,
@@ -194,15 +255,24 @@ def _follow_calibration(calibration: Any, as_json: bool) -> None:
 
 
 def info(arguments: Namespace) -> int:
-    """Describe a file."""
+    """Describe a file, and compare it with its source."""
     from skyrun.inspection import describe
-    from skyrun.report import description_text
+    from skyrun.report import description_text, errors_text
 
     description = describe(arguments.file)
+    text = description_text(description)
+    if arguments.against:
+        from skyrun.progress import progress
+        from skyrun.quant.compare import compare
+
+        with progress() as display:
+            errors = compare(arguments.file, arguments.against, on_done=display.counter("comparing", "bytes"))
+        description["errors"] = [error.as_json() for error in errors]
+        text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
     if arguments.json:
         _emit(description)
     else:
-        print(description_text(description))
+        print(text)
     return 0
 
 

@@ -80,24 +80,32 @@ def _for_task(transformers: list[GGUFFile], task: str) -> list[GGUFFile]:
 
 
 def _select(transformers: list[GGUFFile], quant: str | None) -> GGUFFile:
-    if quant is not None:
-        there = {main_type(header): header for header in transformers}
-        if quant not in there:
-            folder = transformers[0].path.parent
-            raise SkyrunError(f"{folder} has no {quant} transformer", f"it has {', '.join(there)}", MODEL_MISSING)
-        return there[quant]
-    return max(transformers, key=bits_per_weight)
+    if quant is None:
+        return max(transformers, key=bits_per_weight)
+    by_recipe = {str(file.metadata.get("skyrun.quant", main_type(file))): file for file in transformers}
+    there = {main_type(file): file for file in transformers} | by_recipe
+    if quant.upper() not in there:
+        folder = transformers[0].path.parent
+        raise SkyrunError(f"{folder} has no {quant} transformer", f"it has {', '.join(by_recipe)}", MODEL_MISSING)
+    return there[quant.upper()]
 
 
-def main_type(file: GGUFFile) -> str:
-    """The type that most weights of a file's blocks have."""
+def _block_weights(file: GGUFFile) -> dict[str, int]:
+    """How many weights of a file's blocks have each type."""
     weights = dict.fromkeys(FORMATS, 0)
     for info in file.tensors.values():
         if _IN_BLOCK.search(info.name):
             weights[info.format.name] += prod(info.shape)
+    return weights
+
+
+def main_type(file: GGUFFile) -> str:
+    """The type that most weights of a file's blocks have."""
+    weights = _block_weights(file)
     return max(weights, key=lambda name: weights[name])
 
 
 def bits_per_weight(file: GGUFFile) -> float:
-    """Bits per weight of that type."""
-    return FORMATS[main_type(file)].bits_per_weight
+    """Bits per weight of a file's blocks, on average."""
+    weights = _block_weights(file)
+    return sum(count * FORMATS[name].bits_per_weight for name, count in weights.items()) / max(1, sum(weights.values()))

@@ -1,7 +1,7 @@
 """Show a run while it works: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class Display:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._name, self._unit = "", ""
-        self._total, self._done, self._partial = 1, 0.0, 0.0
+        self._total, self._done, self._partial, self._before = 1, 0.0, 0.0, 0.0
         self._start = now()
 
     def show(self, event: Event) -> None:
@@ -64,13 +64,31 @@ class Display:
     def begin(self, name: str, total: int, unit: str) -> None:
         """A piece of work of `total` units."""
         self._name, self._total, self._unit = name, total, unit
-        self._done, self._partial, self._start = 0.0, 0.0, now()
+        self._done, self._partial, self._start, self._before = 0.0, 0.0, now(), 0.0
         self._bar.start(name)
+
+    def resume(self, units: float) -> None:
+        """Units that were done before, which say nothing about the time that the rest takes."""
+        self._done = self._before = units
+        self._update()
 
     def advance(self, units: float) -> None:
         """Some more units are done."""
         self._done += units
         self._update()
+
+    def counter(self, name: str, unit: str) -> Callable[[int, int], None]:
+        """For work that says how much of it is done, and of how much: begins with the first call."""
+
+        def count(done: int, total: int) -> None:
+            if self._name != name:
+                self.begin(name, total, unit)
+            self._done = done
+            self._update()
+            if done == total:
+                self.end()
+
+        return count
 
     def end(self) -> None:
         """The work is over."""
@@ -79,9 +97,9 @@ class Display:
     def _update(self) -> None:
         position = min(self._done + self._partial, self._total)
         elapsed = now() - self._start
-        fraction = position / self._total
-        left = f", {duration(elapsed * (1 / fraction - 1))} left" if 0 < fraction < 1 else ""
-        self._bar.update(fraction, f"{self._count()}{left}")
+        worked, ahead = position - self._before, self._total - position
+        left = f", {duration(elapsed * ahead / worked)} left" if worked > 0 and ahead > 0 else ""
+        self._bar.update(position / self._total, f"{self._count()}{left}")
 
     def _count(self) -> str:
         if self._unit == "bytes":

@@ -12,8 +12,9 @@ from skyrun.request import FPS, TEXT_LENGTH
 if TYPE_CHECKING:
     from skyrun.calibration import Calibration
     from skyrun.job import Job
-    from skyrun.quant.conversion import Conversion
+    from skyrun.quant.compare import TensorError
     from skyrun.quant.importance import Importance
+    from skyrun.quant.plan import Conversion
     from skyrun.runner import Result
 
 _GIB = 1 << 30
@@ -68,21 +69,38 @@ def result_text(result: "Result") -> str:
 
 
 def conversion_text(conversion: "Conversion") -> str:
-    """The files that will be written, with sizes, types, and tensors that could not have the type asked for."""
-    rows = [("file", "size", "types")]
+    """The files that will be written, with sizes, types, expected errors, and what could not be as asked."""
+    rows = [("found", "file", "size", "error", "types")]
     notes = []
     for file in conversion.files:
         summary = file.summary()
         types = ", ".join(f"{count} {name}" for name, count in summary["types"].items())
-        rows.append((str(file.path), size(file.nbytes), types))
+        found = f"{file.task} {file.role.replace('_', ' ')}".strip()
+        error = f"{file.error:.2%}{' *' * file.weighted}" if file.errors else "-"
+        rows.append((found, str(file.path), size(file.nbytes), error, types))
         reasons: dict[str, list[str]] = {}
         for name, why in summary["fallbacks"].items():
             reasons.setdefault(why, []).append(name)
-        notes += [f"F16 instead, because {why}: {', '.join(names)}" for why, names in reasons.items()]
-    missing = ", ".join(name for name in ("transformer", "text_encoder", "vae") if name not in conversion.roles)
-    if missing:
-        notes.append(f"not in {conversion.source}: {missing}")
-    return "\n".join([_table(rows), *notes])
+        notes += [f"{len(names)} matrices are F16: {why}; {names[0]}, ..." for why, names in reasons.items()]
+    if any(file.errors for file in conversion.files):
+        notes.append("(error: how far the outputs of matrices will be off, relative to them; from a sample of rows)")
+    if any(file.weighted for file in conversion.files):
+        notes.append("* weighted by importance: not to be compared with an error that is not")
+    return "\n".join([_table(rows), *notes, *conversion.notes])
+
+
+def errors_text(errors: "Sequence[TensorError]") -> str:
+    """The error of every tensor that has one, worst first."""
+    worst = sorted((error for error in errors if error.error), key=lambda error: -error.error)
+    same = len(errors) - len(worst)
+    rows = [("tensor", "type", "error", "largest")]
+    rows += [(error.name, error.type, f"{error.error:.3%}", f"{error.largest:.3g}") for error in worst]
+    lines = [_table(rows)] if worst else []
+    if worst:
+        weights = sum(error.weights for error in worst)
+        total = (sum(error.weights * error.error**2 for error in worst) / weights) ** 0.5
+        lines.append(f"{total:.3%} over all of these, each counting by its weights")
+    return "\n".join([*lines, f"{same} of {len(errors)} tensors are exactly the source's"])
 
 
 def calibration_text(calibration: "Calibration") -> str:
@@ -103,7 +121,7 @@ def importance_text(path: Path, importance: "Importance") -> str:
 
 
 def description_text(description: dict[str, Any]) -> str:
-    """A description of a file, as `skyrun info` prints it."""
+    """A description of a file, as `skyrun info` prints it; errors of tensors have a text of their own."""
     lines = [f"{description['path']}: {description['kind']}, {size(description['bytes'])}"]
     for title, values in description.items():
         if isinstance(values, dict) and values:

@@ -1,6 +1,7 @@
 """Shared fixtures: reference data, the tiny checkpoint, and its conversions."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The models of the tests are so small that threads, here and in processes started from here, only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if find_spec("skyrun") is None:  # a checkout that is not installed; the bare names kernels, quant, ... stay private
     sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -160,7 +160,7 @@ MISTAKES = [
     (["convert", "{bad_tokenizer}", "-o", "x"], BAD_INPUT, "tokenizer.json is not a tokenizer", "download it again"),
     (["convert", "{bad_index}", "-o", "x"], BAD_INPUT, "has no weight_map of tensors to files", "download it again"),
     (["convert", "{bad_config}", "-o", "x"], BAD_INPUT, "says eps = None", "expected a number"),
-    ([*CONVERT, "x", "--quant", "Q9"], BAD_INPUT, "cannot write a file of type 'Q9'", "Q8_0, Q4_K"),
+    ([*CONVERT, "x", "--quant", "Q9"], BAD_INPUT, "cannot write a file of type 'Q9'", "Q8_0, Q6_K"),
     ([*CONVERT, "{picture}"], BAD_INPUT, "cannot write to the folder .*picture.png", "is not a folder"),
     ([*CONVERT, "{picture}/x", "--dry-run"], BAD_INPUT, "cannot write to the folder .*x", "is not a folder"),
     # info and demo
