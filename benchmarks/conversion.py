@@ -1,61 +1,78 @@
-"""Time and memory of converting a synthetic checkpoint: python benchmarks/conversion.py [--gigabytes 3] [--quant Q8_0]
+"""Time and memory of converting a synthetic checkpoint: python benchmarks/conversion.py [--quant Q8_0 Q4_K]
 
-The checkpoint has the published layout and random weights, is written to a temporary folder and deleted. The peak is
-the resident set of a process of its own, above that of the same process when it has only imported torch.
+The checkpoint has the published layout, the shape of Wan 1.3B in bfloat16 (2.8 GB) and random weights; it is written
+to a temporary folder and deleted. The peak is the resident set of the converting process and its workers together,
+sampled, above that of one interpreter that has only imported torch.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from environment import environment
 
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 
-CHILD = """
-import json, re, sys, time
-import skyrun.quant.conversion as conversion
-# not getrusage: its maximum is inherited from the process that started this one
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-before, start = peak(), time.perf_counter()
-summary = conversion.convert(*sys.argv[1:4])
-seconds = time.perf_counter() - start
-written = sum(file["bytes"] for file in summary["files"])
-print(json.dumps({"seconds": seconds, "written": written, "peak": peak() - before, "base": before}))
-"""
+CONVERT = "import sys; from skyrun.quant import convert; convert(*sys.argv[1:4])"
+ONLY_TORCH = "import time, torch; print(flush=True); time.sleep(60)"
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of a process and its children. Pages that they share count in each."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += one.memory_info().rss
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def interpreter_with_torch() -> int:
+    with subprocess.Popen([sys.executable, "-c", ONLY_TORCH], stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        child.stdout.readline()
+        base = resident(psutil.Process(child.pid))
+        child.kill()
+    return base
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak bytes of a command."""
+    start, peak = time.perf_counter(), 0
+    with subprocess.Popen(command) as child:
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
+            peak = max(peak, resident(process))
+            time.sleep(0.02)
+    assert child.returncode == 0
+    return time.perf_counter() - start, peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--quant", nargs="+", default=["Q8_0"])
+    parser.add_argument("--quant", nargs="+", default=["Q8_0", "Q4_K"])
     arguments = parser.parse_args()
-    dim, ffn = 2048, 8192
-    block = 2 * (8 * dim * dim + 2 * dim * ffn)
-    outer = 2 * (6 * dim * dim + 2 * dim * dim)
-    layers = max(1, round((arguments.gigabytes * 1e9 - outer) / block))
     print(environment())
+    base = interpreter_with_torch()
+    print(f"an interpreter with torch: {base >> 20} MiB")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "checkpoint"
-        write_checkpoint(source, CheckpointDims(dim=dim, layers=layers, ffn=ffn, shard_bytes=512 << 20))
+        write_checkpoint(source, CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=1 << 30))
         read = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
-        print(f"checkpoint of {read / 1e9:.2f} GB: {layers} blocks of width {dim}")
+        print(f"checkpoint of {read / 1e9:.2f} GB")
         print("| type | written GB | seconds | MB/s read | peak MiB above the interpreter with torch |")
         print("| --- | --- | --- | --- | --- |")
         for quant in arguments.quant:
             out = Path(folder) / quant
-            start = time.perf_counter()
-            command = [sys.executable, "-c", CHILD, str(source), str(out), quant]
-            done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            assert done["seconds"] <= time.perf_counter() - start
-            rate = read / 1e6 / done["seconds"]
-            print(
-                f"| {quant} | {done['written'] / 1e9:.2f} | {done['seconds']:.0f} | {rate:.0f} | {done['peak'] >> 20} |"
-            )
+            seconds, peak = timed([sys.executable, "-c", CONVERT, str(source), str(out), quant])
+            written = sum(path.stat().st_size for path in out.iterdir())
+            rate = read / 1e6 / seconds
+            print(f"| {quant} | {written / 1e9:.2f} | {seconds:.0f} | {rate:.0f} | {(peak - base) >> 20} |", flush=True)
 
 
 if __name__ == "__main__":

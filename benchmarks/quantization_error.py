@@ -18,7 +18,7 @@ from skyrun import Request, run
 from skyrun.quant import convert
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
-TYPES = ("F32", "BF16", "F16", "Q8_0", "Q4_K")
+TYPES = ("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K", "Q3_K_M", "Q2_K")
 CASES = ("r2v_1img", "r2v_2img")
 SHOWN, SCALE = (0, 4, 8, 12), 3
 
