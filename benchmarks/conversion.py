@@ -1,8 +1,8 @@
-"""Time and memory of converting a synthetic checkpoint: python benchmarks/conversion.py [--quant Q8_0 Q4_K]
+"""Time and memory of converting a synthetic checkpoint: python benchmarks/conversion.py [--shape 14B] [--quant Q4_K]
 
-The checkpoint has the published layout, the shape of Wan 1.3B in bfloat16 (2.8 GB) and random weights; it is written
-to a temporary folder and deleted. The peak is the resident set of the converting process and its workers together,
-sampled, above that of one interpreter that has only imported torch.
+The checkpoint has the published layout, the shape of Wan 1.3B (2.9 GB) or 14B (29 GB) in bfloat16 and random weights;
+it is written to a temporary folder and deleted. The peak is the resident set of the converting process and its workers
+together, sampled, above that of one interpreter that has only imported torch.
 """
 
 import argparse
@@ -17,6 +17,10 @@ from environment import environment
 
 from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 
+SHAPES = {
+    "1.3B": CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=1 << 30),
+    "14B": CheckpointDims(dim=5120, layers=40, ffn=13824, text=1024, shard_bytes=4 << 30),
+}
 CONVERT = "import sys; from skyrun.quant import convert; convert(*sys.argv[1:4])"
 ONLY_TORCH = "import time, torch; print(flush=True); time.sleep(60)"
 
@@ -55,6 +59,7 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="1.3B", choices=SHAPES)
     parser.add_argument("--quant", nargs="+", default=["Q8_0", "Q4_K"])
     arguments = parser.parse_args()
     print(environment())
@@ -62,7 +67,7 @@ def main() -> None:
     print(f"an interpreter with torch: {base >> 20} MiB")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "checkpoint"
-        write_checkpoint(source, CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=1 << 30))
+        write_checkpoint(source, SHAPES[arguments.shape])
         read = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
         print(f"checkpoint of {read / 1e9:.2f} GB")
         print("| type | written GB | seconds | MB/s read | peak MiB above the interpreter with torch |")

@@ -59,6 +59,7 @@ class Found:
     notes: tuple[str, ...]
 
 
+_TASKS = ("", "r2v", "v2v", "shot", "a2v")
 _TABLES = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
 _ROLES = [table.role for table in _TABLES]
 
@@ -160,7 +161,7 @@ def _choose(models: list[_Model], notes: list[str], errors: list[SkyrunError]) -
                     )
                 )
         chosen.append(best)
-    return sorted(chosen, key=lambda model: _ROLES.index(model.role))
+    return sorted(chosen, key=lambda model: (_ROLES.index(model.role), _TASKS.index(model.task)))
 
 
 def _family(source: Path, model: _Model) -> Family:

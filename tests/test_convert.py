@@ -208,11 +208,14 @@ def test_a_part_alone_is_converted(copy, tmp_path):
 
 _MEASURE = """
 import re, sys
-import skyrun.quant.conversion as conversion
+from pathlib import Path
+from skyrun.quant.conversion import Settings, plan_conversion, write_file
 # not getrusage: its maximum is inherited from the process that started this one
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 base = peak()
-conversion.convert(sys.argv[1], sys.argv[2], sys.argv[3])
+for file in plan_conversion(Path(sys.argv[1]), Path(sys.argv[2]), Settings(sys.argv[3])).files:
+    for _ in write_file(file, workers=0):  # as a worker encodes, but in this process
+        pass
 print((peak() - base) // 1024)
 """
 
