@@ -48,22 +48,27 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, or one transformer file")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
+    parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
+    _add_clip(parser, "5 s")
+    parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
+    """What a clip is to be like, and what may be used to make it."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
     size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, metavar="N", help="length at 24 frames a second (5)")
+    length.add_argument("--seconds", type=float, metavar="N", help=f"length at 24 frames a second ({length_default})")
     length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
-    parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
     )
     parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
-    parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
 
 
 def _add_demo(commands: Commands) -> None:
@@ -114,18 +119,8 @@ def _add_calibrate(commands: Commands) -> None:
     parser.add_argument(
         "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="pictures (default: drawn)"
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
-    size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, metavar="N", help="length of each clip at 24 frames a second")
-    length.add_argument("--frames", type=int, metavar="N", help="length of each clip in frames, 4 k + 1 (17)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the first clip's noise (0)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of activations")
-    parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
-    parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
+    _add_clip(parser, "17 frames")
 
 
 def _add_info(commands: Commands) -> None:
