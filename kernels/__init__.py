@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 from skyrun.kernels.formats import FORMATS, Format, block_format
 
 if TYPE_CHECKING:
-    from skyrun.kernels.torch_decode import dequantize
-    from skyrun.kernels.torch_linear import QuantizedWeight, linear
+    from skyrun.kernels.decode import dequantize
+    from skyrun.kernels.matmul import linear
+    from skyrun.kernels.weight import QuantizedWeight
 
 __all__ = ["FORMATS", "Format", "QuantizedWeight", "block_format", "dequantize", "linear"]
 
 # Resolved on first use: reading a header needs the format table, not torch.
 _homes = {
-    "dequantize": "skyrun.kernels.torch_decode",
-    "linear": "skyrun.kernels.torch_linear",
-    "QuantizedWeight": "skyrun.kernels.torch_linear",
+    "dequantize": "skyrun.kernels.decode",
+    "linear": "skyrun.kernels.matmul",
+    "QuantizedWeight": "skyrun.kernels.weight",
 }
 
 

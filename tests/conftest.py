@@ -24,6 +24,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+if not torch.cuda.is_available():  # before any kernel is made: they run in Triton's interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of old versions; some warn where it is not said
+
 DATA = Path(__file__).parent / "data"
 
 

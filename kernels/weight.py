@@ -1,21 +1,25 @@
-"""Multiply activations with a weight that may still be in block form."""
+"""A weight matrix whose numbers are still in block form."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from skyrun.kernels.decode import dequantize
 from skyrun.kernels.formats import block_format
-from skyrun.kernels.torch_decode import dequantize
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix in block form: data uint8 [rows, row_bytes] of GGUF type `type`."""
+    """A matrix in block form: data uint8 [rows, row_bytes] of GGUF type `type`.
+
+    planar: the blocks' fields lie apart, see `planes`. fast: multiply in rotated int8, see `linear`.
+    """
 
     data: Tensor
     type: str
+    planar: bool = False
+    fast: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -26,9 +30,3 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded matrix, `dtype` [rows, cols]."""
         return dequantize(self.data, self.type, dtype)
-
-
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., cols] times weight [rows, cols] transposed, plus bias [rows] -> [..., rows], in x's dtype."""
-    dense = weight.dense(x.dtype) if isinstance(weight, QuantizedWeight) else weight.to(x.dtype)
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
