@@ -4,13 +4,19 @@ import torch
 from torch import Tensor
 
 from skyrun.kernels import torch_decode
+from skyrun.kernels.device import uses_triton
+from skyrun.kernels.formats import block_format
 
 
-def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
     """Decode rows of blocks.
 
-    blocks: uint8 [..., row_bytes] on any device. Returns `dtype` [..., cols]; float32 equals ggml's values exactly,
-    other dtypes are those values rounded once. Raises SkyrunError for an unknown type or a row that is not a whole
-    number of blocks.
+    blocks: uint8 [..., row_bytes] on any device; planar: all of a tensor as `planes.to_planes` left it. Returns `dtype`
+    [..., cols]; float32 equals ggml's values exactly, other dtypes are those values rounded once. Raises SkyrunError
+    for an unknown type or a row that is not a whole number of blocks.
     """
-    return torch_decode.dequantize(blocks, type, dtype)
+    if block_format(type).block_size > 1 and uses_triton(blocks.device):
+        from skyrun.kernels import triton_decode
+
+        return triton_decode.dequantize(blocks, type, dtype, planar)
+    return torch_decode.dequantize(blocks, type, dtype, planar)

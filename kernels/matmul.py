@@ -1,12 +1,118 @@
-"""Multiply activations with a weight that may still be in block form."""
+"""Multiply activations with a weight that may still be in block form: one name, and the quickest way behind it.
 
+Exact: a few rows are multiplied while the blocks are decoded; more rows are worth a decoded copy and the vendor's
+product, in bfloat16 or, where a card is quicker so, in float16 with sums in float16. Fast: weight and activations as
+rotated int8.
+"""
+
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skyrun.kernels import elementwise, torch_int8
+from skyrun.kernels.choice import bucket, fastest, seconds
+from skyrun.kernels.device import float16_accumulation, uses_triton
+from skyrun.kernels.formats import FORMATS
+from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.synthetic import random_weight
 from skyrun.kernels.weight import QuantizedWeight
 
+FEW_ROWS = 64  # up to here decoding while multiplying can pay
+_GAIN_ROWS = 8192  # tokens of the measurement that decides about the fast path
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., cols] times weight [rows, cols] transposed, plus bias [rows] -> [..., rows], in x's dtype."""
-    dense = weight.dense(x.dtype) if isinstance(weight, QuantizedWeight) else weight.to(x.dtype)
-    return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+def linear(
+    x: Tensor | RotatedInt8,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [..., cols] times weight [rows, cols] transposed, plus bias [rows] -> [..., rows], in x's dtype.
+
+    With a residual [..., rows] the result is residual + gate * product; gate float32 [rows], or None for one. Rows in
+    rotated int8 need a weight that is `fast`; such a weight rotates plain rows itself.
+    """
+    if isinstance(weight, QuantizedWeight) and weight.fast:
+        return _fast(x if isinstance(x, RotatedInt8) else elementwise.quantize_rows(x), weight, bias, gate, residual)
+    assert isinstance(x, Tensor), "rotated rows are for fast weights"
+    if isinstance(weight, QuantizedWeight):
+        product = _exact(x, weight, bias)
+    else:
+        product = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return product if residual is None else elementwise.add_gated(residual, product, gate)
+
+
+def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    ways: dict[str, Callable[[], Tensor]] = {"decode": lambda: _decoded(x, weight, bias)}
+    rows = x.numel() // x.shape[-1]
+    if uses_triton(x.device) and rows <= FEW_ROWS:
+        from skyrun.kernels import triton_few_rows
+
+        flat = x.reshape(-1, x.shape[-1])
+        ways["fused"] = lambda: triton_few_rows.multiply(flat, weight, bias).view(*x.shape[:-1], -1)
+    elif x.device.type == "cuda" and x.dtype != torch.float32:
+        ways["decode, float16 sums"] = lambda: _float16_sums(x, weight, bias)
+    return ways[_choose(f"linear {weight.type}", rows, weight, x.dtype, x.device, ways)]()
+
+
+def _choose(
+    what: str,
+    rows: int,
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    device: torch.device,
+    ways: dict[str, Callable[[], Tensor]],
+) -> str:
+    out, cols = weight.shape
+    return fastest(device, f"{what} {bucket(rows)}x{cols}x{out} {str(dtype).removeprefix('torch.')}", ways)
+
+
+def _decoded(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _float16_sums(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """Where a number leaves float16's range, which ends at 65504, it becomes infinite or NaN and stays so: then the
+    product is made again in x's dtype."""
+    with float16_accumulation():
+        bias16 = None if bias is None else bias.to(torch.float16)
+        product = F.linear(x.to(torch.float16), weight.dense(torch.float16), bias16)
+    if uses_triton(x.device):
+        from skyrun.kernels.triton_cast import cast_checked
+    else:
+        from skyrun.kernels.torch_cast import cast_checked
+    result, finite = cast_checked(product, x.dtype)
+    return result if finite else _decoded(x, weight, bias)
+
+
+def _fast(
+    x: RotatedInt8, weight: QuantizedWeight, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    device = x.codes.device
+    if not uses_triton(device):
+        return torch_int8.multiply(x, torch_int8.encode_weight(weight), bias, gate, residual)
+    from skyrun.kernels import triton_encode, triton_int8
+
+    blocks = FORMATS[weight.type].block_size > 1
+    encoded = triton_encode.encode_weight(weight) if blocks else elementwise.quantize_rows(weight.dense(x.dtype))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "triton": lambda: triton_int8.multiply(x, encoded, bias, gate, residual),
+        "_int_mm": lambda: torch_int8.multiply(x, encoded, bias, gate, residual),
+    }
+    return ways[_choose("int8", x.scales.numel(), weight, x.dtype, device, ways)]()
+
+
+def fast_gain(device: torch.device, rows: int, cols: int) -> float:
+    """How many times quicker than exact products fast ones are here, at most 8192 rows of `cols`; 0 without Triton."""
+    if not uses_triton(device) or cols % FORMATS["Q4_K"].block_size:
+        return 0.0
+    rows = min(rows, _GAIN_ROWS)
+    x = torch.randn(rows, cols, dtype=torch.bfloat16, device=device)
+    exact, fast = (random_weight("Q4_K", cols, cols, device, fast=fast) for fast in (False, True))
+    key = f"gain {bucket(rows)}x{cols}"
+    taken = seconds(device, key, {"exact": lambda: linear(x, exact), "fast": lambda: linear(x, fast)})
+    return taken["exact"] / taken["fast"] if len(taken) == 2 else 0.0

@@ -22,3 +22,9 @@ class RotatedInt8:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+
+def check_width(cols: int) -> None:
+    """ValueError unless rows of `cols` are whole groups."""
+    if cols % GROUP:
+        raise ValueError(f"rows of {cols} are not whole groups of {GROUP}")

@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.formats import block_format
+from skyrun.kernels.planes import decoded_shape, from_planes
 
 _CHUNK_WEIGHTS = 1 << 21  # decoded at a time: keeps the temporaries of a decoder inside the cache and out of the peak
 
@@ -151,24 +151,18 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
     """Decode rows of blocks.
 
-    blocks: uint8 [..., row_bytes] on any device. Returns `dtype` [..., cols]; float32 equals ggml's values exactly,
-    other dtypes are those values rounded once. Raises SkyrunError for an unknown type or a row that is not a whole
-    number of blocks.
+    blocks: uint8 [..., row_bytes] on any device; planar: all of a tensor as `planes.to_planes` left it. Returns `dtype`
+    [..., cols]; float32 equals ggml's values exactly, other dtypes are those values rounded once. Raises SkyrunError
+    for an unknown type or a row that is not a whole number of blocks.
     """
-    format = block_format(type)
-    if blocks.dtype != torch.uint8 or blocks.shape[-1] % format.block_bytes:
-        raise SkyrunError(
-            f"got {blocks.dtype} rows of {blocks.shape[-1]} for {type}, "
-            f"expected uint8 rows that are a multiple of {format.block_bytes} bytes",
-            "check the type against the file's header",
-        )
-    shape = (*blocks.shape[:-1], blocks.shape[-1] // format.block_bytes * format.block_size)
+    shape = decoded_shape(blocks, type)
     if type in _PLAIN:
         return blocks.contiguous().view(_PLAIN[type]).to(dtype).view(shape)
-    flat = blocks.reshape(-1, format.block_bytes)
+    format = block_format(type)
+    flat = (from_planes(blocks, type) if planar else blocks).reshape(-1, format.block_bytes)
     out = torch.empty(len(flat), format.block_size, dtype=dtype, device=blocks.device)
     step = _CHUNK_WEIGHTS // format.block_size
     for start in range(0, len(flat), step):

@@ -11,9 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from skyrun.kernels.rotated import GROUP, RotatedInt8
+from skyrun.kernels.rotated import RotatedInt8, check_width
+from skyrun.kernels.weight import QuantizedWeight
 
 _LEVELS = 127
+_CHUNK_ROWS = 4096  # of a product at a time
 _SIDE = 16  # a group is a matrix of _SIDE x _SIDE
 
 
@@ -25,26 +27,52 @@ def _hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x [..., cols], cols a multiple of 256 -> turned, of x's dtype, which should be float32 or float64."""
+    """x [..., cols], cols a multiple of 256 -> turned, of x's dtype, which should be float32 or float64.
+
+    Turning twice gives x again.
+    """
     hadamard = _hadamard(x.dtype, x.device)
-    groups = x.unflatten(-1, (-1, _SIDE, _SIDE)).mT
-    turned: Tensor = hadamard @ groups @ hadamard / _SIDE
-    return turned.flatten(-3)
-
-
-def rotate_back(y: Tensor) -> Tensor:
-    """The inverse of `rotate`."""
-    hadamard = _hadamard(y.dtype, y.device)
-    groups = y.unflatten(-1, (-1, _SIDE, _SIDE))
-    turned: Tensor = hadamard @ groups @ hadamard / _SIDE
-    return turned.mT.flatten(-3)
+    first = x.reshape(-1, _SIDE) @ hadamard
+    crossed = first.view(-1, _SIDE, _SIDE).mT.reshape(-1, _SIDE)
+    return (crossed @ hadamard).div_(_SIDE).view(x.shape)
 
 
 def quantize_rows(x: Tensor) -> RotatedInt8:
     """x [..., cols] -> its rows turned and rounded to 127 levels each side, one scale per row."""
-    if x.shape[-1] % GROUP:
-        raise ValueError(f"rows of {x.shape[-1]} are not whole groups of {GROUP}")
+    check_width(x.shape[-1])
     turned = rotate(x.float())
     scales = turned.abs().amax(-1) / _LEVELS
     codes = (turned / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().to(torch.int8)
     return RotatedInt8(codes, scales, x.dtype)
+
+
+def encode_weight(weight: QuantizedWeight) -> RotatedInt8:
+    """A weight [rows, cols] in rotated int8."""
+    return quantize_rows(weight.dense(torch.float32))
+
+
+def multiply(
+    x: RotatedInt8,
+    weight: RotatedInt8,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [L, cols] times weight [rows, cols] transposed, plus bias [rows]; with a residual, residual + gate * that.
+
+    In x's dtype, rounded once. Rows are taken in turn, so that the int32 product is never whole in memory.
+    """
+    out = torch.empty(len(x.codes), len(weight.codes), dtype=x.dtype, device=x.codes.device)
+    transposed = weight.codes.T
+    for start in range(0, len(out), _CHUNK_ROWS):
+        part = slice(start, start + _CHUNK_ROWS)
+        product = torch._int_mm(x.codes[part], transposed).float()
+        product *= x.scales[part].unsqueeze(1) * weight.scales
+        if bias is not None:
+            product += bias
+        if gate is not None:
+            product *= gate
+        if residual is not None:
+            product += residual[part]
+        out[part] = product
+    return out

@@ -29,4 +29,4 @@ class QuantizedWeight:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The decoded matrix, `dtype` [rows, cols]."""
-        return dequantize(self.data, self.type, dtype)
+        return dequantize(self.data, self.type, dtype, self.planar)

@@ -7,7 +7,10 @@ import psutil
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine that a plan is for. device: "cuda" or "cpu". Sizes in bytes; VRAM is 0 without a GPU."""
+    """The machine that a plan is for. device: "cuda" or "cpu". Sizes in bytes; VRAM is 0 without a GPU.
+
+    fast_gain: how many times quicker linear layers are in int8, as measured; 0 where they are not or were not.
+    """
 
     device: str
     name: str
@@ -16,6 +19,7 @@ class Hardware:
     ram_total: int
     ram_free: int
     bfloat16: bool = True
+    fast_gain: float = 0.0
 
 
 def probe(device: str) -> Hardware:

@@ -13,26 +13,55 @@ RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Numbers alive at the peak, counted in the code that allocates them (tests/test_memory.py counts them again). In a
-# block, per token and width: input, q, k, v in the activations' type, and as much again in float32 for the rotation.
-_ACTIVATIONS, _FLOAT32 = 4, 4
 _HEAD_DIM = 128  # numbers per token of the rotary table
-# In the autoencoder: activations of its widest level while a group of four frames passes.
-_VAE_ACTIVATIONS, _VAE_FRAMES = 11.25, 4
+_TEXT_ROWS = 512  # of the prompt's keys and values
+# In the autoencoder, in activations of its widest level while a group of four frames passes: what convolutions remember
+# of earlier frames, the input and output of the one at work, and of a slab its input with the past and its output.
+_VAE_FRAMES = 4
+_VAE_MEMORY, _VAE_WHOLE, _VAE_SLAB = 6.2, 2.0, 2.5
 
 
-def denoise_bytes(workload: Workload, dtype: str) -> int:
-    """Activations, one decoded matrix, and what of the transformer lies outside its blocks."""
+def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parked: bool = False) -> int:
+    """Activations, one decoded matrix, and what of the transformer lies outside its blocks.
+
+    Of all tokens their numbers, keys and values are there, the rotary table, and the prompt's keys and values. Of the
+    `rows` that pass at a time (None: all) either numbers and twice the hidden ones, before and after GELU, or numbers,
+    product, hidden ones and the float32 sum (tests/test_memory.py counts them). parked: tokens wait on the host.
+    """
     size, tokens, dim, ffn = BYTES[dtype], workload.tokens, workload.dim, workload.ffn_dim
-    attention = tokens * (dim * (_ACTIVATIONS * size + _FLOAT32 * 4) + _HEAD_DIM * 4)
-    feed_forward = tokens * ((2 * ffn + 3 * dim) * size + _HEAD_DIM * 4)
-    return workload.outer_bytes + ffn * dim * size + max(attention, feed_forward)
+    of_all = tokens * ((2 if parked else 3) * dim * size + _HEAD_DIM * 4) + 2 * _TEXT_ROWS * dim * size
+    summing = (2 * dim + ffn) * size + dim * (4 if size == 4 else 4 + size)
+    passing = min(rows or tokens, tokens) * max((dim + 2 * ffn) * size, summing)
+    return workload.outer_bytes + ffn * dim * size + of_all + passing
 
 
-def vae_bytes(workload: Workload, dtype: str) -> int:
-    """The autoencoder's weights, and activations of encoding or decoding a group of frames."""
-    level = workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
-    return int((workload.vae_weights + _VAE_ACTIVATIONS * level) * BYTES[dtype])
+def parked_bytes(workload: Workload, dtype: str) -> int:
+    """Host memory of tokens that wait there."""
+    return workload.tokens * workload.dim * BYTES[dtype]
+
+
+def vae_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
+    """The autoencoder's weights, and activations of encoding or decoding a group of frames.
+
+    tile: height and width of what a convolution works on at a time, None: whole frames.
+    """
+    numbers = workload.vae_weights + (_VAE_MEMORY + _VAE_WHOLE) * _vae_level(workload)
+    return int(numbers * BYTES[dtype]) + vae_copy_bytes(workload, dtype, tile)
+
+
+def vae_copy_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
+    """A convolution's input and output, of which its library makes copies in an order of its own."""
+    share = 1.0 if tile is None else min(1.0, tile[0] * tile[1] / (workload.height * workload.width))
+    return int(_VAE_SLAB * share * _vae_level(workload) * BYTES[dtype])
+
+
+def vae_memory_bytes(workload: Workload, dtype: str) -> int:
+    """What the autoencoder remembers of earlier frames: the part of its activations that can wait on the host."""
+    return int(_VAE_MEMORY * _vae_level(workload) * BYTES[dtype])
+
+
+def _vae_level(workload: Workload) -> int:
+    return workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
 
 
 def page_locked_bytes(block_bytes: int) -> int:

@@ -8,8 +8,9 @@ class Workload:
     """A clip and the models that make it.
 
     height, width, frames: of the clip in pixels. latent_frames: frames that the transformer sees, references included.
-    block_bytes and text_block_bytes: the largest block of the transformer and of the text encoder as stored.
-    outer_bytes: what of the transformer is not in blocks. vae_weights: their number.
+    weight_type: of most weights of the transformer's blocks, as GGUF names it. block_bytes and text_block_bytes: the
+    largest block of the transformer and of the text encoder as stored. outer_bytes: what of the transformer is not in
+    blocks. vae_weights: their number.
     """
 
     task: str
@@ -21,6 +22,7 @@ class Workload:
     layers: int
     dim: int
     ffn_dim: int
+    weight_type: str
     block_bytes: int
     outer_bytes: int
     text_layers: int

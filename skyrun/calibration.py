@@ -83,7 +83,8 @@ def plan_calibration(
     requests = []
     for k in range(max(len(prompts), len(images))):
         chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % MAX_REFERENCES, len(images))))
-        requests.append(Request(task, prompts[k % len(prompts)], chosen, model=file.path, seed=seed + k, **settings))
+        prompt = prompts[k % len(prompts)]
+        requests.append(Request(task, prompt, chosen, model=file.path, seed=seed + k, precision="exact", **settings))
     origin = _origin(file, requests[0])
     clips = tuple(Clip(request, _label(origin, request, pictures)) for request in requests)
     collected = read_importance(output) if output.exists() else Importance()

@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_info(commands)
     _add_doctor(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -50,8 +51,27 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     _add_clip(parser, "5 s")
+    _add_precision(parser)
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--exact",
+        dest="precision",
+        action="store_const",
+        const="exact",
+        help="multiply in the activations' type (default: for Q8_0 and larger types, and where int8 is no quicker)",
+    )
+    precision.add_argument(
+        "--fast",
+        dest="precision",
+        action="store_const",
+        const="fast",
+        help="multiply in int8, about 1.4%% off (default: for smaller types, where this card is quicker so)",
+    )
 
 
 def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
@@ -131,6 +151,22 @@ def _add_info(commands: Commands) -> None:
 
 def _add_doctor(commands: Commands) -> None:
     _add(commands, "doctor", "check what decides speed or failure on this machine")
+
+
+def _add_bench(commands: Commands) -> None:
+    whats = commands.add_parser("bench", help="measure this machine", description="measure this machine")
+    parts = whats.add_subparsers(dest="what", required=True, metavar="WHAT")
+    parser = _add(parts, "kernels", "are the kernels right, and how quick is each")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all that are quantized)")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 512)")
+    parser = _add(parts, "step", "how quick are denoising steps, streamed from this disk and from memory")
+    parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="whose shapes (r2v-14b)")
+    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="of the transformer (Q8_0)")
+    parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of the transformer (4)")
+    _add_precision(parser)
+    _add_clip(parser, "5 s")
+    parser.set_defaults(steps=4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,6 +39,7 @@ def run(arguments: Namespace) -> int:
         seed=arguments.seed,
         device=arguments.device,
         dtype=arguments.dtype,
+        precision=arguments.precision,
         max_vram=arguments.max_vram,
         max_ram=arguments.max_ram,
         save_latents=arguments.save_latents,
@@ -287,3 +288,10 @@ def doctor(arguments: Namespace) -> int:
         for finding in findings:
             print(finding.text())
     return FAILED if any(finding.verdict == "fails" for finding in findings) else 0
+
+
+def bench(arguments: Namespace) -> int:
+    """Measure this machine. Exit code 1 if a kernel is wrong."""
+    from skyrun.bench import command
+
+    return (command.kernels if arguments.what == "kernels" else command.step)(arguments, _say, _emit)

@@ -3,7 +3,6 @@
 import platform
 import re
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -12,11 +11,14 @@ from typing import Any
 
 import psutil
 
+from skyrun.nvidia_smi import query
+
 _GIB = 1 << 30
 _COMFORTABLE_RAM = 12 * _GIB
 _MODEL_SPACE = 25 * _GIB  # a Q8_0 model with its text encoder
 _CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
 _DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
+_OLDEST_CAPABILITY = 8  # as kernels.device has it, which would import torch
 _LABELS = {"good": "good ", "slow": "slow ", "fails": "FAILS"}
 
 
@@ -39,8 +41,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All checks, the most decisive first."""
-    gpu = _nvidia_smi()
-    return [_python(), _torch(gpu), _gpu(gpu), _ram(), _disk(Path.cwd())]
+    gpu = query("name,memory.total,memory.free,driver_version")
+    return [_python(), _torch(gpu), _gpu(gpu), _kernels(gpu), _ram(), _disk(Path.cwd())]
 
 
 def _python() -> Finding:
@@ -80,25 +82,31 @@ def _driver_major(gpu: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _nvidia_smi() -> str:
-    """Name, memory and driver of the GPUs; empty without one."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    query = [command, "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return "; ".join(answer.stdout.strip().splitlines())
-
-
 def _gpu(gpu: str) -> Finding:
     if not gpu:
         return Finding(
             "GPU", "slow", "no NVIDIA GPU found", "clips are made on the CPU, which takes hours for real models"
         )
     return Finding("GPU", "good", gpu)
+
+
+def _kernels(gpu: str) -> Finding:
+    """Which kernels decode and multiply weights, and what it costs if they are not Triton's."""
+    if not gpu:
+        return Finding("kernels", "good", "torch, on the CPU")
+    package = "triton-windows" if platform.system() == "Windows" else "triton"
+    try:
+        found = f"Triton {version(package)}"
+    except PackageNotFoundError:
+        remedy = f'pip install "{package}>=3.6"'
+        return Finding("kernels", "slow", "torch, as Triton is not installed: no int8, slower decoding", remedy)
+    if capability := re.search(r"(\d+)\.(\d+)", query("compute_cap")):
+        said = f"compute capability {capability[0]}"
+        if int(capability[1]) < _OLDEST_CAPABILITY:
+            said = f"torch: the card has {said}, Triton's kernels need {_OLDEST_CAPABILITY}.0"
+            return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times quicker")
+        found = f"{found}, {said}"
+    return Finding("kernels", "good", found)
 
 
 def _ram() -> Finding:

@@ -10,11 +10,13 @@ from PIL.Image import Image
 from skyrun.device import choose_device
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.images import open_image
+from skyrun.kernels.matmul import fast_gain
 from skyrun.model_files import ModelFiles, find_model, main_type
 from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sizes import bucket
 
@@ -66,7 +68,17 @@ def prepare(request: Request) -> Job:
     request = replace(request, size=(height, width), frames=request.frame_count, seconds=None)
     encoder = UMT5(files.text_encoder)
     workload = _workload(request, files, encoder)
-    plan = choose(probe(device.type), workload, dtype=request.dtype, max_vram=request.max_vram, max_ram=request.max_ram)
+    hardware = probe(device.type)
+    if request.precision is None and workload.weight_type not in EXACT_TYPES:
+        hardware = replace(hardware, fast_gain=fast_gain(device, workload.tokens, workload.dim))
+    plan = choose(
+        hardware,
+        workload,
+        precision=request.precision,
+        dtype=request.dtype,
+        max_vram=request.max_vram,
+        max_ram=request.max_ram,
+    )
     if plan.problem:
         raise SkyrunError(
             f"{height}x{width} with {request.frame_count} frames will not fit: {plan.problem}",
@@ -130,6 +142,7 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         layers=dims.layers,
         dim=dims.dim,
         ffn_dim=dims.ffn_dim,
+        weight_type=main_type(files.transformer),
         block_bytes=max(block.nbytes for block in block_layouts(files.transformer)),
         outer_bytes=sum(info.nbytes for name, info in tensors.items() if not name.startswith("blocks.")),
         text_layers=encoder.layers,

@@ -1,36 +1,9 @@
-"""Small pieces that the models share. Shapes: L tokens, D width, H heads."""
+"""Waves of time and place that the models share."""
 
 import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis, in float32; the result has x's dtype."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Over the last axis, in float32; the result has x's dtype."""
-    return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, eps).to(x.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then norm(x) * (1 + scale) + shift. x [L, D], shift and scale [D]."""
-    return (F.layer_norm(x.float(), (x.shape[-1],), None, None, eps) * (1 + scale) + shift).to(x.dtype)
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y in float32; the result has x's dtype. x, y [L, D], gate [D]."""
-    return (x.float() + y.float() * gate).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v without a mask. q [L, D], k and v [M, D] -> [L, D]."""
-    q, k, v = (t.unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1).flatten(1)
 
 
 def sinusoid(times: Tensor, width: int) -> Tensor:
@@ -57,10 +30,3 @@ def rope_table(frames: int, rows: int, cols: int, head_dim: int, device: torch.d
         angles.append(angle.expand(frames, rows, cols, -1))
     table = torch.cat(angles, 3).flatten(0, 2)
     return table.cos().float().to(device), table.sin().float().to(device)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> Tensor:
-    """Turn neighbouring pairs of x [L, D] by the token's angles: (a, b) -> (a cos - b sin, a sin + b cos)."""
-    cos, sin = (table.unsqueeze(1) for table in rope)
-    a, b = x.float().view(len(x), heads, -1, 2).unbind(3)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), 3).flatten(1).to(x.dtype)

@@ -12,6 +12,7 @@ from skyrun.request import FPS, TEXT_LENGTH
 if TYPE_CHECKING:
     from skyrun.calibration import Calibration
     from skyrun.job import Job
+    from skyrun.presets import Plan
     from skyrun.quant.compare import TensorError
     from skyrun.quant.importance import Importance
     from skyrun.quant.plan import Conversion
@@ -21,7 +22,8 @@ _GIB = 1 << 30
 _LONG = 2000  # a prompt is shorter, a tokenizer longer
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -38,7 +40,7 @@ def plan_text(job: "Job") -> str:
     head = [
         f"{request.task}: {job.height}x{job.width} (height x width), {request.frame_count} frames ({length:.1f} s), "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
-        f"{job.files.transformer.path.name} on {plan.device_name}, {plan.dtype} (decoding in {plan.vae_dtype})",
+        f"{job.files.transformer.path.name} on {plan.device_name}, {_numbers(plan)} (decoding in {plan.vae_dtype})",
         blocks,
         f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
     ]
@@ -50,7 +52,11 @@ def plan_text(job: "Job") -> str:
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes)])
-    return "\n".join([*head, _table(rows)])
+    return "\n".join([*head, table(rows)])
+
+
+def _numbers(plan: "Plan") -> str:
+    return f"{plan.dtype} and int8 (--exact does without)" if plan.precision == "fast" else plan.dtype
 
 
 def result_text(result: "Result") -> str:
@@ -86,7 +92,7 @@ def conversion_text(conversion: "Conversion") -> str:
         notes.append("(error: how far the outputs of matrices will be off, relative to them; from a sample of rows)")
     if any(file.weighted for file in conversion.files):
         notes.append("* weighted by importance: not to be compared with an error that is not")
-    return "\n".join([_table(rows), *notes, *conversion.notes])
+    return "\n".join([table(rows), *notes, *conversion.notes])
 
 
 def errors_text(errors: "Sequence[TensorError]") -> str:
@@ -95,7 +101,7 @@ def errors_text(errors: "Sequence[TensorError]") -> str:
     same = len(errors) - len(worst)
     rows = [("tensor", "type", "error", "largest")]
     rows += [(error.name, error.type, f"{error.error:.3%}", f"{error.largest:.3g}") for error in worst]
-    lines = [_table(rows)] if worst else []
+    lines = [table(rows)] if worst else []
     if worst:
         weights = sum(error.weights for error in worst)
         total = (sum(error.weights * error.error**2 for error in worst) / weights) ** 0.5

@@ -19,6 +19,7 @@ _SECONDS = 5.0  # of a clip whose length is not said
 _MAX_SECONDS = (_MAX_LATENT_FRAMES - 1) * 4 // FPS
 DEVICES = ("cuda", "cpu")
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Request:
     images: one to four reference pictures. output: the mp4; None keeps the frames in memory only. model: a folder of
     converted files, or one of them. quant: which transformer, where the folder has several. size: (height, width) in
     pixels, or "HxW"; without it `resolution` picks one that suits the first picture. frames: 4 k + 1; or
-    `seconds`, at 24 frames each and one; five seconds if neither is given. seed: None draws one. max_vram,
-    max_ram: limits in GiB.
+    `seconds`, at 24 frames each and one; five seconds if neither is given. seed: None draws one.
+    precision: "exact" or "fast" (int8); None leaves it to the plan. max_vram, max_ram: limits in GiB.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Request:
     seed: int | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
     max_vram: float | None = None
     max_ram: float | None = None
     save_latents: Path | None = None
@@ -124,7 +126,7 @@ class Request:
         kinds: dict[str, tuple[type, ...]] = {
             **dict.fromkeys(("frames", "seed"), whole),
             **dict.fromkeys(("seconds", "max_vram", "max_ram"), number),
-            **dict.fromkeys(("quant", "device", "dtype"), text),
+            **dict.fromkeys(("quant", "device", "dtype", "precision"), text),
             **dict.fromkeys(("output", "model", "save_latents"), path),
         }
         values = [(name, getattr(self, name), kind) for name, kind in kinds.items() if getattr(self, name) is not None]
@@ -192,6 +194,8 @@ class Request:
             problems.append(f"unknown device {self.device!r}, expected {' or '.join(DEVICES)}")
         if self.dtype not in (None, *DTYPES):
             problems.append(f"unknown dtype {self.dtype!r}, expected {', '.join(DTYPES)}")
+        if self.precision not in (None, *PRECISIONS):
+            problems.append(f"unknown precision {self.precision!r}, expected {' or '.join(PRECISIONS)}")
         for name, limit in (("--max-vram", self.max_vram), ("--max-ram", self.max_ram)):
             if limit is not None and not 0 < limit < float("inf"):
                 problems.append(f"{name} {limit:g} GiB is not a limit, expected a number above 0")

@@ -18,9 +18,11 @@ from torch import Tensor
 from skyrun.device import make_ring
 from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
+from skyrun.kernels.device import uses_triton
 from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.planes import to_planes
 from skyrun.kernels.reading import open_unbuffered, read_into
-from skyrun.weights import Observe, Weights, as_weight
+from skyrun.weights import Observe, Weights, as_weight, has_planes
 
 _ALIGNMENT = 32
 _GAP = 1 << 16  # extents closer than this are read as one
@@ -45,10 +47,19 @@ class Block:
     extents: tuple[Extent, ...]
     nbytes: int
 
-    def weights(self, owner: str, buffer: Tensor, observe: Observe | None = None) -> Weights:
-        """Views of the buffer, without a copy."""
-        views = {name: as_weight(buffer[at : at + info.nbytes], info) for name, info, at in self.tensors}
-        return Weights(owner, views, observe)
+    def weights(
+        self, owner: str, buffer: Tensor, observe: Observe | None = None, planar: bool = False, fast: bool = False
+    ) -> Weights:
+        """Views of the buffer, without a copy. planar: it went through `to_planes`. fast: multiply in rotated int8."""
+        views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
+        return Weights(owner, views, observe, fast)
+
+    def to_planes(self, buffer: Tensor) -> None:
+        """Lay the fields of blocks apart, in place, where kernels want them so."""
+        for _, info, at in self.tensors:
+            if has_planes(info):
+                blocks = buffer[at : at + info.nbytes].view(-1, info.format.row_bytes(info.shape[-1]))
+                blocks.copy_(to_planes(blocks, info.format.name))
 
 
 def lay_out(tensors: dict[str, TensorInfo]) -> Block:
@@ -122,7 +133,7 @@ class BlockStream:
 
     resident: indexes of blocks that are read once and kept. slots: buffers of the ring, at least two. Reading of the
     first block starts at once, and of the first block of a pass during the pass before. observe: is shown the input of
-    every linear layer of the blocks.
+    every linear layer of the blocks. fast: these multiply in rotated int8.
     """
 
     def __init__(
@@ -136,9 +147,11 @@ class BlockStream:
         resident: frozenset[int] = frozenset(),
         reader: FileReader | None = None,
         observe: ObserveBlock | None = None,
+        fast: bool = False,
     ) -> None:
         self.stats = StreamStats()
-        self._observe = observe
+        self._observe, self._fast = observe, fast
+        self._planar = uses_triton(device)
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
@@ -175,7 +188,8 @@ class BlockStream:
             loaded = self._next(index)
             clock = BlockClock(index, len(self._blocks), loaded.read_start, loaded.read_end, now())
             observe = partial(self._observe, index) if self._observe else None
-            yield block.weights(f"block {index} of {self._path}", loaded.buffer, observe), clock
+            name = f"block {index} of {self._path}"
+            yield block.weights(name, loaded.buffer, observe, self._planar, self._fast), clock
             if loaded.slot is not None:
                 self._ring.release(loaded.slot)
                 self._free.put(loaded.slot)
@@ -217,16 +231,21 @@ class BlockStream:
     def _read_passing(self, index: int, block: Block, slot: int) -> _Loaded:
         host = self._ring.host(slot)
         start = now()
-        self._reader.read(block, host)
+        self._read(block, host)
         loaded = _Loaded(index, slot, self._ring.slots[slot], start, now())
         self._ring.send(slot, block.nbytes)
         self._count(block, loaded)
         return loaded
 
+    def _read(self, block: Block, host: Tensor) -> None:
+        self._reader.read(block, host)
+        if self._planar:
+            block.to_planes(host)
+
     def _read_kept(self, index: int, block: Block) -> _Loaded:
         host = torch.empty(block.nbytes, dtype=torch.uint8)
         start = now()
-        self._reader.read(block, host)
+        self._read(block, host)
         loaded = _Loaded(index, None, host, start, now())
         loaded.buffer = host.to(self._device)
         self._count(block, loaded)

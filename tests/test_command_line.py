@@ -204,7 +204,7 @@ def test_info_of_a_damaged_safetensors_file(tmp_path, capsys):
 def test_doctor_gives_verdicts(capsys):
     main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [finding["subject"] for finding in findings] == ["Python", "torch", "GPU", "RAM", "disk"]
+    assert [finding["subject"] for finding in findings] == ["Python", "torch", "GPU", "kernels", "RAM", "disk"]
     assert all(finding["verdict"] in ("good", "slow", "fails") for finding in findings)
     assert all(finding["remedy"] for finding in findings if finding["verdict"] != "good")
     main(["doctor"])

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrun.presets import Hardware, Workload, choose, probe
+from skyrun.presets.memory import PROCESS_BYTES, vae_memory_bytes
 from skyrun.presets.plan import GIB
 
 REAL = Workload(
@@ -20,6 +21,7 @@ REAL = Workload(
     layers=40,
     dim=5120,
     ffn_dim=13824,
+    weight_type="Q4_K",
     block_bytes=373_000_000,
     outer_bytes=400_000_000,
     text_layers=24,
@@ -38,6 +40,11 @@ def cpu(ram):
     return Hardware("cpu", "a CPU", 0, 0, int(ram * GIB), int(ram * GIB))
 
 
+def pixels_at_a_time(plan):
+    height, width = plan.vae_tile or (REAL.height, REAL.width)
+    return height * width
+
+
 def test_tokens_are_those_of_the_real_model():
     assert REAL.tokens == 126_000
 
@@ -49,6 +56,8 @@ def test_more_memory_never_makes_a_worse_plan(less, more, limit, frames):
     small, large = choose(card(less), work, max_vram=limit), choose(card(more), work, max_vram=limit)
     assert large.resident_blocks >= small.resident_blocks
     assert not (large.problem and not small.problem)
+    assert pixels_at_a_time(large) >= pixels_at_a_time(small)
+    assert not (large.vae_room is not None and small.vae_room is None)
     for plan in (small, large):
         if not plan.problem:
             assert plan.peak_bytes <= plan.limit_bytes
@@ -72,9 +81,45 @@ def test_dtype_follows_the_card_unless_it_is_given():
     assert choose(card(80), REAL, dtype="float32").dtype == "float32"
 
 
-def test_decoding_is_float32_only_where_it_fits():
-    assert choose(card(80), REAL).vae_dtype == "float32"
-    assert choose(card(12), REAL).vae_dtype == "bfloat16"
+@pytest.mark.parametrize(
+    ("type", "gain", "asked", "precision"),
+    [
+        ("Q4_K", 2.0, None, "fast"),
+        ("Q6_K", 1.1, None, "fast"),
+        ("Q4_K", 1.05, None, "exact"),
+        ("Q4_K", 0.0, None, "exact"),
+        ("Q8_0", 2.0, None, "exact"),
+        ("BF16", 2.0, None, "exact"),
+        ("Q8_0", 0.0, "fast", "fast"),
+        ("Q2_K", 3.0, "exact", "exact"),
+    ],
+)
+def test_int8_is_for_small_types_on_cards_that_gain_by_it(type, gain, asked, precision):
+    hardware = dataclasses.replace(card(24), fast_gain=gain)
+    work = dataclasses.replace(REAL, weight_type=type)
+    assert choose(hardware, work, precision=asked).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("vram", "dtype", "tile", "parks"),
+    [
+        (80, "float32", None, False),
+        (24, "float32", None, False),
+        (16, "bfloat16", None, False),
+        (12, "bfloat16", None, False),
+        (8, "bfloat16", (180, 1280), False),
+        (6, "bfloat16", (90, 1280), True),
+        (4, "bfloat16", (90, 1280), True),
+    ],
+)
+def test_the_autoencoder_works_in_the_memory_there_is(vram, dtype, tile, parks):
+    plan = choose(card(80), REAL, max_vram=vram)
+    images, decode = plan.stages[1], plan.stages[3]
+    assert (plan.vae_dtype, plan.vae_tile, plan.vae_room is not None) == (dtype, tile, parks)
+    assert decode.device_bytes == images.device_bytes <= vram * GIB
+    if parks:
+        parked = decode.host_bytes - PROCESS_BYTES
+        assert plan.vae_room + parked == vae_memory_bytes(REAL, dtype)
 
 
 def test_too_little_ram_beside_a_card_is_said():

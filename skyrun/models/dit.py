@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
+from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
 from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
 from skyrun.kernels.names import Match, fits, recognise, strays
-from skyrun.layers import add_gated, attention, layer_norm, modulate, rms_norm, rope_table, rotate, sinusoid
+from skyrun.kernels.rotated import RotatedInt8
+from skyrun.layers import rope_table, sinusoid
 from skyrun.request import TEXT_LENGTH
 from skyrun.stream import Block, BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights
@@ -112,11 +115,24 @@ def block_layouts(file: GGUFFile) -> list[Block]:
 
 
 class DiT:
-    """What of a transformer stays in memory: everything but the blocks."""
+    """What of a transformer stays in memory: everything but the blocks.
 
-    def __init__(self, file: GGUFFile, device: torch.device, dtype: torch.dtype) -> None:
+    rows: tokens that go through a block at a time; None takes all at once. parked: between blocks, tokens are on the
+    host.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        rows: int | None = None,
+        parked: bool = False,
+    ) -> None:
         self.dims = read_dims(file)
         self.device, self.dtype = device, dtype
+        self._rows, self._parked = rows, parked
         tensors = canonical_tensors(file)
         outer = {name: info for name, info in tensors.items() if not name.startswith("blocks.")}
         self._outer = load_weights(file, outer, device)
@@ -149,42 +165,97 @@ class DiT:
         _, frames, height, width = latents.shape
         embedding, projection = time
         x = self._patchify(latents)
+        parts = chunks(len(x), self._rows)
         for weights, clock in stream.blocks():
-            x = dit_block(x, weights, projection, context, rope, self.dims)
+            dit_block(x, weights, projection, context, rope, self.dims, parts)
             yield clock.done()
-        shift, scale = self._outer.dense("head.modulation").view(2, -1) + embedding
-        x = self._outer.linear("head.head", modulate(x, shift, scale, self.dims.eps))
-        patches = x.float().view(frames, height // 2, width // 2, 2, 2, -1)
+        patches = self._head(x, embedding, parts).view(frames, height // 2, width // 2, 2, 2, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[C, F, h, w] -> tokens [F * h/2 * w/2, D]; the convolution of the patches as one matrix product."""
         channels, frames, height, width = latents.shape
         patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
+        patches = patches.reshape(-1, channels * 4).to(self.device, self.dtype)
         weight = self._outer.dense("patch_embedding.weight", self.dtype).flatten(1)
         bias = self._outer.dense("patch_embedding.bias", self.dtype)
-        return F.linear(patches.reshape(-1, channels * 4).to(self.device, self.dtype), weight, bias)
+        if not self._parked:
+            return F.linear(patches, weight, bias)
+        x = torch.empty(len(patches), self.dims.dim, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        for part in chunks(len(x), self._rows):
+            x[part] = F.linear(patches[part], weight, bias)
+        return x
+
+    def _head(self, x: Tensor, embedding: Tensor, parts: Sequence[slice]) -> Tensor:
+        """Tokens [L, D] -> patches, float32 [L, 4 * out_channels]."""
+        shift, scale = self._outer.dense("head.modulation").view(2, -1) + embedding
+        patches = []
+        for part in parts:
+            normed = layer_norm(x[part].to(self.device), 1 + scale, shift, self.dims.eps)
+            patches.append(self._outer.linear("head.head", normed).float())
+        return torch.cat(patches)
 
 
-def dit_block(x: Tensor, w: Weights, time: Tensor, context: Tensor, rope: Rope, dims: DiTDims) -> Tensor:
-    """One block: self-attention, cross-attention to the text, feed-forward. x [L, D], time [6, D], context [M, D]."""
+def chunks(tokens: int, rows: int | None) -> list[slice]:
+    """Slices that cover `tokens`, of at most `rows` each."""
+    rows = rows or max(1, tokens)
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
+def dit_block(
+    x: Tensor, w: Weights, time: Tensor, context: Tensor, rope: Rope, dims: DiTDims, parts: Sequence[slice]
+) -> None:
+    """One block: self-attention, cross-attention to the text, feed-forward. Changes x [L, D] in place.
+
+    time [6, D], context [M, D]. Only keys and values of all tokens are in memory at once; everything else passes in
+    `parts`, slices of the tokens. x may lie on the host, where time and context do not.
+    """
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = w.dense("modulation").view(6, -1) + time
-    x = add_gated(x, _self_attention(modulate(x, shift, scale, dims.eps), w, rope, dims), gate)
-    x = x + _cross_attention(layer_norm(x, w.dense("norm3.weight"), w.dense("norm3.bias"), dims.eps), context, w, dims)
-    hidden = w.linear("ffn.0", modulate(x, ffn_shift, ffn_scale, dims.eps))
-    return add_gated(x, w.linear("ffn.2", F.gelu(hidden, approximate="tanh")), ffn_gate)
+    keys = _keys(x, 1 + scale, shift, w, rope, dims, parts)
+    text_keys = _text_keys(context, w, dims)
+    for part in parts:
+        h = x[part].to(context.device)
+        h = w.linear("self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, part), dims), gate, h)
+        h = w.linear("cross_attn.o", _cross_attention(h, text_keys, w, dims), residual=h)
+        x[part] = w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
 
-def _self_attention(x: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
-    # The norm runs over the full width, before the split into heads.
-    q = rms_norm(w.linear("self_attn.q", x), w.dense("self_attn.norm_q.weight"), dims.eps)
-    k = rms_norm(w.linear("self_attn.k", x), w.dense("self_attn.norm_k.weight"), dims.eps)
-    v = w.linear("self_attn.v", x)
-    q, k = rotate(q, rope, dims.heads), rotate(k, rope, dims.heads)
-    return w.linear("self_attn.o", attention(q, k, v, dims.heads))
+def _self_attention(
+    h: Tensor, gain: Tensor, shift: Tensor, keys: Keys, w: Weights, rope: Rope, dims: DiTDims
+) -> Tensor:
+    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
+    return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
 
 
-def _cross_attention(x: Tensor, context: Tensor, w: Weights, dims: DiTDims) -> Tensor:
-    q = rms_norm(w.linear("cross_attn.q", x), w.dense("cross_attn.norm_q.weight"), dims.eps)
+def _cross_attention(h: Tensor, keys: Keys, w: Weights, dims: DiTDims) -> Tensor:
+    norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
+    q = w.linear("cross_attn.q", layer_norm(h, norm, bias, dims.eps, w.rotated("cross_attn.q")))
+    return attend(rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps), keys)
+
+
+def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -> Tensor | RotatedInt8:
+    wide = w.linear("ffn.0", layer_norm(h, gain, shift, dims.eps, w.rotated("ffn.0")))
+    return gelu(wide, w.rotated("ffn.2"))
+
+
+def _text_keys(context: Tensor, w: Weights, dims: DiTDims) -> Keys:
     k = rms_norm(w.linear("cross_attn.k", context), w.dense("cross_attn.norm_k.weight"), dims.eps)
-    return w.linear("cross_attn.o", attention(q, k, w.linear("cross_attn.v", context), dims.heads))
+    return Keys(k, w.linear("cross_attn.v", context), dims.heads, w.fast)
+
+
+def _keys(
+    x: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims, parts: Sequence[slice]
+) -> Keys:
+    """Keys and values of all tokens. Their norm runs over the full width, before the split into heads."""
+    k, v = (torch.empty(x.shape, dtype=x.dtype, device=gain.device) for _ in range(2))
+    for part in parts:
+        normed = layer_norm(x[part].to(gain.device), gain, shift, dims.eps, w.rotated("self_attn.k", "self_attn.v"))
+        v[part] = w.linear("self_attn.v", normed)
+        projected = w.linear("self_attn.k", normed)
+        del normed
+        k[part] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, part))
+    return Keys(k, v, dims.heads, w.fast)
+
+
+def _rows(rope: Rope, part: slice) -> Rope:
+    return rope[0][part], rope[1][part]

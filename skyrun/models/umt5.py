@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
+from skyrun.kernels.elementwise import rms_norm
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.layers import rms_norm
 from skyrun.request import TEXT_LENGTH
 from skyrun.stream import BlockStream, lay_out_blocks
 from skyrun.weights import Weights, load_weights, read_rows, shapes_only

@@ -1,11 +1,12 @@
 """The Wan video autoencoder: pixels to latents and back, eight times smaller in space and four in time.
 
 Both ways work through time in groups and remember the last frames that each convolution saw, so memory does not grow
-with the length of the clip. Weights have original Wan names; the structure is read off them.
+with the length of the clip. Within a group convolutions can work slab by slab, and what they remember can wait on the
+host: neither changes the result. Weights have original Wan names; the structure is read off them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.models.tiles import Slab, Tile, cut
 
 # Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
 _LATENTS_MEAN = (
@@ -30,15 +32,47 @@ _LATENTS_STD = (
 LATENT_CHANNELS = 16
 _FLOAT = ("F32", "F16", "BF16")
 _GROUP = 4  # frames per latent frame, after the first
+_TINY = 1e-12  # the least length that is divided by
+_HOST = torch.device("cpu")
 
-Memory = dict[str, Tensor]
+
+class Memory:
+    """The last frames that layers saw, by layer and slab: on their device while `room` bytes last, then on the host."""
+
+    def __init__(self, room: int | None) -> None:
+        self._room = room
+        self._frames: dict[tuple[str, int], Tensor] = {}
+        self.first_group = True
+
+    def recall(self, layer: str, slab: int = 0) -> Tensor | None:
+        return self._frames.get((layer, slab))
+
+    def keep(self, frames: Tensor, layer: str, slab: int = 0) -> None:
+        if (layer, slab) not in self._frames:
+            device = frames.device
+            if self._room is not None:
+                device = device if frames.nbytes <= self._room else _HOST
+                self._room -= frames.nbytes if device == frames.device else 0
+            self._frames[layer, slab] = torch.empty(frames.shape, dtype=frames.dtype, device=device)
+        self._frames[layer, slab].copy_(frames)
 
 
 class WanVAE:
-    """The autoencoder's weights on a device. Latents are normalised: mean 0 and deviation 1 per channel."""
+    """The autoencoder's weights on a device. Latents are normalised: mean 0 and deviation 1 per channel.
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._path, self._device, self._dtype = path, device, dtype
+    tile: convolutions work on at most this many pixels at a time, None: on whole frames. room: bytes of the device for
+    what they remember of earlier frames, the rest waits on the host; None: all that it takes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        tile: Tile | None = None,
+        room: int | None = None,
+    ) -> None:
+        self._path, self._device, self._dtype, self._tile, self._room = path, device, dtype, tile, room
         self._weights, metadata = (_shapes if device.type == "meta" else _load)(path, device, dtype)
         self._mean = self._statistics(metadata, "latents_mean", _LATENTS_MEAN)
         self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
@@ -48,12 +82,13 @@ class WanVAE:
 
         Not normalised. Frames after the last whole group of four are dropped.
         """
-        memory: Memory = {}
+        memory = Memory(self._room)
         groups = []
         for start in [0, *range(1, video.shape[1] - _GROUP + 1, _GROUP)]:
             group = video[:, start : start + (_GROUP if start else 1)]
             x = self._encoder(group.unsqueeze(0).to(self._device, self._dtype), memory)
             groups.append(self._conv(x, "conv1", memory))
+            memory.first_group = False
         mean, log_variance = torch.cat(groups, 2).squeeze(0).float().chunk(2)
         return mean, log_variance.clamp(-30, 20)
 
@@ -68,11 +103,12 @@ class WanVAE:
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Normalised latents [16, F, h, w] -> pixels in [-1, 1], first [3, 1, H, W], then [3, 4, H, W] per latent."""
-        memory: Memory = {}
+        memory = Memory(self._room)
         raw = latents.to(self._device, torch.float32) * self._std + self._mean
         for frame in raw.to(self._dtype).split(1, 1):
             x = self._conv(frame.unsqueeze(0), "conv2", memory)
-            yield self._decoder(x, memory).squeeze(0).float().clamp(-1, 1)
+            yield self._decoder(x, memory).squeeze(0).float().clamp_(-1, 1)
+            memory.first_group = False
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
         said = json.loads(metadata.get("skyrun", "{}"))
@@ -109,32 +145,71 @@ class WanVAE:
     def _is_residual(self, name: str) -> bool:
         return f"{name}.resample.1.weight" not in self._weights
 
-    def _conv(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """A convolution that sees no later frame: its past comes from memory, zeros before the first frame."""
-        weight = self._w(f"{name}.weight")
-        taps, side = weight.shape[2], weight.shape[3]
-        if taps > 1:
-            past = memory.get(name)
-            if past is None:
-                past = x.new_zeros(*x.shape[:2], taps - 1, *x.shape[3:])
-            x = torch.cat((past, x), 2)
-            memory[name] = x[:, :, 1 - taps :].clone()
-        return F.conv3d(x, weight, self._w(f"{name}.bias"), padding=(0, side // 2, side // 2))
+    def _by_slab(
+        self, slabs: list[Slab], compute: Callable[[int, Slab], Tensor], scale: int = 1, onto: Tensor | None = None
+    ) -> Tensor:
+        """What `compute` gives for each slab, put together or added to `onto`. scale: rows of the result per row."""
+        if len(slabs) == 1 and onto is None:
+            return compute(0, slabs[0])
+        out = onto
+        for index, slab in enumerate(slabs):
+            part = compute(index, slab)
+            if out is None:
+                out = part.new_empty(*part.shape[:3], slabs[-1].rows.stop * scale, part.shape[4])
+            rows = out[:, :, :, slab.rows.start * scale : slab.rows.stop * scale]
+            rows.copy_(part) if onto is None else rows.add_(part)
+            del part
+        assert out is not None
+        return out
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        """Unit length over the channels, times sqrt(C) * gamma."""
+    def _conv(
+        self, x: Tensor, name: str, memory: Memory, norm: str | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """A convolution that sees no later frame: its past comes from memory, zeros before the first frame.
+
+        norm: x is normalised with it and goes through SiLU first. onto: the result is added to this, in place.
+        """
+        weight, bias = self._w(f"{name}.weight"), self._w(f"{name}.bias")
+        taps, margin = weight.shape[2], weight.shape[3] // 2
+
+        def compute(index: int, slab: Slab) -> Tensor:
+            part = x[:, :, :, slab.reach]
+            if taps > 1:
+                part = self._after_past(part, taps - 1, memory.recall(name, index), norm)
+                memory.keep(part[:, :, 1 - taps :], name, index)
+            return F.conv3d(part, weight, bias, padding=(0, margin, margin))[:, :, :, slab.inside]
+
+        return self._by_slab(cut(x.shape[3], x.shape[4], self._tile, margin), compute, onto=onto)
+
+    def _after_past(self, x: Tensor, frames: int, past: Tensor | None, norm: str | None) -> Tensor:
+        """The past, of so many frames, and x after it, normalised where a norm is named: one copy in all."""
+        joined = x.new_empty(*x.shape[:2], frames + x.shape[2], *x.shape[3:])
+        if past is None:
+            joined[:, :, :frames].zero_()
+        else:
+            joined[:, :, :frames].copy_(past)
+        if norm is None:
+            joined[:, :, frames:].copy_(x)
+        else:
+            F.silu(self._norm(x, norm, joined[:, :, frames:]), inplace=True)
+        return joined
+
+    def _norm(self, x: Tensor, name: str, out: Tensor) -> Tensor:
+        """Unit length over the channels, times sqrt(C) * gamma, into `out`."""
         gamma = self._w(f"{name}.gamma").view(1, -1, 1, 1, 1)
-        scale: Tensor = x.shape[1] ** 0.5 * gamma
-        return F.normalize(x, dim=1) * scale
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(_TINY)
+        return torch.div(x, length, out=out).mul_(x.shape[1] ** 0.5 * gamma)
 
     def _residual(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        h = self._conv(F.silu(self._norm(x, f"{name}.residual.0")), f"{name}.residual.2", memory)
-        h = self._conv(F.silu(self._norm(h, f"{name}.residual.3")), f"{name}.residual.6", memory)
-        return h + (self._conv(x, f"{name}.shortcut", memory) if f"{name}.shortcut.weight" in self._weights else x)
+        """x and two convolutions of it. Without a shortcut the sum is made in x itself."""
+        h = self._conv(x, f"{name}.residual.2", memory, norm=f"{name}.residual.0")
+        if f"{name}.shortcut.weight" in self._weights:
+            x = self._conv(x, f"{name}.shortcut", memory)
+        return self._conv(h, f"{name}.residual.6", memory, norm=f"{name}.residual.3", onto=x)
 
     def _middle(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         x = self._residual(x, f"{name}.0", memory)
-        x = x + self._attention(self._norm(x, f"{name}.1.norm"), f"{name}.1")
+        x += self._attention(self._norm(x, f"{name}.1.norm", torch.empty_like(x)), f"{name}.1")
         return self._residual(x, f"{name}.2", memory)
 
     def _attention(self, x: Tensor, name: str) -> Tensor:
@@ -149,44 +224,57 @@ class WanVAE:
         return out.transpose(0, 1).unsqueeze(0)
 
     def _tail(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        return self._conv(F.silu(self._norm(x, f"{name}.0")), f"{name}.2", memory)
+        return self._conv(x, f"{name}.2", memory, norm=f"{name}.0")
 
-    def _spatial(self, x: Tensor, name: str, **settings: Any) -> Tensor:
-        """The 2-D convolution of a resampler, frame by frame. x [1, C, T, H, W]."""
-        frames = F.conv2d(
-            x.squeeze(0).transpose(0, 1),
-            self._w(f"{name}.resample.1.weight"),
-            self._w(f"{name}.resample.1.bias"),
-            **settings,
-        )
-        return frames.transpose(0, 1).unsqueeze(0)
+    def _spatial(self, frames: Tensor, name: str, **settings: Any) -> Tensor:
+        """The 2-D convolution of a resampler. frames [T, C, H, W] -> [1, C', T, H', W']."""
+        weight, bias = self._w(f"{name}.resample.1.weight"), self._w(f"{name}.resample.1.bias")
+        return F.conv2d(frames, weight, bias, **settings).transpose(0, 1).unsqueeze(0)
 
     def _downsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         """Halve space; then, after the first frame, halve time over this group and the last frame before it."""
-        x = self._spatial(F.pad(x, (0, 1, 0, 1)), name, stride=2)
+        x = self._halve(x, name)
         if f"{name}.time_conv.weight" not in self._weights:
             return x
-        before = memory.get(name)
-        memory[name] = x[:, :, -1:].clone()
-        if before is None:
+        before = memory.recall(name)
+        joined = x if before is None else torch.cat((before.to(x.device), x), 2)
+        memory.keep(x[:, :, -1:], name)
+        if memory.first_group:
             return x
         weight, bias = self._w(f"{name}.time_conv.weight"), self._w(f"{name}.time_conv.bias")
-        return F.conv3d(torch.cat((before, x), 2), weight, bias, stride=(2, 1, 1))
+        return F.conv3d(joined, weight, bias, stride=(2, 1, 1))
+
+    def _halve(self, x: Tensor, name: str) -> Tensor:
+        """Halve space: rows 2i to 2i + 2 make row i, columns likewise, with zeros after the last."""
+        frames, height = x.squeeze(0).transpose(0, 1), x.shape[3]
+
+        def compute(_: int, slab: Slab) -> Tensor:
+            first, last = 2 * slab.rows.start, 2 * slab.rows.stop + 1
+            part = F.pad(frames[:, :, first:last], (0, 1, 0, max(0, last - height)))
+            return self._spatial(part, name, stride=2)
+
+        return self._by_slab(cut(height // 2, 2 * x.shape[4], self._tile, 0), compute)
 
     def _upsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         """Double time, except of the first frame; then double space.
 
         The first frame is not part of the time convolution's past: that begins with zeros at the second group.
         """
-        if f"{name}.time_conv.weight" in self._weights:
-            if name in memory:
-                pairs = self._conv(x, f"{name}.time_conv", memory)
-                even, odd = pairs.chunk(2, 1)
-                x = torch.stack((even, odd), 3).flatten(2, 3)
-            memory[name] = x.new_empty(0)
-        _, _, frames, height, width = x.shape
-        x = F.interpolate(x, size=(frames, height * 2, width * 2), mode="nearest")
-        return self._spatial(x, name, padding=1)
+        if f"{name}.time_conv.weight" in self._weights and not memory.first_group:
+            even, odd = self._conv(x, f"{name}.time_conv", memory).chunk(2, 1)
+            x = torch.stack((even, odd), 3).flatten(2, 3)
+        return self._double(x, name)
+
+    def _double(self, x: Tensor, name: str) -> Tensor:
+        """Double space: every pixel four times, then a convolution."""
+        frames = x.squeeze(0).transpose(0, 1)
+
+        def compute(_: int, slab: Slab) -> Tensor:
+            part = F.interpolate(frames[:, :, slab.reach], scale_factor=2, mode="nearest")
+            inside = slice(2 * slab.inside.start, 2 * slab.inside.stop)
+            return self._spatial(part, name, padding=1)[:, :, :, inside]
+
+        return self._by_slab(cut(x.shape[3], 4 * x.shape[4], self._tile, 1), compute, scale=2)
 
 
 def read_vae_dims(path: Path) -> tuple[int, int]:

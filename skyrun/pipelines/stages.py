@@ -49,13 +49,17 @@ def encode_text(encoder: UMT5, prompt: str, device: torch.device) -> Generator[E
     return embedding
 
 
+def _open_vae(path: Path, plan: Plan, device: torch.device) -> WanVAE:
+    return WanVAE(path, device, getattr(torch, plan.vae_dtype), plan.vae_tile, plan.vae_room)
+
+
 def encode_images(
-    path: Path, pixels: list[Tensor], noise: list[Tensor], device: torch.device, dtype: torch.dtype
+    path: Path, pixels: list[Tensor], noise: list[Tensor], plan: Plan, device: torch.device
 ) -> Generator[Event, None, list[Tensor]]:
     """A latent for each picture [3, 1, H, W], drawn with its noise: float32 [16, 1, H/8, W/8] each."""
     stage = Stage("images", len(pixels), "images", device)
     yield stage.started()
-    vae = WanVAE(path, device, dtype)
+    vae = _open_vae(path, plan, device)
     latents = []
     for index, (picture, draw) in enumerate(zip(pixels, noise, strict=True)):
         latents.append(vae.sample(picture, draw))
@@ -69,7 +73,7 @@ def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Genera
     """The transformer without its blocks."""
     stage = Stage("load", 1, "file", device)
     yield stage.started()
-    dit = DiT(file, device, getattr(torch, plan.dtype))
+    dit = DiT(file, device, getattr(torch, plan.dtype), rows=plan.token_rows, parked=plan.parked_tokens)
     yield stage.done(1)
     yield stage.ended()
     return dit
@@ -91,8 +95,9 @@ def denoise(
     kept = spread(plan.resident_blocks, dit.dims.layers)
     passes, slots = len(sampler.timesteps), plan.ring_slots
     layouts = block_layouts(file)
+    fast = plan.precision == "fast"
     with BlockStream(
-        file.path, layouts, dit.device, passes=passes, slots=slots, resident=kept, observe=observe
+        file.path, layouts, dit.device, passes=passes, slots=slots, resident=kept, observe=observe, fast=fast
     ) as stream:
         frames = latents.shape[1]
         context = dit.embed_text(text)
@@ -106,11 +111,11 @@ def denoise(
     return latents
 
 
-def decode(path: Path, latents: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Event]:
+def decode(path: Path, latents: Tensor, plan: Plan, device: torch.device) -> Iterator[Event]:
     """Frames as they come, group by group."""
     stage = Stage("decode", latents.shape[1], "latent frames", device)
     yield stage.started()
-    vae = WanVAE(path, device, dtype)
+    vae = _open_vae(path, plan, device)
     for index, pixels in enumerate(vae.decode(latents)):
         yield FramesReady(to_uint8(pixels))
         yield stage.done(index + 1)

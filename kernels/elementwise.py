@@ -1,0 +1,54 @@
+"""The small steps between products, with the kernels of the device: each is one pass over memory.
+
+Shapes: L tokens, D width. Sums are in float32, results in x's type. `rotated` asks for rows in rotated int8 instead,
+which linear layers take that are `fast`; D is a multiple of 256 then.
+"""
+
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from skyrun.kernels import torch_elementwise
+from skyrun.kernels.device import uses_triton
+from skyrun.kernels.rotated import RotatedInt8
+
+Rope = tuple[Tensor, Tensor]
+
+
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False) -> Tensor | RotatedInt8:
+    """(x - mean) / sqrt(variance + eps) * gain + shift. x [L, D], gain and shift [D]."""
+    return cast(Tensor | RotatedInt8, _twin(x.device).layer_norm(x, gain, shift, eps, rotated))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: Rope | None = None) -> Tensor:
+    """x / sqrt(mean square + eps) * weight over the full width, then the rotary embedding. x [L, D], weight [D].
+
+    rope: cosines and sines [L, d / 2] for heads of d numbers: neighbours (a, b) of every head become
+    (a cos - b sin, a sin + b cos).
+    """
+    return cast(Tensor, _twin(x.device).rms_norm(x, weight, eps, rope))
+
+
+def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). x [L, D]."""
+    return cast(Tensor | RotatedInt8, _twin(x.device).gelu(x, rotated))
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """x + gate * y, without a gate x + y. x and y [L, D], gate [D]."""
+    return cast(Tensor, _twin(x.device).add_gated(x, y, gate))
+
+
+def quantize_rows(x: Tensor) -> RotatedInt8:
+    """x [..., D] in rotated int8."""
+    return cast(RotatedInt8, _twin(x.device).quantize_rows(x))
+
+
+def _twin(device: torch.device) -> ModuleType:
+    if not uses_triton(device):
+        return torch_elementwise
+    from skyrun.kernels import triton_elementwise
+
+    return triton_elementwise

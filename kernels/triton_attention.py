@@ -1,0 +1,147 @@
+"""Attention with int8 scores with Triton: the twin of `torch_attention`.
+
+A program has 128 queries of a head and goes over all keys once, with the softmax computed on the way (FlashAttention,
+arXiv:2205.14135): scores from int8 tensor cores, values multiplied in float16.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skyrun.kernels.device import float16_sums_are_quick
+from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys
+from skyrun.kernels.torch_attention import value_scales
+from skyrun.kernels.triton_rotation import to_codes
+
+QUERIES, KEYS, WARPS, STAGES = 128, 64, 8, 3
+ROWS, ROW_WARPS = 64, 4  # of the kernels that prepare
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def quantize_kernel(x, mean, codes, scales, count, factor, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of one head, less the mean if there is one, in int8 with a scale each, times a factor."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    lane = head * 128 + tl.arange(0, 128)
+    at = row[:, None] * (HEADS * 128) + lane[None, :]
+    inside = row < count
+    values = tl.load(x + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    if mean is not None:
+        values -= tl.load(mean + lane)[None, :]
+    peak = tl.max(tl.abs(values), 1)
+    inverse = 127 / tl.where(peak > 0, peak, 1.0)
+    tl.store(codes + at, to_codes(values, inverse[:, None]), mask=inside[:, None])
+    # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
+    tl.store(scales + head * count + row, peak * (factor / 127) + tl.sum(values * 0.0, 1), mask=inside)
+
+
+@triton.jit
+def values_kernel(v, scales, out, count, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Values of one head in float16, divided by its scale."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    at = row[:, None] * (HEADS * 128) + head * 128 + tl.arange(0, 128)[None, :]
+    inside = (row < count)[:, None]
+    values = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (values * (1 / tl.load(scales + head))).to(tl.float16), mask=inside)
+
+
+@triton.jit
+def _add_keys(
+    q, q_scale, k, k_scales, v, start, M, peak, total, mixed, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, FLOAT16_SUMS: tl.constexpr
+):  # fmt: skip
+    """KEYS more keys: their probabilities into the total, their values into the mix, both relative to the peak."""
+    key = start + tl.arange(0, KEYS)
+    at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
+    if MASKED:
+        there = key < M
+        codes = tl.load(k + at, mask=there[:, None], other=0)
+        values = tl.load(v + at, mask=there[:, None], other=0.0)
+        scale = tl.load(k_scales + key, mask=there, other=0.0)
+    else:
+        codes, values, scale = tl.load(k + at), tl.load(v + at), tl.load(k_scales + key)
+    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * q_scale[:, None] * scale[None, :]
+    if MASKED:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2(peak - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    if FLOAT16_SUMS:
+        added = tl.dot(weights.to(tl.float16), values, out_dtype=tl.float16).to(tl.float32)
+        mixed = mixed * shrink[:, None] + added
+    else:
+        mixed = tl.dot(weights.to(tl.float16), values, mixed * shrink[:, None])
+    return higher, total, mixed
+
+
+@triton.jit
+def attend_kernel(
+    q, q_scales, k, k_scales, v, v_scales, out, L, M, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    FLOAT16_SUMS: tl.constexpr
+):  # fmt: skip
+    """QUERIES queries of one head against all M keys. Scales of q hold 1 / sqrt(128) and the base 2 of the softmax."""
+    row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
+    head = tl.program_id(1)
+    at = row[:, None] * (HEADS * 128) + head * 128 + tl.arange(0, 128)[None, :]
+    inside = row < L
+    codes = tl.load(q + at, mask=inside[:, None], other=0)
+    scale = tl.load(q_scales + head * L + row, mask=inside, other=0.0)
+    k, v, k_scales = k + head * 128, v + head * 128, k_scales + head * M
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES, 128), tl.float32)
+    whole = M // KEYS * KEYS
+    for start in tl.range(0, whole, KEYS):
+        peak, total, mixed = _add_keys(
+            codes, scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, False, FLOAT16_SUMS
+        )
+    if whole < M:
+        peak, total, mixed = _add_keys(
+            codes, scale, k, k_scales, v, whole, M, peak, total, mixed, HEADS, KEYS, True, FLOAT16_SUMS
+        )
+    result = mixed * (tl.load(v_scales + head) / total)[:, None]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    """As `torch_attention.quantize_keys`."""
+    return _quantize(k, k.mean(0, dtype=torch.float32), 1.0)
+
+
+def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """As `torch_attention.quantize_values`."""
+    v, heads, scales = v.contiguous(), v.shape[1] // HEAD_DIM, value_scales(v)
+    out = torch.empty(v.shape, dtype=torch.float16, device=v.device)
+    values_kernel[(triton.cdiv(len(v), ROWS), heads)](v, scales, out, len(v), heads, ROWS, num_warps=ROW_WARPS)
+    return out, scales
+
+
+def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
+    """As `torch_attention.attend`."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not len(q):
+        return out
+    heads, rows = len(keys.scales), len(q)
+    codes, scales = _quantize(q, None, _LOG2_E / math.sqrt(HEAD_DIM))
+    attend_kernel[(triton.cdiv(rows, QUERIES), heads)](
+        *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, out, rows, len(keys.codes), heads),
+        *(QUERIES, KEYS, float16_sums_are_quick(q.device)),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out
+
+
+def _quantize(x: Tensor, mean: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+    x, heads, rows = x.contiguous(), x.shape[1] // HEAD_DIM, len(x)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((heads, rows), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(rows, ROWS), heads)
+    quantize_kernel[grid](x, mean, codes, scales, rows, factor, heads, ROWS, num_warps=ROW_WARPS)
+    return codes, scales

@@ -1,0 +1,216 @@
+"""The small steps between products with Triton: each reads its numbers once and writes its result once.
+
+A program owns a whole row, as a tile of groups of 256: it sums over the row and, where the result is rotated int8,
+turns and rounds it before it leaves the registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skyrun.kernels.rotated import GROUP, RotatedInt8, check_width
+from skyrun.kernels.triton_rotation import rotate, to_codes
+
+_ROWS, _COLS = 4, 1024  # a program's tile where no sum runs over the row
+_WARPS = 4
+_GELU: tl.constexpr = tl.constexpr(
+    -2 * 0.7978845608028654
+)  # -2 sqrt(2 / pi); x / (1 + exp(-2 u)) is x / 2 (1 + tanh(u))
+
+
+@triton.jit
+def _row_tile(D: tl.constexpr, TILE: tl.constexpr):
+    """Where the numbers of a row are, [TILE, 256], and which of them there are."""
+    at = tl.arange(0, TILE)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    return at, at < D
+
+
+@triton.jit
+def _store_row(y, out, scales, row, at, inside, D: tl.constexpr, TILE: tl.constexpr, ROTATED: tl.constexpr):
+    """A row of float32 in the type of `out`, or turned and rounded, with its scale. y is 0 outside the row."""
+    out += row * D
+    if ROTATED:
+        largest = tl.max(tl.abs(y))
+        bound = tl.where(largest > 0, largest, 1.0)
+        turned = rotate(y * (1 / bound), TILE)
+        peak = tl.max(tl.abs(turned))
+        tl.store(out + at, to_codes(turned, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
+        # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
+        tl.store(scales + row, peak * bound / 127 + tl.sum(y * 0.0))
+    else:
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x, gain, shift, out, scales, stride, eps, D: tl.constexpr, TILE: tl.constexpr, ROTATED: tl.constexpr
+):
+    """(x - mean) / sqrt(variance + eps) * gain + shift."""
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _row_tile(D, TILE)
+    values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, values - tl.sum(values) / D, 0.0)
+    normed = centred * (1 / tl.sqrt(tl.sum(centred * centred) / D + eps))
+    gained = normed * tl.load(gain + at, mask=inside, other=0.0) + tl.load(shift + at, mask=inside, other=0.0)
+    _store_row(gained, out, scales, row, at, inside, D, TILE, ROTATED)
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, cos, sin, out, stride, eps, D: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr):
+    """x / sqrt(mean square + eps) * weight; then, unless HALF is 0, pairs of every head of 2 * HALF turn."""
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _row_tile(D, TILE)
+    values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    normed = values * (1 / tl.sqrt(tl.sum(values * values) / D + eps)) * tl.load(weight + at, mask=inside, other=0.0)
+    if HALF > 0:
+        pair = tl.arange(0, 128)[None, :] % HALF
+        c, s = tl.load(cos + row * HALF + pair), tl.load(sin + row * HALF + pair)
+        a, b = tl.split(tl.reshape(normed, (TILE, 128, 2)))
+        normed = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (TILE, 256))
+    _store_row(normed, out, out, row, at, inside, D, TILE, False)
+
+
+@triton.jit
+def _gelu(x):
+    return x / (1 + tl.exp((x + 0.044715 * x * x * x) * _GELU))
+
+
+@triton.jit
+def gelu_rotated_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.constexpr):
+    """tanh-GELU of a row, turned and rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _row_tile(D, TILE)
+    y = _gelu(tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32))
+    _store_row(y, out, scales, row, at, inside, D, TILE, True)
+
+
+@triton.jit
+def quantize_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.constexpr):
+    """A row, turned and rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _row_tile(D, TILE)
+    y = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    _store_row(y, out, scales, row, at, inside, D, TILE, True)
+
+
+@triton.jit
+def _places(stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns of a program's tile, and which of them there are."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    return row, col, (row < rows) & (col < D)
+
+
+@triton.jit
+def gelu_kernel(x, out, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """tanh-GELU."""
+    row, col, inside = _places(stride, rows, D, ROWS, COLS)
+    y = _gelu(tl.load(x + row * stride + col, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + row * D + col, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_gated_kernel(
+    x, y, gate, out, x_stride, y_stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """x + gate * y; gate may be left out."""
+    row, col, inside = _places(x_stride, rows, D, ROWS, COLS)
+    total = tl.load(y + row * y_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if gate is not None:
+        total *= tl.load(gate + col, mask=col < D, other=0.0)
+    total += tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + col, total.to(out.dtype.element_ty), mask=inside)
+
+
+def row_tile(cols: int) -> int:
+    """Groups of a tile that holds a row."""
+    return 1 << (-(-cols // GROUP) - 1).bit_length()
+
+
+def row_warps(cols: int) -> int:
+    """Warps of a program that holds a row: 32 numbers per thread."""
+    return max(1, min(16, row_tile(cols) // 4))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with neighbours of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False) -> Tensor | RotatedInt8:
+    """As `torch_elementwise.layer_norm`."""
+    x, (rows, cols) = _rows(x), x.shape
+    out, scales, result = _result(x, rotated)
+    if rows:
+        layer_norm_kernel[(rows,)](
+            *(x, gain.float().contiguous(), shift.float().contiguous(), out, scales, x.stride(0), eps),
+            *(cols, row_tile(cols), rotated),
+            num_warps=row_warps(cols),
+        )
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """As `torch_elementwise.rms_norm`; heads have a power of two of numbers, at most 256."""
+    x, (rows, cols) = _rows(x), x.shape
+    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    cos, sin = (x, x) if rope is None else (table.contiguous() for table in rope)
+    half = 0 if rope is None else cos.shape[1]
+    if half and GROUP % (2 * half):
+        raise ValueError(f"heads of {2 * half} numbers do not divide {GROUP}")
+    if rows:
+        rms_norm_kernel[(rows,)](
+            *(x, weight.float().contiguous(), cos, sin, out, x.stride(0), eps, cols, row_tile(cols), half),
+            num_warps=row_warps(cols),
+        )
+    return out
+
+
+def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
+    """As `torch_elementwise.gelu`."""
+    x, (rows, cols) = _rows(x), x.shape
+    out, scales, result = _result(x, rotated)
+    if rows and rotated:
+        gelu_rotated_kernel[(rows,)](x, out, scales, x.stride(0), cols, row_tile(cols), num_warps=row_warps(cols))
+    elif rows:
+        gelu_kernel[_grid(rows, cols)](x, out, x.stride(0), rows, cols, _ROWS, _COLS, num_warps=_WARPS)
+    return result
+
+
+def quantize_rows(x: Tensor) -> RotatedInt8:
+    """As `torch_int8.quantize_rows`."""
+    flat = _rows(x.reshape(-1, x.shape[-1]))
+    rows, cols = flat.shape
+    out, scales, _ = _result(flat, True)
+    if rows:
+        quantize_kernel[(rows,)](flat, out, scales, flat.stride(0), cols, row_tile(cols), num_warps=row_warps(cols))
+    return RotatedInt8(out.view(x.shape), scales.view(x.shape[:-1]), x.dtype)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """As `torch_elementwise.add_gated`."""
+    x, y, (rows, cols) = _rows(x), _rows(y), x.shape
+    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    gate = None if gate is None else gate.float().contiguous()
+    if rows:
+        add_gated_kernel[_grid(rows, cols)](
+            *(x, y, gate, out, x.stride(0), y.stride(0), rows, cols, _ROWS, _COLS), num_warps=_WARPS
+        )
+    return out
+
+
+def _grid(rows: int, cols: int) -> tuple[int, int]:
+    return triton.cdiv(rows, _ROWS), triton.cdiv(cols, _COLS)
+
+
+def _result(x: Tensor, rotated: bool) -> tuple[Tensor, Tensor, Tensor | RotatedInt8]:
+    """What a kernel writes to, numbers and scales, and what the caller gets."""
+    rows, cols = x.shape
+    if not rotated:
+        out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+        return out, out, out
+    check_width(cols)
+    codes = torch.empty((rows, cols), dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    return codes, scales, RotatedInt8(codes, scales, x.dtype)

@@ -1,0 +1,95 @@
+"""The transformer with its layers in int8, and through Triton's kernels, beside the exact one."""
+
+import sys
+
+import pytest
+import torch
+
+from skyrun import weights as weights_module
+from skyrun.events import drain
+from skyrun.kernels import linear
+from skyrun.kernels.elementwise import add_gated
+from skyrun.kernels.gguf_file import open_gguf
+from skyrun.models.dit import DiT, block_layouts
+from skyrun.stream import BlockStream
+
+CPU = torch.device("cpu")
+LINEAR_BOUND = 0.016  # relative error that int8 may add to a linear layer, see test_accuracy.py
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+@pytest.fixture
+def forward(goldens, converted):
+    """forward("Q4_K", fast) is the tiny model's velocity for the golden's latents."""
+    golden = goldens("dit_r2v/t6_4x6")
+
+    def run(quant, fast=False, dtype=torch.float32):
+        file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
+        dit = DiT(file, CPU, dtype)
+        (time,) = dit.embed_times(golden["in.timesteps"].tolist()[:1])
+        latents = golden["in.hidden_states"][0]
+        context, rope = dit.embed_text(golden["in.context_valid"]), dit.rope(latents)
+        with BlockStream(file.path, block_layouts(file), CPU, fast=fast) as stream:
+            return drain(dit.forward(stream, latents, time, context, rope))
+
+    return run
+
+
+def moved(result, reference):
+    return float((result - reference).norm() / reference.norm())
+
+
+def with_noise(seed):
+    """`linear` with the error of the bound on its products."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(x, weight, bias=None, *, gate=None, residual=None):
+        product = linear(x, weight, bias)
+        size = LINEAR_BOUND * product.square().mean().sqrt()
+        product = product + size * torch.randn(product.shape, generator=generator)
+        return product if residual is None else add_gated(residual, product, gate)
+
+    return noisy
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q6_K", "Q4_K", "Q2_K", "BF16"])
+def test_int8_moves_the_result_no_more_than_the_bound_of_its_layers(forward, monkeypatch, quant):
+    exact = forward(quant)
+    movement = moved(forward(quant, fast=True), exact)
+    predicted = []
+    for seed in range(4):
+        monkeypatch.setattr(weights_module, "linear", with_noise(seed))
+        predicted.append(moved(forward(quant), exact))
+    assert 1e-4 < movement < sum(predicted) / len(predicted)
+
+
+@pytest.fixture
+def triton_everywhere(monkeypatch):
+    """As on a card that runs Triton: its kernels, here in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: kernels run on it, not in the interpreter")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("skyrun.") and hasattr(module, "uses_triton"):
+            monkeypatch.setattr(module, "uses_triton", lambda device: True)
+    monkeypatch.setenv("SKYRUN_CACHE", "/nonexistent")
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q4_K", "Q6_K", "Q8_0"])
+def test_the_model_through_tritons_kernels(forward, triton_everywhere, monkeypatch, quant):
+    with monkeypatch.context() as plain:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("skyrun.") and hasattr(module, "uses_triton"):
+                plain.setattr(module, "uses_triton", lambda device: False)
+        expected = forward(quant)
+    result = forward(quant)
+    assert moved(result, expected) < 2e-5
+
+
+def test_the_golden_through_tritons_kernels(goldens, forward, triton_everywhere):
+    sample = forward("F32")
+    assert float((sample - goldens("dit_r2v/t6_4x6")["out.sample0"][0]).abs().max()) < 2e-5
+
+
+def test_the_fast_model_through_tritons_kernels(forward, triton_everywhere):
+    exact = forward("Q4_K")
+    assert 1e-4 < moved(forward("Q4_K", fast=True), exact) < 0.05
