@@ -5,7 +5,8 @@ product, in bfloat16 or, where a card is quicker so, in float16 with sums in flo
 rotated int8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from skyrun.kernels.synthetic import random_weight
 from skyrun.kernels.weight import QuantizedWeight
 
 FEW_ROWS = 64  # up to here decoding while multiplying can pay
-_GAIN_ROWS = 8192  # tokens of the measurement that decides about the fast path
+_MEASURED_ROWS = 8192  # rates hardly change beyond
+Way = Callable[[slice], Tensor]  # of multiplying: for these rows
 
 
 def linear(
@@ -47,32 +49,35 @@ def linear(
 
 
 def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    ways: dict[str, Callable[[], Tensor]] = {"decode": lambda: _decoded(x, weight, bias)}
-    rows = x.numel() // x.shape[-1]
-    if uses_triton(x.device) and rows <= FEW_ROWS:
-        from skyrun.kernels import triton_few_rows
-
-        flat = x.reshape(-1, x.shape[-1])
-        ways["fused"] = lambda: triton_few_rows.multiply(flat, weight, bias).view(*x.shape[:-1], -1)
-    elif x.device.type == "cuda" and x.dtype != torch.float32:
-        ways["decode, float16 sums"] = lambda: _float16_sums(x, weight, bias)
-    return ways[_choose(f"linear {weight.type}", rows, weight, x.dtype, x.device, ways)]()
+    flat = x.reshape(-1, x.shape[-1])
+    ways: dict[str, Way] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
+    if x.device.type != "cpu" and x.dtype != torch.float32:
+        if len(flat) > FEW_ROWS:
+            ways["decode, float16 sums"] = lambda part: _float16_sums(flat[part], weight, bias)
+        elif uses_triton(x.device):
+            ways["fused"] = lambda part: _fused(flat[part], weight, bias)
+    way = _choose(f"linear {weight.type}", len(flat), weight, x.dtype, x.device, ways)
+    return ways[way](slice(None)).view(*x.shape[:-1], -1)
 
 
 def _choose(
-    what: str,
-    rows: int,
-    weight: QuantizedWeight,
-    dtype: torch.dtype,
-    device: torch.device,
-    ways: dict[str, Callable[[], Tensor]],
+    what: str, rows: int, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, ways: Mapping[str, Way]
 ) -> str:
+    """The quickest way, measured on no more rows than tell."""
     out, cols = weight.shape
-    return fastest(device, f"{what} {bucket(rows)}x{cols}x{out} {str(dtype).removeprefix('torch.')}", ways)
+    size = f"{bucket(min(rows, _MEASURED_ROWS))}x{cols}x{out} {str(dtype).removeprefix('torch.')}"
+    some = slice(0, _MEASURED_ROWS)
+    return fastest(device, f"{what} {size}", {name: partial(way, some) for name, way in ways.items()})
 
 
 def _decoded(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _fused(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    from skyrun.kernels import triton_few_rows
+
+    return triton_few_rows.multiply(x, weight, bias)
 
 
 def _float16_sums(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -99,18 +104,23 @@ def _fast(
 
     blocks = FORMATS[weight.type].block_size > 1
     encoded = triton_encode.encode_weight(weight) if blocks else elementwise.quantize_rows(weight.dense(x.dtype))
-    ways: dict[str, Callable[[], Tensor]] = {
-        "triton": lambda: triton_int8.multiply(x, encoded, bias, gate, residual),
-        "_int_mm": lambda: torch_int8.multiply(x, encoded, bias, gate, residual),
+
+    def way(multiply: Callable[..., Tensor], part: slice) -> Tensor:
+        rows = RotatedInt8(x.codes[part], x.scales[part], x.dtype)
+        return multiply(rows, encoded, bias, gate, None if residual is None else residual[part])
+
+    ways: dict[str, Way] = {
+        "triton": partial(way, triton_int8.multiply),
+        "_int_mm": partial(way, torch_int8.multiply),
     }
-    return ways[_choose("int8", x.scales.numel(), weight, x.dtype, device, ways)]()
+    return ways[_choose("int8", len(x.codes), weight, x.dtype, device, ways)](slice(None))
 
 
 def fast_gain(device: torch.device, rows: int, cols: int) -> float:
     """How many times quicker than exact products fast ones are here, at most 8192 rows of `cols`; 0 without Triton."""
     if not uses_triton(device) or cols % FORMATS["Q4_K"].block_size:
         return 0.0
-    rows = min(rows, _GAIN_ROWS)
+    rows = min(rows, _MEASURED_ROWS)
     x = torch.randn(rows, cols, dtype=torch.bfloat16, device=device)
     exact, fast = (random_weight("Q4_K", cols, cols, device, fast=fast) for fast in (False, True))
     key = f"gain {bucket(rows)}x{cols}"

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skyrun.kernels.rotated import GROUP, RotatedInt8, check_width
-from skyrun.kernels.triton_rotation import rotate, to_codes
+from skyrun.kernels.triton_rotation import store_row
 
 _ROWS, _COLS = 4, 1024  # a program's tile where no sum runs over the row
 _WARPS = 4
@@ -31,13 +31,7 @@ def _store_row(y, out, scales, row, at, inside, D: tl.constexpr, TILE: tl.conste
     """A row of float32 in the type of `out`, or turned and rounded, with its scale. y is 0 outside the row."""
     out += row * D
     if ROTATED:
-        largest = tl.max(tl.abs(y))
-        bound = tl.where(largest > 0, largest, 1.0)
-        turned = rotate(y * (1 / bound), TILE)
-        peak = tl.max(tl.abs(turned))
-        tl.store(out + at, to_codes(turned, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
-        # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
-        tl.store(scales + row, peak * bound / 127 + tl.sum(y * 0.0))
+        store_row(y, out, scales, row, at, inside, TILE)
     else:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 

@@ -37,3 +37,15 @@ def to_codes(y, inverse):
     """y * inverse rounded to int8; inverse is 127 / absmax, so that nothing exceeds 127."""
     rounded = y * inverse + _TO_INTEGER
     return (rounded - _TO_INTEGER).to(tl.int8)
+
+
+@triton.jit
+def store_row(y, codes, scales, row, at, inside, GROUPS: tl.constexpr):
+    """A row y, float32 [GROUPS, 256], in rotated int8 at codes + at and scales + row. y is 0 where not `inside`."""
+    largest = tl.max(tl.abs(y))
+    bound = tl.where(largest > 0, largest, 1.0)
+    turned = rotate(y * (1 / bound), GROUPS)
+    peak = tl.max(tl.abs(turned))
+    tl.store(codes + at, to_codes(turned, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
+    # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
+    tl.store(scales + row, peak * bound / 127 + tl.sum(y * 0.0))
