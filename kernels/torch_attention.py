@@ -52,7 +52,8 @@ def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
 
 def _heads(t: Tensor) -> Tensor:
     """[L, H * 128] -> [L, H, 128]."""
-    return t.unflatten(1, (-1, HEAD_DIM))
+    heads: Tensor = t.unflatten(1, (-1, HEAD_DIM))
+    return heads
 
 
 def _quantize(x: Tensor, factor: float) -> tuple[Tensor, Tensor]:

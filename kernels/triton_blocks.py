@@ -9,7 +9,7 @@ Formulas are those of `torch_decode`. Products of scale, sub-scale and code are 
 addition follows, so that fusing it with the product changes nothing.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -18,7 +18,8 @@ from skyrun.kernels import triton_blocks_k as k
 from skyrun.kernels.triton_blocks_io import bytes_of, half, halves, plane, word
 
 
-class Pieces(NamedTuple):
+@dataclass(frozen=True)
+class Pieces:
     """The pieces of one block: how many, rows of one, and how many rows of one follow each other in the block."""
 
     count: int

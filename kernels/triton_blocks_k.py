@@ -66,6 +66,7 @@ def q5_k(data, n, block, keep):
 
 @triton.jit
 def q6_k(data, n, block, keep):
+    """Planes of 128 bytes of low nibbles, 64 of upper bits, 16 of scales, d."""
     row, column = _rows(4), _columns()
     start = plane(data, n, block, 0, 128) + row // 2 * 64 + row % 2 * 16 + column
     first = tl.load(start, mask=keep, other=0).to(tl.int32)
@@ -90,6 +91,7 @@ def _q6(codes, d, scales, at):
 
 @triton.jit
 def q3_k(data, n, block, keep):
+    """Planes of 64 bytes of low bits, 32 of third bits, twelve of scales, d."""
     row = _rows(4)
     group = row // 2
     codes = bytes_of(plane(data, n, block, 0, 64), keep, 4).to(tl.int32)
@@ -115,6 +117,7 @@ def _q3(codes, d, scales, at):
 
 @triton.jit
 def q2_k(data, n, block, keep):
+    """Planes of 64 bytes of codes, 16 of scales and mins, d and dmin."""
     row = _rows(4)
     codes = bytes_of(plane(data, n, block, 0, 64), keep, 4)
     at = plane(data, n, block, 64, 16) + row // 2 * 8
@@ -147,6 +150,7 @@ def _iq4_value(codes):
 
 @triton.jit
 def iq4_nl(data, n, block, keep):
+    """Planes of 16 bytes of codes, d."""
     codes = bytes_of(plane(data, n, block, 0, 16), keep, 1)
     d = half(plane(data, n, block, 16, 2), keep)
     return _iq4_value(codes & 15) * d, _iq4_value(codes >> 4) * d
@@ -154,6 +158,7 @@ def iq4_nl(data, n, block, keep):
 
 @triton.jit
 def iq4_xs(data, n, block, keep):
+    """Planes of 128 bytes of codes, four of low scale bits, two of upper ones, d."""
     row = _rows(8)
     codes = bytes_of(plane(data, n, block, 0, 128), keep, 8)
     low = word(plane(data, n, block, 128, 4), keep) >> (row * 4)

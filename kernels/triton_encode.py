@@ -55,7 +55,12 @@ def encode_kernel(
 def constants(type: str, cols: int) -> dict[str, int | str]:
     """What a launch gives the kernel beside its arguments."""
     pieces = PIECES[type]
-    tile = {"D": cols, "TILE": row_tile(cols), "TYPE": type, "SIZE": block_format(type).block_size}
+    tile: dict[str, int | str] = {
+        "D": cols,
+        "TILE": row_tile(cols),
+        "TYPE": type,
+        "SIZE": block_format(type).block_size,
+    }
     return tile | {"COUNT": pieces.count, "ROWS": pieces.rows, "RUN": pieces.run}
 
 

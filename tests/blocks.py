@@ -17,7 +17,7 @@ def random_blocks(type: str, rows: int, cols: int, seed: int = 0, scale: float =
     data = torch.randint(0, 256, (rows, format.row_bytes(cols)), dtype=torch.uint8, generator=generator)
     blocks = data.view(-1, format.block_bytes)
     starts = [(field.block_start, _HALVES[field.name]) for field in FIELDS.get(type, ()) if field.name in _HALVES]
-    for start, count in starts or [(0, 2)]:  # Q4_K and Q5_K begin with theirs
+    for start, count in (starts or [(0, 2)]) if rows else ():  # Q4_K and Q5_K begin with theirs
         halves = scale * torch.rand(len(blocks), count, generator=generator)
         blocks[:, start : start + 2 * count] = halves.half().view(torch.uint8)
     return data

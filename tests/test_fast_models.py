@@ -7,7 +7,7 @@ import torch
 
 from skyrun import weights as weights_module
 from skyrun.events import drain
-from skyrun.kernels import linear
+from skyrun.kernels import linear, torch_int8, triton_encode
 from skyrun.kernels.elementwise import add_gated
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import DiT, block_layouts
@@ -20,15 +20,15 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 @pytest.fixture
 def forward(goldens, converted):
-    """forward("Q4_K", fast) is the tiny model's velocity for the golden's latents."""
+    """forward("Q4_K", fast) is the tiny model's velocity for the golden's latents. text_rows: of the text, or all."""
     golden = goldens("dit_r2v/t6_4x6")
 
-    def run(quant, fast=False, dtype=torch.float32):
+    def run(quant, fast=False, text_rows=None):
         file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
-        dit = DiT(file, CPU, dtype)
+        dit = DiT(file, CPU, torch.float32)
         (time,) = dit.embed_times(golden["in.timesteps"].tolist()[:1])
         latents = golden["in.hidden_states"][0]
-        context, rope = dit.embed_text(golden["in.context_valid"]), dit.rope(latents)
+        context, rope = dit.embed_text(golden["in.context_valid"])[:text_rows], dit.rope(latents)
         with BlockStream(file.path, block_layouts(file), CPU, fast=fast) as stream:
             return drain(dit.forward(stream, latents, time, context, rope))
 
@@ -83,12 +83,12 @@ def triton_everywhere(monkeypatch):
     set_everywhere(monkeypatch, "fastest", our_kernel)
 
 
-@pytest.mark.parametrize("quant", ["Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("quant", ["Q4_K", "Q6_K"])
 def test_the_model_through_tritons_kernels(forward, triton_everywhere, monkeypatch, quant):
     with monkeypatch.context() as plain:
         set_everywhere(plain, "uses_triton", lambda device: False)
-        expected = forward(quant)
-    assert moved(forward(quant), expected) < 2e-5
+        expected = forward(quant, text_rows=9)
+    assert moved(forward(quant, text_rows=9), expected) < 2e-5
 
 
 def test_the_golden_through_tritons_kernels(goldens, forward, triton_everywhere):
@@ -96,6 +96,12 @@ def test_the_golden_through_tritons_kernels(goldens, forward, triton_everywhere)
     assert float((sample - goldens("dit_r2v/t6_4x6")["out.sample0"][0]).abs().max()) < 2e-5
 
 
-def test_the_fast_model_through_tritons_kernels(forward, triton_everywhere):
-    exact = forward("Q4_K")
-    assert 1e-4 < moved(forward("Q4_K", fast=True), exact) < 0.05
+def test_the_fast_model_through_tritons_kernels(forward, triton_everywhere, monkeypatch):
+    # A program for each row of a weight takes minutes in the interpreter; test_block_products.py has that kernel.
+    monkeypatch.setattr(triton_encode, "encode_weight", torch_int8.encode_weight)
+    with monkeypatch.context() as plain:
+        set_everywhere(plain, "uses_triton", lambda device: False)
+        exact = forward("Q4_K", text_rows=9)
+        twin = forward("Q4_K", fast=True, text_rows=9)
+    fast = forward("Q4_K", fast=True, text_rows=9)
+    assert 1e-4 < moved(fast, exact) < 2 * moved(twin, exact)

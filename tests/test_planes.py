@@ -48,7 +48,7 @@ def test_there_and_back(type, rows, cols):
     assert from_planes(out, type, back := torch.empty_like(data)) is back
     assert torch.equal(back, data)
     assert torch.equal(data, kept)
-    assert rows * cols == 0 or torch.equal(out, data) != needs_planes(type)
+    assert rows * cols <= 256 or torch.equal(out, data) != needs_planes(type)
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)

@@ -45,8 +45,9 @@ def test_equals_torch_on_reference_blocks(goldens, type, case):
 @pytest.mark.parametrize("type", BLOCK_TYPES)
 def test_equals_torch_on_any_shape(type, shape):
     data = random_blocks(type, math.prod(shape[:-1]), shape[-1])
-    planes = to_planes(data, type).view(*shape[:-1], -1)
-    data = data.view(*shape[:-1], -1)
+    row_bytes = data.shape[-1]
+    planes = to_planes(data, type).view(*shape[:-1], row_bytes)
+    data = data.view(*shape[:-1], row_bytes)
     expected = torch_decode.dequantize(data, type)
     assert expected.shape == shape
     same(decoded(data, type, torch.float32), expected)
