@@ -33,11 +33,10 @@ def reference_to_video(job: Job, observe: ObserveBlock | None = None) -> Iterato
     observe: is shown the input of every linear layer of the transformer's blocks.
     """
     request, plan, files, device = job.request, job.plan, job.files, job.device
-    vae_dtype = getattr(torch, plan.vae_dtype)
     noise, picture_noise = draw_noise(request)
     pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
     text = yield from encode_text(job.encoder, request.prompt, device)
-    pictures = yield from encode_images(files.vae, pixels, picture_noise, device, vae_dtype)
+    pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
     empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
     condition = torch.cat((*pictures, *empty), 1)
     dit = yield from load_transformer(files.transformer, plan, device)
@@ -45,4 +44,4 @@ def reference_to_video(job: Job, observe: ObserveBlock | None = None) -> Iterato
     latents = yield from denoise(dit, files.transformer, plan, sampler, noise.to(device), condition, text, observe)
     del dit
     yield LatentsReady(latents.cpu())
-    yield from decode(files.vae, latents, device, vae_dtype)
+    yield from decode(files.vae, latents, plan, device)
