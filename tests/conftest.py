@@ -59,6 +59,12 @@ def goldens() -> Callable[[str], Golden]:
     return load
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured and kept in tests is not the user's."""
+    os.environ["SKYRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     return DATA / "checkpoints" / "r2v-tiny"

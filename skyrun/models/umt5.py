@@ -37,7 +37,7 @@ class UMT5:
     """A text encoder file, opened: its tokenizer, and where its blocks lie."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file = file
+        self.file = file
         self._eps = file.number("t5encoder.attention.layer_norm_rms_epsilon", 1e-6)
         self._buckets, self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape
         _, self.dim = self._tensor("token_embd.weight").shape
@@ -75,17 +75,17 @@ class UMT5:
         try:
             for index, block in enumerate(self._blocks):
                 infos = {name: info for name, info, _ in block.tensors}
-                weights = shapes_only(f"block {index} of {self._file.path}", infos)
+                weights = shapes_only(f"block {index} of {self.file.path}", infos)
                 x = umt5_block(x, weights, buckets, self.heads, self._eps)
         except (RuntimeError, ValueError) as error:
             raise SkyrunError(
-                f"block {index} of {self._file.path} has tensors that do not fit each other: {error}",
+                f"block {index} of {self.file.path} has tensors that do not fit each other: {error}",
                 "convert or download the text encoder again",
             ) from error
 
     def open_stream(self, device: torch.device) -> BlockStream:
         """A stream for one pass over the blocks."""
-        return BlockStream(self._file.path, self._blocks, device)
+        return BlockStream(self.file.path, self._blocks, device)
 
     def encode(self, ids: list[int], stream: BlockStream, device: torch.device) -> Generator[Event, None, Tensor]:
         """Token ids -> float32 [len(ids), dim] on the device. Yields an event after every block.
@@ -93,36 +93,36 @@ class UMT5:
         Only real tokens are run: with padding masked out, they would not see it anyway. Always float32: the encoder
         runs once, and its activations leave float16's range.
         """
-        x = read_rows(self._file, self._tensor("token_embd.weight"), ids).to(device)
+        x = read_rows(self.file, self._tensor("token_embd.weight"), ids).to(device)
         buckets = relative_buckets(len(ids), self._buckets, device)
         for weights, clock in stream.blocks():
             x = umt5_block(x, weights, buckets, self.heads, self._eps)
             yield clock.done()
         name = "enc.output_norm.weight"
-        norm = load_weights(self._file, {name: self._tensor(name, 1)}, device)
+        norm = load_weights(self.file, {name: self._tensor(name, 1)}, device)
         return rms_norm(x, norm.dense(name), self._eps)
 
     def _tensor(self, name: str, dims: int = 2) -> TensorInfo:
-        info = self._file.tensors.get(name)
+        info = self.file.tensors.get(name)
         if info is None:
-            raise SkyrunError(f"{self._file.path} has no tensor {name}: it is not a UMT5 encoder", _CONVERT)
+            raise SkyrunError(f"{self.file.path} has no tensor {name}: it is not a UMT5 encoder", _CONVERT)
         if len(info.shape) != dims:
             raise SkyrunError(
-                f"{self._file.path} has {name} of shape {list(info.shape)}, expected {dims} axes", _CONVERT
+                f"{self.file.path} has {name} of shape {list(info.shape)}, expected {dims} axes", _CONVERT
             )
         return info
 
     def _load_tokenizer(self) -> Tokenizer:
-        text = self._file.metadata.get(_TOKENIZER)
+        text = self.file.metadata.get(_TOKENIZER)
         if not isinstance(text, str):
             raise SkyrunError(
-                f"{self._file.path} has no tokenizer inside ({_TOKENIZER})",
+                f"{self.file.path} has no tokenizer inside ({_TOKENIZER})",
                 "convert the published checkpoint: skyrun convert puts the tokenizer in",
             )
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise SkyrunError(f"the tokenizer in {self._file.path} is damaged: {error}", "convert it again") from error
+            raise SkyrunError(f"the tokenizer in {self.file.path} is damaged: {error}", "convert it again") from error
         tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
         return tokenizer
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skyrun.device import finish, peak_bytes, reset_peak
+from skyrun.embedding_cache import CachedEmbedding
 from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
 from skyrun.images import to_uint8
 from skyrun.kernels.gguf_file import GGUFFile
@@ -40,13 +41,19 @@ class Stage:
 
 
 def encode_text(encoder: UMT5, prompt: str, device: torch.device) -> Generator[Event, None, Tensor]:
-    """The prompt's embedding, float32 [n, text_dim]."""
+    """The prompt's embedding, float32 [n, text_dim]: read from disk if the prompt was encoded before."""
     stage = Stage("text", 1, "pass", device)
     yield stage.started()
-    with encoder.open_stream(device) as stream:
-        embedding = yield from encoder.encode(encoder.token_ids(prompt), stream, device)
-    yield stage.ended(stream.stats)
-    return embedding
+    ids, stats = encoder.token_ids(prompt), None
+    cached = CachedEmbedding(encoder.file, ids, encoder.dim, device)
+    embedding = cached.load()
+    if embedding is None:
+        with encoder.open_stream(device) as stream:
+            embedding = yield from encoder.encode(ids, stream, device)
+        stats = stream.stats
+        cached.store(embedding)
+    yield stage.ended(stats)
+    return embedding.to(device)
 
 
 def _open_vae(path: Path, plan: Plan, device: torch.device) -> WanVAE:
