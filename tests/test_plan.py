@@ -70,6 +70,10 @@ def test_limits_hold_on_a_cpu(ram, limit):
     assert bool(plan.problem) == (plan.peak_bytes > min(ram, limit) * GIB) or abs(plan.peak_bytes - limit * GIB) < 2
 
 
+def test_eight_gib_are_enough_for_five_seconds_at_720p():
+    assert not choose(card(80), REAL, max_vram=8).problem
+
+
 def test_a_card_that_holds_everything_keeps_everything():
     assert choose(card(140), REAL).resident_blocks == REAL.layers
 
