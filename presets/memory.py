@@ -13,6 +13,11 @@ RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+# Of the stream of blocks. Pieces wait for the device in page-locked memory, 256 MiB at most; Windows and WSL lock
+# little more. Every loader has a piece under way: one is read, others are laid out for the kernels or wait for room.
+STAGING_PIECES, LOADERS = 8, 4
+_PIECE, _PAGE = 32 << 20, 4096
+
 _HEAD_DIM = 128  # numbers per token of the rotary table
 _TEXT_ROWS = 512  # of the prompt's keys and values
 # In the autoencoder, in activations of its widest level while a group of four frames passes: what convolutions remember
@@ -64,9 +69,14 @@ def _vae_level(workload: Workload) -> int:
     return workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
 
 
-def page_locked_bytes(block_bytes: int) -> int:
-    """Host memory of the two buffers that a GPU's blocks pass through; torch rounds each up to a power of two."""
-    return 2 * (1 << (block_bytes - 1).bit_length()) if block_bytes else 0
+def piece_bytes(block_bytes: int) -> int:
+    """Bytes of the pieces in which a block reaches a GPU, in whole pages."""
+    return min(_PIECE, -(-block_bytes // _PAGE) * _PAGE)
+
+
+def staging_bytes(block_bytes: int) -> int:
+    """Host memory that blocks pass through on their way to a GPU: page-locked, and one buffer for each thread."""
+    return (STAGING_PIECES + LOADERS) * piece_bytes(block_bytes)
 
 
 def text_bytes(workload: Workload) -> int:

@@ -12,8 +12,8 @@ from skyrun.presets.memory import (
     RESERVE_BYTES,
     RESERVE_SHARE,
     denoise_bytes,
-    page_locked_bytes,
     parked_bytes,
+    staging_bytes,
     text_bytes,
 )
 from skyrun.presets.workload import Workload
@@ -157,7 +157,7 @@ def _base(cuda: bool) -> int:
 def _stage(name: str, block_bytes: int, working_bytes: int, cuda: bool, waiting: int = 0) -> StagePlan:
     total = RING_SLOTS * block_bytes + working_bytes + _base(cuda)
     if cuda:
-        return StagePlan(name, total, page_locked_bytes(block_bytes) + PROCESS_BYTES + waiting)
+        return StagePlan(name, total, staging_bytes(block_bytes) + PROCESS_BYTES + waiting)
     return StagePlan(name, 0, total)
 
 

@@ -16,21 +16,19 @@ from skyrun.device import choose_device, out_of_memory_explained, peak_bytes, vr
 from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
 from skyrun.events import Event, LatentsReady, Progress, StageEnded, StageStarted, now
 from skyrun.images import open_image
-from skyrun.job import Job, prepare
+from skyrun.job import prepare
 from skyrun.kernels.gguf_file import GGUFFile
-from skyrun.model_files import find_model, main_type
+from skyrun.model_files import find_model, fingerprint, main_type
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.quant.importance import Importance, read_importance, write_importance
 from skyrun.request import MAX_REFERENCES, Request, place_problems
-from skyrun.stream import ObserveBlock
 
 # Pipelines that show an observer what the blocks of their transformer see, by task.
-PIPELINES: dict[str, Callable[[Job, ObserveBlock], Iterator[Event]]] = {"r2v": reference_to_video}
+PIPELINES: dict[str, Callable[..., Iterator[Event]]] = {"r2v": reference_to_video}
 
 _STAGE = "calibrate"
 _ROWS = 1024  # squared at a time, which bounds the memory for it
-_HEAD_BYTES = 256  # of every tensor go into the fingerprint of a model
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,10 @@ def _label(origin: str, request: Request, pictures: Mapping[Path, str]) -> str:
 
 def _origin(file: GGUFFile, request: Request) -> str:
     """The model, told by the head of every tensor, and the settings that all clips share."""
-    digest = hashlib.sha256()
-    for info in file.tensors.values():
-        digest.update(f"{info.name} {info.format.name} {info.shape}".encode())
-        digest.update(file.read(info, 0, min(info.nbytes, _HEAD_BYTES)))
     name = file.metadata.get("general.name", "a model")
     shape = request.resolution if request.size is None else "x".join(map(str, request.size))
     settings = f"{shape}, {request.frame_count} frames, {request.steps} steps"
-    return f"{name} {main_type(file)} ({digest.hexdigest()[:16]}), {settings}"
+    return f"{name} {main_type(file)} ({fingerprint(file)}), {settings}"
 
 
 def collect(calibration: Calibration) -> Iterator[Event]:
@@ -144,7 +138,9 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
     """Denoise one clip and return the sums and counts of its inputs. It is never decoded."""
     job, squares = prepare(request), SumsOfSquares()
     with out_of_memory_explained(), vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
-        for event in takewhile(lambda e: not isinstance(e, LatentsReady), PIPELINES[request.task](job, squares)):
+        for event in takewhile(
+            lambda e: not isinstance(e, LatentsReady), PIPELINES[request.task](job, observe=squares)
+        ):
             if isinstance(event, Progress) and event.stage == "denoise" and event.done < request.steps:
                 yield Progress(_STAGE, index + event.done / request.steps)
     return squares.sums(), squares.counts

@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_resume(commands)
     _add_demo(commands)
     _add_convert(commands)
     _add_calibrate(commands)
@@ -83,12 +84,22 @@ def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     length.add_argument("--seconds", type=float, metavar="N", help=f"length at 24 frames a second ({length_default})")
     length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
+
+
+def _add_resume(commands: Commands) -> None:
+    parser = _add(commands, "resume", "go on with a clip whose run ended early")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the clip that was to be, or its .skyrun.safetensors")
+    _add_limits(parser)
 
 
 def _add_demo(commands: Commands) -> None:

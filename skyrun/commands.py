@@ -1,6 +1,7 @@
 """What each command does: call one function, show what it says."""
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -20,9 +21,8 @@ def _emit(value: dict[str, Any]) -> None:
 
 def run(arguments: Namespace) -> int:
     """Make a clip, or say with --dry-run how it would be made."""
-    from skyrun.job import prepare
-    from skyrun.report import plan_text, result_text
     from skyrun.request import Request
+    from skyrun.resume import continue_or_start
 
     request = Request(
         task=arguments.task,
@@ -44,18 +44,41 @@ def run(arguments: Namespace) -> int:
         max_ram=arguments.max_ram,
         save_latents=arguments.save_latents,
     )
-    job = prepare(request)
+    job, state = continue_or_start(request)
     if job.request.output is None:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
+    return _make(job, state, arguments.json, arguments.dry_run)
+
+
+def resume(arguments: Namespace) -> int:
+    """Go on with a clip whose run ended early."""
+    from skyrun.resume import resume
+
+    limits = {"device": arguments.device, "max_vram": arguments.max_vram, "max_ram": arguments.max_ram}
+    return _make(*resume(arguments.file, **limits), arguments.json)
+
+
+def _make(job: Any, state: Any, as_json: bool, dry_run: bool = False) -> int:
+    """Make the clip of a job.Job, or what is missing of it after a run_state.RunState."""
+    from skyrun.report import plan_text, result_text, state_text
+    from skyrun.run_state import state_path
+
     _say(plan_text(job))
-    if arguments.json:
+    if state is not None:
+        _say(state_text(job, state))
+    if as_json:
         _emit({"event": "plan"} | job.as_json())
-    if arguments.dry_run:
+    if dry_run:
         return 0
-    result = follow(job, arguments.json)
+    try:
+        result = follow(job, as_json, state)
+    except BaseException:
+        if (kept := state_path(job.request.output)).exists():
+            _say(f"what is finished is kept; go on with: skyrun resume {shlex.quote(str(kept))}")
+        raise
     _say(result_text(result))
-    if arguments.json:
+    if as_json:
         stages = {stage.stage: round(stage.seconds, 3) for stage in result.stages}
         _emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
     return 0
@@ -69,13 +92,13 @@ def _free_name(stem: str, suffix: str) -> Path:
     return path
 
 
-def follow(job: Any, as_json: bool) -> Any:
-    """Run a job and show its events. The job is a job.Job, the value a runner.Result."""
+def follow(job: Any, as_json: bool, state: Any = None) -> Any:
+    """Run a job.Job, from a run_state.RunState on, and show its events. The value is a runner.Result."""
     from skyrun.events import as_json as event_json
     from skyrun.progress import progress
     from skyrun.runner import run_job
 
-    events = run_job(job, keep_frames=False)
+    events = run_job(job, keep_frames=False, state=state)
     try:
         with progress() as display:
             while True:

@@ -4,17 +4,22 @@ The only file of the runner that talks to CUDA.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.presets.memory import STAGING_PIECES, piece_bytes
+
+Arrival = Any  # of bytes sent to a device: an event on it, None on a CPU
 
 _BLOCKS_AHEAD = 2
+_PAGE, _PORTABLE = 4096, 1  # cudaHostRegisterPortable
 # Failed allocations that torch reports as a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
@@ -44,18 +49,29 @@ def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def out_of_memory(error: BaseException) -> SkyrunError:
+    """What to say of a failed allocation."""
+    cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
+    hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
+    return SkyrunError(f"out of memory: {cause}", hint, WILL_NOT_FIT)
+
+
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
-    """Turn a failed allocation, on the device or the host, into a SkyrunError."""
+    """Turn a failed allocation into a SkyrunError."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in cause for sign in _OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
-        raise SkyrunError(f"out of memory: {cause}", hint, FAILED) from error
+        raise out_of_memory(error) from error
 
 
 def reset_peak(device: torch.device) -> None:
@@ -79,18 +95,26 @@ def finish(device: torch.device) -> None:
 
 
 class Ring(Protocol):
-    """A fixed number of equal buffers on a device, filled in turn by a reader thread, used in turn by a model."""
+    """A fixed number of equal buffers on a device, filled in turn by threads that read, used in turn by a model.
+
+    staged: bytes for a buffer have to pass through others on the host, of `piece_bytes` each.
+    """
 
     slots: list[Tensor]
+    staged: bool
+    piece_bytes: int
 
-    def host(self, slot: int) -> Tensor:
-        """Reader: the host memory to read into for this slot."""
+    def allocate(self, nbytes: int) -> Tensor:
+        """Reader: another buffer on the device, for what stays there."""
 
-    def send(self, slot: int, nbytes: int) -> None:
-        """Reader: the first `nbytes` of the host memory are complete; bring them to the slot."""
+    def staging(self) -> AbstractContextManager[Tensor]:
+        """Reader: a buffer on the host whose content has been sent. Waits until there is one."""
 
-    def receive(self, slot: int) -> None:
-        """Model: work enqueued from here on sees the slot filled."""
+    def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
+        """Reader: copy from staging to places in the slot's buffer, or one that was allocated: pairs (to, from)."""
+
+    def receive(self, arrivals: Iterable[Arrival]) -> None:
+        """Model: work enqueued from here on sees what was sent."""
 
     def release(self, slot: int) -> None:
         """Model: work enqueued so far is the last that uses the slot."""
@@ -103,18 +127,26 @@ class Ring(Protocol):
 
 
 class HostRing:
-    """On a CPU a slot is the memory that is read into."""
+    """On a CPU a slot is the memory that is read into. Only what has to be laid out anew is staged."""
+
+    staged = False
 
     def __init__(self, slots: int, nbytes: int) -> None:
-        self.slots = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(slots)]
+        self.slots = [self.allocate(nbytes) for _ in range(slots)]
+        self.piece_bytes = piece_bytes(nbytes)
 
-    def host(self, slot: int) -> Tensor:
-        return self.slots[slot]
+    def allocate(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
-    def send(self, slot: int, nbytes: int) -> None:
-        pass
+    @contextmanager
+    def staging(self) -> Iterator[Tensor]:
+        yield self.allocate(self.piece_bytes)
 
-    def receive(self, slot: int) -> None:
+    def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
+        for target, source in moves:
+            target.copy_(source)
+
+    def receive(self, arrivals: Iterable[Arrival]) -> None:
         pass
 
     def release(self, slot: int) -> None:
@@ -128,54 +160,89 @@ class HostRing:
 
 
 class CudaRing:
-    """Slots in device memory behind two page-locked buffers: one is read into while the other is copied.
+    """Slots in device memory behind a few page-locked buffers, from which a stream of its own copies.
 
-    Copies run on their own stream, and events order them with the model's kernels.
+    Events order the copies with the model's kernels: only readers wait for copies, and the model for no kernel but
+    those of two blocks ago. Events are waited for asleep, not spinning.
     """
 
+    staged = True
+
     def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
-        self.slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2 if slots else 0)]
-        self._staged: list[Any] = [None, None]
-        self._turn = 0
+        self.piece_bytes = piece_bytes(nbytes)
         self._device = device
         self._copies = torch.cuda.Stream(device)
-        self._copies.wait_stream(torch.cuda.current_stream(device))  # the slots' memory may still be in use there
-        self._enqueued: deque[Any] = deque()
-        self._filled = [torch.cuda.Event() for _ in range(slots)]
+        self.slots = [self.allocate(nbytes) for _ in range(slots)]
         self._released: list[Any] = [None] * slots
+        self._enqueued: deque[Any] = deque()
+        self._locked, memory = _page_locked(device, self.piece_bytes)
+        self._staging: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
+        for buffer in memory.split(self.piece_bytes):
+            self._staging.put((buffer, torch.cuda.Event(blocking=True)))
+        self._address = memory.data_ptr()
 
-    def host(self, slot: int) -> Tensor:
-        self._turn ^= 1
-        if self._staged[self._turn] is not None:
-            self._staged[self._turn].synchronize()
-        return self._staging[self._turn]
+    def allocate(self, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # the memory may still be in use there
+        return buffer
 
-    def send(self, slot: int, nbytes: int) -> None:
+    @contextmanager
+    def staging(self) -> Iterator[Tensor]:
+        buffer, copied = self._staging.get()
+        try:
+            copied.synchronize()
+            yield buffer
+        finally:
+            copied.record(self._copies)
+            self._staging.put((buffer, copied))
+
+    def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
         with torch.cuda.stream(self._copies):
-            if self._released[slot] is not None:
+            if slot is not None and self._released[slot] is not None:
                 self._copies.wait_event(self._released[slot])
-            self.slots[slot][:nbytes].copy_(self._staging[self._turn][:nbytes], non_blocking=True)
-            self._filled[slot].record(self._copies)
-        self._staged[self._turn] = self._filled[slot]
+            for target, source in moves:
+                target.copy_(source, non_blocking=True)
+            return self._copies.record_event()
 
-    def receive(self, slot: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._filled[slot])
+    def receive(self, arrivals: Iterable[Arrival]) -> None:
+        for arrival in arrivals:
+            torch.cuda.current_stream(self._device).wait_event(arrival)
 
     def release(self, slot: int) -> None:
         self._released[slot] = torch.cuda.current_stream(self._device).record_event()
 
     def keep_pace(self) -> None:
-        self._enqueued.append(torch.cuda.current_stream(self._device).record_event())
+        enqueued = torch.cuda.Event(blocking=True)
+        enqueued.record(torch.cuda.current_stream(self._device))
+        self._enqueued.append(enqueued)
         if len(self._enqueued) > _BLOCKS_AHEAD:
             self._enqueued.popleft().synchronize()
 
     def close(self) -> None:
         self._copies.synchronize()
+        if self._locked:
+            self._locked = False
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._staging = SimpleQueue()
         self.slots.clear()
-        self._staging.clear()
 
 
 def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:
     """A ring of `slots` buffers of `nbytes` on the device."""
     return CudaRing(device, slots, nbytes) if device.type == "cuda" else HostRing(slots, nbytes)
+
+
+def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
+    """Memory for some pieces of `nbytes`, and whether it is page-locked; fewer pieces where not as much can be.
+
+    An allocation that is registered has the size that it was asked for; torch's own are rounded up to powers of two.
+    """
+    memory, cudart = torch.empty(0), torch.cuda.cudart()
+    for pieces in (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4):
+        memory = torch.empty(pieces * nbytes + _PAGE, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % _PAGE :][: pieces * nbytes]
+        if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
+            return True, memory
+        with suppress(RuntimeError):  # a kernel would report the failure as its own: let it be this one
+            torch.ones(1, device=device)
+    return False, memory

@@ -20,11 +20,12 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins. total: units of work, in `unit`."""
+    """A stage begins. total: units of work, in `unit`. before: units of it that are done already."""
 
     stage: str
     total: int
     unit: str
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class StageEnded:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something that a person should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class LatentsReady:
     """Denoising is over. latents: float32 [C, F', h, w] on the CPU."""
 
@@ -73,7 +81,7 @@ class FramesReady:
     frames: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
-Event = StageStarted | Progress | BlockDone | StageEnded | LatentsReady | FramesReady
+Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady
 
 
 def as_json(event: Event) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets.memory import GIB
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sizes import bucket
 
 _SEEDS = 1 << 32
+_SHRINK = 0.85  # of what a plan takes that was too much, for the next one
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,7 @@ def prepare(request: Request) -> Job:
     request = replace(request, size=(height, width), frames=request.frame_count, seconds=None)
     encoder = UMT5(files.text_encoder)
     workload = _workload(request, files, encoder)
-    hardware = probe(device.type)
-    if request.precision is None and workload.weight_type not in EXACT_TYPES:
-        hardware = replace(hardware, fast_gain=fast_gain(device, workload.tokens, workload.dim))
-    plan = choose(
-        hardware,
-        workload,
-        precision=request.precision,
-        dtype=request.dtype,
-        max_vram=request.max_vram,
-        max_ram=request.max_ram,
-    )
+    plan = _plan(request, workload, device)
     if plan.problem:
         raise SkyrunError(
             f"{height}x{width} with {request.frame_count} frames will not fit: {plan.problem}",
@@ -86,6 +78,34 @@ def prepare(request: Request) -> Job:
             WILL_NOT_FIT,
         )
     return Job(request, tuple(pictures), files, encoder, height, width, device, workload, plan)
+
+
+def _plan(request: Request, workload: Workload, device: torch.device) -> Plan:
+    hardware = probe(device.type)
+    if request.precision is None and workload.weight_type not in EXACT_TYPES:
+        hardware = replace(hardware, fast_gain=fast_gain(device, workload.tokens, workload.dim))
+    return choose(
+        hardware,
+        workload,
+        precision=request.precision,
+        dtype=request.dtype,
+        max_vram=request.max_vram,
+        max_ram=request.max_ram,
+    )
+
+
+def shrunk(job: Job) -> Job | None:
+    """The same job by a plan that takes less memory; None if there is none. Numbers keep their types."""
+    plan, nbytes = job.plan, float(job.plan.peak_bytes)
+    while True:
+        nbytes *= _SHRINK
+        limit = {"max_vram" if job.device.type == "cuda" else "max_ram": nbytes / GIB}
+        request = replace(job.request, precision=plan.precision, dtype=plan.dtype, **limit)
+        smaller = _plan(request, job.workload, job.device)
+        if smaller.problem:
+            return None
+        if replace(smaller, stages=plan.stages, limit_bytes=plan.limit_bytes) != plan:
+            return replace(job, plan=smaller)
 
 
 def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:

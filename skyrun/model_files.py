@@ -1,5 +1,6 @@
 """The files that make up a model: found in a folder by what they say of themselves, never by their names."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from skyrun.kernels.safetensors_header import read_safetensors_header
 T = TypeVar("T")
 
 _CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
+_HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
+_VAE_HEAD_BYTES = 1 << 20
 _VAE_TENSOR = "decoder.conv1.weight"
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
@@ -109,3 +112,19 @@ def bits_per_weight(file: GGUFFile) -> float:
     """Bits per weight of a file's blocks, on average."""
     weights = _block_weights(file)
     return sum(count * FORMATS[name].bits_per_weight for name, count in weights.items()) / max(1, sum(weights.values()))
+
+
+def fingerprint(file: GGUFFile) -> str:
+    """A digest of a file's tensors: their names, types and shapes, and the head of each."""
+    digest = hashlib.sha256()
+    for info in file.tensors.values():
+        digest.update(f"{info.name} {info.format.name} {info.shape}".encode())
+        digest.update(file.read(info, 0, min(info.nbytes, _HEAD_BYTES)))
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(files: ModelFiles) -> str:
+    """Digests of the three files of a model."""
+    with open(files.vae, "rb") as file:
+        vae = hashlib.sha256(file.read(_VAE_HEAD_BYTES) + str(files.vae.stat().st_size).encode())
+    return f"{fingerprint(files.transformer)} {fingerprint(files.text_encoder)} {vae.hexdigest()[:16]}"

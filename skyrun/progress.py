@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from skyrun.events import BlockDone, Event, StageEnded, StageStarted, now
+from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
 from skyrun.events import Progress as StageProgress
 
 
@@ -36,6 +36,7 @@ class Bar(Protocol):
     def start(self, name: str) -> None: ...
     def update(self, fraction: float, text: str) -> None: ...
     def finish(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 class Display:
@@ -51,6 +52,10 @@ class Display:
         """One event of a pipeline."""
         if isinstance(event, StageStarted):
             self.begin(event.stage, event.total, event.unit)
+            if event.before:
+                self.resume(event.before)
+        elif isinstance(event, Notice):
+            self._bar.note(event.text)
         elif isinstance(event, BlockDone):
             self._partial = (event.index + 1) / event.total
             self._update()
@@ -122,6 +127,9 @@ class _TerminalBar:
     def finish(self, text: str) -> None:
         self._bars.update(self._task, completed=1.0, text=text)
 
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, markup=False, highlight=False)
+
 
 class _Lines:
     """For logs: a line at every tenth of the work, seconds apart, and one at its end."""
@@ -139,6 +147,9 @@ class _Lines:
 
     def finish(self, text: str) -> None:
         print(f"{self._name}: done in {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skyrun.quant.compare import TensorError
     from skyrun.quant.importance import Importance
     from skyrun.quant.plan import Conversion
+    from skyrun.run_state import RunState
     from skyrun.runner import Result
 
 _GIB = 1 << 30
@@ -53,6 +54,15 @@ def plan_text(job: "Job") -> str:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes)])
     return "\n".join([*head, table(rows)])
+
+
+def state_text(job: "Job", state: "RunState") -> str:
+    """What an earlier run has finished."""
+    if state.steps >= job.request.steps:
+        return "denoising was finished before: what is left is decoding"
+    if state.steps:
+        return f"{state.steps} of {job.request.steps} steps were finished before: going on from there"
+    return "text and pictures were encoded before" if state.pictures is not None else "the text was encoded before"
 
 
 def _numbers(plan: "Plan") -> str:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,12 @@ class Request:
     def latent_frames(self) -> int:
         """Latent frames of the clip, without references."""
         return 1 + (self.frame_count - 1) // 4
+
+    def absolute(self) -> "Request":
+        """The same request, with paths that hold in every folder."""
+        places = {name: getattr(self, name) for name in ("output", "model", "save_latents")}
+        whole = {name: path.absolute() for name, path in places.items() if path is not None}
+        return replace(self, images=tuple(path.absolute() for path in self.images), **whole)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, those that are set."""

@@ -1,5 +1,6 @@
-"""Make the clip of a job, handing out events on the way."""
+"""Make the clip of a job, handing out events on the way. What is finished is not lost."""
 
+import gc
 import json
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -13,16 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skyrun.device import out_of_memory_explained, peak_bytes, vram_limited
+from skyrun.device import finish, is_out_of_memory, out_of_memory, peak_bytes, vram_limited
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.events import Event, FramesReady, LatentsReady, StageEnded, StageStarted, drain, now
-from skyrun.job import Job, prepare
+from skyrun.events import Event, FramesReady, LatentsReady, Notice, StageEnded, StageStarted, drain, now
+from skyrun.job import Job, prepare, shrunk
+from skyrun.keeper import Keeper
 from skyrun.kernels.atomic import replacing
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.presets import Plan
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.request import FPS, Request
+from skyrun.run_state import RunState
 from skyrun.video import writing_video
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Result:
     decoding. request: with the seed that was used. stages: what each took.
     """
 
-    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    frames: Frames
     latents: Tensor
     fps: int
     request: Request
@@ -46,18 +51,63 @@ class Result:
         return self.request.output
 
 
-def run_job(job: Job, keep_frames: bool = True) -> Generator[Event, None, Result]:
-    """Make the clip. Yields events; latents are saved before decoding, frames are written as they come."""
-    request = job.request
-    kept, stages, latents = [], [], torch.empty(0)
+def run_job(job: Job, keep_frames: bool = True, state: RunState | None = None) -> Generator[Event, None, Result]:
+    """Make the clip. Yields events; frames are written as they come.
+
+    state: what an earlier run has finished. It is kept beside the clip while there is no clip. When memory runs out
+    the run goes on from its last finished step by a plan that takes less; SkyrunError (exit code 3) if there is none.
+    """
+    state = state or RunState()
+    keeper = Keeper(job, state)
+    stages: list[StageEnded] = []
+    try:
+        with vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
+            while True:
+                shortage: SkyrunError | None = None
+                try:
+                    frames, latents, failure = yield from _attempt(job, state, keeper, stages, keep_frames)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    shortage = out_of_memory(error)
+                if shortage is None:
+                    break
+                job = yield from _go_on(job, shortage)  # here, where no traceback holds on to tensors
+    except BaseException:
+        keeper.save()
+        raise
+    keeper.remove()
+    if failure is not None:  # only now: the clip itself could be made
+        raise failure
+    return Result(frames, latents, FPS, job.request, job.plan, tuple(stages))
+
+
+def _go_on(job: Job, shortage: SkyrunError) -> Generator[Event, None, Job]:
+    """The job by a smaller plan, with a notice of it."""
+    gc.collect()
+    finish(job.device)
+    smaller = shrunk(job)
+    if smaller is None:
+        raise shortage
+    plan = smaller.plan
+    size = f"{plan.peak_bytes / (1 << 30):.1f} instead of {job.plan.peak_bytes / (1 << 30):.1f} GiB"
+    rows = f", {plan.token_rows} tokens at a time" if plan.token_rows else ""
+    yield Notice(f"{shortage.message}; going on from the last finished step with a plan that takes {size}{rows}")
+    return smaller
+
+
+def _attempt(
+    job: Job, state: RunState, keeper: Keeper, stages: list[StageEnded], keep_frames: bool
+) -> Generator[Event, None, tuple[Frames, Tensor, SkyrunError | None]]:
+    """Run the stages that are left. The frames, if they are kept, the latents, and why they could not be saved."""
+    request, kept, latents = job.request, [], torch.empty(0)
     failure: SkyrunError | None = None
-    allowed = job.plan.limit_bytes - CONTEXT_BYTES
-    with out_of_memory_explained(), vram_limited(job.device, allowed), ExitStack() as stack:
+    with ExitStack() as stack:
         writer = None
         if request.output is not None:
             video = writing_video(request.output, job.height, job.width, FPS, request.as_json())
             writer = stack.enter_context(video)
-        for event in reference_to_video(job):
+        for event in reference_to_video(job, state):
             if isinstance(event, LatentsReady):
                 latents = event.latents.clone()  # an ordinary tensor, not one of inference mode
                 failure = _save_latents(request, latents)
@@ -68,16 +118,16 @@ def run_job(job: Job, keep_frames: bool = True) -> Generator[Event, None, Result
                     kept.append(event.frames)
             elif isinstance(event, StageEnded):
                 stages.append(event)
+            if (notice := keeper.after(event)) is not None:
+                yield notice
             yield event
         if writer is not None:
             start = now()
             yield StageStarted("write", 1, "file")
             stack.close()
             yield StageEnded("write", now() - start, peak_bytes(job.device))
-    if failure is not None:  # only now: the clip itself could be made
-        raise failure
     frames = np.concatenate(kept) if kept else np.empty((0, job.height, job.width, 3), np.uint8)
-    return Result(frames, latents, FPS, request, job.plan, tuple(stages))
+    return frames, latents, failure
 
 
 def _save_latents(request: Request, latents: Tensor) -> SkyrunError | None:

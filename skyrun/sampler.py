@@ -5,7 +5,9 @@ of diffusers 0.34, which the models were distilled with; later versions moved th
 """
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _TRAIN_STEPS = 1000
@@ -22,6 +24,7 @@ class UniPC:
     """One trajectory. Call `step` once per timestep, in order."""
 
     def __init__(self, steps: int, shift: float) -> None:
+        self._shift = shift
         self.sigmas = shifted_sigmas(steps, shift)
         # The model was trained on whole timesteps and gets them truncated; the solver keeps the exact level.
         self.timesteps = [int(_TRAIN_STEPS * sigma) for sigma in self.sigmas[:-1]]
@@ -41,6 +44,28 @@ class UniPC:
         self._start = sample
         self._index += 1
         return self._predict(sample)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where the trajectory is: tensors by name, and plain values."""
+        tensors = {f"prediction{index}": tensor for index, tensor in enumerate(self._predictions)}
+        if self._start is not None:
+            tensors["start"] = self._start
+        values = {"steps": len(self.timesteps), "shift": self._shift, "index": self._index, "order": self._order}
+        return tensors, values
+
+    @classmethod
+    def restored(cls, values: dict[str, Any], tensors: dict[str, Tensor]) -> "UniPC":
+        """The trajectory whose `state` this is."""
+        sampler = cls(int(values["steps"]), float(values["shift"]))
+        sampler._index, sampler._order = int(values["index"]), int(values["order"])
+        sampler._predictions = [tensors[name] for name in ("prediction0", "prediction1") if name in tensors]
+        sampler._start = tensors.get("start")
+        return sampler
+
+    def to(self, device: torch.device) -> None:
+        """Move what it remembers."""
+        self._predictions = [tensor.to(device) for tensor in self._predictions]
+        self._start = None if self._start is None else self._start.to(device)
 
     def _predict(self, sample: Tensor) -> Tensor:
         result, h, weight = self._first_order(sample)

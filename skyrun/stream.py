@@ -1,4 +1,4 @@
-"""Blocks of weights that pass by: read ahead from disk by a thread while the model works on the block before.
+"""Blocks of weights that pass by: read ahead from disk by threads while the model works on the block before.
 
 A ring of a few buffers holds the block in use and the next ones; nothing else of the blocks is in memory, except
 those that the plan keeps. Blocks are found by the offsets in the header, in whatever order the file has them.
@@ -7,21 +7,24 @@ those that the plan keeps. Blocks are found by the offsets in the header, in wha
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import torch
 from torch import Tensor
 
-from skyrun.device import make_ring
+from skyrun.device import Arrival, make_ring
 from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
 from skyrun.kernels.device import uses_triton
 from skyrun.kernels.gguf_file import TensorInfo
-from skyrun.kernels.planes import to_planes
-from skyrun.kernels.reading import open_unbuffered, read_into
+from skyrun.kernels.planes import FIELDS, to_planes
+from skyrun.presets.memory import LOADERS
+from skyrun.reader import Extent, FileReader
 from skyrun.weights import Observe, Weights, as_weight, has_planes
 
 _ALIGNMENT = 32
@@ -31,12 +34,37 @@ ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, after t
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A run of bytes of the file and its place in a buffer."""
+class Piece:
+    """A run of a block's bytes in the file, and where they belong in the block's buffer.
+
+    It begins `start` bytes into a run that lies at `at`. info: of the tensor that the run is, if the fields of its
+    blocks are to lie apart; a run of other tensors lies as in the file.
+    """
 
     offset: int
     nbytes: int
     at: int
+    start: int = 0
+    info: TensorInfo | None = None
+
+    def split(self, limit: int) -> "Iterator[Piece]":
+        """Pieces of at most `limit` bytes, of whole blocks where fields lie apart."""
+        step = limit // self.info.format.block_bytes * self.info.format.block_bytes if self.info else limit
+        for start in range(0, self.nbytes, step):
+            yield replace(self, offset=self.offset + start, nbytes=min(step, self.nbytes - start), start=start)
+
+    def moves(self, buffer: Tensor, staged: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What has to be copied from where, to bring the piece to its block's buffer."""
+        if self.info is None:
+            return [(buffer[self.at + self.start :][: self.nbytes], staged[: self.nbytes])]
+        width = self.info.format.block_bytes
+        total, before, count = (nbytes // width for nbytes in (self.info.nbytes, self.start, self.nbytes))
+        pairs = []
+        for part in FIELDS[self.info.format.name]:
+            target = buffer[self.at + total * part.plane_start + before * part.width :]
+            source = staged[count * part.plane_start :]
+            pairs.append((target[: count * part.width], source[: count * part.width]))
+        return pairs
 
 
 @dataclass(frozen=True)
@@ -54,12 +82,17 @@ class Block:
         views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
         return Weights(owner, views, observe, fast)
 
-    def to_planes(self, buffer: Tensor) -> None:
-        """Lay the fields of blocks apart, in place, where kernels want them so."""
+    def pieces(self, limit: int, planar: bool) -> list[Piece]:
+        """The block in pieces of at most `limit` bytes. planar: fields lie apart where kernels want them so."""
+        runs: list[Piece] = []
         for _, info, at in self.tensors:
-            if has_planes(info):
-                blocks = buffer[at : at + info.nbytes].view(-1, info.format.row_bytes(info.shape[-1]))
-                blocks.copy_(to_planes(blocks, info.format.name))
+            apart = info if planar and has_planes(info) else None
+            last = runs[-1] if runs else None
+            if last and last.info is apart is None and at - info.offset == last.at - last.offset:
+                runs[-1] = replace(last, nbytes=at + info.nbytes - last.at)
+            else:
+                runs.append(Piece(info.offset, info.nbytes, at, info=apart))
+        return [piece for run in runs for piece in run.split(limit)]
 
 
 def lay_out(tensors: dict[str, TensorInfo]) -> Block:
@@ -92,40 +125,63 @@ def lay_out_blocks(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -
     return [lay_out(blocks[index]) for index in range(len(blocks))]
 
 
-class FileReader:
-    """Fills buffers from a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open_unbuffered(path)
-
-    def read(self, block: Block, buffer: Tensor) -> None:
-        """Read the block's extents into the buffer, uint8 on the host."""
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        for extent in block.extents:
-            read_into(self._file, view[extent.at : extent.at + extent.nbytes], extent.offset)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Loaded:
-    """A block that the reader has finished. slot is None for one that stays in memory."""
+    """A piece that is on its way to the block's buffer, or a whole block that has been read into it."""
+
+    read_start: float
+    read_end: float
+    arrival: Arrival = None
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """A block whose pieces are under way. slot is None for one that stays in memory."""
 
     index: int
     slot: int | None
     buffer: Tensor
-    read_start: float
-    read_end: float
+    pieces: list[Future[_Loaded]]
 
 
 @dataclass
 class StreamStats:
-    """What a stream has done so far. stall: time that the model waited for a block."""
+    """What a stream has done so far.
+
+    read_seconds: when at least one thread was reading. stall_seconds: when the model waited for a block.
+    """
 
     bytes_read: int = 0
     read_seconds: float = 0.0
     stall_seconds: float = 0.0
+    _reading: int = field(default=0, repr=False)
+    _since: float = field(default=0.0, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second while reading."""
+        return self.bytes_read / self.read_seconds if self.read_seconds else 0.0
+
+    @property
+    def hidden(self) -> float:
+        """The share of reading that the model did not wait for."""
+        return 1 - min(1.0, self.stall_seconds / self.read_seconds) if self.read_seconds else 1.0
+
+    def reading(self, nbytes: int) -> None:
+        """A thread begins to read that much."""
+        with self._lock:
+            self.bytes_read += nbytes
+            if not self._reading:
+                self._since = now()
+            self._reading += 1
+
+    def read(self) -> None:
+        """A thread has ended what it began."""
+        with self._lock:
+            self._reading -= 1
+            if not self._reading:
+                self.read_seconds += now() - self._since
 
 
 class BlockStream:
@@ -155,16 +211,18 @@ class BlockStream:
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
-        passing = [block.nbytes for index, block in enumerate(blocks) if index not in resident]
-        slots = slots if passing else 0
-        self._ring = make_ring(device, slots, max(passing, default=0))
         self._reader = reader or FileReader(path)
+        slots = slots if len(resident) < len(blocks) else 0
+        self._ring = make_ring(device, slots, max(block.nbytes for block in blocks))
+        self._staged = self._ring.staged or self._planar
+        self._scratch: SimpleQueue[Tensor] = SimpleQueue()
         self._free: SimpleQueue[int | None] = SimpleQueue()
-        self._ready: SimpleQueue[_Loaded | BaseException] = SimpleQueue()
+        self._ready: SimpleQueue[_Loading | BaseException] = SimpleQueue()
         for slot in range(slots):
             self._free.put(slot)
         self._closed = False
-        self._thread = threading.Thread(target=self._read_all, name=f"read {path.name}", daemon=True)
+        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix=f"load {path.name}")
+        self._thread = threading.Thread(target=self._load_all, name=f"order {path.name}", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> "BlockStream":
@@ -177,41 +235,45 @@ class BlockStream:
         """Stop reading and let go of all buffers."""
         self._closed = True
         self._free.put(None)
+        self._reader.close()  # first: whatever waits for it goes on, and fails
         self._thread.join()
-        self._reader.close()
+        self._loaders.shutdown(cancel_futures=True)
         self._kept.clear()
         self._ring.close()
 
     def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
         """One pass: the weights of each block in order, valid until the next is asked for, and its clock."""
         for index, block in enumerate(self._blocks):
-            loaded = self._next(index)
-            clock = BlockClock(index, len(self._blocks), loaded.read_start, loaded.read_end, now())
+            buffer, slot, read_start, read_end = self._next(index)
+            clock = BlockClock(index, len(self._blocks), read_start, read_end, now())
             observe = partial(self._observe, index) if self._observe else None
             name = f"block {index} of {self._path}"
-            yield block.weights(name, loaded.buffer, observe, self._planar, self._fast), clock
-            if loaded.slot is not None:
-                self._ring.release(loaded.slot)
-                self._free.put(loaded.slot)
+            yield block.weights(name, buffer, observe, self._planar, self._fast), clock
+            if slot is not None:
+                self._ring.release(slot)
+                self._free.put(slot)
             self._ring.keep_pace()
 
-    def _next(self, index: int) -> _Loaded:
+    def _next(self, index: int) -> tuple[Tensor, int | None, float, float]:
+        """The block's buffer, its slot, and when it was read."""
         if index in self._kept:
-            return _Loaded(index, None, self._kept[index], now(), now())
+            return self._kept[index], None, now(), now()
         waiting = now()
-        loaded = self._ready.get()
+        loading = self._ready.get()
+        if isinstance(loading, BaseException):
+            raise loading
+        assert loading.index == index, "blocks are asked for in the order they are read"
+        pieces = [piece.result() for piece in loading.pieces]
         self.stats.stall_seconds += now() - waiting
-        if isinstance(loaded, BaseException):
-            raise loaded
-        assert loaded.index == index, "blocks are asked for in the order they are read"
-        if loaded.slot is None:
-            self._kept[index] = loaded.buffer
-        else:
-            self._ring.receive(loaded.slot)
-        return loaded
+        self._ring.receive([piece.arrival for piece in pieces])
+        if loading.slot is None:
+            self._kept[index] = loading.buffer
+        read_start, read_end = min(piece.read_start for piece in pieces), max(piece.read_end for piece in pieces)
+        return loading.buffer, loading.slot, read_start, read_end
 
     @torch.inference_mode()  # the mode is per thread, and buffers made in it may only be filled in it
-    def _read_all(self) -> None:
+    def _load_all(self) -> None:
+        """Find every block a buffer, in order, and give it to the loaders."""
         try:
             for turn in range(self._passes):
                 for index, block in enumerate(self._blocks):
@@ -219,41 +281,63 @@ class BlockStream:
                         return
                     if index in self._resident:
                         if turn == 0:
-                            self._ready.put(self._read_kept(index, block))
+                            self._load_kept(index, block)
                         continue
                     slot = self._free.get()
                     if slot is None or self._closed:
                         return
-                    self._ready.put(self._read_passing(index, block, slot))
+                    buffer = self._ring.slots[slot]
+                    self._ready.put(_Loading(index, slot, buffer, self._load(block, buffer, slot)))
         except BaseException as error:
             self._ready.put(error)
 
-    def _read_passing(self, index: int, block: Block, slot: int) -> _Loaded:
-        host = self._ring.host(slot)
+    def _load_kept(self, index: int, block: Block) -> None:
+        buffer = self._ring.allocate(block.nbytes)
+        pieces = self._load(block, buffer, None)
+        self._ready.put(_Loading(index, None, buffer, pieces))
+        for piece in pieces:  # no slot limits how many are under way
+            piece.exception()
+
+    def _load(self, block: Block, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
+        if not self._staged:
+            return [self._loaders.submit(self._read, block.extents, buffer)]
+        pieces = block.pieces(self._ring.piece_bytes, self._planar)
+        return [self._loaders.submit(self._stage, piece, buffer, slot) for piece in pieces]
+
+    @torch.inference_mode()
+    def _read(self, extents: Sequence[Extent], buffer: Tensor) -> _Loaded:
+        """Read into a buffer on the host."""
         start = now()
-        self._read(block, host)
-        loaded = _Loaded(index, slot, self._ring.slots[slot], start, now())
-        self._ring.send(slot, block.nbytes)
-        self._count(block, loaded)
-        return loaded
+        self.stats.reading(sum(extent.nbytes for extent in extents))
+        try:
+            self._reader.read(extents, buffer)
+        finally:
+            self.stats.read()
+        return _Loaded(start, now())
 
-    def _read(self, block: Block, host: Tensor) -> None:
-        self._reader.read(block, host)
-        if self._planar:
-            block.to_planes(host)
+    @torch.inference_mode()
+    def _stage(self, piece: Piece, buffer: Tensor, slot: int | None) -> _Loaded:
+        """Read a piece, lay its fields apart where they should be, and send it to the buffer."""
+        extent = Extent(piece.offset, piece.nbytes, 0)
+        with self._ring.staging() as staged:
+            if piece.info is None:
+                loaded = self._read([extent], staged)
+            else:
+                with self._whole_blocks() as scratch:
+                    loaded = self._read([extent], scratch)
+                    blocks = scratch[: piece.nbytes].view(-1, piece.info.format.block_bytes)
+                    to_planes(blocks, piece.info.format.name, staged[: piece.nbytes].view_as(blocks))
+            return replace(loaded, arrival=self._ring.send(piece.moves(buffer, staged), slot))
 
-    def _read_kept(self, index: int, block: Block) -> _Loaded:
-        host = torch.empty(block.nbytes, dtype=torch.uint8)
-        start = now()
-        self._read(block, host)
-        loaded = _Loaded(index, None, host, start, now())
-        loaded.buffer = host.to(self._device)
-        self._count(block, loaded)
-        return loaded
-
-    def _count(self, block: Block, loaded: _Loaded) -> None:
-        self.stats.bytes_read += block.nbytes
-        self.stats.read_seconds += loaded.read_end - loaded.read_start
+    @contextmanager
+    def _whole_blocks(self) -> Iterator[Tensor]:
+        """A buffer for a piece as it is in the file, used again and again."""
+        try:
+            scratch = self._scratch.get_nowait()
+        except Empty:
+            scratch = torch.empty(self._ring.piece_bytes, dtype=torch.uint8)
+        yield scratch
+        self._scratch.put(scratch)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from skyrun.pipelines.stages import denoise
 from skyrun.presets import Plan
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.request import MAX_REFERENCES, TEXT_LENGTH, Request
+from skyrun.run_state import RunState
 from skyrun.sampler import UniPC
 
 _READERS, _CHUNK = 8, 4 << 20  # of the plain read that the stream is compared with
@@ -138,7 +139,8 @@ def _from_memory(job: Job) -> Generator[Event, None, None]:
     noise = torch.randn(LATENT_CHANNELS, request.latent_frames, rows, cols, device=device)
     condition = torch.zeros(LATENT_CHANNELS, MAX_REFERENCES, rows, cols, device=device)
     text = torch.randn(TEXT_LENGTH, dit.dims.text_dim)
-    yield from denoise(dit, job.files.transformer, plan, UniPC(request.steps, 5.0), noise, condition, text)
+    state = RunState(text, condition, noise, UniPC(request.steps, 5.0))
+    yield from denoise(dit, job.files.transformer, plan, state)
 
 
 def _plain_rate(path: Path) -> float:

@@ -11,6 +11,7 @@ from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
 from skyrun.request import MAX_REFERENCES, Request
+from skyrun.run_state import RunState, on_device
 from skyrun.sampler import UniPC
 from skyrun.stream import ObserveBlock
 
@@ -27,21 +28,28 @@ def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
 
 
 @torch.inference_mode()
-def reference_to_video(job: Job, observe: ObserveBlock | None = None) -> Iterator[Event]:
+def reference_to_video(job: Job, state: RunState | None = None, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out.
 
-    observe: is shown the input of every linear layer of the transformer's blocks.
+    state: what is finished is not made again, and what is made is put there. observe: is shown the input of every
+    linear layer of the transformer's blocks.
     """
     request, plan, files, device = job.request, job.plan, job.files, job.device
+    state = on_device(state or RunState(), device)
     noise, picture_noise = draw_noise(request)
-    pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
-    text = yield from encode_text(job.encoder, request.prompt, device)
-    pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
-    empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
-    condition = torch.cat((*pictures, *empty), 1)
-    dit = yield from load_transformer(files.transformer, plan, device)
-    sampler = UniPC(request.steps, _SHIFT)
-    latents = yield from denoise(dit, files.transformer, plan, sampler, noise.to(device), condition, text, observe)
-    del dit
-    yield LatentsReady(latents.cpu())
-    yield from decode(files.vae, latents, plan, device)
+    if state.text is None:
+        state.text = yield from encode_text(job.encoder, request.prompt, device)
+    if state.pictures is None:
+        pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
+        pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
+        empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
+        state.pictures = torch.cat((*pictures, *empty), 1)
+    if state.sampler is None:
+        state.sampler, state.latents = UniPC(request.steps, _SHIFT), noise.to(device)
+    if state.steps < request.steps:
+        dit = yield from load_transformer(files.transformer, plan, device)
+        yield from denoise(dit, files.transformer, plan, state, observe)
+        del dit
+    assert state.latents is not None
+    yield LatentsReady(state.latents.cpu())
+    yield from decode(files.vae, state.latents, plan, device)

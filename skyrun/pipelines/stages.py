@@ -15,7 +15,7 @@ from skyrun.models.dit import DiT, block_layouts
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE
 from skyrun.presets import Plan
-from skyrun.sampler import UniPC
+from skyrun.run_state import RunState
 from skyrun.stream import BlockStream, ObserveBlock, StreamStats, spread
 
 
@@ -25,10 +25,11 @@ class Stage:
     def __init__(self, name: str, total: int, unit: str, device: torch.device) -> None:
         self._name, self._total, self._unit, self._device = name, total, unit, device
 
-    def started(self) -> StageStarted:
+    def started(self, before: int = 0) -> StageStarted:
+        """before: units that an earlier run has done."""
         reset_peak(self._device)
         self._start = now()
-        return StageStarted(self._name, self._total, self._unit)
+        return StageStarted(self._name, self._total, self._unit, before)
 
     def done(self, count: int) -> Progress:
         return Progress(self._name, count)
@@ -87,35 +88,33 @@ def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Genera
 
 
 def denoise(
-    dit: DiT,
-    file: GGUFFile,
-    plan: Plan,
-    sampler: UniPC,
-    latents: Tensor,
-    condition: Tensor,
-    text: Tensor,
-    observe: ObserveBlock | None = None,
-) -> Generator[Event, None, Tensor]:
-    """Noise [16, F, h, w] to latents. `condition` [16, R, h, w] follows the latents in time and stays as it is."""
+    dit: DiT, file: GGUFFile, plan: Plan, state: RunState, observe: ObserveBlock | None = None
+) -> Generator[Event, None, None]:
+    """The steps that the state does not have yet. References follow the latents in time and stay as they are."""
+    sampler, latents, references, text = state.sampler, state.latents, state.pictures, state.text
+    assert sampler is not None and latents is not None and references is not None and text is not None
+    remaining = sampler.timesteps[state.steps :]
     stage = Stage("denoise", len(sampler.timesteps), "steps", dit.device)
-    yield stage.started()
-    kept = spread(plan.resident_blocks, dit.dims.layers)
-    passes, slots = len(sampler.timesteps), plan.ring_slots
-    layouts = block_layouts(file)
-    fast = plan.precision == "fast"
+    yield stage.started(state.steps)
     with BlockStream(
-        file.path, layouts, dit.device, passes=passes, slots=slots, resident=kept, observe=observe, fast=fast
+        file.path,
+        block_layouts(file),
+        dit.device,
+        passes=len(remaining),
+        slots=plan.ring_slots,
+        resident=spread(plan.resident_blocks, dit.dims.layers),
+        observe=observe,
+        fast=plan.precision == "fast",
     ) as stream:
-        frames = latents.shape[1]
         context = dit.embed_text(text)
-        rope = dit.rope(torch.cat((latents, condition), 1))
-        for index, time in enumerate(dit.embed_times(sampler.timesteps)):
-            sequence = torch.cat((latents, condition), 1)
+        rope = dit.rope(torch.cat((latents, references), 1))
+        for time in dit.embed_times(sampler.timesteps)[state.steps :]:  # all at once: the same numbers in every run
+            sequence = torch.cat((latents, references), 1)
             velocity = yield from dit.forward(stream, sequence, time, context, rope)
-            latents = sampler.step(velocity[:, :frames], latents)
-            yield stage.done(index + 1)
+            latents = sampler.step(velocity[:, : latents.shape[1]], latents)
+            state.latents, state.steps = latents, state.steps + 1
+            yield stage.done(state.steps)
     yield stage.ended(stream.stats)
-    return latents
 
 
 def decode(path: Path, latents: Tensor, plan: Plan, device: torch.device) -> Iterator[Event]:

@@ -1,0 +1,148 @@
+"""Reads of a file by several threads, large pieces at a time: one thread leaves most disks half idle."""
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from mmap import mmap
+from pathlib import Path
+
+import numpy as np
+import psutil
+from torch import Tensor
+
+from skyrun.errors import FAILED, SkyrunError
+from skyrun.kernels.reading import ReadAt, fill, open_unbuffered, read_at
+
+_THREADS, _CHUNK = 8, 4 << 20
+_PAGE = 4096  # reads around the page cache begin and end at multiples of it, in the file and in memory
+_CACHED_SHARE = 0.7  # of the free memory: larger files would push each other's pages out of the page cache
+_REFUSED = (errno.EINVAL, errno.ENOTSUP)  # by file systems that have no way around the page cache
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes of the file and its place in a buffer."""
+
+    offset: int
+    nbytes: int
+    at: int
+
+
+class FileReader:
+    """Fills buffers from a file.
+
+    A file that fits into free memory is read through the page cache, and comes from there when it is read again; larger
+    ones go around it. direct: go around it, rather than decide by the size.
+    """
+
+    def __init__(self, path: Path, direct: bool | None = None) -> None:
+        self._path = path
+        self._files = [open_unbuffered(path)]
+        self._found = self._identity()
+        self._mine = threading.local()
+        self._read: ReadAt = self._read_positions if hasattr(os, "preadv") else self._read_own
+        if direct is None:
+            direct = os.fstat(self._files[0].fileno()).st_size > _CACHED_SHARE * psutil.virtual_memory().available
+        if direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv"):
+            self._open_direct()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"read {path.name}")
+
+    def read(self, extents: Sequence[Extent], buffer: Tensor) -> None:
+        """Read the extents into the buffer, uint8 on the host. SkyrunError if that fails or the file has changed."""
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        reads = [
+            self._threads.submit(self._fill, view[extent.at + start : extent.at + end], extent.offset + start)
+            for extent in extents
+            for start, end in _chunks(extent)
+        ]
+        failure = None
+        for read in reads:  # all of them: after an error too nobody writes into the buffer any more
+            try:
+                read.result()
+            except Exception as error:
+                if failure is None:
+                    failure = error
+                    for other in reads:
+                        other.cancel()
+        if failure is not None:
+            raise failure
+        self._check()
+
+    def close(self) -> None:
+        """End the threads, after the chunks under way. Who waits for others gets a CancelledError."""
+        self._threads.shutdown(cancel_futures=True)
+        for file in self._files:
+            file.close()
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        fill(target, offset, self._read, str(self._path))
+
+    def _read_positions(self, target: memoryview, offset: int) -> int:
+        return os.preadv(self._files[0].fileno(), [target], offset)
+
+    def _read_own(self, target: memoryview, offset: int) -> int:
+        """Where a position belongs to a file object, as on Windows, every thread needs one of its own."""
+        if not hasattr(self._mine, "read_at"):
+            file = open_unbuffered(self._path)
+            self._files.append(file)
+            self._mine.read_at = read_at(file)
+        got: int = self._mine.read_at(target, offset)
+        return got
+
+    def _open_direct(self) -> None:
+        try:
+            file = FileIO(os.open(self._path, os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            return  # refused; and if it is something else, reading will say so
+        self._files.append(file)
+        self._read = partial(self._read_pages, file.fileno())
+
+    def _read_pages(self, file: int, target: memoryview, offset: int) -> int:
+        """Read whole pages around the page cache, and copy what is wanted of them."""
+        if not hasattr(self._mine, "pages"):
+            self._mine.pages = np.frombuffer(mmap(-1, _CHUNK), np.uint8)
+        lead = offset % _PAGE
+        pages = self._mine.pages[: -(-(lead + len(target)) // _PAGE) * _PAGE]
+        try:
+            got = os.preadv(file, [pages], offset - lead)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self._read = self._read_positions
+            got = 0
+        if got <= lead:  # refused, or the file ends here
+            return self._read_positions(target, offset)
+        count = min(got - lead, len(target))
+        np.copyto(np.frombuffer(target, np.uint8)[:count], pages[lead : lead + count])  # other threads run meanwhile
+        return count
+
+    def _identity(self) -> tuple[int, int, int, int] | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _check(self) -> None:
+        """A file that has gone is still there for those who have it open; one that has changed is not what it was."""
+        found = self._identity()
+        if found is None or self._found is None or found == self._found:
+            return
+        if found[:2] != self._found[:2]:
+            change = "replaced by another file"
+        elif found[2] != self._found[2]:
+            change = f"changed from {self._found[2]} to {found[2]} bytes"
+        else:
+            change = "written to"
+        raise SkyrunError(f"{self._path} was {change} while it was read", "restore it and run again", FAILED)
+
+
+def _chunks(extent: Extent) -> list[tuple[int, int]]:
+    """Where an extent is cut, from its start: at round places of the file, where pages begin too."""
+    cuts = range((extent.offset // _CHUNK + 1) * _CHUNK - extent.offset, extent.nbytes, _CHUNK)
+    return list(zip([0, *cuts], [*cuts, extent.nbytes], strict=True))
