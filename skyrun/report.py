@@ -43,6 +43,7 @@ def plan_text(job: "Job") -> str:
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
         f"{job.files.transformer.path.name} on {plan.device_name}, {_numbers(plan)} (decoding in {plan.vae_dtype})",
         blocks,
+        *_passing(plan),
         f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
     ]
     columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]
@@ -54,6 +55,13 @@ def plan_text(job: "Job") -> str:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes)])
     return "\n".join([*head, table(rows)])
+
+
+def _passing(plan: "Plan") -> list[str]:
+    if plan.token_rows is None:
+        return []
+    waiting = ", the others wait on the host" if plan.parked_tokens else ""
+    return [f"{plan.token_rows} tokens pass through a block at a time{waiting}"]
 
 
 def state_text(job: "Job", state: "RunState") -> str:
