@@ -74,7 +74,7 @@ class FileReader:
         self._check()
 
     def close(self) -> None:
-        """End the threads, after the chunks under way. Who waits for others gets a CancelledError."""
+        """End the threads, after the chunks under way. Reads that are not finished then fail."""
         self._threads.shutdown(cancel_futures=True)
         for file in self._files:
             file.close()

@@ -213,7 +213,11 @@ class BlockStream:
         self._kept: dict[int, Tensor] = {}
         self._reader = reader or FileReader(path)
         slots = slots if len(resident) < len(blocks) else 0
-        self._ring = make_ring(device, slots, max(block.nbytes for block in blocks))
+        try:
+            self._ring = make_ring(device, slots, max(block.nbytes for block in blocks))
+        except BaseException:
+            self._reader.close()
+            raise
         self._staged = self._ring.staged or self._planar
         self._scratch: SimpleQueue[Tensor] = SimpleQueue()
         self._free: SimpleQueue[int | None] = SimpleQueue()
