@@ -20,9 +20,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] 
     if rope is None:
         return normed.to(x.dtype)
     cos, sin = (table.unsqueeze(1) for table in rope)
-    a, b = normed.view(len(x), -1, cos.shape[-1], 2).unbind(3)
+    half = cos.shape[-1]
+    pairs = (len(x), x.shape[-1] // (2 * half), half, 2)
+    a, b = normed.view(pairs).unbind(3)
     turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    real, imaginary = turned.view(len(x), -1, cos.shape[-1], 2).unbind(3)
+    real, imaginary = turned.view(pairs).unbind(3)
     real.copy_(a * cos - b * sin)
     imaginary.copy_(a * sin + b * cos)
     return turned
@@ -31,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """x + gate * y."""
     if gate is None:
-        return x + y
+        return (x + y).to(x.dtype)
     return torch.mul(y, gate).add_(x).to(x.dtype)
 
 

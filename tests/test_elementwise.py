@@ -1,6 +1,7 @@
 """The fused small steps: twins against float64, Triton's kernels against the twins."""
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from skyrun.kernels import torch_elementwise, torch_int8, triton_elementwise
 from skyrun.kernels.rotated import RotatedInt8
 
 NAMES = ("layer_norm", "rms_norm", "gelu", "add_gated", "quantize_rows")
-SHAPES = ((1, 256), (3, 512), (5, 1280), (2, 5120), (1, 13824))
+SHAPES = ((1, 256), (17, 256), (3, 512), (5, 1280), (3, 5120), (1, 13824))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of the result against the twin's: the interpreter cuts bfloat16 off where hardware rounds it.
+# Of the result against the twin's. In float32 it is the twin's own error: its GELU cancels in the tail, where 1 + tanh
+# is nearly 0, and is 1.5e-5 off float64, the kernel's 4e-7. In bfloat16 the interpreter cuts off, hardware rounds.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 twin = torch_elementwise
@@ -38,10 +40,51 @@ def same_rows(result, reference):
     """The same rows in rotated int8: products in float16 move a number to the next level now and then."""
     assert isinstance(result, RotatedInt8)
     assert result.dtype == reference.dtype
-    torch.testing.assert_close(result.scales, reference.scales, rtol=2e-3, atol=0)
+    torch.testing.assert_close(result.scales, reference.scales, rtol=1e-3, atol=0)
     off = (result.codes.int() - reference.codes.int()).abs()
     assert off.numel() == 0 or int(off.max()) <= 1
-    assert off.numel() == 0 or float(off.float().mean()) < 0.02
+    # One in a hundred is expected: float16's rounding against the width of a level. Few numbers scatter about that.
+    assert off.numel() == 0 or float(off.float().mean()) < (0.012 if off.numel() > 5000 else 0.02)
+
+
+def everything(module, x, y, gain, shift, rope):
+    """All that the module makes of some rows, by name."""
+    return {
+        "layer norm": module.layer_norm(x, gain, shift, 1e-6),
+        "layer norm, rotated": module.layer_norm(x, gain, shift, 1e-6, rotated=True),
+        "RMS norm": module.rms_norm(x, gain, 1e-6),
+        "RMS norm, rope": module.rms_norm(x, gain, 1e-6, rope),
+        "GELU": module.gelu(x),
+        "GELU, rotated": module.gelu(x, rotated=True),
+        "sum": module.add_gated(x, y),
+        "gated sum": module.add_gated(x, y, gain),
+        "rows": module.quantize_rows(x),
+    }
+
+
+def tensors(result):
+    return [result.codes, result.scales] if isinstance(result, RotatedInt8) else [result]
+
+
+@contextmanager
+def between_guards(monkeypatch):
+    """Results start as what no kernel writes, NaN or -128, between more rows than a tile has, which nobody touches."""
+    made, guard = [], 8
+
+    def empty(size, *, dtype, device):
+        rows, *rest = (size,) if isinstance(size, int) else size
+        poison = -128 if dtype == torch.int8 else float("nan")
+        made.append(torch.full((rows + 2 * guard, *rest), poison, dtype=dtype, device=device))
+        return made[-1][guard:-guard]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", empty)
+        yield
+    assert made
+    for buffer in made:
+        untouched = buffer == -128 if buffer.dtype == torch.int8 else buffer.isnan()
+        assert untouched[:guard].all() and untouched[-guard:].all()
+        assert not untouched[guard:-guard].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,6 +156,7 @@ def test_heads_of_other_widths(half):
     same(triton_elementwise.rms_norm(x, weight, 1e-6, rope), twin.rms_norm(x, weight, 1e-6, rope), torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gelu(shape, dtype):
@@ -129,11 +173,31 @@ def test_add_gated(shape, dtype):
     same(triton_elementwise.add_gated(x, y), twin.add_gated(x, y), dtype)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4, 1e20])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp of the GELU of large negative numbers: 0
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_numbers_of_any_size(size):
+    x, y, (gain, shift) = numbers(3, 1280) * size, numbers(3, 1280, seed=1), numbers(2, 1280, seed=2)
+    expected = everything(twin, x, y, gain, shift, angles(3, 64))
+    for name, result in everything(triton_elementwise, x, y, gain, shift, angles(3, 64)).items():
+        if isinstance(result, RotatedInt8):
+            same_rows(result, expected[name])
+        else:
+            unit = float(expected[name].abs().max())
+            same(result / unit, expected[name] / unit, torch.float32)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e20])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_any_size(shape, size):
     x = numbers(*shape) * size
     same_rows(triton_elementwise.quantize_rows(x), twin.quantize_rows(x))
+
+
+@pytest.mark.parametrize("cols", [256, 1280])
+def test_every_number_is_written_and_nothing_else(cols, monkeypatch):
+    x, gain = numbers(5, cols), numbers(cols, seed=1)
+    with between_guards(monkeypatch):
+        everything(triton_elementwise, x, x, gain, gain, angles(5, 64))
 
 
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
@@ -156,11 +220,14 @@ def test_what_is_no_number_is_not_hidden(module, bad):
 
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
 def test_rows_do_not_depend_on_how_many_pass_at_a_time(module):
-    x, weight, rope = numbers(5, 512), numbers(512, seed=1), angles(5, 64)
-    whole = module.rms_norm(x, weight, 1e-6, rope)
-    parts = [module.rms_norm(x[n : n + 2], weight, 1e-6, (rope[0][n : n + 2], rope[1][n : n + 2])) for n in (0, 2, 4)]
-    assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(torch.cat([module.gelu(x[n : n + 2]) for n in (0, 2, 4)]), module.gelu(x))
+    x, y, gain, shift, rope = (numbers(5, 512), numbers(5, 512, seed=1), *numbers(2, 512, seed=2), angles(5, 64))
+    whole = everything(module, x, y, gain, shift, rope)
+    slices = [slice(start, start + 2) for start in (0, 2, 4)]
+    parts = [everything(module, x[n], y[n], gain, shift, (rope[0][n], rope[1][n])) for n in slices]
+    for name, result in whole.items():
+        pieces = zip(*(tensors(part[name]) for part in parts), strict=True)
+        for piece, expected in zip(pieces, tensors(result), strict=True):
+            assert torch.equal(torch.cat(piece), expected), name
 
 
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
@@ -175,9 +242,15 @@ def test_rows_with_gaps_between_them(module):
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
 def test_no_rows_at_all(module):
     x, weight = torch.empty(0, 256), torch.ones(256)
-    assert module.layer_norm(x, weight, weight, 1e-6).shape == (0, 256)
-    assert module.rms_norm(x, weight, 1e-6).shape == module.gelu(x).shape == module.add_gated(x, x).shape == (0, 256)
-    assert module.gelu(x, rotated=True).codes.shape == (0, 256)
+    for result in everything(module, x, x, weight, weight, angles(0, 64)).values():
+        assert result.shape == (0, 256)
+
+
+@pytest.mark.parametrize("module", [twin, triton_elementwise])
+def test_sums_have_the_type_of_the_first(module):
+    x, y, gate = numbers(2, 256, dtype=torch.float16), numbers(2, 256, seed=1), numbers(256, seed=2)
+    same(module.add_gated(x, y), x.float() + y, torch.float16)
+    same(module.add_gated(x, y, gate), x.float() + gate * y, torch.float16)
 
 
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
@@ -190,27 +263,30 @@ def test_rows_that_are_not_whole_groups_cannot_be_rotated(module):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 256), (333, 5120), (1000, 13824)])
-def test_on_a_gpu(shape, dtype):
+def test_on_a_gpu(shape, dtype, monkeypatch):
     """Against the twins on the CPU, twice: two runs that differ would be a race."""
     x, y = numbers(*shape, dtype=dtype), numbers(*shape, seed=1, dtype=dtype)
-    gain, shift, rope = numbers(shape[1], seed=2), numbers(shape[1], seed=3), angles(shape[0], 64)
-    on_gpu = [t.cuda() for t in (x, y, gain, shift, *rope)]
+    gain, shift, (cos, sin) = numbers(shape[1], seed=2), numbers(shape[1], seed=3), angles(shape[0], 64)
+    x_, y_, gain_, shift_, cos_, sin_ = (t.cuda() for t in (x, y, gain, shift, cos, sin))
+    with between_guards(monkeypatch):
+        first, second = (everything(triton_elementwise, x_, y_, gain_, shift_, (cos_, sin_)) for _ in range(2))
+    for name, expected in everything(twin, x, y, gain, shift, (cos, sin)).items():
+        result = first[name]
+        for once, again in zip(tensors(result), tensors(second[name]), strict=True):
+            assert torch.equal(once, again), name
+        if isinstance(result, RotatedInt8):
+            same_rows(RotatedInt8(result.codes.cpu(), result.scales.cpu(), result.dtype), expected)
+        else:
+            same(result.cpu(), expected, dtype)
 
-    def plain(module, x, y, gain, shift, cos, sin):
-        return (
-            module.layer_norm(x, gain, shift, 1e-6),
-            module.rms_norm(x, gain, 1e-6, (cos, sin)),
-            module.gelu(x),
-            module.add_gated(x, y, gain),
-        )
 
-    def rotated(module, x, gain, shift):
-        return module.layer_norm(x, gain, shift, 1e-6, True), module.gelu(x, True), module.quantize_rows(x)
-
-    first, second = plain(triton_elementwise, *on_gpu), plain(triton_elementwise, *on_gpu)
-    for result, again, expected in zip(first, second, plain(twin, x, y, gain, shift, *rope), strict=True):
-        assert torch.equal(result, again)
-        same(result.cpu(), expected, dtype)
-    results = rotated(triton_elementwise, on_gpu[0], *on_gpu[2:4])
-    for result, expected in zip(results, rotated(twin, x, gain, shift), strict=True):
-        same_rows(RotatedInt8(result.codes.cpu(), result.scales.cpu(), dtype), expected)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_not_hidden_on_a_gpu(bad):
+    """A maximum on the GPU overlooks a NaN, the interpreter's does not."""
+    x = numbers(3, 5120, dtype=torch.bfloat16).cuda()
+    x[1, 3000] = bad
+    ones = torch.ones(5120, device="cuda")
+    for rows in (triton_elementwise.quantize_rows(x), triton_elementwise.layer_norm(x, ones, ones, 1e-6, True)):
+        assert rows.scales.isfinite().tolist() == [True, False, True]
