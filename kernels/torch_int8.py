@@ -10,12 +10,14 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from skyrun.kernels.rotated import RotatedInt8, check_width
 from skyrun.kernels.weight import QuantizedWeight
 
 _LEVELS = 127
 _CHUNK_ROWS = 4096  # of a product at a time
+_CUDA_ROWS, _CUDA_COLS = 17, 8  # cuBLAS multiplies no fewer rows than that, and multiples of that many columns
 _SIDE = 16  # a group is a matrix of _SIDE x _SIDE
 
 
@@ -63,11 +65,12 @@ def multiply(
     In x's dtype, rounded once. Rows are taken in turn, so that the int32 product is never whole in memory.
     """
     out = torch.empty(len(x.codes), len(weight.codes), dtype=x.dtype, device=x.codes.device)
-    transposed = weight.codes.T
+    transposed = _padded(weight.codes, -len(weight.codes) % _CUDA_COLS).T
     for start in range(0, len(out), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
-        product = torch._int_mm(x.codes[part], transposed).float()
-        product *= x.scales[part].unsqueeze(1) * weight.scales
+        product = _sums(x.codes[part], transposed)[:, : out.shape[1]].float()
+        product *= x.scales[part].unsqueeze(1)
+        product *= weight.scales
         if bias is not None:
             product += bias
         if gate is not None:
@@ -76,3 +79,13 @@ def multiply(
             product += residual[part]
         out[part] = product
     return out
+
+
+def _sums(codes: Tensor, transposed: Tensor) -> Tensor:
+    """int8 [L, cols] times int8 [cols, rows] -> int32 [L, rows]."""
+    return torch._int_mm(_padded(codes, _CUDA_ROWS - len(codes)), transposed)[: len(codes)]
+
+
+def _padded(codes: Tensor, rows: int) -> Tensor:
+    """With so many more rows of zeros, if any are missing."""
+    return F.pad(codes, (0, 0, 0, rows)) if rows > 0 else codes

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cubins import ARCHS, SHARED_LIMIT, Variant, compile_all
+from guards import guarded
 
 from skyrun.kernels import torch_int8, triton_int8
 from skyrun.kernels.rotated import RotatedInt8
@@ -64,6 +65,22 @@ def test_the_twin_takes_rows_in_turn(monkeypatch):
     assert torch.equal(torch_int8.multiply(x, w, bias, gate, residual), whole)
 
 
+def test_the_twin_asks_no_more_than_cuda_gives(monkeypatch):
+    """cuBLAS refuses 16 rows and fewer, which the last ones taken can be, and columns that are no multiple of 8."""
+    product = torch._int_mm
+
+    def strict(x, w):
+        assert len(x) > 16 and x.shape[1] % 8 == 0 and w.shape[1] % 8 == 0
+        return product(x, w)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    monkeypatch.setattr(torch_int8, "_CHUNK_ROWS", 40)
+    for rows in (1, 16, 17, 40, 41, 57):
+        x, w, *extras = operands(rows, 256, 13)
+        whole = extras[2] + extras[1] * (exact(x, w) + extras[0])
+        torch.testing.assert_close(torch_int8.multiply(x, w, *extras).double(), whole, rtol=1e-5, atol=1e-4)
+
+
 def close(result, reference, dtype):
     assert result.dtype == dtype
     assert float((result.double() - reference.double()).norm() / reference.double().norm()) < ROUNDING[dtype]
@@ -77,7 +94,9 @@ def close(result, reference, dtype):
 def test_the_kernel(m, k, n, dtype, tile):
     x, w, *extras = operands(m, k, n, dtype)
     for given in ((None, None, None), (extras[0], None, None), (extras[0], None, extras[2]), tuple(extras)):
-        close(triton_int8._multiply(x, w, *given, tile), torch_int8.multiply(x, w, *given), dtype)
+        with guarded():
+            result = triton_int8._multiply(x, w, *given, tile)
+        close(result, torch_int8.multiply(x, w, *given), dtype)
 
 
 def test_the_widest_sum_of_the_models_does_not_overflow():
@@ -129,9 +148,9 @@ def test_cubin(cubins, name, arch):
     assert cubin.count("STG.E.128")
     if arch == 90:
         assert cubin.count("IGMMA")
-    else:  # what is not a product is the start, the end, and little per product
+    else:  # what is not a product is the start, the end, and less than one per product in between
         assert cubin.count("IMMA") >= 64
-        assert cubin.count("") < 16 * cubin.count("IMMA") + 1500
+        assert cubin.count("") - cubin.count("IMMA") < 1300
 
 
 @pytest.mark.gpu
@@ -140,7 +159,8 @@ def test_cubin(cubins, name, arch):
 @pytest.mark.parametrize(("m", "k", "n"), [*SHAPES, (1000, 5120, 5120), (777, 13824, 5120)])
 def test_on_a_gpu(m, k, n, dtype):
     x, w, *extras = operands(m, k, n, dtype, "cuda")
-    result, again = (triton_int8.multiply(x, w, *extras) for _ in range(2))
+    with guarded():
+        result, again = (triton_int8.multiply(x, w, *extras) for _ in range(2))
     assert torch.equal(result, again)
     on_cpu = [RotatedInt8(t.codes.cpu(), t.scales.cpu(), dtype) for t in (x, w)]
     close(result.cpu(), torch_int8.multiply(*on_cpu, *(t.cpu() for t in extras)), dtype)
