@@ -65,12 +65,14 @@ def _add_keys(
         scale = tl.load(k_scales + key, mask=there, other=0.0)
     else:
         codes, values, scale = tl.load(k + at), tl.load(v + at), tl.load(k_scales + key)
-    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * q_scale[:, None] * scale[None, :]
-    if MASKED:
-        scores = tl.where(there[None, :], scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
+    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+    # Scales of queries are not negative: the largest score is the same before them, and one multiply-add is left after.
+    seen = tl.where(there[None, :], scores, float("-inf")) if MASKED else scores
+    higher = tl.maximum(peak, tl.max(seen, 1) * q_scale)
     shrink = tl.exp2(peak - higher)
-    weights = tl.exp2(scores - higher[:, None])
+    weights = tl.exp2(scores * q_scale[:, None] - higher[:, None])
+    if MASKED:
+        weights = tl.where(there[None, :], weights, 0.0)
     total = total * shrink + tl.sum(weights, 1)
     if FLOAT16_SUMS:
         added = tl.dot(weights.to(tl.float16), values, out_dtype=tl.float16).to(tl.float32)
