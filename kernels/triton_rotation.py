@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 _SIDE: tl.constexpr = tl.constexpr(16)
+_SMALLEST: tl.constexpr = tl.constexpr(1.2e-38)  # that can be divided by: below, float32 has no inverse
 _TO_INTEGER: tl.constexpr = tl.constexpr(
     12582912.0
 )  # 1.5 * 2^23: adding it rounds a float32 to an integer, half to even
@@ -43,7 +44,7 @@ def to_codes(y, inverse):
 def store_row(y, codes, scales, row, at, inside, GROUPS: tl.constexpr):
     """A row y, float32 [GROUPS, 256], in rotated int8 at codes + at and scales + row. y is 0 where not `inside`."""
     largest = tl.max(tl.abs(y))
-    bound = tl.where(largest > 0, largest, 1.0)
+    bound = tl.where(largest > _SMALLEST, largest, 1.0)
     turned = rotate(y * (1 / bound), GROUPS)
     peak = tl.max(tl.abs(turned))
     tl.store(codes + at, to_codes(turned, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
