@@ -39,7 +39,10 @@ def linear(
     rotated int8 need a weight that is `fast`; such a weight rotates plain rows itself.
     """
     if isinstance(weight, QuantizedWeight) and weight.fast:
-        return _fast(x if isinstance(x, RotatedInt8) else elementwise.quantize_rows(x), weight, bias, gate, residual)
+        rows = x if isinstance(x, RotatedInt8) else elementwise.quantize_rows(x)
+        flat = RotatedInt8(rows.codes.reshape(-1, x.shape[-1]), rows.scales.reshape(-1), rows.dtype)
+        product = _fast(flat, weight, bias, gate, None if residual is None else residual.reshape(-1, weight.shape[0]))
+        return product.view(*x.shape[:-1], -1)
     assert isinstance(x, Tensor), "rotated rows are for fast weights"
     if isinstance(weight, QuantizedWeight):
         product = _exact(x, weight, bias)

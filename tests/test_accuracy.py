@@ -93,3 +93,12 @@ def test_few_and_many_rows_agree(weights):
     together = linear(x, weight)
     for rows in (1, FEW_ROWS):
         torch.testing.assert_close(linear(x[:rows], weight), together[:rows], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_may_have_any_shape(weights):
+    x = activations("gauss")
+    for weight in (weights["Q4_K"], replace(weights["Q4_K"], fast=True)):
+        flat, bias = linear(x, weight), torch.randn(OUT)
+        assert torch.equal(linear(x.view(2, 4, -1, COLS), weight), flat.view(2, 4, -1, OUT))
+        summed = linear(x.view(2, -1, COLS), weight, bias, gate=bias, residual=flat.view(2, -1, OUT))
+        torch.testing.assert_close(summed.view(-1, OUT), flat + bias * (flat + bias), rtol=1e-4, atol=1e-4)
