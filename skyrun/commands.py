@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,6 @@ def resume(arguments: Namespace) -> int:
 def _make(job: Any, state: Any, as_json: bool, dry_run: bool = False) -> int:
     """Make the clip of a job.Job, or what is missing of it after a run_state.RunState."""
     from skyrun.report import plan_text, result_text, state_text
-    from skyrun.run_state import state_path
 
     _say(plan_text(job))
     if state is not None:
@@ -71,12 +71,7 @@ def _make(job: Any, state: Any, as_json: bool, dry_run: bool = False) -> int:
         _emit({"event": "plan"} | job.as_json())
     if dry_run:
         return 0
-    try:
-        result = follow(job, as_json, state)
-    except BaseException:
-        if (kept := state_path(job.request.output)).exists():
-            _say(f"what is finished is kept; go on with: skyrun resume {shlex.quote(str(kept))}")
-        raise
+    result = follow(job, as_json, state)
     _say(result_text(result))
     if as_json:
         stages = {stage.stage: round(stage.seconds, 3) for stage in result.stages}
@@ -85,9 +80,11 @@ def _make(job: Any, state: Any, as_json: bool, dry_run: bool = False) -> int:
 
 
 def _free_name(stem: str, suffix: str) -> Path:
-    """A name in the current folder that no file has."""
+    """A name in the current folder that no clip has, finished or not."""
+    from skyrun.run_state import state_path
+
     path, number = Path(stem + suffix), 1
-    while path.exists():
+    while path.exists() or state_path(path).exists():
         path, number = Path(f"{stem}-{number}{suffix}"), number + 1
     return path
 
@@ -95,6 +92,7 @@ def _free_name(stem: str, suffix: str) -> Path:
 def follow(job: Any, as_json: bool, state: Any = None) -> Any:
     """Run a job.Job, from a run_state.RunState on, and show its events. The value is a runner.Result."""
     from skyrun.events import as_json as event_json
+    from skyrun.interrupts import raise_if_asked
     from skyrun.progress import progress
     from skyrun.runner import run_job
 
@@ -109,8 +107,21 @@ def follow(job: Any, as_json: bool, state: Any = None) -> Any:
                 display.show(event)
                 if as_json:
                     _emit(event_json(event))
-    finally:
-        events.close()
+                raise_if_asked()
+    except BaseException as error:
+        with suppress(BaseException):  # this one again, or what became of it
+            events.throw(error)  # the run saves its state, unless the error came from there: then it has
+        _say_what_is_kept(job, error)
+        raise
+
+
+def _say_what_is_kept(job: Any, error: BaseException) -> None:
+    from skyrun.run_state import state_path
+
+    for note in getattr(error, "__notes__", ()):
+        _say(note)
+    if (kept := state_path(job.request.output)).exists():
+        _say(f"what is finished is kept; go on with: skyrun resume {shlex.quote(str(kept))}")
 
 
 def demo(arguments: Namespace) -> int:

@@ -15,7 +15,7 @@ from skyrun import __version__
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.choice import cache_folder
 from skyrun.kernels.gguf_file import GGUFFile
-from skyrun.kernels.reading import open_unbuffered, read_into
+from skyrun.model_files import gguf_identity
 
 _MOST = 64  # of up to 8 MB each; those that were used last stay
 _NAME = "embedding"
@@ -57,9 +57,5 @@ def _folder() -> Path:
 
 def _key(file: GGUFFile, ids: list[int], device: torch.device) -> str:
     """A digest of all that decides the numbers: tokens, the encoder's file, and what computes with it."""
-    header = bytearray(min(info.offset for info in file.tensors.values()))
-    with open_unbuffered(file.path) as content:
-        status = os.fstat(content.fileno())
-        read_into(content, memoryview(header), 0)
-    identity = [ids, status.st_size, status.st_mtime_ns, device.type, torch.__version__, __version__]
-    return hashlib.sha256(json.dumps(identity).encode() + header).hexdigest()[:32]
+    deciding = [ids, gguf_identity(file), device.type, torch.__version__, __version__]
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from skyrun.presets import Plan
+
 T = TypeVar("T")
 _START = time.perf_counter()
 
@@ -65,6 +67,13 @@ class Notice:
     """Something that a person should know; the run goes on."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Replanned(Notice):
+    """Memory ran out. The run goes on from its last finished step by this plan."""
+
+    plan: "Plan"
 
 
 @dataclass(frozen=True)

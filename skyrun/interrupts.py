@@ -10,8 +10,17 @@ from types import FrameType
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+_asked = False
+
+
 class Interrupted(Exception):
     """The user asked to stop."""
+
+
+def raise_if_asked() -> None:
+    """Raise the KeyboardInterrupt again that was raised where no exception gets out of, such as a finalizer."""
+    if _asked:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -20,11 +29,12 @@ def interruptible() -> Iterator[None]:
 
     A library in C may turn the KeyboardInterrupt that is raised in it into an error of its own.
     """
-    asked = False
+    global _asked
+    _asked = False
 
     def ask(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        global _asked
+        _asked = True
         raise KeyboardInterrupt
 
     before = {}
@@ -37,7 +47,7 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         raise Interrupted from stop
     except Exception as error:
-        if asked:
+        if _asked:
             raise Interrupted from error
         raise
     finally:

@@ -16,13 +16,11 @@ from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe
-from skyrun.presets.memory import GIB
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import MAX_REFERENCES, Request
 from skyrun.sizes import bucket
 
 _SEEDS = 1 << 32
-_SHRINK = 0.85  # of what a plan takes that was too much, for the next one
 
 
 @dataclass(frozen=True)
@@ -92,20 +90,6 @@ def _plan(request: Request, workload: Workload, device: torch.device) -> Plan:
         max_vram=request.max_vram,
         max_ram=request.max_ram,
     )
-
-
-def shrunk(job: Job) -> Job | None:
-    """The same job by a plan that takes less memory; None if there is none. Numbers keep their types."""
-    plan, nbytes = job.plan, float(job.plan.peak_bytes)
-    while True:
-        nbytes *= _SHRINK
-        limit = {"max_vram" if job.device.type == "cuda" else "max_ram": nbytes / GIB}
-        request = replace(job.request, precision=plan.precision, dtype=plan.dtype, **limit)
-        smaller = _plan(request, job.workload, job.device)
-        if smaller.problem:
-            return None
-        if replace(smaller, stages=plan.stages, limit_bytes=plan.limit_bytes) != plan:
-            return replace(job, plan=smaller)
 
 
 def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:

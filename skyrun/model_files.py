@@ -1,6 +1,7 @@
 """The files that make up a model: found in a folder by what they say of themselves, never by their names."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import TypeVar
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 
 _CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
 _HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
-_VAE_HEAD_BYTES = 1 << 20
 _VAE_TENSOR = "decoder.conv1.weight"
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
@@ -123,8 +124,22 @@ def fingerprint(file: GGUFFile) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints(files: ModelFiles) -> str:
-    """Digests of the three files of a model."""
-    with open(files.vae, "rb") as file:
-        vae = hashlib.sha256(file.read(_VAE_HEAD_BYTES) + str(files.vae.stat().st_size).encode())
-    return f"{fingerprint(files.transformer)} {fingerprint(files.text_encoder)} {vae.hexdigest()[:16]}"
+def identity(path: Path, header_bytes: int) -> str:
+    """Tells whether a file is still the same, wherever it is: a digest of its header, its size, and when it was
+    written."""
+    header = bytearray(header_bytes)
+    with open_unbuffered(path) as file:
+        status = os.fstat(file.fileno())
+        read_into(file, memoryview(header), 0)
+    return hashlib.sha256(header + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
+
+
+def gguf_identity(file: GGUFFile) -> str:
+    """The identity of a GGUF file."""
+    return identity(file.path, min(info.offset for info in file.tensors.values()))
+
+
+def model_identity(files: ModelFiles) -> str:
+    """The identities of the three files of a model."""
+    vae = identity(files.vae, min(tensor.offset for tensor in read_safetensors_header(files.vae).tensors.values()))
+    return f"{gguf_identity(files.transformer)} {gguf_identity(files.text_encoder)} {vae}"

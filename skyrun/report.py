@@ -70,7 +70,7 @@ def state_text(job: "Job", state: "RunState") -> str:
         return "denoising was finished before: what is left is decoding"
     if state.steps:
         return f"{state.steps} of {job.request.steps} steps were finished before: going on from there"
-    return "text and pictures were encoded before" if state.pictures is not None else "the text was encoded before"
+    return "an earlier run finished no step: going on with its seed"
 
 
 def _numbers(plan: "Plan") -> str:

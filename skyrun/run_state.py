@@ -5,7 +5,9 @@ all, and removed when the clip is finished.
 """
 
 import json
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +23,48 @@ from skyrun.sampler import UniPC
 
 _VERSION = 1
 _SUFFIX = ".skyrun.safetensors"
-_START_ANEW = "run it again from the start; delete the file if -o is to keep its name"
+_START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
+_CPU = torch.device("cpu")
 
 
 @dataclass
 class RunState:
-    """Stages fill it in order; what is there is finished.
+    """Stages fill it in order; what is there is finished. All of it is on the host, whatever happens to the device.
 
     text: the prompt's embedding. pictures: latents of the references [16, R, h, w]. latents: the clip [16, F, h, w]
-    after `steps` steps of the sampler.
+    at the level of noise that the sampler has reached. groups: latent frames of which frames were handed out.
     """
 
     text: Tensor | None = None
     pictures: Tensor | None = None
     latents: Tensor | None = None
     sampler: UniPC | None = None
-    steps: int = 0
-    model: str = field(default="", compare=False)  # a fingerprint of its files
+    groups: int = 0
 
     @property
-    def is_worth_keeping(self) -> bool:
-        """Whether anything is finished."""
-        return self.text is not None or self.pictures is not None or self.steps > 0
+    def steps(self) -> int:
+        """Denoising steps that are finished."""
+        return self.sampler.index if self.sampler is not None else 0
+
+    @property
+    def mark(self) -> tuple[int, ...]:
+        """Grows with everything that is finished."""
+        return (self.text is not None) + (self.pictures is not None), self.steps, self.groups
+
+    def finish_step(self, latents: Tensor, sampler: UniPC) -> None:
+        """Take over the outcome of a step: copies, so that a step that fails half-way changes nothing here."""
+        self.latents, self.sampler = latents.to(_CPU), sampler.on(_CPU)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a state was made from and how. model: identifies its files. device, dtype, precision: of the plan."""
+
+    request: Request
+    model: str
+    device: str
+    dtype: str
+    precision: str
 
 
 def state_path(output: Path) -> Path:
@@ -50,44 +72,74 @@ def state_path(output: Path) -> Path:
     return output if output.name.endswith(_SUFFIX) else output.with_name(f"{output.stem}{_SUFFIX}")
 
 
-def save_state(path: Path, state: RunState, request: Request) -> None:
+def clip_path(state: Path) -> Path:
+    """The clip that a state belongs to."""
+    return state.with_name(f"{state.name.removesuffix(_SUFFIX)}.mp4")
+
+
+def save_state(path: Path, state: RunState, origin: Origin) -> None:
     """Write the state. OSError if it cannot be written; what was there before stays then."""
     tensors = {name: getattr(state, name) for name in ("text", "pictures", "latents")}
-    described: dict[str, Any] = {
-        "version": _VERSION, "request": request.absolute().as_json(), "steps": state.steps, "model": state.model
-    }  # fmt: skip
+    described: dict[str, Any] = {**vars(origin), "request": origin.request.absolute().as_json()}
     if state.sampler is not None:
         history, described["sampler"] = state.sampler.state()
         tensors |= {f"sampler.{name}": tensor for name, tensor in history.items()}
-    whole = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    text = json.dumps(described)
     try:
         with replacing(path) as partial:
-            save_file(whole, partial, {"skyrun": json.dumps(described)})
+            save_file(whole, partial, {"version": str(_VERSION), "run": text, "crc32": _checksum(text, whole)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
-def load_state(path: Path) -> tuple[RunState, Request]:
-    """Read a state and the request that it belongs to. SkyrunError if it is damaged or from another version."""
+def load_state(path: Path) -> tuple[RunState, Origin]:
+    """Read a state and where it comes from. SkyrunError if it is damaged or from another version."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            described = json.loads((file.metadata() or {})["skyrun"])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
-        if described["version"] != _VERSION:
-            raise SkyrunError(f"{path} was written by another version of skyrun", _START_ANEW)
-        request = Request.from_json(described["request"])
-        state = RunState(steps=int(described["steps"]), model=str(described["model"]))
-        state.text, state.pictures, state.latents = (tensors.get(name) for name in ("text", "pictures", "latents"))
-        if "sampler" in described:
-            history = {name.removeprefix("sampler."): t for name, t in tensors.items() if name.startswith("sampler.")}
-            state.sampler = UniPC.restored(described["sampler"], history)
+        version, text = metadata["version"], metadata["run"]
+        if version == str(_VERSION):
+            if metadata["crc32"] != _checksum(text, tensors):
+                raise ValueError("its contents do not have the checksum that it says")
+            described = json.loads(text)
+            sampler = described.pop("sampler", None)
+            origin = Origin(**described | {"request": Request.from_json(described["request"])})
+            return _state(tensors, sampler, origin.request), origin
     except FileNotFoundError as error:
-        raise SkyrunError(f"there is no unfinished run in {path}", "start it with `skyrun run`") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        clip = clip_path(path)
+        is_whole = f": {clip} is finished" if clip.exists() else ""
+        raise SkyrunError(f"there is no unfinished run in {path}{is_whole}", "start one with `skyrun run`") from error
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SkyrunError(f"{path} is not the state of a run, or is damaged: {error}", _START_ANEW) from error
-    if state.steps and (state.latents is None or state.sampler is None):
-        raise SkyrunError(f"{path} is damaged: it has {state.steps} steps without their latents", _START_ANEW)
-    return state, request
+    message = f"{path} is a state of version {version}, this skyrun reads version {_VERSION}"
+    raise SkyrunError(message, f"use the skyrun that wrote it, or {_START_ANEW}")
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    checksum = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].numpy(), checksum)  # type: ignore[arg-type]
+    return f"{checksum:08x}"
+
+
+def _state(tensors: dict[str, Tensor], described: dict[str, Any] | None, request: Request) -> RunState:
+    """ValueError if the tensors are not those of this request."""
+    state = RunState(tensors.get("text"), tensors.get("pictures"), tensors.get("latents"))
+    if described is not None:
+        history = {name.removeprefix("sampler."): t for name, t in tensors.items() if name.startswith("sampler.")}
+        state.sampler = UniPC.restored(described, history)
+        assert isinstance(request.size, tuple)
+        shape = (request.latent_frames, *(side // 8 for side in request.size))
+        clips = {name: tensor for name, tensor in tensors.items() if name not in ("text", "pictures")}
+        odd = [name for name, tensor in clips.items() if tuple(tensor.shape[1:]) != shape]
+        if odd or state.latents is None or state.pictures is None or state.text is None:
+            raise ValueError(f"its tensors are not those of a clip of {shape} latents")
+        if described["steps"] != request.steps:
+            raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
+    return state
 
 
 def remove_state(path: Path) -> None:
@@ -96,13 +148,3 @@ def remove_state(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise SkyrunError(f"{path} is no longer needed, but cannot be removed: {error}", "remove it", FAILED) from error
-
-
-def on_device(state: RunState, device: torch.device) -> RunState:
-    """Move what the next stage computes with to the device, in place."""
-    for name in ("pictures", "latents"):
-        if (tensor := getattr(state, name)) is not None:
-            setattr(state, name, tensor.to(device))
-    if state.sampler is not None:
-        state.sampler.to(device)
-    return state

@@ -28,21 +28,21 @@ class UniPC:
         self.sigmas = shifted_sigmas(steps, shift)
         # The model was trained on whole timesteps and gets them truncated; the solver keeps the exact level.
         self.timesteps = [int(_TRAIN_STEPS * sigma) for sigma in self.sigmas[:-1]]
-        self._index = 0
+        self.index = 0  # steps done
         self._predictions: list[Tensor] = []  # clean-sample predictions of the last steps, newest last
         self._start: Tensor | None = None  # the sample that the last step started from
         self._order = 0  # of the last predictor; its corrector has the same
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next noise level, given the model's velocity at this one. Both of the same shape."""
-        clean = sample - self.sigmas[self._index] * velocity
+        clean = sample - self.sigmas[self.index] * velocity
         if self._start is not None:
             sample = self._correct(self._start, clean)
-        remaining = len(self.timesteps) - self._index
+        remaining = len(self.timesteps) - self.index
         self._predictions = [*self._predictions[-1:], clean]
         self._order = min(2, len(self._predictions), remaining)
         self._start = sample
-        self._index += 1
+        self.index += 1
         return self._predict(sample)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,22 +50,24 @@ class UniPC:
         tensors = {f"prediction{index}": tensor for index, tensor in enumerate(self._predictions)}
         if self._start is not None:
             tensors["start"] = self._start
-        values = {"steps": len(self.timesteps), "shift": self._shift, "index": self._index, "order": self._order}
-        return tensors, values
+        return tensors, {"steps": len(self.timesteps), "shift": self._shift, "index": self.index}
 
     @classmethod
     def restored(cls, values: dict[str, Any], tensors: dict[str, Tensor]) -> "UniPC":
-        """The trajectory whose `state` this is."""
+        """The trajectory whose `state` this is. ValueError if it contradicts itself."""
         sampler = cls(int(values["steps"]), float(values["shift"]))
-        sampler._index, sampler._order = int(values["index"]), int(values["order"])
+        sampler.index, sampler._start = int(values["index"]), tensors.get("start")
         sampler._predictions = [tensors[name] for name in ("prediction0", "prediction1") if name in tensors]
-        sampler._start = tensors.get("start")
+        predictions, remaining = min(2, sampler.index), len(sampler.timesteps) - sampler.index
+        if remaining < 0 or len(sampler._predictions) != predictions or (sampler._start is None) != (predictions == 0):
+            raise ValueError(f"its sampler does not remember what it would after {sampler.index} steps")
+        sampler._order = min(predictions, remaining + 1)
         return sampler
 
-    def to(self, device: torch.device) -> None:
-        """Move what it remembers."""
-        self._predictions = [tensor.to(device) for tensor in self._predictions]
-        self._start = None if self._start is None else self._start.to(device)
+    def on(self, device: torch.device) -> "UniPC":
+        """One that goes on from here with what it remembers on the device; this one stays where it is."""
+        tensors, values = self.state()
+        return UniPC.restored(values, {name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _predict(self, sample: Tensor) -> Tensor:
         result, h, weight = self._first_order(sample)
@@ -85,14 +87,14 @@ class UniPC:
 
     def _first_order(self, sample: Tensor) -> tuple[Tensor, float, float]:
         """The step from `index - 1` to `index` with a constant prediction, its length h, and the weight of changes."""
-        here, there = self.sigmas[self._index - 1], self.sigmas[self._index]
+        here, there = self.sigmas[self.index - 1], self.sigmas[self.index]
         h = _log_snr(there) - _log_snr(here)
         weight = (1 - there) * math.expm1(-h)
         return sample * (there / here) - self._predictions[-1] * weight, h, weight
 
     def _ratio(self, h: float) -> float:
         """Length of the step before, going back, over h."""
-        return (_log_snr(self.sigmas[self._index - 2]) - _log_snr(self.sigmas[self._index - 1])) / h
+        return (_log_snr(self.sigmas[self.index - 2]) - _log_snr(self.sigmas[self.index - 1])) / h
 
     def _slope(self, h: float) -> Tensor:
         """Change of the prediction over the step before, scaled to a step of length h."""

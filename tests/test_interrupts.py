@@ -1,10 +1,11 @@
 """Ctrl-C ends a command as an interruption, whatever a library makes of it."""
 
 import signal
+import sys
 
 import pytest
 
-from skyrun.interrupts import Interrupted, interruptible
+from skyrun.interrupts import Interrupted, interruptible, raise_if_asked
 
 
 def test_an_interrupt_that_a_library_turned_into_an_error():
@@ -36,3 +37,21 @@ def test_a_signal_that_is_ignored_on_purpose_stays_ignored():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_is_swallowed_on_the_way_is_raised_again():
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with pytest.raises(Interrupted), interruptible():
+            raise_if_asked()
+            Finalized()  # no exception leaves a finalizer
+            raise_if_asked()
+            raise AssertionError("the interrupt was lost")
+    finally:
+        sys.unraisablehook = hook
+    with interruptible():
+        raise_if_asked()

@@ -11,7 +11,7 @@ from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
 from skyrun.request import MAX_REFERENCES, Request
-from skyrun.run_state import RunState, on_device
+from skyrun.run_state import RunState
 from skyrun.sampler import UniPC
 from skyrun.stream import ObserveBlock
 
@@ -35,21 +35,23 @@ def reference_to_video(job: Job, state: RunState | None = None, observe: Observe
     linear layer of the transformer's blocks.
     """
     request, plan, files, device = job.request, job.plan, job.files, job.device
-    state = on_device(state or RunState(), device)
+    state = state or RunState()
     noise, picture_noise = draw_noise(request)
     if state.text is None:
-        state.text = yield from encode_text(job.encoder, request.prompt, device)
+        text = yield from encode_text(job.encoder, request.prompt, device)
+        state.text = text.cpu()
     if state.pictures is None:
         pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
         pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
         empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
-        state.pictures = torch.cat((*pictures, *empty), 1)
+        state.pictures = torch.cat((*pictures, *empty), 1).cpu()
     if state.sampler is None:
-        state.sampler, state.latents = UniPC(request.steps, _SHIFT), noise.to(device)
+        state.sampler, state.latents = UniPC(request.steps, _SHIFT), noise
     if state.steps < request.steps:
         dit = yield from load_transformer(files.transformer, plan, device)
         yield from denoise(dit, files.transformer, plan, state, observe)
         del dit
     assert state.latents is not None
-    yield LatentsReady(state.latents.cpu())
-    yield from decode(files.vae, state.latents, plan, device)
+    if not state.groups:
+        yield LatentsReady(state.latents)
+    yield from decode(files.vae, state, plan, device)

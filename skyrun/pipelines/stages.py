@@ -91,39 +91,45 @@ def denoise(
     dit: DiT, file: GGUFFile, plan: Plan, state: RunState, observe: ObserveBlock | None = None
 ) -> Generator[Event, None, None]:
     """The steps that the state does not have yet. References follow the latents in time and stay as they are."""
-    sampler, latents, references, text = state.sampler, state.latents, state.pictures, state.text
-    assert sampler is not None and latents is not None and references is not None and text is not None
-    remaining = sampler.timesteps[state.steps :]
-    stage = Stage("denoise", len(sampler.timesteps), "steps", dit.device)
-    yield stage.started(state.steps)
+    assert state.sampler is not None and state.latents is not None
+    assert state.pictures is not None and state.text is not None
+    sampler, latents = state.sampler.on(dit.device), state.latents.to(dit.device)
+    references = state.pictures.to(dit.device)
+    total, finished = len(sampler.timesteps), state.steps
+    stage = Stage("denoise", total, "steps", dit.device)
+    yield stage.started(finished)
     with BlockStream(
         file.path,
         block_layouts(file),
         dit.device,
-        passes=len(remaining),
+        passes=total - finished,
         slots=plan.ring_slots,
         resident=spread(plan.resident_blocks, dit.dims.layers),
         observe=observe,
         fast=plan.precision == "fast",
     ) as stream:
-        context = dit.embed_text(text)
+        context = dit.embed_text(state.text)
         rope = dit.rope(torch.cat((latents, references), 1))
-        for time in dit.embed_times(sampler.timesteps)[state.steps :]:  # all at once: the same numbers in every run
+        for time in dit.embed_times(sampler.timesteps)[finished:]:  # all at once: the same numbers in every run
             sequence = torch.cat((latents, references), 1)
             velocity = yield from dit.forward(stream, sequence, time, context, rope)
             latents = sampler.step(velocity[:, : latents.shape[1]], latents)
-            state.latents, state.steps = latents, state.steps + 1
+            state.finish_step(latents, sampler)
             yield stage.done(state.steps)
     yield stage.ended(stream.stats)
 
 
-def decode(path: Path, latents: Tensor, plan: Plan, device: torch.device) -> Iterator[Event]:
-    """Frames as they come, group by group."""
-    stage = Stage("decode", latents.shape[1], "latent frames", device)
+def decode(path: Path, state: RunState, plan: Plan, device: torch.device) -> Iterator[Event]:
+    """Frames as they come, group by group. Those that were handed out before are made again, for those after them."""
+    assert state.latents is not None
+    stage = Stage("decode", state.latents.shape[1], "latent frames", device)
     yield stage.started()
     vae = _open_vae(path, plan, device)
-    for index, pixels in enumerate(vae.decode(latents)):
-        yield FramesReady(to_uint8(pixels))
+    for index, pixels in enumerate(vae.decode(state.latents)):
+        if index >= state.groups:
+            frames = to_uint8(pixels)
+            state.groups = index + 1
+            yield FramesReady(frames)
         yield stage.done(index + 1)
     del vae
     yield stage.ended()

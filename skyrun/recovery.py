@@ -1,0 +1,115 @@
+"""Out of memory is not the end of a run: it goes on from the last finished step by a plan that takes less."""
+
+import gc
+from collections.abc import Generator
+from dataclasses import replace
+
+from skyrun.device import finish, is_out_of_memory, out_of_memory
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.events import Event, Replanned, StageStarted
+from skyrun.job import Job
+from skyrun.pipelines.reference import reference_to_video
+from skyrun.presets import Plan, choose, probe
+from skyrun.presets.memory import GIB
+from skyrun.run_state import RunState
+from skyrun.sizes import RESOLUTIONS, bucket
+
+_SHRINK = 0.85  # of what was too much, for the next plan
+
+
+def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Run the pipeline of a job, as often as it takes.
+
+    A plan is tried again only if something was finished by it. SkyrunError (exit code 3) if no other takes less.
+    """
+    stage = ""
+    while True:
+        finished = state.mark
+        try:
+            for event in reference_to_video(job, state):
+                stage = event.stage if isinstance(event, StageStarted) else stage
+                yield event
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = out_of_memory(error)
+        gc.collect()  # here no traceback holds on to tensors any more
+        finish(job.device)
+        limit = _SHRINK * _taken(job.plan, stage)
+        smaller = _smaller(job, limit)
+        if smaller is None and state.mark == finished:
+            hint = _what_fits(job, limit) or "close other programs: no smaller clip would take less"
+            raise SkyrunError(f"{stage} is {shortage.message}, and no plan takes less", hint, WILL_NOT_FIT)
+        job = replace(job, plan=smaller or job.plan)
+        yield Replanned(f"{stage} is {shortage.message}; {_going_on(smaller)}", job.plan)
+
+
+def _taken(plan: Plan, stage: str) -> int:
+    """Bytes that the plan has for a stage, on a GPU of its memory."""
+    name = "denoise" if stage == "load" else stage
+    taken = {stage.name: stage.device_bytes if plan.device == "cuda" else stage.host_bytes for stage in plan.stages}
+    return taken.get(name, plan.peak_bytes)
+
+
+def _smaller(job: Job, limit: float) -> Plan | None:
+    """The plan for a limit, or the nearest to it, if it takes less than the job's; numbers keep their types."""
+    plan = job.plan
+    smaller = _choose(job, limit)
+    if sum(_taken(smaller, s.name) for s in smaller.stages) >= sum(_taken(plan, s.name) for s in plan.stages):
+        return None
+    if plan.device == "cuda" and max(stage.host_bytes for stage in smaller.stages) > _ram(job):
+        return None
+    return replace(smaller, limit_bytes=plan.limit_bytes, problem="")
+
+
+def _choose(job: Job, limit: float) -> Plan:
+    request, cuda = job.request, job.plan.device == "cuda"
+    return choose(
+        probe(job.plan.device),
+        job.workload,
+        precision=job.plan.precision,
+        dtype=job.plan.dtype,
+        max_vram=limit / GIB if cuda else request.max_vram,
+        max_ram=request.max_ram if cuda else limit / GIB,
+    )
+
+
+def _ram(job: Job) -> int:
+    free = probe("cpu").ram_free
+    return free if job.request.max_ram is None else min(free, int(job.request.max_ram * GIB))
+
+
+def _going_on(smaller: Plan | None) -> str:
+    if smaller is None:
+        return "going on from the last finished step"
+    rows = f", {smaller.token_rows} tokens at a time" if smaller.token_rows else ""
+    return f"going on from the last finished step with a plan that takes {smaller.peak_bytes / GIB:.2f} GiB{rows}"
+
+
+def _what_fits(job: Job, limit: float) -> str:
+    """Options that the job would have fitted into the limit with; empty if there are none."""
+    request = job.request
+    options = []
+    most = max((count for count in range(1, request.frame_count, 4) if _fits(job, limit, frames=count)), default=0)
+    if most:
+        options.append(f"--frames {most}")
+    picture = job.pictures[0]
+    sizes = {name: bucket(name, picture.height, picture.width) for name in RESOLUTIONS}
+    fitting = [
+        name for name, (height, width) in sizes.items()
+        if height * width < job.height * job.width and _fits(job, limit, size=(height, width))
+    ]  # fmt: skip
+    if fitting:
+        options.append(f"--resolution {fitting[-1]}")
+    return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""
+
+
+def _fits(job: Job, limit: float, **changes: object) -> bool:
+    request = replace(job.request, **changes)  # type: ignore[arg-type]
+    height, width = request.size if isinstance(request.size, tuple) else (job.height, job.width)
+    latent_frames = job.workload.latent_frames + request.latent_frames - job.request.latent_frames
+    workload = replace(
+        job.workload, height=height, width=width, frames=request.frame_count, latent_frames=latent_frames
+    )
+    return not _choose(replace(job, workload=workload), limit).problem
