@@ -1,0 +1,279 @@
+"""Pieces of blocks pass through a few buffers on the host, are laid out there, and come together on the device.
+
+Without a GPU a stand-in for CUDA runs copies when something waits for them, at the latest possible moment.
+"""
+
+import threading
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from blocks import random_blocks
+
+from skyrun import device as module
+from skyrun import stream as stream_module
+from skyrun.device import CudaRing, HostRing
+from skyrun.kernels import FORMATS, QuantizedWeight
+from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.planes import needs_planes, to_planes
+from skyrun.presets import memory
+from skyrun.reader import FileReader
+from skyrun.stream import BlockStream, lay_out, spread
+from skyrun.weights import has_planes
+
+CPU = torch.device("cpu")
+BLOCKS = 6
+# name, type, shape: as in real files, small tensors lie between large ones, and types are mixed
+TENSORS = [
+    ("q.weight", "Q8_0", (40, 256)),
+    ("q.bias", "F32", (40,)),
+    ("k.weight", "Q4_K", (24, 512)),
+    ("k.bias", "F32", (24,)),
+    ("norm.weight", "F32", (256,)),
+    ("v.weight", "Q6_K", (24, 512)),
+    ("odd.weight", "Q5_0", (3, 32)),
+    ("vector.weight", "Q8_0", (64,)),
+    ("ffn.weight", "Q3_K", (64, 256)),
+    ("table.weight", "F16", (100, 30)),
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A file of blocks in reverse order, where they lie, and the bytes of every tensor."""
+    path, blocks, contents = tmp_path / "blocks.bin", [], []
+    torch.manual_seed(0)
+    with open(path, "wb") as file:
+        for index in reversed(range(BLOCKS)):
+            infos, content = {}, {}
+            for place, (name, type, shape) in enumerate(TENSORS):
+                format = FORMATS[type]
+                if format.block_size > 1:
+                    data = random_blocks(type, shape[0] if len(shape) == 2 else 1, shape[-1]).flatten()
+                else:
+                    data = torch.randn(shape).to(torch.float16 if type == "F16" else torch.float32)
+                    data = data.view(torch.uint8).flatten()
+                file.write(bytes(-file.tell() % 32))
+                if index == 2 and place == 5:
+                    file.write(bytes(1 << 17))  # a block in two extents
+                infos[name] = TensorInfo(name, shape, format, file.tell(), data.numel())
+                content[name] = data
+                file.write(data.numpy().tobytes())
+            blocks.append(lay_out(infos))
+            contents.append(content)
+    return path, blocks[::-1], contents[::-1]
+
+
+def expected_bytes(info, data, planar):
+    if planar and has_planes(info):
+        return to_planes(data.view(info.shape[0], -1), info.format.name).flatten()
+    return data
+
+
+def bytes_of(weight):
+    return weight.data.flatten() if isinstance(weight, QuantizedWeight) else weight.view(torch.uint8).flatten()
+
+
+def compare(block, weights, content, planar, wrong):
+    """What a kernel would see of a block."""
+    for _, info, _ in block.tensors:
+        if len(info.shape) == 2:  # others are decoded when they are looked up, on the device
+            expected = expected_bytes(info, content[info.name], planar)
+            if not torch.equal(bytes_of(weights[info.name]), expected):
+                wrong.append(info.name)
+
+
+class Delayed:
+    """A stream of CUDA whose work is done when somebody waits for it."""
+
+    lock = threading.RLock()  # of all streams: work of one waits for work of others
+
+    def __init__(self, *_):
+        self.work, self.done = [], 0
+
+    def enqueue(self, action):
+        with self.lock:
+            self.work.append(action)
+            return len(self.work)
+
+    def run(self, count):
+        with self.lock:
+            while self.done < count:
+                self.done += 1
+                self.work[self.done - 1]()
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def wait_event(self, event):
+        position = (event.stream, event.count)
+        self.enqueue(lambda: position[0].run(position[1]) if position[0] else None)
+
+    def record_event(self, event=None):
+        event = event or DelayedEvent()
+        event.record(self)
+        return event
+
+    def synchronize(self):
+        self.run(len(self.work))
+
+
+class DelayedEvent:
+    def __init__(self, blocking=False):
+        self.stream, self.count = None, 0
+
+    def record(self, stream):
+        self.count, self.stream = len(stream.work), stream
+
+    def synchronize(self):
+        if self.stream:
+            self.stream.run(self.count)
+
+
+class Target:
+    """Memory of the device: copies into it are enqueued."""
+
+    def __init__(self, tensor, cuda):
+        self.tensor, self.cuda = tensor, cuda
+
+    def __getitem__(self, part):
+        return Target(self.tensor[part], self.cuda)
+
+    def copy_(self, source, non_blocking):
+        assert non_blocking
+        self.cuda.current_stream().enqueue(torch.inference_mode()(lambda: self.tensor.copy_(source)))
+
+
+class StandIn:
+    """As much of torch.cuda as a ring uses. refusals: how many registrations of memory fail."""
+
+    Stream, Event = Delayed, DelayedEvent
+
+    def __init__(self, refusals=0):
+        self.refusals, self.registered, self.sizes = refusals, {}, []
+        self.default, self.mine = Delayed(), threading.local()
+
+    def current_stream(self, device=None):
+        return getattr(self.mine, "stream", self.default)
+
+    def stream(self, stream):
+        cuda = self
+
+        class Entered:
+            def __enter__(self):
+                cuda.mine.stream = stream
+
+            def __exit__(self, *_):
+                del cuda.mine.stream
+
+        return Entered()
+
+    def cudart(self):
+        return SimpleNamespace(cudaHostRegister=self.register, cudaHostUnregister=self.registered.pop)
+
+    def register(self, address, nbytes, flags):
+        assert address % 4096 == nbytes % 4096 == 0 and flags == 1
+        self.sizes.append(nbytes)
+        if len(self.sizes) <= self.refusals:
+            return 2
+        self.registered[address] = nbytes
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """cuda(refusals) puts a stand-in in CUDA's place, for rings in host memory."""
+
+    def install(refusals=0):
+        stand_in = StandIn(refusals)
+        monkeypatch.setattr(module, "torch", SimpleNamespace(**{**vars(torch), "cuda": stand_in}))
+
+        class Ring(CudaRing):
+            def send(self, moves, slot):
+                return super().send([(Target(to, stand_in), source) for to, source in moves], slot)
+
+        monkeypatch.setattr(stream_module, "make_ring", Ring)
+        return stand_in
+
+    return install
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("ring", ["host", "cuda", "little page-locked memory", "no page-locked memory"])
+@pytest.mark.parametrize("piece", [4096, 8192, 1 << 20])
+def test_pieces_come_together(model, monkeypatch, cuda, ring, piece, planar):
+    path, blocks, contents = model
+    monkeypatch.setattr(memory, "_PIECE", piece)
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: planar)
+    monkeypatch.setattr(HostRing, "staged", True)
+    refusals = {"host": 0, "cuda": 0, "little page-locked memory": 2, "no page-locked memory": 3}[ring]
+    stand_in = None if ring == "host" else cuda(refusals)
+    threads, wrong = threading.active_count(), []
+    for resident, slots in ((0, 2), (2, 3), (BLOCKS, 2)):
+        with BlockStream(path, blocks, CPU, passes=3, slots=slots, resident=spread(resident, BLOCKS)) as stream:
+            for _ in range(3):
+                for index, (weights, _) in enumerate(stream.blocks()):
+                    kernel = partial(compare, blocks[index], weights, contents[index], planar, wrong)
+                    stand_in.default.enqueue(kernel) if stand_in else kernel()
+            if stand_in:
+                stand_in.default.synchronize()
+        assert not wrong
+        if stand_in:
+            assert len(stand_in.sizes) == min(refusals + 1, 3) and not stand_in.registered
+            stand_in.sizes.clear()
+    assert threading.active_count() == threads
+
+
+def test_types_of_the_model_above_cover_both_layouts():
+    types = {type for _, type, shape in TENSORS if len(shape) == 2 and FORMATS[type].block_size > 1}
+    assert {needs_planes(type) for type in types} == {True, False}
+
+
+def test_small_tensors_are_read_together(model):
+    _, blocks, _ = model
+    plain = blocks[0].pieces(1 << 20, planar=False)
+    assert [(piece.offset, piece.nbytes) for piece in plain] == [(e.offset, e.nbytes) for e in blocks[0].extents]
+    assert len(blocks[2].extents) == len(blocks[2].pieces(1 << 20, planar=False)) == 2
+    apart = [piece.info.name if piece.info else None for piece in blocks[0].pieces(1 << 20, planar=True)]
+    assert apart == ["q.weight", None, "v.weight", "odd.weight", None, "ffn.weight", None]
+
+
+@pytest.mark.parametrize(("refusals", "pieces", "locked"), [(0, 8, True), (1, 4, True), (2, 2, True), (3, 2, False)])
+def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, locked):
+    stand_in = cuda(refusals)
+    ring = CudaRing(CPU, 2, 10_000)
+    assert ring.piece_bytes == 12288
+    assert list(stand_in.registered.values()) == [pieces * 12288] * locked
+    buffers = set()
+    for _ in range(2 * pieces):
+        with ring.staging() as staged:
+            buffers.add(staged.data_ptr())
+            assert staged.nbytes == 12288
+    assert len(buffers) == pieces
+    ring.close()
+    ring.close()
+    assert not stand_in.registered
+
+
+def test_the_plan_counts_what_a_ring_takes(cuda):
+    stand_in = cuda()
+    CudaRing(CPU, 2, 100 << 20).close()
+    (locked,) = stand_in.sizes
+    assert locked == 256 << 20
+    assert memory.staging_bytes(100 << 20) == locked + memory.LOADERS * (32 << 20)
+    assert memory.staging_bytes(0) == 0
+
+
+def test_a_ring_that_cannot_be_made_leaves_nothing_open(model, monkeypatch):
+    path, blocks, _ = model
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    closed = []
+    monkeypatch.setattr(FileReader, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(stream_module, "make_ring", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        BlockStream(path, blocks, CPU)
+    assert len(closed) == 1
