@@ -1,8 +1,16 @@
 """Blocks arrive whole, in order, ahead of time, and only a few at a time."""
 
+import errno
 import gc
+import itertools
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +137,104 @@ def test_a_reader_that_fails_fails_the_model(model):
     with BlockStream(path, blocks, CPU) as stream, pytest.raises(SkyrunError, match="ended at byte"):
         for _ in stream.blocks():
             pass
+
+
+def cut(path):
+    os.truncate(path, 1000)
+
+
+def rewrite(path):
+    path.write_bytes(bytes(path.stat().st_size))
+    os.utime(path, ns=(1, 1))  # clocks of file systems are coarse
+
+
+def replace(path):
+    other = path.with_name("other.bin")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "ended at byte|changed from .* to 1000 bytes"),
+        (rewrite, "written to"),
+        (replace, "replaced by another file"),
+    ],
+)
+def test_a_file_that_changes_while_it_is_streamed(model, change, message):
+    path, blocks = model
+    before = threading.active_count()
+    with BlockStream(path, blocks, CPU, slots=2, passes=2) as stream, pytest.raises(SkyrunError, match=message):
+        for index, _ in enumerate(stream.blocks()):
+            if index == 0:
+                change(path)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("resident", [0, BLOCKS])
+@pytest.mark.parametrize("fault", ["short reads", "refused", "broken disk", "slow disk"])
+def test_faults_of_the_disk(model, monkeypatch, fault, resident):
+    path, blocks = model
+    before, count = threading.active_count(), itertools.count()
+
+    def preadv(file, buffers, offset, read=os.preadv):
+        if fault == "refused" and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if fault == "broken disk" and next(count) > 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if fault == "slow disk":
+            time.sleep(0.005)
+        got = read(file, buffers, offset)
+        return min(got, 4321) if fault == "short reads" else got
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader = FileReader(path, direct=fault == "refused")
+    failing = pytest.raises(SkyrunError, match="Input/output error") if fault == "broken disk" else nullcontext()
+    kept = spread(resident, BLOCKS)
+    with BlockStream(path, blocks, CPU, passes=2, resident=kept, reader=reader) as stream, failing:
+        for _ in range(2):
+            assert [values(weights) for weights, _ in stream.blocks()] == [(n, n) for n in range(BLOCKS)]
+    assert threading.active_count() == before
+
+
+STREAMING = """
+import sys
+from pathlib import Path
+import torch
+from skyrun.kernels import FORMATS
+from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.stream import BlockStream, lay_out
+
+path, count, nbytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+infos = [TensorInfo("w", (nbytes // 4,), FORMATS["F32"], index * nbytes, nbytes) for index in range(count)]
+blocks = [lay_out({"w": info}) for info in infos]
+print("ready", flush=True)
+sys.stdin.readline()
+with BlockStream(path, blocks, torch.device("cpu"), passes=2) as stream:
+    for _ in range(2):
+        for weights, _ in stream.blocks():
+            assert float(weights["w"].sum()) == 0
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of another process is read from /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """240 MB pass through a ring of 18, seen from outside."""
+    path, count, nbytes, peaks = tmp_path / "zeros.bin", 40, 6 << 20, []
+    with open(path, "wb") as file:
+        file.truncate(count * nbytes)
+    command = [sys.executable, "-c", STREAMING, str(path), str(count), str(nbytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for expected in ("ready", "done"):
+            assert process.stdout.readline().strip() == expected
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peaks.append(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]))
+            print("", file=process.stdin, flush=True)
+    assert 3 * nbytes <= peaks[1] - peaks[0] < 8 * nbytes
 
 
 def test_closing_early_ends_the_thread(model):
