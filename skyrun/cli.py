@@ -169,8 +169,10 @@ def _add_bench(commands: Commands) -> None:
     parts = whats.add_subparsers(dest="what", required=True, metavar="WHAT")
     parser = _add(parts, "kernels", "are the kernels right, and how quick is each")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
-    parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all that are quantized)")
-    parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 512)")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all, on a CPU three)")
+    parser.add_argument(
+        "--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 1 and 64)"
+    )
     parser = _add(parts, "step", "how quick are denoising steps, streamed from this disk and from memory")
     parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="whose shapes (r2v-14b)")
     parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="of the transformer (Q8_0)")

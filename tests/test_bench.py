@@ -117,6 +117,7 @@ def test_mistakes():
     with pytest.raises(SkyrunError, match="0 rows cannot be measured"):
         plan_bench("cpu", None, [0])
     assert plan_bench("cpu", ["q4_k"], [3]).types == ("Q4_K",)
+    assert plan_bench("cpu", None, None).rows == (1, 64)
 
 
 @pytest.fixture

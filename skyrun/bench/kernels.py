@@ -19,7 +19,8 @@ from skyrun.request import TEXT_LENGTH
 from skyrun.weights import Weight, Weights
 
 QUANTIZED = tuple(name for name, format in FORMATS.items() if format.block_size > 1)
-ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64, 512)}
+ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64)}
+TYPES = {"cuda": QUANTIZED, "cpu": ("Q8_0", "Q6_K", "Q4_K")}
 WAN_14B = DiTDims(
     dim=5120, heads=40, layers=40, ffn_dim=13824, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256
 )
@@ -174,7 +175,7 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
 def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
     """What is to be measured. SkyrunError for a type that is not quantized or for rows below one."""
     chosen = choose_device(device)
-    names = QUANTIZED if types is None else tuple(name.upper() for name in types)
+    names = TYPES[chosen.type] if types is None else tuple(name.upper() for name in types)
     counts = ROWS[chosen.type] if rows is None else tuple(rows)
     problems = [f"{name} is no quantized type, choose of {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
     problems += [f"{count} rows cannot be measured" for count in counts if count < 1]

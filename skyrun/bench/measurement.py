@@ -8,7 +8,7 @@ import torch
 
 from skyrun.kernels.device import median_seconds
 
-_LEAST, _MOST = 5, 50  # launches of a measurement
+_LEAST, _MOST = 5, 50  # launches of a measurement; on a CPU one may be enough
 _WORTH = 0.5  # seconds that one takes, as far as these bounds allow
 _FLUSH_BYTES = 256 << 20  # larger than any cache: written between launches, so that nothing is found there
 
@@ -50,7 +50,10 @@ class Clock:
         """The median time of `work`; None if there is not enough memory for it."""
         try:
             once = median_seconds(self._device, work, 1)
-            launches = int(min(_MOST, max(_LEAST, _WORTH / max(once, 1e-6))))
+            least = _LEAST if self._device.type == "cuda" else 1
+            launches = int(min(_MOST, max(least, _WORTH / max(once, 1e-6))))
+            if launches == 1:
+                return once
             return median_seconds(self._device, work, launches, self._flush.zero_)
         except torch.OutOfMemoryError:
             return None
