@@ -39,7 +39,7 @@ def test_any_finite_row_decodes_to_something_near(x):
     x = torch.from_numpy(x)
     decoded = dequantize(quantize(x, "Q8_0"), "Q8_0")
     assert torch.isfinite(decoded).all()
-    assert float((decoded - x).abs().max()) <= 2 * float(x.abs().max()) / 127 + 1e-6
+    assert float((decoded - x).abs().max()) <= 2 * float(x.abs().max()) / 127 + 127 * 2**-25  # float16 scales
 
 
 @pytest.mark.parametrize("type", list(ENCODERS))
