@@ -70,8 +70,8 @@ def _vae_level(workload: Workload) -> int:
 
 
 def piece_bytes(block_bytes: int) -> int:
-    """Bytes of the pieces in which a block reaches a GPU, in whole pages."""
-    return min(_PIECE, -(-block_bytes // _PAGE) * _PAGE)
+    """Bytes of the buffers through which a block reaches a GPU, in whole pages: one more than the pieces take."""
+    return min(_PIECE, (-(-block_bytes // _PAGE) + 1) * _PAGE) if block_bytes else 0
 
 
 def staging_bytes(block_bytes: int) -> int:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.presets.memory import STAGING_PIECES, piece_bytes
+from skyrun.reader import PAGE
 
 Arrival = Any  # of bytes sent to a device: an event on it, None on a CPU
 
 _BLOCKS_AHEAD = 2
-_PAGE, _PORTABLE = 4096, 1  # cudaHostRegisterPortable
+_PORTABLE = 1  # cudaHostRegisterPortable
 # Failed allocations that torch reports as a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
@@ -136,7 +137,7 @@ class HostRing:
         self.piece_bytes = piece_bytes(nbytes)
 
     def allocate(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return page_aligned(nbytes)
 
     @contextmanager
     def staging(self) -> Iterator[Tensor]:
@@ -232,6 +233,12 @@ def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:
     return CudaRing(device, slots, nbytes) if device.type == "cuda" else HostRing(slots, nbytes)
 
 
+def page_aligned(nbytes: int) -> Tensor:
+    """Bytes on the host that begin where a page of memory does."""
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % PAGE :][:nbytes]
+
+
 def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
     """Memory for some pieces of `nbytes`, and whether it is page-locked; fewer pieces where not as much can be.
 
@@ -239,8 +246,7 @@ def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
     """
     memory, cudart = torch.empty(0), torch.cuda.cudart()
     for pieces in (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4):
-        memory = torch.empty(pieces * nbytes + _PAGE, dtype=torch.uint8)
-        memory = memory[-memory.data_ptr() % _PAGE :][: pieces * nbytes]
+        memory = page_aligned(pieces * nbytes)
         if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
             return True, memory
         with suppress(RuntimeError):  # a kernel would report the failure as its own: let it be this one

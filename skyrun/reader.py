@@ -10,6 +10,7 @@ from functools import partial
 from io import FileIO
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.reading import ReadAt, fill, open_unbuffered, read_at
 
 _THREADS, _CHUNK = 8, 4 << 20
-_PAGE = 4096  # reads around the page cache begin and end at multiples of it, in the file and in memory
+PAGE = 4096  # reads around the page cache begin and end at multiples of it, in the file and in memory
 _CACHED_SHARE = 0.7  # of the free memory: larger files would push each other's pages out of the page cache
 _REFUSED = (errno.EINVAL, errno.ENOTSUP)  # by file systems that have no way around the page cache
 
@@ -37,7 +38,8 @@ class FileReader:
     """Fills buffers from a file.
 
     A file that fits into free memory is read through the page cache, and comes from there when it is read again; larger
-    ones go around it. direct: go around it, rather than decide by the size.
+    ones go around it, without a copy where buffer and file are at the same place of a page. direct: do that, or not,
+    whatever the size.
     """
 
     def __init__(self, path: Path, direct: bool | None = None) -> None:
@@ -100,26 +102,31 @@ class FileReader:
         except OSError:
             return  # refused; and if it is something else, reading will say so
         self._files.append(file)
-        self._read = partial(self._read_pages, file.fileno())
+        self._read = partial(self._read_around, file.fileno())
 
-    def _read_pages(self, file: int, target: memoryview, offset: int) -> int:
-        """Read whole pages around the page cache, and copy what is wanted of them."""
-        if not hasattr(self._mine, "pages"):
-            self._mine.pages = np.frombuffer(mmap(-1, _CHUNK), np.uint8)
-        lead = offset % _PAGE
-        pages = self._mine.pages[: -(-(lead + len(target)) // _PAGE) * _PAGE]
+    def _read_around(self, file: int, target: memoryview, offset: int) -> int:
+        """Read around the page cache: whole pages to where pages of memory begin, the rest by way of a buffer."""
+        place, lead = np.frombuffer(target, np.uint8), offset % PAGE
+        fits = (place.ctypes.data - offset) % PAGE == 0
+        if fits and lead == 0 and len(place) >= PAGE:
+            got = self._read_pages(file, place[: len(place) // PAGE * PAGE], offset)
+        else:
+            if not hasattr(self._mine, "pages"):
+                self._mine.pages = np.frombuffer(mmap(-1, _CHUNK), np.uint8)
+            pages = self._mine.pages[: PAGE if fits else -(-(lead + len(place)) // PAGE) * PAGE]
+            got = min(self._read_pages(file, pages, offset - lead) - lead, len(place))
+            if got > 0:
+                np.copyto(place[:got], pages[lead : lead + got])  # other threads run meanwhile
+        return got if got > 0 else self._read_positions(target, offset)  # refused, or the file ends here
+
+    def _read_pages(self, file: int, pages: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> int:
         try:
-            got = os.preadv(file, [pages], offset - lead)
+            return os.preadv(file, [pages.data], offset)
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
-            self._read = self._read_positions
-            got = 0
-        if got <= lead:  # refused, or the file ends here
-            return self._read_positions(target, offset)
-        count = min(got - lead, len(target))
-        np.copyto(np.frombuffer(target, np.uint8)[:count], pages[lead : lead + count])  # other threads run meanwhile
-        return count
+        self._read = self._read_positions
+        return 0
 
     def _identity(self) -> tuple[int, int, int, int] | None:
         try:

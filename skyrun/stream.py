@@ -17,14 +17,14 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-from skyrun.device import Arrival, make_ring
+from skyrun.device import Arrival, make_ring, page_aligned
 from skyrun.errors import SkyrunError
 from skyrun.events import BlockDone, now
 from skyrun.kernels.device import uses_triton
 from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import FIELDS, to_planes
 from skyrun.presets.memory import LOADERS
-from skyrun.reader import Extent, FileReader
+from skyrun.reader import PAGE, Extent, FileReader
 from skyrun.weights import Observe, Weights, as_weight, has_planes
 
 _ALIGNMENT = 32
@@ -74,6 +74,12 @@ class Block:
     tensors: tuple[tuple[str, TensorInfo, int], ...]
     extents: tuple[Extent, ...]
     nbytes: int
+
+    @property
+    def lead(self) -> int:
+        """Bytes from the start of a page to the block's first: reading is quickest to the same place in memory."""
+        lead = self.extents[0].offset % PAGE
+        return 0 if lead % _ALIGNMENT else lead
 
     def weights(
         self, owner: str, buffer: Tensor, observe: Observe | None = None, planar: bool = False, fast: bool = False
@@ -214,7 +220,7 @@ class BlockStream:
         self._reader = reader or FileReader(path)
         slots = slots if len(resident) < len(blocks) else 0
         try:
-            self._ring = make_ring(device, slots, max(block.nbytes for block in blocks))
+            self._ring = make_ring(device, slots, max(block.lead + block.nbytes for block in blocks))
         except BaseException:
             self._reader.close()
             raise
@@ -290,13 +296,13 @@ class BlockStream:
                     slot = self._free.get()
                     if slot is None or self._closed:
                         return
-                    buffer = self._ring.slots[slot]
+                    buffer = self._ring.slots[slot][block.lead :]
                     self._ready.put(_Loading(index, slot, buffer, self._load(block, buffer, slot)))
         except BaseException as error:
             self._ready.put(error)
 
     def _load_kept(self, index: int, block: Block) -> None:
-        buffer = self._ring.allocate(block.nbytes)
+        buffer = self._ring.allocate(block.lead + block.nbytes)[block.lead :]
         pieces = self._load(block, buffer, None)
         self._ready.put(_Loading(index, None, buffer, pieces))
         for piece in pieces:  # no slot limits how many are under way
@@ -305,7 +311,7 @@ class BlockStream:
     def _load(self, block: Block, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
         if not self._staged:
             return [self._loaders.submit(self._read, block.extents, buffer)]
-        pieces = block.pieces(self._ring.piece_bytes, self._planar)
+        pieces = block.pieces(self._ring.piece_bytes - PAGE, self._planar)
         return [self._loaders.submit(self._stage, piece, buffer, slot) for piece in pieces]
 
     @torch.inference_mode()
@@ -322,14 +328,15 @@ class BlockStream:
     @torch.inference_mode()
     def _stage(self, piece: Piece, buffer: Tensor, slot: int | None) -> _Loaded:
         """Read a piece, lay its fields apart where they should be, and send it to the buffer."""
-        extent = Extent(piece.offset, piece.nbytes, 0)
+        lead = piece.offset % PAGE  # as in Block.lead
         with self._ring.staging() as staged:
             if piece.info is None:
-                loaded = self._read([extent], staged)
+                loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], staged)
+                staged = staged[lead:]
             else:
                 with self._whole_blocks() as scratch:
-                    loaded = self._read([extent], scratch)
-                    blocks = scratch[: piece.nbytes].view(-1, piece.info.format.block_bytes)
+                    loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], scratch)
+                    blocks = scratch[lead:][: piece.nbytes].view(-1, piece.info.format.block_bytes)
                     to_planes(blocks, piece.info.format.name, staged[: piece.nbytes].view_as(blocks))
             return replace(loaded, arrival=self._ring.send(piece.moves(buffer, staged), slot))
 
@@ -339,7 +346,7 @@ class BlockStream:
         try:
             scratch = self._scratch.get_nowait()
         except Empty:
-            scratch = torch.empty(self._ring.piece_bytes, dtype=torch.uint8)
+            scratch = page_aligned(self._ring.piece_bytes)
         yield scratch
         self._scratch.put(scratch)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from skyrun import reader as module
+from skyrun.device import page_aligned
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.reader import Extent, FileReader
 
@@ -70,9 +71,10 @@ def test_extents_arrive_where_they_belong_and_nothing_else_changes(path, opened,
             extents.append(Extent(offset, nbytes, at))
             expected += [content[offset : offset + nbytes], np.full(13, 7, np.uint8)]
             at += nbytes + 13
-        buffer = torch.full((at,), 7, dtype=torch.uint8)
-        reader.read(extents, buffer)
-        np.testing.assert_array_equal(buffer.numpy(), np.concatenate(expected))
+        for shift in (0, places[start][0] % 4096, 5):  # of the buffer in a page: as the file, and not
+            buffer = page_aligned(at + shift).fill_(7)[shift:]
+            reader.read(extents, buffer)
+            np.testing.assert_array_equal(buffer.numpy(), np.concatenate(expected))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -127,6 +129,19 @@ def test_a_disk_that_fails(path, opened, monkeypatch, way):
     with pytest.raises(SkyrunError, match=r"cannot read .*numbers.bin: .*Input/output error") as caught:
         whole(path, reader)
     assert caught.value.code == FAILED and "disk" in caught.value.hint
+
+
+@pytest.mark.skipif(not DIRECT, reason="every read goes through the page cache")
+@pytest.mark.parametrize(("shift", "copies"), [(100, 4096), (0, 3 * CHUNK)])
+def test_direct_reads_copy_only_where_pages_differ(path, opened, monkeypatch, shift, copies):
+    copied, copy = [], np.copyto
+    monkeypatch.setattr(np, "copyto", lambda to, source: (copied.append(len(to)), copy(to, source)))
+    reader, buffer = opened("direct"), page_aligned(CHUNK * 3 + shift)[shift:]
+    if reader._files[-1] is reader._files[0]:
+        pytest.skip("the file system refuses")
+    reader.read([Extent(100, CHUNK * 3, 0)], buffer)
+    assert buffer.numpy().tobytes() == path.read_bytes()[100 : 100 + CHUNK * 3]
+    assert sum(copied) == copies
 
 
 @pytest.mark.skipif(not DIRECT, reason="every read goes through the page cache")

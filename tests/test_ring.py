@@ -201,7 +201,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("ring", ["host", "cuda", "little page-locked memory", "no page-locked memory"])
-@pytest.mark.parametrize("piece", [4096, 8192, 1 << 20])
+@pytest.mark.parametrize("piece", [8192, 12288, 1 << 20])
 def test_pieces_come_together(model, monkeypatch, cuda, ring, piece, planar):
     path, blocks, contents = model
     monkeypatch.setattr(memory, "_PIECE", piece)
@@ -243,13 +243,13 @@ def test_small_tensors_are_read_together(model):
 def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, locked):
     stand_in = cuda(refusals)
     ring = CudaRing(CPU, 2, 10_000)
-    assert ring.piece_bytes == 12288
-    assert list(stand_in.registered.values()) == [pieces * 12288] * locked
+    assert ring.piece_bytes == 16384
+    assert list(stand_in.registered.values()) == [pieces * 16384] * locked
     buffers = set()
     for _ in range(2 * pieces):
         with ring.staging() as staged:
             buffers.add(staged.data_ptr())
-            assert staged.nbytes == 12288
+            assert staged.nbytes == 16384
     assert len(buffers) == pieces
     ring.close()
     ring.close()
