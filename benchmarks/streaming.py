@@ -1,12 +1,22 @@
-"""Does the stream hide reading? python benchmarks/streaming.py [--share 0.8] [--blocks 12]
+"""How blocks of weights come from disk. python benchmarks/streaming.py [hiding | reading | memory] [options]
 
-A model of real matrix products runs over blocks twice: from memory, and streamed by a reader slowed down to `share` of
+hiding: a model of real matrix products runs over blocks from memory, and streamed by a reader slowed down to `share` of
 the computing time per block. Hidden means that both take the same time.
+reading: a file of --gb is streamed by a model that does nothing, and read by plain threads, in turn and from a cold
+cache, through the page cache and around it.
+memory: a process streams a model of --gb in forty blocks; its memory is looked at from outside.
 """
 
 import argparse
+import os
+import re
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -14,27 +24,34 @@ import numpy as np
 import torch
 from environment import environment
 
+from skyrun.device import page_aligned
 from skyrun.kernels import FORMATS
 from skyrun.kernels.gguf_file import TensorInfo
-from skyrun.stream import Block, BlockStream, FileReader, lay_out
+from skyrun.reader import Extent, FileReader
+from skyrun.stream import Block, BlockStream, lay_out
 
-DIM, PASSES = 1024, 3
+CPU = torch.device("cpu")
+DIM, PASSES = 1024, 3  # of hiding
+BLOCKS, ROUNDS = 40, 7  # of reading and memory
+READERS, CHUNK = 8, 4 << 20  # of plain reading
 
 
 class SlowReader(FileReader):
-    """Reads, then waits until `seconds` have passed since it began."""
+    """A disk of its own speed: it reads one block after the other, and each takes `seconds`."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__(path)
-        self._seconds = seconds
+        self._seconds, self._disk = seconds, threading.Lock()
 
-    def read(self, block: Block, buffer: torch.Tensor) -> None:
-        start = time.perf_counter()
-        super().read(block, buffer)
-        time.sleep(max(0.0, self._seconds - (time.perf_counter() - start)))
+    def read(self, extents: Sequence[Extent], buffer: torch.Tensor) -> None:
+        with self._disk:
+            start = time.perf_counter()
+            super().read(extents, buffer)
+            time.sleep(max(0.0, self._seconds - (time.perf_counter() - start)))
 
 
 def write_blocks(path: Path, count: int) -> list[Block]:
+    """Blocks of one square matrix each."""
     rng, blocks = np.random.default_rng(0), []
     with open(path, "wb") as file:
         for _ in range(count):
@@ -59,25 +76,143 @@ def seconds_of(stream: BlockStream, x: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=0.8)
-    parser.add_argument("--blocks", type=int, default=12)
-    arguments = parser.parse_args()
-    print(environment())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "blocks.bin"
-        blocks = write_blocks(path, arguments.blocks)
-        x, cpu = torch.randn(2048, DIM), torch.device("cpu")
-        kept = frozenset(range(arguments.blocks))
-        compute = seconds_of(BlockStream(path, blocks, cpu, passes=PASSES, resident=kept), x)
-        slow = SlowReader(path, arguments.share * compute / arguments.blocks)
-        stream = BlockStream(path, blocks, cpu, passes=PASSES, reader=slow)
-        streamed = seconds_of(stream, x)
-    per_block = 1000 / arguments.blocks
+def hiding(path: Path, arguments: argparse.Namespace) -> None:
+    count = arguments.blocks or 12
+    blocks = write_blocks(path, count)
+    x, kept = torch.randn(2048, DIM), frozenset(range(count))
+    compute = seconds_of(BlockStream(path, blocks, CPU, passes=PASSES, resident=kept), x)
+    slow = SlowReader(path, arguments.share * compute / count)
+    stream = BlockStream(path, blocks, CPU, passes=PASSES, reader=slow)
+    streamed = seconds_of(stream, x)
+    per_block = 1000 / count
     print(f"computing alone: {compute * per_block:.1f} ms a block")
     print(f"streamed, reading takes {arguments.share:.0%} of that: {streamed * per_block:.1f} ms a block")
-    print(f"ratio {streamed / compute:.3f}; the model waited {stream.stats.stall_seconds:.3f} s, first block included")
+    print(
+        f"ratio {streamed / compute:.3f}; the model waited {stream.stats.stall_seconds:.3f} s, first block included; "
+        f"{stream.stats.hidden:.0%} of reading was hidden"
+    )
+
+
+def layout(gb: float, count: int) -> list[Block]:
+    """Equal blocks of a file, with a small tensor beside a large one, off the borders of pages."""
+    numbers, blocks, offset = int(gb * 1e9 / count / 4), [], 96
+    for _ in range(count):
+        small = TensorInfo("small", (5120,), FORMATS["F32"], offset, 4 * 5120)
+        large = TensorInfo("large", (numbers,), FORMATS["F32"], offset + small.nbytes, 4 * numbers)
+        offset += small.nbytes + large.nbytes
+        blocks.append(lay_out({"small": small, "large": large}))
+    return blocks
+
+
+def write_random(path: Path, blocks: list[Block]) -> None:
+    """As many bytes as the blocks take; the same ones over and over, which disks do not see."""
+    piece, last = np.random.default_rng(0).bytes(1 << 24), blocks[-1].extents[0]
+    with open(path, "wb") as file:
+        for _ in range(0, last.offset + last.nbytes, len(piece)):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def forget(path: Path) -> None:
+    """Let the system drop the file from its cache."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def plain_rate(path: Path, direct: bool) -> float:
+    """Bytes per second of threads that each have a buffer to read into."""
+    mine, size = threading.local(), path.stat().st_size
+    file = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+
+    def read(offset: int) -> int:
+        if not hasattr(mine, "buffer"):
+            mine.buffer = page_aligned(CHUNK).numpy().data
+        return os.preadv(file, [mine.buffer], offset)
+
+    forget(path)
+    with ThreadPoolExecutor(READERS) as threads:
+        start = time.perf_counter()
+        total = sum(threads.map(read, range(0, size, CHUNK)))
+        seconds = time.perf_counter() - start
+    os.close(file)
+    assert total == size
+    return size / seconds
+
+
+def streamed_rate(path: Path, blocks: list[Block], direct: bool) -> float:
+    """Bytes per second of a stream, from opening it to the last block."""
+    forget(path)
+    start = time.perf_counter()
+    with BlockStream(path, blocks, CPU, reader=FileReader(path, direct=direct)) as stream:
+        for _ in stream.blocks():
+            pass
+        return stream.stats.bytes_read / (time.perf_counter() - start)
+
+
+def reading(path: Path, arguments: argparse.Namespace) -> None:
+    blocks = layout(arguments.gb, arguments.blocks or BLOCKS)
+    write_random(path, blocks)
+    for direct in (False, True):
+        pairs = [(plain_rate(path, direct), streamed_rate(path, blocks, direct)) for _ in range(ROUNDS)]
+        plain, streamed = (median(rates) / 1e9 for rates in zip(*pairs, strict=True))
+        ratios = sorted(ours / theirs for theirs, ours in pairs)
+        print(
+            f"{'around' if direct else 'through'} the page cache: plain {plain:.2f} GB/s, streamed {streamed:.2f} GB/s"
+        )
+        print(
+            f"  streamed / plain, of neighbours: median {median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        )
+
+
+def memory(path: Path, arguments: argparse.Namespace) -> None:
+    count = arguments.blocks or BLOCKS
+    last = layout(arguments.gb, count)[-1].extents[0]
+    with open(path, "wb") as file:
+        file.truncate(last.offset + last.nbytes)
+    options = ["--gb", str(arguments.gb), "--blocks", str(count), "--file", str(path)]
+    command, peaks = [sys.executable, __file__, "streaming", *options], []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        for line in process.stdout:
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            assert found
+            peaks.append(int(found[1]) * 1024 / 1e6)
+            print(f"{line.strip()}: {peaks[-1]:.0f} MB resident at most")
+            print("", file=process.stdin, flush=True)
+    print(f"for weights: {peaks[-1] - peaks[0]:.0f} MB, of {arguments.gb * 1000:.0f} MB streamed")
+
+
+def streaming(path: Path, arguments: argparse.Namespace) -> None:
+    """The process that `memory` looks at."""
+    blocks = layout(arguments.gb, arguments.blocks)
+    print("before", flush=True)
+    sys.stdin.readline()
+    with BlockStream(path, blocks, CPU, passes=2) as stream:
+        for _ in range(2):
+            for weights, _ in stream.blocks():
+                weights.dense("large").sum()
+    print("after two passes", flush=True)
+    sys.stdin.readline()
+
+
+MODES = {"hiding": hiding, "reading": reading, "memory": memory, "streaming": streaming}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", default="hiding", choices=MODES, metavar="hiding | reading | memory")
+    parser.add_argument("--share", type=float, default=0.8, help="of hiding")
+    parser.add_argument("--blocks", type=int, help="12 of hiding, 40 of the others")
+    parser.add_argument("--gb", type=float, default=2.0, help="of reading and memory")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.mode == "streaming":
+        streaming(arguments.file, arguments)
+        return
+    print(environment())
+    with tempfile.TemporaryDirectory() as folder:
+        MODES[arguments.mode](Path(folder) / "blocks.bin", arguments)
 
 
 if __name__ == "__main__":

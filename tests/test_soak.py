@@ -17,7 +17,11 @@ def held():
     """Open files, threads, and bytes of all tensors."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t.device.type == "cpu" and t.layout == torch.strided
+    }
     return psutil.Process().num_fds(), threading.active_count(), sum(storages.values())
 
 
