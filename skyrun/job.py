@@ -12,7 +12,7 @@ from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.images import open_image
 from skyrun.kernels.matmul import fast_gain
 from skyrun.model_files import ModelFiles, find_model, main_type
-from skyrun.models.dit import block_layouts, canonical_tensors, read_dims
+from skyrun.models.dit_file import block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe

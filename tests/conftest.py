@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if find_spec("skyrun") is None:  # a checkout that is not installed; the bare na
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+# Started in the background by a shell, a process ignores interrupts; tests are about what they do.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():  # before any kernel is made: they run in Triton's interpreter, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -49,9 +53,9 @@ def goldens() -> Callable[[str], Golden]:
 
     def load(name: str) -> Golden:
         path = DATA / "goldens" / name
-        notes = path.with_suffix(".json")
+        notes = path.with_name(f"{path.name}.json")
         return Golden(
-            load_file(path.with_suffix(".safetensors")),
+            load_file(path.with_name(f"{path.name}.safetensors")),
             json.loads(notes.read_text()) if notes.is_file() else {},
             path.parent,
         )
@@ -71,17 +75,18 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """converted("Q4_K") is a folder with the tiny checkpoint's files, made by the command line."""
+def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """converted("Q4_K", "v2v") is a folder with the files of a tiny checkpoint, made by the command line."""
     from skyrun.cli import main
 
-    folders: dict[str, Path] = {}
+    folders: dict[tuple[str, str], Path] = {}
 
-    def convert(quant: str) -> Path:
-        if quant not in folders:
-            folders[quant] = tmp_path_factory.mktemp(f"model-{quant}")
-            assert main(["convert", str(checkpoint), "-o", str(folders[quant]), "--quant", quant]) == 0
-        return folders[quant]
+    def convert(quant: str, model: str = "r2v") -> Path:
+        if (quant, model) not in folders:
+            folder = folders[quant, model] = tmp_path_factory.mktemp(f"{model}-{quant}")
+            source = checkpoint.with_name(f"{model}-tiny")
+            assert main(["convert", str(source), "-o", str(folder), "--quant", quant]) == 0
+        return folders[quant, model]
 
     return convert
 

@@ -10,7 +10,8 @@ from skyrun.events import drain
 from skyrun.kernels import linear, torch_int8, triton_encode
 from skyrun.kernels.elementwise import add_gated
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.dit import Context, DiT
+from skyrun.models.dit_file import block_layouts
 from skyrun.stream import BlockStream
 
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ def forward(goldens, converted):
         dit = DiT(file, CPU, torch.float32)
         (time,) = dit.embed_times(golden["in.timesteps"].tolist()[:1])
         latents = golden["in.hidden_states"][0]
-        context, rope = dit.embed_text(golden["in.context_valid"])[:text_rows], dit.rope(latents)
+        context, rope = Context(dit.embed_text(golden["in.context_valid"])[:text_rows]), dit.rope(latents)
         with BlockStream(file.path, block_layouts(file), CPU, fast=fast) as stream:
-            return drain(dit.forward(stream, latents, time, context, rope))
+            return drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
 
     return run
 

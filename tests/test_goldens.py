@@ -12,7 +12,8 @@ from skyrun.errors import SkyrunError
 from skyrun.events import drain
 from skyrun.images import letterbox, open_image, to_uint8
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.dit import Context, DiT
+from skyrun.models.dit_file import block_layouts
 from skyrun.models.umt5 import UMT5, clean_prompt
 from skyrun.models.vae import WanVAE
 from skyrun.sampler import UniPC
@@ -142,7 +143,7 @@ def test_dit(goldens, converted):
     assert worst(torch.stack(rope, 2), golden["out.rope"]) < 1e-6
     with BlockStream(file.path, block_layouts(file), CPU, passes=len(timesteps)) as stream:
         for index, time in enumerate(times):
-            sample = drain(dit.forward(stream, latents, time, context, rope))
+            sample = drain(dit.forward(stream, latents, [time] * 6, Context(context), rope))
             assert worst(sample, golden[f"out.sample{index}"][0]) < 2e-5
 
 

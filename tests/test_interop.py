@@ -20,7 +20,8 @@ from skyrun.calibration import SumsOfSquares
 from skyrun.events import drain
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.dit import Context, DiT
+from skyrun.models.dit_file import block_layouts
 from skyrun.quant import convert
 from skyrun.quant.importance import original_name
 from skyrun.stream import BlockStream
@@ -107,7 +108,11 @@ def forward(path, inputs, observe=None):
     dit = DiT(file, CPU, torch.float32)
     with torch.inference_mode(), BlockStream(path, block_layouts(file), CPU, observe=observe) as stream:
         (embedding,) = dit.embed_times([time])
-        return drain(dit.forward(stream, latents, embedding, dit.embed_text(text), dit.rope(latents)))
+        return drain(
+            dit.forward(
+                stream, latents, [embedding] * latents.shape[1], Context(dit.embed_text(text)), dit.rope(latents)
+            )
+        )
 
 
 def forward_in_diffusers(model, inputs):

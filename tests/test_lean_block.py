@@ -5,7 +5,8 @@ import torch
 
 from skyrun.events import drain
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.models.dit import DiT, block_layouts, chunks
+from skyrun.models.dit import Context, DiT, chunks
+from skyrun.models.dit_file import block_layouts
 from skyrun.stream import BlockStream, spread
 
 CPU = torch.device("cpu")
@@ -17,10 +18,10 @@ def forward(file, golden, *, slots=3, resident=0, **how):
     dit = DiT(file, CPU, torch.float32, **how)
     (time,) = dit.embed_times(golden["in.timesteps"].tolist()[:1])
     latents = golden["in.hidden_states"][0]
-    context, rope = dit.embed_text(golden["in.context_valid"]), dit.rope(latents)
+    context, rope = Context(dit.embed_text(golden["in.context_valid"])), dit.rope(latents)
     kept = spread(resident, dit.dims.layers)
     with BlockStream(file.path, block_layouts(file), CPU, slots=slots, resident=kept) as stream:
-        return drain(dit.forward(stream, latents, time, context, rope))
+        return drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
 
 
 @pytest.mark.parametrize("parked", [False, True])
@@ -48,6 +49,6 @@ def test_parked_tokens_are_the_same_tokens(goldens, converted):
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, None), (0, 4), (1, None), (36, 1), (36, 5), (36, 36), (36, 37)])
 def test_parts_cover_every_token_once(tokens, rows):
-    parts = chunks(tokens, rows)
+    parts = chunks(0, tokens, rows)
     assert [n for part in parts for n in range(tokens)[part]] == list(range(tokens))
     assert all(part.stop - part.start <= (rows or tokens) for part in parts)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from skyrun.events import drain
 from skyrun.job import prepare
 from skyrun.kernels.name_tables import WAN_VAE
-from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.dit import Context, DiT
+from skyrun.models.dit_file import block_layouts
 from skyrun.models.vae import Memory, WanVAE, read_vae_dims
 from skyrun.presets.memory import BYTES, denoise_bytes, vae_bytes, vae_memory_bytes
 from skyrun.request import Request
@@ -70,10 +71,10 @@ def test_denoising(job, dtype, rows):
     dit = DiT(file, CPU, getattr(torch, dtype), rows=rows)
     latents = torch.randn(16, work.latent_frames, work.height // 8, work.width // 8)
     (time,) = dit.embed_times([500.0])
-    context, rope = dit.embed_text(torch.randn(20, dit.dims.text_dim)), dit.rope(latents)
+    context, rope = Context(dit.embed_text(torch.randn(20, dit.dims.text_dim))), dit.rope(latents)
     tables = sum(table.nbytes for table in rope)
     with BlockStream(file.path, block_layouts(file), CPU) as stream, CountingAllocator() as counted:
-        drain(dit.forward(stream, latents, time, context, rope))
+        drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
     expected = denoise_bytes(work, dtype, rows) - work.outer_bytes
     assert counted.peak + tables == pytest.approx(expected, rel=0.1)
 

@@ -299,7 +299,7 @@ def test_resident_blocks_are_spread_evenly(count, total):
 
 
 def test_model_files_have_one_extent_per_block(converted):
-    from skyrun.models.dit import block_layouts
+    from skyrun.models.dit_file import block_layouts
 
     file = open_gguf(next(converted("Q4_K").glob("SkyReels*.gguf")))
     blocks = block_layouts(file)

@@ -14,7 +14,8 @@ from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
 from skyrun.kernels.attention import Keys, ways
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.layers import rope_table
-from skyrun.models.dit import DiTDims, chunks, dit_block
+from skyrun.models.dit import Context, Span, dit_block
+from skyrun.models.dit_file import DiTDims
 from skyrun.request import TEXT_LENGTH
 from skyrun.weights import Weight, Weights
 
@@ -141,12 +142,12 @@ def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]
 
 def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
     dims = bench.dims
-    x, context = bench.random(tokens, dims.dim), bench.random(TEXT_LENGTH, dims.dim)
-    time = torch.randn(6, dims.dim, device=bench.device)
-    rope = rope_table(1, 1, tokens, 128, bench.device)
+    x, context = bench.random(tokens, dims.dim), Context(bench.random(TEXT_LENGTH, dims.dim))
+    spans = [Span(slice(0, tokens), (x.new_empty(0), torch.randn(6, dims.dim, device=bench.device)))]
+    rope = rope_table([0], 1, tokens, 128, bench.device)
 
     def measured(what: str, way: str, weights: Weights) -> Measurement:
-        seconds = clock.seconds(lambda: dit_block(x, weights, time, context, rope, dims, chunks(tokens, None)))
+        seconds = clock.seconds(lambda: dit_block(x, weights, spans, context, rope, dims))
         return Measurement("block", what, tokens, way, seconds)
 
     yield measured(str(bench.dtype).removeprefix("torch."), "resident", block_weights(bench, None))

@@ -1,117 +1,52 @@
-"""The Wan diffusion transformer: noisy latents, a timestep and a text in, the velocity out.
+"""The Wan diffusion transformer: noisy latents, timesteps and what to show in, the velocity out.
 
 Weights have original Wan names. A block is a function of activations and of the weights that pass by.
 """
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
-from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
-from skyrun.kernels.names import Match, fits, recognise, strays
+from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.layers import rope_table, sinusoid
+from skyrun.models.audio_projection import project_audio
+from skyrun.models.dit_file import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.request import TEXT_LENGTH
-from skyrun.stream import Block, BlockStream, lay_out_blocks
+from skyrun.stream import BlockStream
 from skyrun.weights import Weights, load_weights
 
-_HEAD_DIM = 128
-_AUDIO_WINDOW = 5  # frames of audio around a video frame, where a file does not say
+_IMAGE_EPS = 1e-5  # of the norms around the projection of pictures
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
 TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
 
 
 @dataclass(frozen=True)
-class DiTDims:
-    """Sizes of a transformer. All follow from its tensors; metadata that disagrees is an error."""
+class Context:
+    """What the tokens of a clip attend to besides each other, on the device.
 
-    dim: int
-    heads: int
-    layers: int
-    ffn_dim: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    freq_dim: int
-    eps: float = 1e-6
-
-
-def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
-    """Tensors by original Wan name and in torch's shapes, whatever naming, prefix and axes the file has.
-
-    Tensors that the model does not know keep the names they have.
+    text [512, D]. image: tokens of a picture [257, D]. audio: of speech [F, n, audio_dim]; those of a latent frame are
+    seen by that frame only.
     """
-    match = _recognised(file)
-    dims, _ = _check(match, file)
-    rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
-    tensors = {}
-    for name, in_file in match.names.items():
-        info, expected = file.tensors[in_file], rows.get(name)
-        restored = expected if expected and fits(info.shape, expected) else info.shape
-        tensors[name] = replace(info, shape=restored)
-    unknown, _ = strays(file.tensors, [match])
-    return tensors | {name.removeprefix(match.prefix): file.tensors[name] for name in unknown}
+
+    text: Tensor
+    image: Tensor | None = None
+    audio: Tensor | None = None
 
 
-def _recognised(file: GGUFFile) -> Match:
-    matches = recognise(file.tensors, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))
-    if not matches:
-        raise SkyrunError(
-            f"{file.path} is not a Wan transformer: it has no tensors such as patch_embedding.weight",
-            "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
-        )
-    return matches[0]
+@dataclass(frozen=True)
+class Span:
+    """Tokens that pass through a block together. They share a timestep."""
 
-
-def _check(match: Match, file: GGUFFile) -> tuple[dict[str, int], list[str]]:
-    """The sizes that the tensors imply, and what is missing or misshapen."""
-    window = file.metadata.get("skyrun.audio_window")
-    known = {"audio_window": window if isinstance(window, int) and window > 0 else _AUDIO_WINDOW}
-    return match.check({name: info.shape for name, info in file.tensors.items()}, known)
-
-
-def read_dims(file: GGUFFile) -> DiTDims:
-    """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
-    match = _recognised(file)
-    layers = len(block_layouts(file))
-    sizes, problems = _check(match, file)
-    problems += [f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0]]
-    if problems:
-        raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
-    dims = DiTDims(
-        dim=sizes["dim"],
-        heads=sizes["dim"] // _HEAD_DIM,
-        layers=layers,
-        ffn_dim=sizes["ffn"],
-        in_channels=sizes["in"],
-        out_channels=sizes["out"],
-        text_dim=sizes["text"],
-        freq_dim=sizes["freq"],
-        eps=file.number("skyrun.eps", 1e-6),
-    )
-    if dims.dim % _HEAD_DIM:
-        problems.append(f"its width {dims.dim} is not a multiple of the {_HEAD_DIM} of a head")
-    for field in fields(dims):
-        said = file.metadata.get(f"skyrun.{field.name}")
-        if said is not None and said != getattr(dims, field.name):
-            problems.append(f"its metadata says {field.name} = {said}, its tensors {getattr(dims, field.name)}")
-    if problems:
-        raise SkyrunError.listing(f"{file.path} contradicts itself", problems, "convert or download it again")
-    return dims
-
-
-def block_layouts(file: GGUFFile) -> list[Block]:
-    """Where each block lies, in execution order."""
-    return lay_out_blocks(file.path, canonical_tensors(file), "blocks.")
+    rows: slice
+    time: TimeEmbedding
 
 
 class DiT:
@@ -146,6 +81,23 @@ class DiT:
         hidden = F.gelu(self._outer.linear("text_embedding.0", text), approximate="tanh")
         return self._outer.linear("text_embedding.2", hidden)
 
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """Tokens of a picture [n, image_dim] -> context [n, D]."""
+
+        def norm(name: str, x: Tensor) -> Tensor:
+            weight, bias = self._outer.dense(f"{name}.weight"), self._outer.dense(f"{name}.bias")
+            normed = layer_norm(x, weight, bias, _IMAGE_EPS)
+            assert isinstance(normed, Tensor)
+            return normed
+
+        hidden = norm("img_emb.proj.0", tokens.to(self.device, self.dtype))
+        hidden = F.gelu(self._outer.linear("img_emb.proj.1", hidden))
+        return norm("img_emb.proj.4", self._outer.linear("img_emb.proj.3", hidden))
+
+    def embed_audio(self, windows: Tensor) -> Tensor:
+        """Features of speech around each frame [1 + 4 (F - 1), window, layers, channels] -> [F, n, audio_dim]."""
+        return project_audio(self._outer, windows.to(self.device, self.dtype), self.dims.context_tokens)
+
     def embed_times(self, timesteps: Sequence[float]) -> list[TimeEmbedding]:
         """An embedding per timestep, all at once: the projection is the largest matrix outside the blocks."""
         waves = sinusoid(torch.tensor(timesteps, dtype=torch.float32, device=self.device), self.dims.freq_dim)
@@ -153,23 +105,25 @@ class DiT:
         projections = self._outer.linear("time_projection.1", F.silu(times))
         return list(zip(times, projections.view(-1, 6, self.dims.dim), strict=True))
 
-    def rope(self, latents: Tensor) -> Rope:
-        """The rotary table of latents [C, F, h, w]."""
+    def rope(self, latents: Tensor, positions: Sequence[int] | None = None) -> Rope:
+        """The rotary table of latents [C, F, h, w]. positions: of the frames on the time axis; None: from 0 on."""
         _, frames, height, width = latents.shape
-        return rope_table(frames, height // 2, width // 2, _HEAD_DIM, self.device)
+        return rope_table(positions or range(frames), height // 2, width // 2, HEAD_DIM, self.device)
 
     def forward(
-        self, stream: BlockStream, latents: Tensor, time: TimeEmbedding, context: Tensor, rope: Rope
+        self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], context: Context, rope: Rope
     ) -> Generator[Event, None, Tensor]:
-        """latents [C, F, h, w] -> velocity float32 [C, F, h, w]. Yields an event after every block."""
+        """latents [C, F, h, w], a time for each of the F frames -> velocity float32 [out, F, h, w].
+
+        Yields an event after every block.
+        """
         _, frames, height, width = latents.shape
-        embedding, projection = time
         x = self._patchify(latents)
-        parts = chunks(len(x), self._rows)
+        spans = list(divide(times, len(x) // frames, self._rows))
         for weights, clock in stream.blocks():
-            dit_block(x, weights, projection, context, rope, self.dims, parts)
+            dit_block(x, weights, spans, context, rope, self.dims)
             yield clock.done()
-        patches = self._head(x, embedding, parts).view(frames, height // 2, width // 2, 2, 2, -1)
+        patches = self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
 
     def _patchify(self, latents: Tensor) -> Tensor:
@@ -182,42 +136,60 @@ class DiT:
         if not self._parked:
             return F.linear(patches, weight, bias)
         x = torch.empty(len(patches), self.dims.dim, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        for part in chunks(len(x), self._rows):
+        for part in chunks(0, len(x), self._rows):
             x[part] = F.linear(patches[part], weight, bias)
         return x
 
-    def _head(self, x: Tensor, embedding: Tensor, parts: Sequence[slice]) -> Tensor:
+    def _head(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
         """Tokens [L, D] -> patches, float32 [L, 4 * out_channels]."""
-        shift, scale = self._outer.dense("head.modulation").view(2, -1) + embedding
+        modulation = self._outer.dense("head.modulation").view(2, -1)
         patches = []
-        for part in parts:
-            normed = layer_norm(x[part].to(self.device), 1 + scale, shift, self.dims.eps)
+        for span in spans:
+            shift, scale = modulation + span.time[0]
+            normed = layer_norm(x[span.rows].to(self.device), 1 + scale, shift, self.dims.eps)
             patches.append(self._outer.linear("head.head", normed).float())
         return torch.cat(patches)
 
 
-def chunks(tokens: int, rows: int | None) -> list[slice]:
-    """Slices that cover `tokens`, of at most `rows` each."""
-    rows = rows or max(1, tokens)
-    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+def divide(times: Sequence[TimeEmbedding], tokens: int, rows: int | None) -> Iterator[Span]:
+    """Spans of at most `rows` tokens that cover frames of `tokens` each. Neighbours of one time are not kept apart."""
+    start = 0
+    for frame, time in enumerate(times):
+        if frame + 1 == len(times) or times[frame + 1] is not time:
+            for part in chunks(start, (frame + 1) * tokens, rows):
+                yield Span(part, time)
+            start = (frame + 1) * tokens
 
 
-def dit_block(
-    x: Tensor, w: Weights, time: Tensor, context: Tensor, rope: Rope, dims: DiTDims, parts: Sequence[slice]
-) -> None:
-    """One block: self-attention, cross-attention to the text, feed-forward. Changes x [L, D] in place.
+def chunks(start: int, end: int, rows: int | None) -> list[slice]:
+    """Slices that cover `start` to `end`, of at most `rows` each."""
+    rows = rows or max(1, end - start)
+    return [slice(first, min(first + rows, end)) for first in range(start, end, rows)]
 
-    time [6, D], context [M, D]. Only keys and values of all tokens are in memory at once; everything else passes in
-    `parts`, slices of the tokens. x may lie on the host, where time and context do not.
+
+def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
+    """One block: attention to each other, to text, picture and speech, then feed-forward. Changes x [L, D] in place.
+
+    Only keys and values of all tokens are in memory at once; everything else passes in spans. x may lie on the host,
+    where times and context do not.
     """
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = w.dense("modulation").view(6, -1) + time
-    keys = _keys(x, 1 + scale, shift, w, rope, dims, parts)
-    text_keys = _text_keys(context, w, dims)
-    for part in parts:
-        h = x[part].to(context.device)
-        h = w.linear("self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, part), dims), gate, h)
-        h = w.linear("cross_attn.o", _cross_attention(h, text_keys, w, dims), residual=h)
-        x[part] = w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
+    modulation = w.dense("modulation").view(6, -1)
+    keys = _keys(x, modulation, w, spans, rope, dims)
+    text_keys, image_keys, audio_keys = _text_keys(context.text, w, dims), None, None
+    if context.image is not None:
+        image_keys = _text_keys(context.image, w, dims, "_img")
+    if context.audio is not None:
+        audio_keys = _audio_keys(context.audio, w, dims)
+    for span in spans:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
+        h = x[span.rows].to(context.text.device)
+        mixed = _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims)
+        h = w.linear("self_attn.o", mixed, gate, h)
+        h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
+        if audio_keys is not None:
+            heard = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
+            h = w.linear("audio_cross_attn.proj", heard, residual=h)
+        x[span.rows] = w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
 
 def _self_attention(
@@ -227,10 +199,25 @@ def _self_attention(
     return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
 
 
-def _cross_attention(h: Tensor, keys: Keys, w: Weights, dims: DiTDims) -> Tensor:
+def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
+    """Text and picture have a softmax each."""
     norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
     q = w.linear("cross_attn.q", layer_norm(h, norm, bias, dims.eps, w.rotated("cross_attn.q")))
-    return attend(rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps), keys)
+    q = rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps)
+    mixed = attend(q, text)
+    return mixed if image is None else mixed.add_(attend(q, image))
+
+
+def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
+    """Every frame of `tokens` tokens hears its own audio. h is the `rows` of all tokens."""
+    norm, bias = w.dense("norm_x.weight"), w.dense("norm_x.bias")
+    q = w.linear(
+        "audio_cross_attn.q_linear", layer_norm(h, norm, bias, dims.eps, w.rotated("audio_cross_attn.q_linear"))
+    )
+    for frame in range(rows.start // tokens, -(-rows.stop // tokens)):
+        part = slice(max(0, frame * tokens - rows.start), (frame + 1) * tokens - rows.start)
+        q[part] = attend(q[part], keys[frame])
+    return q
 
 
 def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -> Tensor | RotatedInt8:
@@ -238,22 +225,29 @@ def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -
     return gelu(wide, w.rotated("ffn.2"))
 
 
-def _text_keys(context: Tensor, w: Weights, dims: DiTDims) -> Keys:
-    k = rms_norm(w.linear("cross_attn.k", context), w.dense("cross_attn.norm_k.weight"), dims.eps)
-    return Keys(k, w.linear("cross_attn.v", context), dims.heads, w.fast)
+def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
+    """Keys and values of text, or of what `kind` is the ending of."""
+    k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
+    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.fast)
 
 
-def _keys(
-    x: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims, parts: Sequence[slice]
-) -> Keys:
+def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
+    """Keys and values of each latent frame; too few of them for int8."""
+    pairs = w.linear("audio_cross_attn.kv_linear", audio).unflatten(2, (2, -1))
+    return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
+
+
+def _keys(x: Tensor, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
     """Keys and values of all tokens. Their norm runs over the full width, before the split into heads."""
-    k, v = (torch.empty(x.shape, dtype=x.dtype, device=gain.device) for _ in range(2))
-    for part in parts:
-        normed = layer_norm(x[part].to(gain.device), gain, shift, dims.eps, w.rotated("self_attn.k", "self_attn.v"))
-        v[part] = w.linear("self_attn.v", normed)
+    k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
+    for span in spans:
+        shift, scale = modulation[:2] + span.time[1][:2]
+        h, rotated = x[span.rows].to(modulation.device), w.rotated("self_attn.k", "self_attn.v")
+        normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
+        v[span.rows] = w.linear("self_attn.v", normed)
         projected = w.linear("self_attn.k", normed)
         del normed
-        k[part] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, part))
+        k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
     return Keys(k, v, dims.heads, w.fast)
 
 

@@ -11,7 +11,8 @@ from skyrun.embedding_cache import CachedEmbedding
 from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
 from skyrun.images import to_uint8
 from skyrun.kernels.gguf_file import GGUFFile
-from skyrun.models.dit import DiT, block_layouts
+from skyrun.models.dit import DiT
+from skyrun.models.dit_file import block_layouts
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE
 from skyrun.presets import Plan

@@ -1,0 +1,140 @@
+"""wav2vec2: speech in, what each of its layers makes of it out, a row for every frame of a video.
+
+Small enough to be held whole. Weights have the names of transformers.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.errors import SkyrunError
+
+RATE = 16000  # samples per second
+_CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
+_KEPT = 512  # features that are made at a time: long speech would not fit beside its widest activations
+_TINY = 1e-7
+
+
+class Wav2Vec2:
+    """The audio encoder on a device, float32."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path, self._device = path, device
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                self._weights = {name: file.get_tensor(name).to(device, torch.float32) for name in file.keys()}  # noqa: SIM118
+                said = json.loads((file.metadata() or {}).get("skyrun", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise SkyrunError(f"cannot read {path}: {error}", _CONVERT) from error
+        self._strides: list[int] = said.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])
+        self._eps = float(said.get("layer_norm_eps", 1e-5))
+        self._heads, self._layers = int(said.get("num_attention_heads", 12)), int(said.get("num_hidden_layers", 12))
+        self._kernels = [self._w(f"{_conv(layer)}.weight").shape[2] for layer in range(len(self._strides))]
+
+    @property
+    def channels(self) -> int:
+        """Numbers per layer and frame."""
+        return self._w("encoder.layer_norm.weight").shape[0]
+
+    @property
+    def shortest(self) -> int:
+        """Samples that one feature is made of."""
+        return self._samples(0, 1)[1]
+
+    def encode(self, wave: Tensor, frames: int) -> Iterator[Tensor]:
+        """Samples float32 [n] -> float32 [frames, channels], once for every layer.
+
+        Features are interpolated to the frames of the video before the layers see them.
+        """
+        wave = wave.to(self._device, torch.float32)
+        wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + _TINY)
+        features = self.features(wave)
+        features = F.interpolate(features.unsqueeze(0), frames, mode="linear", align_corners=True).squeeze(0).T
+        x = self._linear(self._norm(features, "feature_projection.layer_norm"), "feature_projection.projection")
+        x = self._norm(x + self._positions(x), "encoder.layer_norm")
+        for layer in range(self._layers):
+            x = self._layer(x, f"encoder.layers.{layer}")
+            yield x
+
+    def features(self, wave: Tensor) -> Tensor:
+        """Normalised samples [n] -> [conv, features]; in parts, each of which reads all the samples that it needs."""
+        count = len(wave)
+        for kernel, stride in zip(self._kernels, self._strides, strict=True):
+            count = (count - kernel) // stride + 1
+        mean, scale = self._statistics(wave)
+        parts = []
+        for start in range(0, count, _KEPT):
+            first, last = self._samples(start, min(start + _KEPT, count))
+            parts.append(self._convolve(wave[first:last], mean, scale))
+        return torch.cat(parts, 1)
+
+    def _convolve(self, wave: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        x = self._first(wave)
+        weight, bias = (self._w(f"{_conv(0).removesuffix('.conv')}.layer_norm.{part}") for part in ("weight", "bias"))
+        x = F.gelu((x - mean) * (scale * weight.unsqueeze(1)) + bias.unsqueeze(1))
+        for layer, stride in enumerate(self._strides[1:], 1):
+            x = F.gelu(F.conv1d(x, self._w(f"{_conv(layer)}.weight"), stride=stride))
+        return x
+
+    def _first(self, wave: Tensor) -> Tensor:
+        return F.conv1d(wave.unsqueeze(0), self._w(f"{_conv(0)}.weight"), stride=self._strides[0])
+
+    def _statistics(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / deviation of the first convolution's channels over all of the speech, [conv, 1] each."""
+        kernel, stride = self._kernels[0], self._strides[0]
+        total, squares, count = 0.0, 0.0, (len(wave) - kernel) // stride + 1
+        for start in range(0, count, _KEPT * 64):
+            last = min(start + _KEPT * 64, count)
+            x = self._first(wave[start * stride : (last - 1) * stride + kernel]).double()
+            total, squares = total + x.sum(1, keepdim=True), squares + x.square().sum(1, keepdim=True)
+        mean, square = torch.as_tensor(total) / count, torch.as_tensor(squares) / count
+        scale = torch.rsqrt((square - mean.square()).clamp_min(0) + self._eps)
+        return mean.float(), scale.float()
+
+    def _samples(self, first: int, last: int) -> tuple[int, int]:
+        """The samples that features `first` to `last` are made of."""
+        for kernel, stride in zip(self._kernels[::-1], self._strides[::-1], strict=True):
+            first, last = first * stride, (last - 1) * stride + kernel
+        return first, last
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """A convolution over time in groups of channels, its weights stored as direction and length per tap."""
+        name = "encoder.pos_conv_embed.conv"
+        direction, length = self._w(f"{name}.weight_v"), self._w(f"{name}.weight_g")
+        weight = length * direction / torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True)
+        taps, groups = weight.shape[2], len(weight) // weight.shape[1]
+        out = F.conv1d(x.T.unsqueeze(0), weight, self._w(f"{name}.bias"), padding=taps // 2, groups=groups)
+        return F.gelu(out[0, :, : len(x)]).T
+
+    def _layer(self, x: Tensor, name: str) -> Tensor:
+        q, k, v = (
+            self._linear(x, f"{name}.attention.{part}_proj")
+            .unflatten(1, (self._heads, -1))
+            .transpose(0, 1)
+            .unsqueeze(0)
+            for part in "qkv"
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1).flatten(1)
+        x = self._norm(x + self._linear(mixed, f"{name}.attention.out_proj"), f"{name}.layer_norm")
+        hidden = F.gelu(self._linear(x, f"{name}.feed_forward.intermediate_dense"))
+        return self._norm(x + self._linear(hidden, f"{name}.feed_forward.output_dense"), f"{name}.final_layer_norm")
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self._w(f"{name}.weight"), self._w(f"{name}.bias"), self._eps)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self._w(f"{name}.weight"), self._w(f"{name}.bias"))
+
+    def _w(self, name: str) -> Tensor:
+        if name not in self._weights:
+            raise SkyrunError(f"{self._path} has no tensor {name}: it is not wav2vec2", _CONVERT)
+        return self._weights[name]
+
+
+def _conv(layer: int) -> str:
+    return f"feature_extractor.conv_layers.{layer}.conv"
