@@ -7,10 +7,12 @@ from dataclasses import dataclass
 class Workload:
     """A clip and the models that make it.
 
-    height, width, frames: of the clip in pixels. latent_frames: frames that the transformer sees, references included.
+    height, width, frames: of the clip in pixels. latent_frames: frames that the transformer sees in its largest window,
+    with those that stand beside the clip. windows: how often it denoises and decodes.
     weight_type: of most weights of the transformer's blocks, as GGUF names it. block_bytes and text_block_bytes: the
     largest block of the transformer and of the text encoder as stored. outer_bytes: what of the transformer is not in
-    blocks. vae_weights: their number.
+    blocks. vae_weights: their number. image_layers, image_block_bytes: of a talking avatar's image encoder.
+    context_tokens: that the clip attends to besides itself.
     """
 
     task: str
@@ -30,6 +32,10 @@ class Workload:
     text_block_bytes: int
     vae_base_dim: int
     vae_weights: int
+    windows: int = 1
+    image_layers: int = 0
+    image_block_bytes: int = 0
+    context_tokens: int = 512
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -19,14 +19,14 @@ from skyrun.images import open_image
 from skyrun.job import prepare
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.model_files import find_model, fingerprint, main_type
-from skyrun.pipelines.reference import reference_to_video
+from skyrun.pipelines import PIPELINES
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.quant.importance import Importance, read_importance, write_importance
-from skyrun.request import MAX_REFERENCES, Request, place_problems
+from skyrun.request import Request, place_problems
+from skyrun.run_state import RunState
+from skyrun.tasks import MAX_REFERENCES
 
-# Pipelines that show an observer what the blocks of their transformer see, by task.
-PIPELINES: dict[str, Callable[..., Iterator[Event]]] = {"r2v": reference_to_video}
-
+_TASKS = ("r2v",)  # whose clips are made from prompts and pictures alone
 _STAGE = "calibrate"
 _ROWS = 1024  # squared at a time, which bounds the memory for it
 
@@ -74,8 +74,8 @@ def plan_calibration(
         raise SkyrunError.listing("importance cannot be collected", problems, "choose another -o, or give prompts")
     file = find_model(model, None).transformer
     task = str(file.metadata.get("skyrun.task", "r2v"))
-    if task not in PIPELINES:
-        known = " and ".join(PIPELINES)
+    if task not in _TASKS:
+        known = " and ".join(_TASKS)
         raise SkyrunError(f"{file.path} is a model for {task}, calibrate runs {known}", f"use a model for {known}")
     pictures = _digests(images)
     requests = []
@@ -139,7 +139,7 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
     job, squares = prepare(request), SumsOfSquares()
     with out_of_memory_explained(), vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
         for event in takewhile(
-            lambda e: not isinstance(e, LatentsReady), PIPELINES[request.task](job, observe=squares)
+            lambda e: not isinstance(e, LatentsReady), PIPELINES[request.task](job, RunState(), squares)
         ):
             if isinstance(event, Progress) and event.stage == "denoise" and event.done < request.steps:
                 yield Progress(_STAGE, index + event.done / request.steps)

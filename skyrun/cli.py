@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from skyrun import __version__
 from skyrun.interrupts import Interrupted, interruptible
+from skyrun.tasks import TASKS, TRANSITIONS
 
 _INTERRUPTED = 130  # as skyrun.errors has it, which would import numpy
 
@@ -42,16 +43,21 @@ def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
 
 def _add_run(commands: Commands) -> None:
     parser = _add(commands, "run", "make a clip")
-    parser.add_argument("task", choices=["r2v"], help="r2v: a clip that shows what is in one to four pictures")
+    tasks = "; ".join(f"{name}: {task.does}" for name, task in TASKS.items())
+    parser.add_argument("task", choices=list(TASKS), help=tasks)
     parser.add_argument("-p", "--prompt", required=True, help="what the clip shows")
     parser.add_argument(
-        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="one to four reference pictures"
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: pictures; a2v: a portrait"
     )
+    parser.add_argument("--video", type=Path, metavar="F", help="v2v, shot: what the clip goes on from")
+    parser.add_argument("--audio", type=Path, metavar="F", help="a2v: speech, or any file with speech in it")
+    parser.add_argument("--transition", metavar="NAME", help=f"shot: {', '.join(TRANSITIONS)}, or a tag in the prompt")
+    parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its sound")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, or one transformer file")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
-    _add_clip(parser, "5 s")
+    _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
@@ -79,11 +85,13 @@ def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     """What a clip is to be like, and what may be used to make it."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
-    size.add_argument("--resolution", default="480P", help="480P, 540P or 720P, shaped like the first picture (480P)")
+    size.add_argument(
+        "--resolution", default="480P", help="480P, 540P or 720P, shaped like the picture or video (480P)"
+    )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, metavar="N", help=f"length at 24 frames a second ({length_default})")
-    length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="denoising steps (8)")
+    length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
+    length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
     )

@@ -29,6 +29,10 @@ def run(arguments: Namespace) -> int:
         task=arguments.task,
         prompt=arguments.prompt,
         images=tuple(arguments.image),
+        video=arguments.video,
+        audio=arguments.audio,
+        transition=arguments.transition,
+        join=arguments.join,
         output=arguments.output,
         model=arguments.model,
         quant=arguments.quant,
@@ -74,7 +78,9 @@ def _make(job: Any, state: Any, as_json: bool, dry_run: bool = False) -> int:
     result = follow(job, as_json, state)
     _say(result_text(result))
     if as_json:
-        stages = {stage.stage: round(stage.seconds, 3) for stage in result.stages}
+        stages: dict[str, float] = {}
+        for stage in result.stages:
+            stages[stage.stage] = round(stages.get(stage.stage, 0.0) + stage.seconds, 3)
         _emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
     return 0
 

@@ -22,12 +22,16 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins. total: units of work, in `unit`. before: units of it that are done already."""
+    """A stage begins. total: units of work, in `unit`. before: units of it that are done already.
+
+    part: which window of a long clip it belongs to, from 1 on, and how many there are.
+    """
 
     stage: str
     total: int
     unit: str
     before: int = 0
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,21 @@ class LatentsReady:
 
 
 @dataclass(frozen=True)
+class WindowDone:
+    """All frames of a window are handed out, and the run's state says so. index: from 0 on, of `total`."""
+
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
 class FramesReady:
     """Some frames are decoded. frames: uint8 [n, H, W, 3]."""
 
     frames: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
-Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady
+Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady | WindowDone
 
 
 def as_json(event: Event) -> dict[str, Any]:

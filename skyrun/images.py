@@ -1,13 +1,17 @@
 """Reference pictures: open, turn upright, fit onto a white canvas of the video's size."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
+
+Frames = NDArray[np.uint8]  # [T, H, W, 3]
 
 
 def open_image(path: Path) -> Image.Image:
@@ -53,8 +57,31 @@ def to_pixels(image: Image.Image) -> Tensor:
     return (2 * pixels - 1).permute(2, 0, 1).unsqueeze(1)
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def to_uint8(pixels: Tensor) -> Frames:
     """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], halves rounded to even as upstream does."""
     levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    frames: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames
+
+
+def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the picture over height x width and cut its middle out. Sizes are rounded as upstream rounds them."""
+    scale = max(height / image.height, width / image.width)
+    rows, cols = math.ceil(scale * image.height), math.ceil(scale * image.width)
+    # Width before height, as in `letterbox`.
+    scaled = image.resize((cols, image.height), Image.Resampling.BILINEAR)
+    scaled = scaled.resize((cols, rows), Image.Resampling.BILINEAR)
+    top, left = round((rows - height) / 2), round((cols - width) / 2)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def truncated(pixels: Tensor) -> Frames:
+    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], rounded down as the other tasks do."""
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return frames
+
+
+def from_uint8(frames: Frames) -> Tensor:
+    """uint8 [T, H, W, 3] -> pixels [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1

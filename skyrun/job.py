@@ -5,77 +5,93 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
 from skyrun.device import choose_device
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
-from skyrun.images import open_image
+from skyrun.inputs import Inputs, open_inputs
 from skyrun.kernels.matmul import fast_gain
 from skyrun.model_files import ModelFiles, find_model, main_type
-from skyrun.models.dit_file import block_layouts, canonical_tensors, read_dims
+from skyrun.models.clip import CLIPVision
+from skyrun.models.dit_file import DiTDims, block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.presets.plan import EXACT_TYPES
-from skyrun.request import MAX_REFERENCES, Request
+from skyrun.request import TEXT_LENGTH, Request
 from skyrun.sizes import bucket
+from skyrun.speech import frame_count
+from skyrun.tasks import TASKS
+from skyrun.windows import Window, windows_of
 
 _SEEDS = 1 << 32
+_MASK_CHANNELS = 4  # of a talking avatar: which frames of its condition are given
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has passed every check, with all that was decided for it."""
+    """A request that has passed every check, with all that was decided for it. frames: of the clip."""
 
     request: Request
-    pictures: tuple[Image, ...]
+    inputs: Inputs
     files: ModelFiles
     encoder: UMT5
+    vision: CLIPVision | None
     height: int
     width: int
+    frames: int
+    windows: tuple[Window, ...]
     device: torch.device
     workload: Workload
     plan: Plan
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of the clip."""
+        return TASKS[self.request.task].fps
 
     def as_json(self) -> dict[str, Any]:
         """The decisions as plain values."""
         return {
             "request": self.request.as_json(),
             "size": [self.height, self.width],
-            "frames": self.request.frame_count,
+            "frames": self.frames,
+            "windows": len(self.windows),
             "tokens": self.workload.tokens,
             "model": {
-                "transformer": str(self.files.transformer.path),
                 "type": main_type(self.files.transformer),
-                "text_encoder": str(self.files.text_encoder.path),
-                "vae": str(self.files.vae),
+                **{name.replace(" ", "_"): str(path) for name, path in self.files.parts.items()},
             },
             "plan": self.plan.as_json(),
         }
 
 
 def prepare(request: Request) -> Job:
-    """Open headers and pictures, decide sizes and the plan. No weights are read.
+    """Open headers, pictures, video and speech, decide sizes and the plan. No weights are read.
 
     Raises SkyrunError for anything wrong with the input; with exit code 4 if the model is missing, 3 if it won't fit.
     """
     if request.seed is None:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     device = choose_device(request.device)
-    pictures, files = _open_inputs(request)
+    inputs, files = _open(request)
     assert not isinstance(request.size, str)
-    height, width = request.size or bucket(request.resolution, pictures[0].height, pictures[0].width)
-    request = replace(request, size=(height, width), frames=request.frame_count, seconds=None)
-    encoder = UMT5(files.text_encoder)
-    workload = _workload(request, files, encoder)
+    height, width = request.size or bucket(request.resolution, *inputs.shape, portrait=request.task == "a2v")
+    request = replace(request, size=(height, width))
+    if TASKS[request.task].frames:
+        request = replace(request, frames=request.frame_count, seconds=None)
+    windows = windows_of(request, frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
+    frames = sum(window.frames for window in windows)
+    encoder, vision = UMT5(files.text_encoder), CLIPVision(files.image_encoder) if files.image_encoder else None
+    dims = _check_model(request, files, encoder, vision)
+    workload = _workload(request, files, encoder, vision, dims, windows)
     plan = _plan(request, workload, device)
     if plan.problem:
         raise SkyrunError(
-            f"{height}x{width} with {request.frame_count} frames will not fit: {plan.problem}",
+            f"{height}x{width} with {frames} frames will not fit: {plan.problem}",
             "use a smaller --resolution or --size, fewer --seconds, or raise --max-vram or --max-ram",
             WILL_NOT_FIT,
         )
-    return Job(request, tuple(pictures), files, encoder, height, width, device, workload, plan)
+    return Job(request, inputs, files, encoder, vision, height, width, frames, windows, device, workload, plan)
 
 
 def _plan(request: Request, workload: Workload, device: torch.device) -> Plan:
@@ -92,20 +108,16 @@ def _plan(request: Request, workload: Workload, device: torch.device) -> Plan:
     )
 
 
-def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:
-    """Pictures and model. What is wrong with any of them is in one error."""
-    pictures, failures = [], []
-    for path in request.images:
-        try:
-            pictures.append(open_image(path))
-        except SkyrunError as error:
-            failures.append(error)
+def _open(request: Request) -> tuple[Inputs, ModelFiles]:
+    """What the clip is made from, and the model. What is wrong with any of it is in one error."""
+    failures: list[SkyrunError] = []
+    inputs = open_inputs(request, failures)
     try:
         files = find_model(request.model, request.task, request.quant)
     except SkyrunError as error:
         failures.append(error)
     if not failures:
-        parts = {path.resolve() for path in (files.transformer.path, files.text_encoder.path, files.vae)}
+        parts = {path.resolve() for path in files.parts.values()}
         for place in (request.output, request.save_latents):
             if place is not None and place.resolve() in parts:
                 failures.append(SkyrunError(f"{place} is a file of the model, it would be lost", "choose another name"))
@@ -113,11 +125,11 @@ def _open_inputs(request: Request) -> tuple[list[Image], ModelFiles]:
         first = failures[0]
         problems = [failure.message for failure in failures]
         raise SkyrunError.listing("this cannot be run", problems, first.hint, first.code)
-    return pictures, files
+    return inputs, files
 
 
-def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
-    """The numbers of the job, after a look at every tensor's shape."""
+def _check_model(request: Request, files: ModelFiles, encoder: UMT5, vision: CLIPVision | None) -> DiTDims:
+    """Look at every tensor's shape. SkyrunError if the files do not fit the task or each other."""
     dims = read_dims(files.transformer)
     if encoder.dim != dims.text_dim:
         raise SkyrunError(
@@ -125,13 +137,33 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
             f"{files.transformer.path} expects {dims.text_dim}",
             "use the text encoder that was converted with this model",
         )
-    if dims.in_channels != LATENT_CHANNELS:
+    channels = LATENT_CHANNELS if request.task != "a2v" else 2 * LATENT_CHANNELS + _MASK_CHANNELS
+    if dims.in_channels != channels or bool(dims.image_dim) != (request.task == "a2v"):
         raise SkyrunError(
-            f"{files.transformer.path} takes {dims.in_channels} channels, reference to video has {LATENT_CHANNELS}",
-            "use a SkyReels-V3 R2V model",
+            f"{files.transformer.path} takes {dims.in_channels} channels, {request.task} has {channels}",
+            f"use a SkyReels-V3 model for {request.task}",
+        )
+    if vision is not None and vision.dim != dims.image_dim:
+        raise SkyrunError(
+            f"{vision.file.path} makes tokens of {vision.dim}, {files.transformer.path} expects {dims.image_dim}",
+            "use the image encoder that was converted with this model",
         )
     encoder.check()
     check_vae(files.vae)
+    if vision is not None:
+        vision.check()
+    return dims
+
+
+def _workload(
+    request: Request,
+    files: ModelFiles,
+    encoder: UMT5,
+    vision: CLIPVision | None,
+    dims: DiTDims,
+    windows: tuple[Window, ...],
+) -> Workload:
+    """The numbers of the job."""
     assert isinstance(request.size, tuple)
     height, width = request.size
     tensors = canonical_tensors(files.transformer)
@@ -140,8 +172,9 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         task=request.task,
         height=height,
         width=width,
-        frames=request.frame_count,
-        latent_frames=request.latent_frames + MAX_REFERENCES,
+        frames=sum(window.frames for window in windows),
+        latent_frames=max(window.latents + window.others for window in windows),
+        windows=len(windows),
         steps=request.steps,
         layers=dims.layers,
         dim=dims.dim,
@@ -152,6 +185,9 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         text_layers=encoder.layers,
         text_dim=encoder.dim,
         text_block_bytes=encoder.block_bytes,
+        image_layers=vision.layers if vision else 0,
+        image_block_bytes=vision.block_bytes if vision else 0,
+        context_tokens=TEXT_LENGTH + (vision.tokens if vision else 0),
         vae_base_dim=vae_base_dim,
         vae_weights=vae_weights,
     )

@@ -19,17 +19,29 @@ T = TypeVar("T")
 
 _CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
 _HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
-_VAE_TENSOR = "decoder.conv1.weight"
+_TELLING = {"vae": "decoder.conv1.weight", "audio encoder": "feature_projection.projection.weight"}
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The three files of a reference-to-video model."""
+    """The files of a model. Encoders of pictures and of speech belong to the talking avatar only."""
 
     transformer: GGUFFile
     text_encoder: GGUFFile
     vae: Path
+    image_encoder: GGUFFile | None = None
+    audio_encoder: Path | None = None
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """Where each file is, by what it is."""
+        encoders = {
+            "image encoder": self.image_encoder.path if self.image_encoder else None,
+            "audio encoder": self.audio_encoder,
+        }
+        there = {"transformer": self.transformer.path, "text encoder": self.text_encoder.path, "autoencoder": self.vae}
+        return there | {name: path for name, path in encoders.items() if path is not None}
 
 
 def find_model(model: Path | None, task: str | None, quant: str | None = None) -> ModelFiles:
@@ -46,17 +58,24 @@ def find_model(model: Path | None, task: str | None, quant: str | None = None) -
     unreadable: list[str] = []
     headers = _readable(open_gguf, folder.glob("*.gguf"), unreadable)
     encoders = [header for header in headers if header.architecture == "t5encoder"]
-    vaes = [path for path in _readable(_vae, folder.glob("*.safetensors"), unreadable) if path]
+    visions = [header for header in headers if header.architecture == "clip"]
+    named = dict(reversed([found for found in _readable(_named, folder.glob("*.safetensors"), unreadable) if found]))
     transformers = [open_gguf(model)] if model.is_file() else [h for h in headers if h.architecture == "wan"]
-    parts = (("transformer", bool(transformers)), ("text encoder", bool(encoders)), ("autoencoder", bool(vaes)))
-    missing = [f"{folder} has no {name}" for name, found in parts if not found]
+    fitting = _for_task(transformers, task) if task and transformers else transformers
+    parts = {"transformer": transformers, "text encoder": encoders, "autoencoder": named.get("vae")}
+    if task == "a2v":
+        parts |= {"image encoder": visions, "audio encoder": named.get("audio encoder")}
+    missing = [f"{folder} has no {name}" for name, found in parts.items() if not found]
     if missing:
         code = BAD_INPUT if unreadable else MODEL_MISSING
         if (folder / "transformer").is_dir():
             missing.append(f"{folder} is a published checkpoint, which has to be converted first")
         raise SkyrunError.listing("the model is not complete", [*unreadable, *missing], _CONVERT, code)
-    transformer = _select(_for_task(transformers, task) if task else transformers, quant)
-    return ModelFiles(transformer, max(encoders, key=bits_per_weight), vaes[0])
+    transformer = _select(fitting, quant)
+    encoder = max(encoders, key=bits_per_weight)
+    if task != "a2v":
+        return ModelFiles(transformer, encoder, named["vae"])
+    return ModelFiles(transformer, encoder, named["vae"], max(visions, key=bits_per_weight), named["audio encoder"])
 
 
 def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list[str]) -> list[T]:
@@ -70,8 +89,10 @@ def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list
     return found
 
 
-def _vae(path: Path) -> Path | None:
-    return path if _VAE_TENSOR in read_safetensors_header(path).tensors else None
+def _named(path: Path) -> tuple[str, Path] | None:
+    """What a file of safetensors is, if it is known."""
+    tensors = read_safetensors_header(path).tensors
+    return next(((name, path) for name, tensor in _TELLING.items() if tensor in tensors), None)
 
 
 def _for_task(transformers: list[GGUFFile], task: str) -> list[GGUFFile]:
@@ -140,6 +161,12 @@ def gguf_identity(file: GGUFFile) -> str:
 
 
 def model_identity(files: ModelFiles) -> str:
-    """The identities of the three files of a model."""
-    vae = identity(files.vae, min(tensor.offset for tensor in read_safetensors_header(files.vae).tensors.values()))
-    return f"{gguf_identity(files.transformer)} {gguf_identity(files.text_encoder)} {vae}"
+    """The identities of the files of a model, in the order of its parts."""
+    ggufs = {file.path: file for file in (files.transformer, files.text_encoder, files.image_encoder) if file}
+    return " ".join(
+        gguf_identity(ggufs[path]) if path in ggufs else _safetensors_identity(path) for path in files.parts.values()
+    )
+
+
+def _safetensors_identity(path: Path) -> str:
+    return identity(path, min(tensor.offset for tensor in read_safetensors_header(path).tensors.values()))

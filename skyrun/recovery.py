@@ -8,11 +8,12 @@ from skyrun.device import finish, is_out_of_memory, out_of_memory
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Replanned, StageStarted
 from skyrun.job import Job
-from skyrun.pipelines.reference import reference_to_video
+from skyrun.pipelines import PIPELINES
 from skyrun.presets import Plan, choose, probe
 from skyrun.presets.memory import GIB
 from skyrun.run_state import RunState
-from skyrun.sizes import RESOLUTIONS, bucket
+from skyrun.sizes import bucket
+from skyrun.tasks import TASKS
 
 _SHRINK = 0.85  # of what was too much, for the next plan
 
@@ -26,7 +27,7 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
     while True:
         finished = state.mark
         try:
-            for event in reference_to_video(job, state):
+            for event in PIPELINES[job.request.task](job, state):
                 stage = event.stage if isinstance(event, StageStarted) else stage
                 yield event
             return
@@ -91,11 +92,13 @@ def _what_fits(job: Job, limit: float) -> str:
     """Options that the job would have fitted into the limit with; empty if there are none."""
     request = job.request
     options = []
-    most = max((count for count in range(1, request.frame_count, 4) if _fits(job, limit, frames=count)), default=0)
+    counts = range(1, request.frame_count, 4) if TASKS[request.task].frames else range(0)
+    most = max((count for count in counts if _fits(job, limit, frames=count)), default=0)
     if most:
         options.append(f"--frames {most}")
-    picture = job.pictures[0]
-    sizes = {name: bucket(name, picture.height, picture.width) for name in RESOLUTIONS}
+    portrait = request.task == "a2v"
+    names = TASKS[request.task].resolutions
+    sizes = {name: bucket(name, *job.inputs.shape, portrait=portrait) for name in names}
     fitting = [
         name for name, (height, width) in sizes.items()
         if height * width < job.height * job.width and _fits(job, limit, size=(height, width))
@@ -108,8 +111,8 @@ def _what_fits(job: Job, limit: float) -> str:
 def _fits(job: Job, limit: float, **changes: object) -> bool:
     request = replace(job.request, **changes)  # type: ignore[arg-type]
     height, width = request.size if isinstance(request.size, tuple) else (job.height, job.width)
-    latent_frames = job.workload.latent_frames + request.latent_frames - job.request.latent_frames
-    workload = replace(
-        job.workload, height=height, width=width, frames=request.frame_count, latent_frames=latent_frames
-    )
+    latent_frames = job.workload.latent_frames
+    if TASKS[request.task].frames:
+        latent_frames += request.latent_frames - job.request.latent_frames
+    workload = replace(job.workload, height=height, width=width, latent_frames=latent_frames)
     return not _choose(replace(job, workload=workload), limit).problem

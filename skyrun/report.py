@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyrun.kernels.formats import FORMATS
 from skyrun.progress import duration, size
-from skyrun.request import FPS, TEXT_LENGTH
+from skyrun.request import TEXT_LENGTH
 
 if TYPE_CHECKING:
     from skyrun.calibration import Calibration
@@ -34,12 +34,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def plan_text(job: "Job") -> str:
     """What will run, and what each stage will take."""
     plan, request = job.plan, job.request
-    length = request.frame_count / FPS
+    length = job.frames / job.fps
+    windows = f" in {len(job.windows)} windows" if len(job.windows) > 1 else ""
     blocks = f"{plan.resident_blocks} of {job.workload.layers} blocks stay in memory, the others are streamed from disk"
     if plan.resident_blocks == job.workload.layers:
         blocks = "all blocks stay in memory"
     head = [
-        f"{request.task}: {job.height}x{job.width} (height x width), {request.frame_count} frames ({length:.1f} s), "
+        f"{request.task}: {job.height}x{job.width} (height x width), {job.frames} frames ({length:.1f} s){windows}, "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
         f"{job.files.transformer.path.name} on {plan.device_name}, {_numbers(plan)} (decoding in {plan.vae_dtype})",
         blocks,
@@ -66,6 +67,11 @@ def _passing(plan: "Plan") -> list[str]:
 
 def state_text(job: "Job", state: "RunState") -> str:
     """What an earlier run has finished."""
+    windows = f"{state.window} of {len(job.windows)} windows" if state.window else ""
+    if windows and not state.steps:
+        return f"{windows} were finished before: going on from there"
+    if windows:
+        return f"{windows} and {state.steps} steps of the next were finished before: going on from there"
     if state.steps >= job.request.steps:
         return "denoising was finished before: what is left is decoding"
     if state.steps:
@@ -81,14 +87,14 @@ def result_text(result: "Result") -> str:
     """Where the clip is, and where the time went."""
     total = sum(stage.seconds for stage in result.stages)
     lines = [f"{result.output} in {duration(total)}"]
-    for stage in result.stages:
-        if stage.stage == "denoise" and stage.read_seconds:
-            rate = stage.bytes_read / stage.read_seconds / 1e9
-            hidden = 1 - min(1.0, stage.stall_seconds / stage.read_seconds)
-            lines.append(
-                f"streamed {size(stage.bytes_read)} of weights at {rate:.2f} GB/s, "
-                f"{hidden:.0%} of it behind the computation"
-            )
+    denoising = [stage for stage in result.stages if stage.stage == "denoise"]
+    nbytes, seconds = (sum(getattr(s, name) for s in denoising) for name in ("bytes_read", "read_seconds"))
+    if seconds:
+        hidden = 1 - min(1.0, sum(stage.stall_seconds for stage in denoising) / seconds)
+        lines.append(
+            f"streamed {size(nbytes)} of weights at {nbytes / seconds / 1e9:.2f} GB/s, "
+            f"{hidden:.0%} of it behind the computation"
+        )
     return "\n".join(lines)
 
 

@@ -7,35 +7,44 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
-from skyrun.sizes import GRID, RESOLUTIONS
+from skyrun.sizes import GRID
+from skyrun.tasks import MAX_LATENT_FRAMES, TASKS, TRANSITIONS, Task
 
-TASKS = ("r2v",)
-FPS = 24
-MAX_REFERENCES = 4
 TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _MAX_SEED = (1 << 63) - 1
-_MAX_LATENT_FRAMES = 1024 - MAX_REFERENCES  # positions that the models have on the time axis
 _SECONDS = 5.0  # of a clip whose length is not said
-_MAX_SECONDS = (_MAX_LATENT_FRAMES - 1) * 4 // FPS
+_MOST_FRAMES = (MAX_LATENT_FRAMES - 1) * 4 + 1
+_TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
 DEVICES = ("cuda", "cpu")
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("exact", "fast")
+
+
+_PLACES = ("video", "audio", "output", "model", "save_latents")
+_OPTIONS = frozenset().union(*(task.options for task in TASKS.values()))
 
 
 @dataclass(frozen=True)
 class Request:
     """A clip to make.
 
-    images: one to four reference pictures. output: the mp4; None keeps the frames in memory only. model: a folder of
+    task: "r2v" shows what is in one to four `images`, "v2v" is how a `video` goes on, "shot" its next shot, "a2v" lets
+    a portrait say what is in `audio`. output: the mp4; None keeps the frames in memory only. model: a folder of
     converted files, or one of them. quant: which transformer, where the folder has several. size: (height, width) in
-    pixels, or "HxW"; without it `resolution` picks one that suits the first picture. frames: 4 k + 1; or
-    `seconds`, at 24 frames each and one; five seconds if neither is given. seed: None draws one.
-    precision: "exact" or "fast" (int8); None leaves it to the plan. max_vram, max_ram: limits in GiB.
+    pixels, or "HxW"; without it `resolution` picks one that suits the first picture. frames: 4 k + 1; or `seconds`, at
+    24 frames each and one; five seconds if neither is given. Of speech `seconds` takes the beginning. seed: None draws
+    one. precision: "exact" or "fast" (int8); None leaves it to the plan. max_vram, max_ram: limits in GiB.
+
+    transition: a name of tasks.TRANSITIONS, in place of its tag in the prompt. join: the clip begins with the video.
+    How windows are cut, which only tests change: condition_frames of the video are seen, latent_rate latent frames are
+    made for a second, window_frames for a stretch of speech.
     """
 
     task: str
     prompt: str
     images: tuple[Path, ...] = ()
+    video: Path | None = None
+    audio: Path | None = None
     output: Path | None = None
     model: Path | None = None
     quant: str | None = None
@@ -43,7 +52,7 @@ class Request:
     resolution: str = "480P"
     frames: int | None = None
     seconds: float | None = None
-    steps: int = 8
+    steps: int = None  # type: ignore[assignment]  # as many as the task's model was distilled for
     seed: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -51,6 +60,11 @@ class Request:
     max_vram: float | None = None
     max_ram: float | None = None
     save_latents: Path | None = None
+    transition: str | None = None
+    join: bool = False
+    condition_frames: int = None  # type: ignore[assignment]  # as upstream
+    latent_rate: int = 6
+    window_frames: int = 81
 
     def __post_init__(self) -> None:
         problems = self._type_problems()
@@ -69,7 +83,7 @@ class Request:
 
         images = (self.images,) if isinstance(self.images, (str, Path)) else self.images
         put("images", tuple(Path(image) for image in images))
-        for name in ("output", "model", "save_latents"):
+        for name in _PLACES:
             if getattr(self, name) is not None:
                 put(name, Path(getattr(self, name)))
         if isinstance(self.size, str):
@@ -77,13 +91,31 @@ class Request:
         put("resolution", self.resolution.upper())
         if self.quant is not None:
             put("quant", self.quant.upper())
+        if self.task in TASKS:
+            put("steps", TASKS[self.task].steps if self.steps is None else self.steps)
+            if self.condition_frames is None:
+                put("condition_frames", self._usual_condition_frames())
+        if self.transition in TRANSITIONS:
+            tag = TRANSITIONS[self.transition]
+            put("prompt", self.prompt if self.prompt.startswith(tag) else f"{tag} {self.prompt.lstrip()}")
+
+    def _usual_condition_frames(self) -> int:
+        """Frames of the video that are seen: of the next shot the more the longer it is."""
+        if self.task != "shot":
+            return 25
+        return min(33, max(9, 8 * round((self.frame_count - 1) / 24) - 7))
 
     @property
     def frame_count(self) -> int:
         """Frames of the clip."""
         if self.frames is not None:
             return self.frames
-        return round((_SECONDS if self.seconds is None else self.seconds) * FPS) // 4 * 4 + 1
+        return round((_SECONDS if self.seconds is None else self.seconds) * 24) // 4 * 4 + 1
+
+    @property
+    def whole_seconds(self) -> int:
+        """Length of an extension."""
+        return int(_SECONDS if self.seconds is None else self.seconds)
 
     @property
     def latent_frames(self) -> int:
@@ -92,7 +124,7 @@ class Request:
 
     def absolute(self) -> "Request":
         """The same request, with paths that hold in every folder."""
-        places = {name: getattr(self, name) for name in ("output", "model", "save_latents")}
+        places = {name: getattr(self, name) for name in _PLACES}
         whole = {name: path.absolute() for name, path in places.items() if path is not None}
         return replace(self, images=tuple(path.absolute() for path in self.images), **whole)
 
@@ -102,6 +134,8 @@ class Request:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or (field.name == "resolution" and self.size):
+                continue
+            if field.name in _OPTIONS and (field.name not in TASKS[self.task].options or value == field.default):
                 continue
             if isinstance(value, Path):
                 value = str(value)
@@ -130,13 +164,13 @@ class Request:
         text: tuple[type, ...] = (str,)
         path: tuple[type, ...] = (str, Path)
         kinds: dict[str, tuple[type, ...]] = {
-            **dict.fromkeys(("frames", "seed"), whole),
+            **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames"), whole),
             **dict.fromkeys(("seconds", "max_vram", "max_ram"), number),
-            **dict.fromkeys(("quant", "device", "dtype", "precision"), text),
-            **dict.fromkeys(("output", "model", "save_latents"), path),
+            **dict.fromkeys(("quant", "device", "dtype", "precision", "transition"), text),
+            **dict.fromkeys(_PLACES, path),
         }
         values = [(name, getattr(self, name), kind) for name, kind in kinds.items() if getattr(self, name) is not None]
-        values += [("steps", self.steps, whole), ("prompt", self.prompt, text), ("resolution", self.resolution, text)]
+        values += [("prompt", self.prompt, text), ("resolution", self.resolution, text)]
         images = self.images if isinstance(self.images, (list, tuple)) else (self.images,)
         values += [("image", image, path) for image in images]
         size = self.size
@@ -156,17 +190,33 @@ class Request:
         ]
 
     def _task_problems(self) -> list[str]:
-        problems = []
         if self.task not in TASKS:
-            problems.append(f"unknown task {self.task!r}, expected {' or '.join(TASKS)}")
+            return [f"unknown task {self.task!r}, expected {' or '.join(TASKS)}"]
+        task, problems = TASKS[self.task], []
         if not self.prompt.strip():
             problems.append("the prompt is empty: say with -p what the clip shows")
-        if not 1 <= len(self.images) <= MAX_REFERENCES:
-            problems.append(f"got {len(self.images)} reference images, expected 1 to {MAX_REFERENCES}")
-        for image in self.images:
-            if not image.is_file():
-                problems.append(f"{image} is a folder" if image.is_dir() else f"{image} does not exist")
-        return problems
+        fewest, most = task.images
+        if not fewest <= len(self.images) <= most:
+            count = f"{fewest} to {most}" if fewest < most else str(most)
+            problems.append(f"got {len(self.images)} images, {self.task} takes {count}")
+        for name, file, wanted in (("video", self.video, task.video), ("audio", self.audio, task.audio)):
+            if wanted is not (file is not None):
+                problems.append(f"{self.task} takes {f'a --{name} file' if wanted else f'no --{name}'}")
+        problems += self._transition_problems(task)
+        files = [file for file in (*self.images, self.video, self.audio) if file is not None]
+        missing = [file for file in files if not file.is_file()]
+        return problems + [f"{file} is a folder" if file.is_dir() else f"{file} does not exist" for file in missing]
+
+    def _transition_problems(self, task: Task) -> list[str]:
+        known = ", ".join(TRANSITIONS)
+        if "transition" not in task.options:
+            return [f"{self.task} has no --transition"] if self.transition is not None else []
+        if self.transition is not None and self.transition not in TRANSITIONS:
+            return [f"unknown transition {self.transition!r}, expected {known}"]
+        tags = _TAG.match(self.prompt)
+        if tags and tags[1] not in TRANSITIONS.values():
+            return [f"unknown tag {tags[1]} in the prompt, expected {', '.join(TRANSITIONS.values())}"]
+        return []
 
     def _shape_problems(self) -> list[str]:
         problems = []
@@ -176,19 +226,33 @@ class Request:
             near = "x".join(str(max(GRID, round(side / GRID) * GRID)) for side in self.size)
             height, width = self.size
             problems.append(f"size {height}x{width} is not on the grid of {GRID} pixels; the nearest is {near}")
-        if self.size is None and self.resolution not in RESOLUTIONS:
-            problems.append(f"unknown resolution {self.resolution!r}, expected {', '.join(RESOLUTIONS)}")
+        if self.task not in TASKS:
+            return problems
+        task = TASKS[self.task]
+        if self.size is None and self.resolution not in task.resolutions:
+            problems.append(f"unknown resolution {self.resolution!r}, {self.task} has {', '.join(task.resolutions)}")
+        for name, least in (("condition_frames", 1), ("window_frames", 21)):
+            if (count := getattr(self, name)) < least or count % 4 != 1:
+                problems.append(f"{name} = {count}, expected 4 k + 1 and at least {least}")
+        return problems + self._length_problems(task)
+
+    def _length_problems(self, task: Task) -> list[str]:
+        shortest, longest = task.seconds
+        if self.frames is not None and not task.frames:
+            return [f"{self.task} has no --frames: use --seconds"]
+        if self.frames is not None and self.seconds is not None:
+            return [f"got {self.frames} frames and {self.seconds:g} seconds, expected one of them"]
         if self.frames is not None and (self.frames < 1 or self.frames % 4 != 1):
             nearest = max(0, round((self.frames - 1) / 4)) * 4 + 1
-            problems.append(f"{self.frames} frames are not 4 k + 1; the nearest is {nearest}")
-        elif self.frames is not None and self.seconds is not None:
-            problems.append(f"got {self.frames} frames and {self.seconds:g} seconds, expected one of them")
-        elif self.seconds is not None and not 0 < self.seconds <= _MAX_SECONDS:
-            problems.append(f"got {self.seconds:g} seconds, expected more than 0 and at most {_MAX_SECONDS}")
-        elif self.latent_frames > _MAX_LATENT_FRAMES:
-            most = (_MAX_LATENT_FRAMES - 1) * 4 + 1
-            problems.append(f"{self.frame_count} frames are too many, the model has positions for {most}")
-        return problems
+            return [f"{self.frames} frames are not 4 k + 1; the nearest is {nearest}"]
+        if self.seconds is not None and not (self.seconds > 0 and shortest <= self.seconds <= longest):
+            least = f"at least {shortest:g}" if shortest else "more than 0"
+            return [f"got {self.seconds:g} seconds, {self.task} makes {least} and at most {longest:g}"]
+        if self.seconds is not None and task.whole and self.seconds != int(self.seconds):
+            return [f"got {self.seconds:g} seconds, {self.task} makes whole ones"]
+        if self.frames is not None and self.frame_count > _MOST_FRAMES:
+            return [f"{self.frame_count} frames are too many, the model has positions for {_MOST_FRAMES}"]
+        return []
 
     def _choice_problems(self) -> list[str]:
         problems = []
@@ -214,9 +278,10 @@ class Request:
         problems = [problem for path in places for problem in place_problems(path)]
         if len({path.resolve() for path in places}) < len(places):
             problems.append(f"the clip and the latents cannot both be {places[0]}")
-        inputs = {image.resolve() for image in self.images}
+        files = [file for file in (*self.images, self.video, self.audio) if file is not None]
+        inputs = {file.resolve() for file in files}
         return problems + [
-            f"{path} is one of the pictures, it would be lost" for path in places if path.resolve() in inputs
+            f"{path} is what the clip is made from, it would be lost" for path in places if path.resolve() in inputs
         ]
 
 

@@ -48,7 +48,7 @@ def continue_or_start(request: Request) -> tuple[Job, RunState | None]:
     problem = _other_clip(origin, state, path, different) if different else _other_model(job, origin, path)
     if problem is None:
         return job, state
-    if state.steps:
+    if state.steps or state.window:
         raise problem
     return prepare(request), None
 
@@ -69,8 +69,10 @@ def _clip(request: Request) -> dict[str, Any]:
 
 def _other_clip(origin: Origin, state: RunState, path: Path, different: list[str]) -> SkyrunError:
     before = origin.request
+    windows = f"{state.window} windows and " if state.window else ""
+    done = f"{windows}{state.steps} of {before.steps} steps"
     return SkyrunError(
-        f"{path} holds {state.steps} of {before.steps} steps of a clip that is not finished, "
+        f"{path} holds {done} of a clip that is not finished, "
         f"with another {', '.join(different)}: {before.prompt[:60]!r}, seed {before.seed}",
         f"finish it with `skyrun resume {path}`, or choose another -o, or delete that file",
     )
@@ -78,10 +80,9 @@ def _other_clip(origin: Origin, state: RunState, path: Path, different: list[str
 
 def _other_model(job: Job, origin: Origin, path: Path) -> SkyrunError | None:
     """What to say if the model is not the one of before."""
-    parts = {"transformer": job.files.transformer.path, "text encoder": job.files.text_encoder.path}
-    parts["autoencoder"] = job.files.vae
     before, there = origin.model.split(), model_identity(job.files).split()
-    changed = [f"{name} {file}" for (name, file), a, b in zip(parts.items(), before, there, strict=True) if a != b]
+    parts = job.files.parts.items()
+    changed = [f"{name} {file}" for (name, file), a, b in zip(parts, before, there, strict=True) if a != b]
     if not changed:
         return None
     return SkyrunError(

@@ -7,7 +7,7 @@ all, and removed when the clip is finished.
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from torch import Tensor
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 from skyrun.request import Request
-from skyrun.sampler import UniPC
+from skyrun.sampler import Sampler, restored
+from skyrun.windows import latents, windows_of
 
-_VERSION = 1
+_VERSION = 2
 _SUFFIX = ".skyrun.safetensors"
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
+_NEEDED = {"r2v": {"text", "pictures"}, "v2v": {"text"}, "shot": {"text", "video"}, "a2v": {"text"}}
+_ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 _CPU = torch.device("cpu")
 
 
@@ -31,29 +34,36 @@ _CPU = torch.device("cpu")
 class RunState:
     """Stages fill it in order; what is there is finished. All of it is on the host, whatever happens to the device.
 
-    text: the prompt's embedding. pictures: latents of the references [16, R, h, w]. latents: the clip [16, F, h, w]
-    at the level of noise that the sampler has reached. groups: latent frames of which frames were handed out.
+    encoded: what all of the clip is made from, by name: embeddings of prompts, latents of pictures or video. window:
+    how many windows are finished. carried: what these hand on to the next, by name. latents: of that one [16, F, h, w]
+    at the level of noise that the sampler has reached. groups: latent frames of it of which frames were handed out.
     """
 
-    text: Tensor | None = None
-    pictures: Tensor | None = None
+    encoded: dict[str, Tensor] = field(default_factory=dict)
+    window: int = 0
+    carried: dict[str, Tensor] = field(default_factory=dict)
     latents: Tensor | None = None
-    sampler: UniPC | None = None
+    sampler: Sampler | None = None
     groups: int = 0
 
     @property
     def steps(self) -> int:
-        """Denoising steps that are finished."""
+        """Denoising steps of the window that are finished."""
         return self.sampler.index if self.sampler is not None else 0
 
     @property
     def mark(self) -> tuple[int, ...]:
         """Grows with everything that is finished."""
-        return (self.text is not None) + (self.pictures is not None), self.steps, self.groups
+        return len(self.encoded), self.window, self.steps, self.groups
 
-    def finish_step(self, latents: Tensor, sampler: UniPC) -> None:
+    def finish_step(self, latents: Tensor, sampler: Sampler) -> None:
         """Take over the outcome of a step: copies, so that a step that fails half-way changes nothing here."""
         self.latents, self.sampler = latents.to(_CPU), sampler.on(_CPU)
+
+    def finish_window(self, **carried: Tensor) -> None:
+        """All frames of the window are handed out; the next begins with what is carried on."""
+        self.window, self.carried = self.window + 1, carried
+        self.latents, self.sampler, self.groups = None, None, 0
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,15 @@ def clip_path(state: Path) -> Path:
 
 def save_state(path: Path, state: RunState, origin: Origin) -> None:
     """Write the state. OSError if it cannot be written; what was there before stays then."""
-    tensors = {name: getattr(state, name) for name in ("text", "pictures", "latents")}
-    described: dict[str, Any] = {**vars(origin), "request": origin.request.absolute().as_json()}
+    tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
+    tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
+    if state.latents is not None:
+        tensors["latents"] = state.latents
+    described: dict[str, Any] = {**vars(origin), "request": origin.request.absolute().as_json(), "window": state.window}
     if state.sampler is not None:
         history, described["sampler"] = state.sampler.state()
-        tensors |= {f"sampler.{name}": tensor for name, tensor in history.items()}
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        tensors |= {f"{_SAMPLER}{name}": tensor for name, tensor in history.items()}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps(described)
     try:
         with replacing(path) as partial:
@@ -104,9 +117,9 @@ def load_state(path: Path) -> tuple[RunState, Origin]:
             if metadata["crc32"] != _checksum(text, tensors):
                 raise ValueError("its contents do not have the checksum that it says")
             described = json.loads(text)
-            sampler = described.pop("sampler", None)
+            sampler, window = described.pop("sampler", None), int(described.pop("window"))
             origin = Origin(**described | {"request": Request.from_json(described["request"])})
-            return _state(tensors, sampler, origin.request), origin
+            return _state(tensors, window, sampler, origin.request), origin
     except FileNotFoundError as error:
         clip = clip_path(path)
         is_whole = f": {clip} is finished" if clip.exists() else ""
@@ -125,21 +138,31 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{checksum:08x}"
 
 
-def _state(tensors: dict[str, Tensor], described: dict[str, Any] | None, request: Request) -> RunState:
+def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | None, request: Request) -> RunState:
     """ValueError if the tensors are not those of this request."""
-    state = RunState(tensors.get("text"), tensors.get("pictures"), tensors.get("latents"))
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    state = RunState(named(_ENCODED), window, named(_CARRIED), tensors.get("latents"))
     if described is not None:
-        history = {name.removeprefix("sampler."): t for name, t in tensors.items() if name.startswith("sampler.")}
-        state.sampler = UniPC.restored(described, history)
+        history = named(_SAMPLER)
+        state.sampler = restored(described, history)
         assert isinstance(request.size, tuple)
-        shape = (request.latent_frames, *(side // 8 for side in request.size))
-        clips = {name: tensor for name, tensor in tensors.items() if name not in ("text", "pictures")}
-        odd = [name for name, tensor in clips.items() if tuple(tensor.shape[1:]) != shape]
-        if odd or state.latents is None or state.pictures is None or state.text is None:
+        shape = (_latent_frames(request, window), *(side // 8 for side in request.size))
+        clips = [*history.values(), *([] if state.latents is None else [state.latents])]
+        if state.latents is None or any(tuple(tensor.shape[1:]) != shape for tensor in clips):
             raise ValueError(f"its tensors are not those of a clip of {shape} latents")
+        if missing := _NEEDED[request.task] - set(state.encoded):
+            raise ValueError(f"its {', '.join(sorted(missing))} is missing")
         if described["steps"] != request.steps:
             raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
     return state
+
+
+def _latent_frames(request: Request, window: int) -> int:
+    """Noisy frames of a window; all of a talking avatar's are alike, however long it speaks."""
+    return latents(request.window_frames) if request.task == "a2v" else windows_of(request)[window].latents
 
 
 def remove_state(path: Path) -> None:

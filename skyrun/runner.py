@@ -5,9 +5,9 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,18 +15,18 @@ from torch import Tensor
 from skyrun.device import peak_bytes, vram_limited
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, Replanned, StageEnded, StageStarted, drain, now
+from skyrun.images import Frames
 from skyrun.job import Job
+from skyrun.joining import clip_format, source_frames
 from skyrun.keeper import Keeper
 from skyrun.kernels.atomic import replacing
 from skyrun.presets import Plan
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.recovery import recovering
-from skyrun.request import FPS, Request
+from skyrun.request import Request
 from skyrun.resume import continue_or_start
 from skyrun.run_state import RunState
-from skyrun.video import writing_video
-
-Frames = np.ndarray[Any, np.dtype[np.uint8]]
+from skyrun.video import VideoWriter, writing_video
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Result:
     """A finished clip.
 
     frames: uint8 [F, H, W, 3], empty if they were not kept. latents: float32 [C, F', h, w], normalised, before
-    decoding. request: with the seed that was used. stages: what each took.
+    decoding, of every window after the one before. request: with the seed that was used. stages: what each took.
     """
 
     frames: Frames
@@ -56,61 +56,100 @@ def run_job(job: Job, keep_frames: bool = True, state: RunState | None = None) -
     state: what an earlier run has finished. It is kept beside the clip while there is no clip. When memory runs out
     the run goes on from its last finished step by a plan that takes less; SkyrunError (exit code 3) if there is none.
     """
-    request, plan, state = job.request, job.plan, state or RunState()
+    plan, state = job.plan, state or RunState()
     state.groups = 0  # frames are this run's own
-    keeper = Keeper(job, state)
-    kept: list[Frames] = []
-    stages: list[StageEnded] = []
-    failure: SkyrunError | None = None
+    keeper, made = Keeper(job, state), _Made(job, keep_frames)
     try:
         with vram_limited(job.device, plan.limit_bytes - CONTEXT_BYTES), ExitStack() as stack:
-            writer = None
-            if request.output is not None:
-                video = writing_video(request.output, job.height, job.width, FPS, request.as_json())
-                writer = stack.enter_context(video)
+            made.open(stack)
+            for frames, latents in keeper.finished():
+                made.latents.append(latents)
+                for part in frames:
+                    made.add(part)
             for event in stack.enter_context(closing(recovering(job, state))):
-                if isinstance(event, LatentsReady):
-                    failure = _save_latents(request, event.latents)
-                elif isinstance(event, FramesReady):
-                    if writer is not None:
-                        writer.add(event.frames)
-                    if keep_frames:
-                        kept.append(event.frames)
-                elif isinstance(event, StageEnded):
-                    stages.append(event)
-                elif isinstance(event, Replanned):
+                if isinstance(event, Replanned):
                     plan = event.plan
+                made.take(event)
                 if (notice := keeper.after(event)) is not None:
                     yield notice
                 yield event
-            if writer is not None:
+            if made.writer is not None:
                 start = now()
                 yield StageStarted("write", 1, "file")
                 stack.close()
                 yield StageEnded("write", now() - start, peak_bytes(job.device))
-        if failure is not None:  # only now: the clip itself could be made
-            raise failure
+        made.save_latents()
     except BaseException as error:
         keeper.save_last(error)
         raise
     keeper.remove()
-    frames = np.concatenate(kept) if kept else np.empty((0, job.height, job.width, 3), np.uint8)
-    assert state.latents is not None
-    latents = state.latents.clone()  # an ordinary tensor, not one of inference mode
-    return Result(frames, latents, FPS, request, plan, tuple(stages))
+    return made.result(plan)
 
 
-def _save_latents(request: Request, latents: Tensor) -> SkyrunError | None:
-    """Save them if the request says where. Returns why it failed."""
-    path = request.save_latents
-    if path is None:
+class _Made:
+    """What has been made of a clip, on its way to files and to the result."""
+
+    def __init__(self, job: Job, keep_frames: bool) -> None:
+        self._job, self._keep_frames = job, keep_frames
+        self._frames: list[Frames] = []
+        self._stages: list[StageEnded] = []
+        self._failure: SkyrunError | None = None
+        self.latents: list[Tensor] = []  # of every window
+        self.writer: VideoWriter | None = None
+
+    def open(self, stack: ExitStack) -> None:
+        """Begin the mp4; with the video before it, if the clip is to be joined to that."""
+        if self._job.request.output is None:
+            return
+        self.writer = stack.enter_context(writing_video(self._job.request.output, clip_format(self._job)))
+        for frames in source_frames(self._job):
+            self.writer.add(frames)
+
+    def take(self, event: Event) -> None:
+        """An event of the pipeline."""
+        if isinstance(event, LatentsReady):
+            self.latents.append(event.latents)
+            if len(self._job.windows) == 1:
+                self._failure = self._save_latents()
+        elif isinstance(event, FramesReady):
+            self.add(event.frames)
+        elif isinstance(event, StageEnded):
+            self._stages.append(event)
+
+    def add(self, frames: Frames) -> None:
+        """Frames of the clip."""
+        if self.writer is not None:
+            self.writer.add(frames)
+        if self._keep_frames:
+            self._frames.append(frames)
+
+    def save_latents(self) -> None:
+        """SkyrunError if that failed, now or before: the clip itself could be made."""
+        if len(self._job.windows) > 1:
+            self._failure = self._save_latents()
+        if self._failure is not None:
+            raise self._failure
+
+    def _save_latents(self) -> SkyrunError | None:
+        """Save them if the request says where. Returns why it failed."""
+        request = self._job.request
+        if request.save_latents is None:
+            return None
+        try:
+            with replacing(request.save_latents) as partial:
+                metadata = {"request": json.dumps(request.as_json())}
+                save_file({"latents": torch.cat(self.latents, 1).contiguous()}, partial, metadata)
+        except (OSError, SafetensorError) as error:
+            message = f"cannot write {request.save_latents}: {error}"
+            return SkyrunError(message, "check free space and permissions", FAILED)
         return None
-    try:
-        with replacing(path) as partial:
-            save_file({"latents": latents.contiguous()}, partial, {"request": json.dumps(request.as_json())})
-    except (OSError, SafetensorError) as error:
-        return SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED)
-    return None
+
+    def result(self, plan: Plan) -> Result:
+        """All of it."""
+        job, empty = self._job, np.empty((0, self._job.height, self._job.width, 3), np.uint8)
+        frames = np.concatenate([empty, *self._frames])
+        latents = torch.cat(self.latents, 1).clone()  # an ordinary tensor, not one of inference mode
+        return Result(frames, latents, job.fps, job.request, plan, tuple(self._stages))
 
 
 def run(request: Request) -> Result:

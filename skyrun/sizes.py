@@ -74,13 +74,64 @@ _BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
         "2.08": (1386, 666),
     },
 }
+# Of the talking avatar, likewise.
+_PORTRAIT_BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
+    "480P": {
+        "0.26": (320, 1216),
+        "0.38": (384, 1024),
+        "0.50": (448, 896),
+        "0.577": (480, 832),
+        "0.67": (512, 768),
+        "0.82": (576, 704),
+        "1.00": (640, 640),
+        "1.22": (704, 576),
+        "1.50": (768, 512),
+        "1.86": (832, 448),
+        "1.73": (832, 480),
+        "2.00": (896, 448),
+        "2.50": (960, 384),
+        "2.83": (1088, 384),
+        "3.60": (1152, 320),
+        "3.80": (1216, 320),
+        "4.00": (1280, 320),
+    },
+    "720P": {
+        "0.22": (448, 2048),
+        "0.29": (512, 1792),
+        "0.36": (576, 1600),
+        "0.45": (640, 1408),
+        "0.55": (704, 1280),
+        "0.56": (720, 1280),
+        "0.63": (768, 1216),
+        "0.76": (832, 1088),
+        "0.88": (896, 1024),
+        "1.00": (960, 960),
+        "1.14": (1024, 896),
+        "1.31": (1088, 832),
+        "1.50": (1152, 768),
+        "1.58": (1216, 768),
+        "1.82": (1280, 704),
+        "1.78": (1280, 720),
+        "1.91": (1344, 704),
+        "2.20": (1408, 640),
+        "2.30": (1472, 640),
+        "2.67": (1536, 576),
+        "2.89": (1664, 576),
+        "3.62": (1856, 512),
+        "3.75": (1920, 512),
+    },
+}
 RESOLUTIONS = tuple(_BUCKETS)
 
 
-def bucket(resolution: str, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the resolution's bucket that is nearest in shape to a picture, cut down to the grid."""
-    if resolution not in _BUCKETS:
-        raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(RESOLUTIONS)}, or --size HxW")
+def bucket(resolution: str, height: int, width: int, portrait: bool = False) -> tuple[int, int]:
+    """(height, width) of the resolution's bucket that is nearest in shape to a picture, cut down to the grid.
+
+    portrait: of the talking avatar, which has buckets of its own.
+    """
+    buckets = _PORTRAIT_BUCKETS if portrait else _BUCKETS
+    if resolution not in buckets:
+        raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(buckets)}, or --size HxW")
     shape = height / width
-    _, (rows, cols) = min(_BUCKETS[resolution].items(), key=lambda item: abs(float(item[0]) - shape))
+    _, (rows, cols) = min(buckets[resolution].items(), key=lambda item: abs(float(item[0]) - shape))
     return rows // GRID * GRID, cols // GRID * GRID

@@ -16,9 +16,9 @@ from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_file import block_layouts
 from skyrun.models.umt5 import UMT5, clean_prompt
 from skyrun.models.vae import WanVAE
-from skyrun.sampler import UniPC
 from skyrun.sizes import bucket
 from skyrun.stream import BlockStream
+from skyrun.unipc import UniPC
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

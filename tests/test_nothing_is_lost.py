@@ -90,7 +90,7 @@ PLACES = {
     "load": ("skyrun.pipelines.stages.DiT", (0,)),
     "denoise: first step": ("skyrun.models.dit.dit_block", (1,)),
     "denoise: third step": ("skyrun.models.dit.dit_block", (5,)),
-    "denoise: the sampler": ("skyrun.sampler.UniPC._predict", (2,)),
+    "denoise: the sampler": ("skyrun.unipc.UniPC._predict", (2,)),
     "decode: first group": ("skyrun.models.vae.WanVAE._decoder", (0,)),
     "decode: second group": ("skyrun.models.vae.WanVAE._decoder", (1,)),
 }

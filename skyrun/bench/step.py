@@ -23,15 +23,16 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Progress, StageEnded, now
 from skyrun.job import Job, prepare
 from skyrun.kernels.formats import FORMATS
-from skyrun.models.dit import DiT
 from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.pipelines.condition import Condition
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.pipelines.stages import denoise
 from skyrun.presets import Plan
 from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.request import MAX_REFERENCES, TEXT_LENGTH, Request
+from skyrun.request import TEXT_LENGTH, Request
 from skyrun.run_state import RunState
-from skyrun.sampler import UniPC
+from skyrun.tasks import MAX_REFERENCES
+from skyrun.unipc import UniPC
 
 _READERS, _CHUNK = 8, 4 << 20  # of the plain read that the stream is compared with
 _SPARE = 1 << 30  # bytes left free on the disk
@@ -104,7 +105,7 @@ def measure_step(
         _forget(path)
         with out_of_memory_explained(), vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
             streaming = replace(job, plan=replace(job.plan, resident_blocks=0))
-            stages, streamed = yield from _timed(reference_to_video(streaming))
+            stages, streamed = yield from _timed(reference_to_video(streaming, RunState()))
         with out_of_memory_explained():
             _, resident = yield from _timed(_from_memory(job))
     denoising = next(stage for stage in stages if stage.stage == "denoise")
@@ -132,15 +133,12 @@ def _from_memory(job: Job) -> Generator[Event, None, None]:
     """The denoising alone, every block in memory."""
     request, device = job.request, job.device
     plan = replace(job.plan, resident_blocks=job.workload.layers)
-    dit = DiT(
-        job.files.transformer, device, getattr(torch, plan.dtype), rows=plan.token_rows, parked=plan.parked_tokens
-    )
     rows, cols = job.height // 8, job.width // 8
     noise = torch.randn(LATENT_CHANNELS, request.latent_frames, rows, cols, device=device)
-    condition = torch.zeros(LATENT_CHANNELS, MAX_REFERENCES, rows, cols, device=device)
-    text = torch.randn(TEXT_LENGTH, dit.dims.text_dim)
-    state = RunState(text, condition, noise, UniPC(request.steps, 5.0))
-    yield from denoise(dit, job.files.transformer, plan, state)
+    references = torch.zeros(LATENT_CHANNELS, MAX_REFERENCES, rows, cols, device=device)
+    condition = Condition(torch.randn(TEXT_LENGTH, job.encoder.dim), after=references)
+    state = RunState(latents=noise, sampler=UniPC(request.steps, 5.0))
+    yield from denoise(job.files.transformer, plan, state, condition, device)
 
 
 def _plain_rate(path: Path) -> float:

@@ -46,6 +46,11 @@ class CLIPVision:
         return len(self._blocks)
 
     @property
+    def tokens(self) -> int:
+        """Of a picture."""
+        return 1 + (self._side // self._patch) ** 2
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of the largest block."""
         return max(block.nbytes for block in self._blocks)

@@ -33,7 +33,7 @@ class Wav2Vec2:
             raise SkyrunError(f"cannot read {path}: {error}", _CONVERT) from error
         self._strides: list[int] = said.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])
         self._eps = float(said.get("layer_norm_eps", 1e-5))
-        self._heads, self._layers = int(said.get("num_attention_heads", 12)), int(said.get("num_hidden_layers", 12))
+        self._heads, self.layers = int(said.get("num_attention_heads", 12)), int(said.get("num_hidden_layers", 12))
         self._kernels = [self._w(f"{_conv(layer)}.weight").shape[2] for layer in range(len(self._strides))]
 
     @property
@@ -57,7 +57,7 @@ class Wav2Vec2:
         features = F.interpolate(features.unsqueeze(0), frames, mode="linear", align_corners=True).squeeze(0).T
         x = self._linear(self._norm(features, "feature_projection.layer_norm"), "feature_projection.projection")
         x = self._norm(x + self._positions(x), "encoder.layer_norm")
-        for layer in range(self._layers):
+        for layer in range(self.layers):
             x = self._layer(x, f"encoder.layers.{layer}")
             yield x
 

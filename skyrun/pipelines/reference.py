@@ -9,11 +9,13 @@ from skyrun.events import Event, LatentsReady
 from skyrun.images import letterbox, to_pixels
 from skyrun.job import Job
 from skyrun.models.vae import LATENT_CHANNELS
-from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text, load_transformer
-from skyrun.request import MAX_REFERENCES, Request
+from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text
+from skyrun.request import Request
 from skyrun.run_state import RunState
-from skyrun.sampler import UniPC
 from skyrun.stream import ObserveBlock
+from skyrun.tasks import MAX_REFERENCES
+from skyrun.unipc import UniPC
 
 _SHIFT = 5.0  # of the noise levels that the model was distilled with
 
@@ -28,30 +30,22 @@ def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
 
 
 @torch.inference_mode()
-def reference_to_video(job: Job, state: RunState | None = None, observe: ObserveBlock | None = None) -> Iterator[Event]:
-    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out.
-
-    state: what is finished is not made again, and what is made is put there. observe: is shown the input of every
-    linear layer of the transformer's blocks.
-    """
+def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
+    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
-    state = state or RunState()
     noise, picture_noise = draw_noise(request)
-    if state.text is None:
-        text = yield from encode_text(job.encoder, request.prompt, device)
-        state.text = text.cpu()
-    if state.pictures is None:
-        pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.pictures]
+    if "text" not in state.encoded:
+        state.encoded["text"] = (yield from encode_text(job.encoder, request.prompt, device)).cpu()
+    if "pictures" not in state.encoded:
+        pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.inputs.pictures]
         pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
         empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
-        state.pictures = torch.cat((*pictures, *empty), 1).cpu()
+        state.encoded["pictures"] = torch.cat((*pictures, *empty), 1).cpu()
     if state.sampler is None:
         state.sampler, state.latents = UniPC(request.steps, _SHIFT), noise
-    if state.steps < request.steps:
-        dit = yield from load_transformer(files.transformer, plan, device)
-        yield from denoise(dit, files.transformer, plan, state, observe)
-        del dit
+    condition = Condition(state.encoded["text"], after=state.encoded["pictures"])
+    yield from denoise(files.transformer, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:
         yield LatentsReady(state.latents)
-    yield from decode(files.vae, state, plan, device)
+    yield from decode(files.vae, state.latents, state, plan, device)

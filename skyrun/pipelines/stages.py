@@ -1,6 +1,6 @@
 """The stages that pipelines are made of: each holds what it needs, says what it does, and lets go of it."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -9,28 +9,35 @@ from torch import Tensor
 from skyrun.device import finish, peak_bytes, reset_peak
 from skyrun.embedding_cache import CachedEmbedding
 from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
-from skyrun.images import to_uint8
+from skyrun.images import Frames, to_uint8
 from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_file import block_layouts
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE
+from skyrun.pipelines.condition import Condition
 from skyrun.presets import Plan
 from skyrun.run_state import RunState
 from skyrun.stream import BlockStream, ObserveBlock, StreamStats, spread
 
 
 class Stage:
-    """The frame of a stage: how long it took and how much memory."""
+    """The frame of a stage: how long it took and how much memory.
 
-    def __init__(self, name: str, total: int, unit: str, device: torch.device) -> None:
-        self._name, self._total, self._unit, self._device = name, total, unit, device
+    part: which window of how many it belongs to.
+    """
+
+    def __init__(
+        self, name: str, total: int, unit: str, device: torch.device, part: tuple[int, int] | None = None
+    ) -> None:
+        self._name, self._total, self._unit, self._device, self._part = name, total, unit, device, part
 
     def started(self, before: int = 0) -> StageStarted:
         """before: units that an earlier run has done."""
         reset_peak(self._device)
         self._start = now()
-        return StageStarted(self._name, self._total, self._unit, before)
+        return StageStarted(self._name, self._total, self._unit, before, self._part)
 
     def done(self, count: int) -> Progress:
         return Progress(self._name, count)
@@ -78,6 +85,30 @@ def encode_images(
     return latents
 
 
+def encode_clip(
+    path: Path, pixels: Tensor, plan: Plan, device: torch.device, part: tuple[int, int] | None = None
+) -> Generator[Event, None, Tensor]:
+    """The mean of the posterior of pixels [3, T, H, W], normalised: float32 [16, 1 + (T - 1) // 4, H/8, W/8]."""
+    stage = Stage("images", 1, "clip", device, part)
+    yield stage.started()
+    vae = _open_vae(path, plan, device)
+    latents = vae.normalise(vae.encode(pixels)[0])
+    del vae
+    yield stage.done(1)
+    yield stage.ended()
+    return latents
+
+
+def encode_picture(vision: CLIPVision, picture: Tensor, device: torch.device) -> Generator[Event, None, Tensor]:
+    """Tokens [n, image_dim] of a picture [3, H, W] in [-1, 1]."""
+    stage = Stage("picture", 1, "pass", device)
+    yield stage.started()
+    with vision.open_stream(device) as stream:
+        tokens = yield from vision.encode(picture, stream, device)
+    yield stage.ended(stream.stats)
+    return tokens
+
+
 def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
     """The transformer without its blocks."""
     stage = Stage("load", 1, "file", device)
@@ -89,48 +120,68 @@ def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Genera
 
 
 def denoise(
-    dit: DiT, file: GGUFFile, plan: Plan, state: RunState, observe: ObserveBlock | None = None
+    file: GGUFFile,
+    plan: Plan,
+    state: RunState,
+    condition: Condition,
+    device: torch.device,
+    observe: ObserveBlock | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Generator[Event, None, None]:
-    """The steps that the state does not have yet. References follow the latents in time and stay as they are."""
+    """The steps that the state does not have yet."""
+    if state.sampler is not None and state.steps == len(state.sampler.timesteps):
+        return
+    dit = yield from load_transformer(file, plan, device)
     assert state.sampler is not None and state.latents is not None
-    assert state.pictures is not None and state.text is not None
-    sampler, latents = state.sampler.on(dit.device), state.latents.to(dit.device)
-    references = state.pictures.to(dit.device)
+    sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
     total, finished = len(sampler.timesteps), state.steps
-    stage = Stage("denoise", total, "steps", dit.device)
+    stage = Stage("denoise", total, "steps", device, part)
     yield stage.started(finished)
     with BlockStream(
         file.path,
         block_layouts(file),
-        dit.device,
+        device,
         passes=total - finished,
         slots=plan.ring_slots,
         resident=spread(plan.resident_blocks, dit.dims.layers),
         observe=observe,
         fast=plan.precision == "fast",
     ) as stream:
-        context = dit.embed_text(state.text)
-        rope = dit.rope(torch.cat((latents, references), 1))
-        for time in dit.embed_times(sampler.timesteps)[finished:]:  # all at once: the same numbers in every run
-            sequence = torch.cat((latents, references), 1)
-            velocity = yield from dit.forward(stream, sequence, time, context, rope)
-            latents = sampler.step(velocity[:, : latents.shape[1]], latents)
+        context, rope = condition.context(dit), condition.rope(dit, latents)
+        noisy = condition.noisy(latents)
+        for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
+            velocity = yield from dit.forward(stream, condition.sequence(latents), times, context, rope)
+            latents = sampler.step(velocity[:, noisy], latents)
+            if condition.motion is not None:
+                latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
             state.finish_step(latents, sampler)
             yield stage.done(state.steps)
     yield stage.ended(stream.stats)
 
 
-def decode(path: Path, state: RunState, plan: Plan, device: torch.device) -> Iterator[Event]:
-    """Frames as they come, group by group. Those that were handed out before are made again, for those after them."""
-    assert state.latents is not None
-    stage = Stage("decode", state.latents.shape[1], "latent frames", device)
+def decode(
+    path: Path,
+    latents: Tensor,
+    state: RunState,
+    plan: Plan,
+    device: torch.device,
+    show: Callable[[Tensor, int], Frames] | None = None,
+    part: tuple[int, int] | None = None,
+) -> Iterator[Event]:
+    """Frames as they come, group by group. Those that were handed out before are made again, for those after them.
+
+    show: makes pixels [3, T, H, W] and the number of their first frame the frames that are handed out.
+    """
+    stage = Stage("decode", latents.shape[1], "latent frames", device, part)
     yield stage.started()
-    vae = _open_vae(path, plan, device)
-    for index, pixels in enumerate(vae.decode(state.latents)):
+    vae, first = _open_vae(path, plan, device), 0
+    for index, pixels in enumerate(vae.decode(latents)):
+        frames = show(pixels, first) if show is not None else to_uint8(pixels)
+        first += pixels.shape[1]
         if index >= state.groups:
-            frames = to_uint8(pixels)
             state.groups = index + 1
-            yield FramesReady(frames)
+            if len(frames):
+                yield FramesReady(frames)
         yield stage.done(index + 1)
     del vae
     yield stage.ended()

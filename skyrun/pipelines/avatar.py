@@ -1,0 +1,199 @@
+"""Talking avatar: a portrait says what a recording says, window by window.
+
+A first pass over the beginning makes frames that show the later windows where they are to arrive, so that a long clip
+does not drift away from the portrait. Every window after the first of the clip begins with the last frames of the one
+before, which are held at the noise level of the others.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrun.colour import match_colours
+from skyrun.euler import Euler
+from skyrun.events import Event, LatentsReady, WindowDone
+from skyrun.images import Frames, crop_portrait, to_pixels, truncated
+from skyrun.job import Job
+from skyrun.models.audio_projection import windows as audio_windows
+from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.models.wav2vec2 import Wav2Vec2
+from skyrun.pipelines.condition import Condition, Motion
+from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
+from skyrun.run_state import RunState
+from skyrun.speech import frame_count
+from skyrun.stream import ObserveBlock
+from skyrun.tasks import CONNECTION
+from skyrun.windows import GUIDES, MOTION, Window, padded_frames
+
+_SHIFT = 11.0  # of the noise levels that the model was distilled with
+_GROUP = 4  # frames of a latent frame, after the first
+_MOTION_LATENTS = 1 + (MOTION - 1) // _GROUP
+
+Events = Generator[Event, None, None]
+
+
+@torch.inference_mode()
+def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
+    """Run the stages, from "text" to "decode" of the last window."""
+    for name, prompt in (("text", job.request.prompt), ("connection", CONNECTION)):
+        if name not in state.encoded and (name == "text" or len(job.windows) > 1):
+            state.encoded[name] = (yield from encode_text(job.encoder, prompt, job.device)).cpu()
+    if state.window >= len(job.windows):
+        return
+    speech = yield from _encode_speech(job)
+    portrait = to_pixels(crop_portrait(job.inputs.pictures[0], job.height, job.width))
+    noise = Noise(job)
+    noise.skip(state.window)
+    guides: dict[int, Tensor] = {}
+    if state.window:
+        yield from decode_again(job, state.carried["first"], _collect(job, guides, portrait))
+    for index in range(state.window, len(job.windows)):
+        yield from _Pass(job, state, index, portrait, speech, guides).run(noise, observe)
+
+
+class Noise:
+    """All random numbers of a clip, from one CPU generator in the order in which upstream draws them."""
+
+    def __init__(self, job: Job) -> None:
+        assert job.request.seed is not None
+        self._generator = torch.Generator("cpu").manual_seed(job.request.seed)
+        self._steps, self._size, self._windows = job.request.steps, (job.height // 8, job.width // 8), job.windows
+        self._index = 0
+
+    def draw(self) -> tuple[Tensor, Tensor | None]:
+        """Of the next window: noise [16, F, h, w]; of its motion, if it has any, [steps + 1, 16, M, h, w]."""
+        window = self._windows[self._index]
+        self._index += 1
+        noise = self._normal(window.latents)
+        if not window.skip:
+            return noise, None
+        return noise, torch.stack([self._normal(_MOTION_LATENTS) for _ in range(self._steps + 1)])
+
+    def skip(self, windows: int) -> None:
+        """Draw what these windows were made from."""
+        for _ in range(windows):
+            self.draw()
+
+    def _normal(self, frames: int) -> Tensor:
+        return torch.randn(LATENT_CHANNELS, frames, *self._size, generator=self._generator)
+
+
+def _encode_speech(job: Job) -> Generator[Event, None, Tensor]:
+    """Features [T, layers, channels], on the host: as many frames as the speech has, and then its end backwards."""
+    speech = job.inputs.speech
+    assert speech is not None and job.files.audio_encoder is not None
+    encoder = Wav2Vec2(job.files.audio_encoder, job.device)
+    stage = Stage("speech", encoder.layers, "layers", job.device)
+    yield stage.started()
+    layers = []
+    for layer in encoder.encode(torch.from_numpy(speech), frame_count(len(speech))):
+        layers.append(layer.cpu())
+        yield stage.done(len(layers))
+    features = torch.stack(layers, 1)
+    after = max(0, padded_frames(job.windows, job.request.window_frames) - len(features)) if len(job.windows) > 1 else 0
+    yield stage.ended()
+    return torch.cat((features, features.flip(0)[:after]))
+
+
+def decode_again(job: Job, latents: Tensor, collect: Callable[[Tensor, int], Tensor]) -> Events:
+    """The first pass once more, for the frames that guide later windows. None of them is shown."""
+    nothing = np.empty((0, job.height, job.width, 3), np.uint8)
+
+    def show(pixels: Tensor, first: int) -> Frames:
+        collect(pixels, first)
+        return nothing
+
+    yield from decode(job.files.vae, latents, RunState(), job.plan, job.device, show)
+
+
+def _collect(job: Job, guides: dict[int, Tensor], portrait: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """What is done to pixels of the first pass: colours matched, and the frames that guide later windows kept."""
+    wanted = {window.guide for window in job.windows}
+
+    def collect(pixels: Tensor, first: int) -> Tensor:
+        matched = match_colours(pixels, portrait[:, 0].to(pixels.device))
+        for offset in range(matched.shape[1]):
+            if first + offset in wanted:
+                guides[first + offset] = matched[:, offset].cpu()
+        return matched
+
+    return collect
+
+
+@dataclass
+class _Pass:
+    """One window: what it begins with, where it is to arrive, and what becomes of its frames."""
+
+    job: Job
+    state: RunState
+    index: int
+    portrait: Tensor
+    speech: Tensor
+    guides: dict[int, Tensor]
+
+    def run(self, noise: Noise, observe: ObserveBlock | None) -> Events:
+        """Encode, denoise, decode."""
+        job, state, window = self.job, self.state, self.job.windows[self.index]
+        start, motion_noise = noise.draw()
+        assert job.vision is not None
+        beginning = state.carried["motion"] if window.skip else self.portrait
+        tokens = yield from encode_picture(job.vision, beginning[:, 0], job.device)
+        channels = yield from self._channels(window, beginning)
+        motion = None
+        if motion_noise is not None:
+            motion = Motion(channels[-LATENT_CHANNELS:, :_MOTION_LATENTS], motion_noise)
+        if state.sampler is None:
+            state.sampler = Euler(job.request.steps, _SHIFT)
+            state.latents = start if motion is None else motion.held(start, 0, state.sampler.sigmas[0])
+        condition = Condition(
+            state.encoded["text" if window.guide is None else "connection"],
+            channels=channels,
+            image=tokens,
+            audio=audio_windows(self.speech, window.start, job.request.window_frames),
+            motion=motion,
+        )
+        yield from denoise(job.files.transformer, job.plan, state, condition, job.device, observe, self._part)
+        yield from self._decoded(window)
+
+    @property
+    def _part(self) -> tuple[int, int] | None:
+        return (self.index + 1, len(self.job.windows)) if len(self.job.windows) > 1 else None
+
+    def _channels(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
+        """Which frames are given, four channels per latent frame, above the latents of these with grey between them."""
+        count, given = self.job.request.window_frames, beginning.shape[1]
+        clip = torch.zeros(3, count, self.job.height, self.job.width)
+        clip[:, :given] = beginning
+        mask = torch.zeros(count)
+        mask[:given] = 1
+        if window.guide is not None:
+            clip[:, -GUIDES:] = self.guides[window.guide].unsqueeze(1)
+            mask[-GUIDES:] = 1
+        latents = yield from encode_clip(self.job.files.vae, clip, self.job.plan, self.job.device, self._part)
+        groups = torch.cat((mask[:1].expand(_GROUP - 1), mask)).view(-1, _GROUP).T
+        return torch.cat((groups[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
+
+    def _decoded(self, window: Window) -> Events:
+        job, state = self.job, self.state
+        latents = state.latents
+        assert latents is not None
+        if not state.groups:
+            yield LatentsReady(latents)
+        end = job.request.window_frames - window.drop
+        matching = _collect(job, self.guides if window.guide is None else {}, self.portrait)
+        last: list[Tensor] = []
+
+        def show(pixels: Tensor, first: int) -> Frames:
+            matched = matching(pixels[:, : max(0, end - first)], first)
+            last[:] = [torch.cat((*last, matched.cpu()), 1)[:, -MOTION:]]
+            skip = window.skip if window.frames else job.request.window_frames
+            return truncated(matched[:, max(0, skip - first) :])
+
+        yield from decode(job.files.vae, latents, state, job.plan, job.device, show, self._part)
+        if len(job.windows) > 1:
+            first = latents if window.guide is None else state.carried["first"]
+            state.finish_window(motion=last[0], first=first)
+            yield WindowDone(self.index, len(job.windows))

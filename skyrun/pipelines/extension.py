@@ -1,0 +1,71 @@
+"""Video extension: how a video goes on, window by window, each from the last frames of what was there before it."""
+
+from collections import deque
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrun.events import Event, LatentsReady, WindowDone
+from skyrun.footage import nearest
+from skyrun.images import Frames, from_uint8, truncated
+from skyrun.job import Job
+from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
+from skyrun.run_state import RunState
+from skyrun.stream import ObserveBlock
+from skyrun.unipc import UniPC
+
+SHIFT = 8.0  # of the noise levels that the model was distilled with
+
+
+@torch.inference_mode()
+def video_extension(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
+    """Run the stages, from "text" to "decode" of the last window."""
+    if "text" not in state.encoded:
+        state.encoded["text"] = (yield from encode_text(job.encoder, job.request.prompt, job.device)).cpu()
+    for index in range(state.window, len(job.windows)):
+        last = yield from _window(job, state, index, observe)
+        if len(job.windows) > 1:
+            state.finish_window(frames=torch.from_numpy(last))
+            yield WindowDone(index, len(job.windows))
+
+
+def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None) -> Generator[Event, None, Frames]:
+    """One window. The value is its last frames, which the next one goes on from.
+
+    The frames before it stand at the beginning of the sequence, clean; they are decoded again and not shown again.
+    """
+    request, plan, files, device = job.request, job.plan, job.files, job.device
+    part = (index + 1, len(job.windows)) if len(job.windows) > 1 else None
+    before = _before(job, state)
+    prefix = (yield from encode_clip(files.vae, from_uint8(before), plan, device, part)).cpu()
+    if state.sampler is None:
+        assert request.seed is not None
+        generator = torch.Generator("cpu").manual_seed(request.seed)  # every window has the same
+        shape = (LATENT_CHANNELS, job.windows[index].latents, *prefix.shape[2:])
+        state.sampler, state.latents = UniPC(request.steps, SHIFT), torch.randn(shape, generator=generator)
+    condition = Condition(state.encoded["text"], before=prefix, clean=True)
+    yield from denoise(files.transformer, plan, state, condition, device, observe, part)
+    assert state.latents is not None
+    if not state.groups:
+        yield LatentsReady(state.latents)
+    last: deque[Frames] = deque(maxlen=len(before))
+
+    def show(pixels: Tensor, first: int) -> Frames:
+        frames = truncated(pixels)[max(0, len(before) - first) :]
+        last.extend(frames)
+        return frames
+
+    yield from decode(files.vae, torch.cat((prefix, state.latents), 1), state, plan, device, show, part)
+    return np.stack(last)
+
+
+def _before(job: Job, state: RunState) -> Frames:
+    """The frames that a window goes on from: of the window before it, or of the video."""
+    if "frames" in state.carried:
+        return state.carried["frames"].numpy()
+    assert job.inputs.footage is not None
+    return nearest(job.inputs.footage.frames, job.height, job.width)

@@ -1,0 +1,41 @@
+"""Shot switching: what comes after a cut, from the last frames before it and a prompt that says what kind of cut."""
+
+from collections.abc import Iterator
+
+import torch
+
+from skyrun.events import Event, LatentsReady
+from skyrun.footage import nearest
+from skyrun.images import from_uint8, truncated
+from skyrun.job import Job
+from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.extension import SHIFT
+from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
+from skyrun.run_state import RunState
+from skyrun.stream import ObserveBlock
+from skyrun.unipc import UniPC
+
+_PLACE = 1024  # of the frames before the cut, on a time axis that the new ones begin at 0
+
+
+@torch.inference_mode()
+def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
+    """Run the stages. The frames before the cut stand after the new ones, clean and far away in time."""
+    request, plan, files, device = job.request, job.plan, job.files, job.device
+    assert request.seed is not None and job.inputs.footage is not None
+    if "text" not in state.encoded:
+        state.encoded["text"] = (yield from encode_text(job.encoder, request.prompt, device)).cpu()
+    if "video" not in state.encoded:
+        pixels = from_uint8(nearest(job.inputs.footage.frames, job.height, job.width))
+        state.encoded["video"] = (yield from encode_clip(files.vae, pixels, plan, device)).cpu()
+    if state.sampler is None:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        shape = (LATENT_CHANNELS, job.windows[0].latents, job.height // 8, job.width // 8)
+        state.sampler, state.latents = UniPC(request.steps, SHIFT), torch.randn(shape, generator=generator)
+    condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_PLACE)
+    yield from denoise(files.transformer, plan, state, condition, device, observe)
+    assert state.latents is not None
+    if not state.groups:
+        yield LatentsReady(state.latents)
+    yield from decode(files.vae, state.latents, state, plan, device, lambda pixels, _: truncated(pixels))
