@@ -82,9 +82,10 @@ class Replanned(Notice):
 
 @dataclass(frozen=True)
 class LatentsReady:
-    """Denoising is over. latents: float32 [C, F', h, w] on the CPU."""
+    """Denoising of a window is over. latents: float32 [C, F', h, w] on the CPU."""
 
     latents: "Tensor"
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def as_json(event: Event) -> dict[str, Any]:
     """The event as plain values; arrays become their shape."""
     name = {"event": type(event).__name__}
     if isinstance(event, (LatentsReady, FramesReady)):
-        (field,) = fields(event)
+        field = fields(event)[0]
         return name | {field.name: list(getattr(event, field.name).shape)}
     return name | asdict(event)
 

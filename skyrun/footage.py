@@ -54,7 +54,8 @@ def read_frames(footage: Footage, height: int, width: int) -> Iterator[Frames]:
     """Every frame of the video at its constant rate, uint8 [1, H, W, 3]: some twice or not at all where it varies."""
     try:
         with av.open(str(footage.path)) as container:
-            first, count, shown = None, 0, None
+            first, count = None, 0
+            shown: Frames | None = None
             for frame in container.decode(video=0):
                 time = frame.time or 0.0
                 first = time if first is None else first
@@ -65,7 +66,7 @@ def read_frames(footage: Footage, height: int, width: int) -> Iterator[Frames]:
                 turns = _turns(frame)
                 size = (height, width) if turns % 2 else (width, height)
                 scaled = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
-                shown = np.ascontiguousarray(np.rot90(scaled, turns))[None]
+                shown = np.ascontiguousarray(np.rot90(scaled, turns), np.uint8)[None]
             if shown is not None:
                 yield shown
     except (av.FFmpegError, OSError) as error:
@@ -86,13 +87,13 @@ def read_sound(path: Path) -> Sound | None:
                     resampler = av.AudioResampler(format="fltp", layout=layout, rate=frame.sample_rate)
                 pieces += [piece.to_ndarray() for piece in resampler.resample(frame)]
             video = container.streams.video[0]
-            begin = float(video.start_time * video.time_base) if video.start_time else 0.0
+            begin = float((video.start_time or 0) * (video.time_base or 0))
             rate = container.streams.audio[0].rate
     except (av.FFmpegError, OSError) as error:
         raise SkyrunError(f"the sound of {path} cannot be read: {error}", _REPAIR) from error
     if not pieces:
         return None
-    samples, late = np.concatenate(pieces, 1), round((start - begin) * rate)
+    samples, late = np.concatenate(pieces, 1, dtype=np.float32), round((start - begin) * rate)
     samples = np.pad(samples, ((0, 0), (late, 0))) if late > 0 else samples[:, -late:]
     return Sound(samples, rate)
 

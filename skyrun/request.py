@@ -43,8 +43,6 @@ class Request:
     task: str
     prompt: str
     images: tuple[Path, ...] = ()
-    video: Path | None = None
-    audio: Path | None = None
     output: Path | None = None
     model: Path | None = None
     quant: str | None = None
@@ -60,6 +58,8 @@ class Request:
     max_vram: float | None = None
     max_ram: float | None = None
     save_latents: Path | None = None
+    video: Path | None = None
+    audio: Path | None = None
     transition: str | None = None
     join: bool = False
     condition_frames: int = None  # type: ignore[assignment]  # as upstream
@@ -198,7 +198,10 @@ class Request:
         fewest, most = task.images
         if not fewest <= len(self.images) <= most:
             count = f"{fewest} to {most}" if fewest < most else str(most)
-            problems.append(f"got {len(self.images)} images, {self.task} takes {count}")
+            what = "portraits" if task.audio else "reference images"
+            problems.append(
+                f"got {len(self.images)} {what}, expected {count}" if most else f"{self.task} takes no --image"
+            )
         for name, file, wanted in (("video", self.video, task.video), ("audio", self.audio, task.audio)):
             if wanted is not (file is not None):
                 problems.append(f"{self.task} takes {f'a --{name} file' if wanted else f'no --{name}'}")
@@ -230,7 +233,7 @@ class Request:
             return problems
         task = TASKS[self.task]
         if self.size is None and self.resolution not in task.resolutions:
-            problems.append(f"unknown resolution {self.resolution!r}, {self.task} has {', '.join(task.resolutions)}")
+            problems.append(f"unknown resolution {self.resolution!r}, expected {', '.join(task.resolutions)}")
         for name, least in (("condition_frames", 1), ("window_frames", 21)):
             if (count := getattr(self, name)) < least or count % 4 != 1:
                 problems.append(f"{name} = {count}, expected 4 k + 1 and at least {least}")
@@ -247,9 +250,9 @@ class Request:
             return [f"{self.frames} frames are not 4 k + 1; the nearest is {nearest}"]
         if self.seconds is not None and not (self.seconds > 0 and shortest <= self.seconds <= longest):
             least = f"at least {shortest:g}" if shortest else "more than 0"
-            return [f"got {self.seconds:g} seconds, {self.task} makes {least} and at most {longest:g}"]
+            return [f"got {self.seconds:g} seconds, expected {least} and at most {longest:g}"]
         if self.seconds is not None and task.whole and self.seconds != int(self.seconds):
-            return [f"got {self.seconds:g} seconds, {self.task} makes whole ones"]
+            return [f"got {self.seconds:g} seconds, {self.task} makes clips of whole seconds"]
         if self.frames is not None and self.frame_count > _MOST_FRAMES:
             return [f"{self.frame_count} frames are too many, the model has positions for {_MOST_FRAMES}"]
         return []

@@ -62,8 +62,8 @@ def run_job(job: Job, keep_frames: bool = True, state: RunState | None = None) -
     try:
         with vram_limited(job.device, plan.limit_bytes - CONTEXT_BYTES), ExitStack() as stack:
             made.open(stack)
-            for frames, latents in keeper.finished():
-                made.latents.append(latents)
+            for window, (frames, latents) in enumerate(keeper.finished()):
+                made.latents[window] = latents
                 for part in frames:
                     made.add(part)
             for event in stack.enter_context(closing(recovering(job, state))):
@@ -94,7 +94,7 @@ class _Made:
         self._frames: list[Frames] = []
         self._stages: list[StageEnded] = []
         self._failure: SkyrunError | None = None
-        self.latents: list[Tensor] = []  # of every window
+        self.latents: dict[int, Tensor] = {}  # by window
         self.writer: VideoWriter | None = None
 
     def open(self, stack: ExitStack) -> None:
@@ -108,7 +108,7 @@ class _Made:
     def take(self, event: Event) -> None:
         """An event of the pipeline."""
         if isinstance(event, LatentsReady):
-            self.latents.append(event.latents)
+            self.latents[event.window] = event.latents
             if len(self._job.windows) == 1:
                 self._failure = self._save_latents()
         elif isinstance(event, FramesReady):
@@ -138,7 +138,7 @@ class _Made:
         try:
             with replacing(request.save_latents) as partial:
                 metadata = {"request": json.dumps(request.as_json())}
-                save_file({"latents": torch.cat(self.latents, 1).contiguous()}, partial, metadata)
+                save_file({"latents": torch.cat(list(self.latents.values()), 1).contiguous()}, partial, metadata)
         except (OSError, SafetensorError) as error:
             message = f"cannot write {request.save_latents}: {error}"
             return SkyrunError(message, "check free space and permissions", FAILED)
@@ -148,7 +148,7 @@ class _Made:
         """All of it."""
         job, empty = self._job, np.empty((0, self._job.height, self._job.width, 3), np.uint8)
         frames = np.concatenate([empty, *self._frames])
-        latents = torch.cat(self.latents, 1).clone()  # an ordinary tensor, not one of inference mode
+        latents = torch.cat(list(self.latents.values()), 1).clone()  # an ordinary tensor, not one of inference mode
         return Result(frames, latents, job.fps, job.request, plan, tuple(self._stages))
 
 

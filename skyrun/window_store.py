@@ -87,7 +87,7 @@ class WindowStore:
                 with av.open(str(self._path(window, ".mkv"))) as container:
                     for frame in container.decode(video=0):
                         count += 1
-                        yield frame.to_ndarray(format="rgb24")[None]
+                        yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)[None]
         except (av.FFmpegError, OSError) as error:
             raise self._damaged(window, error) from error
         if count != expected:

@@ -162,7 +162,8 @@ def test_importance_is_what_the_layers_of_diffusers_see(files, config, inputs, o
     forward(files(task, "F32"), inputs, squares)
     assert squares.counts == {name: len(x) for name, x in seen.items()}
     for name, sums in squares.sums().items():
-        torch.testing.assert_close(sums, seen[name].square().sum(0), rtol=1e-5, atol=1e-9)
+        # Diffusers has the waves of time in float32, which shows in the fifth digit.
+        torch.testing.assert_close(sums, seen[name].square().sum(0), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(("task", "quant"), CASES)

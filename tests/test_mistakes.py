@@ -121,7 +121,7 @@ MISTAKES = [
     ([*GOOD, "-o", "clip.gif"], BAD_INPUT, "clip.gif does not end in .mp4", ""),
     ([*GOOD, "-o", "{file}/x.mp4"], BAD_INPUT, "x.mp4 cannot be written: .* is a file", ""),
     ([*GOOD, "--save-latents", "{empty}"], BAD_INPUT, "is a folder, expected the name of a file", ""),
-    ([*GOOD, "--save-latents", "{picture}"], BAD_INPUT, "picture.png is one of the pictures, it would be lost", ""),
+    ([*GOOD, "--save-latents", "{picture}"], BAD_INPUT, "picture.png is what the clip is made from, .* lost", ""),
     ([*GOOD, "--save-latents", "{vae}"], BAD_INPUT, "is a file of the model, it would be lost", "another name"),
     ([*GOOD, "-o", "x.mp4", "--save-latents", "x.mp4"], BAD_INPUT, "the clip and the latents cannot both be x.mp4", ""),
     # several at once

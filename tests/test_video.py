@@ -1,13 +1,16 @@
 """Clips on disk: the right frames, the right colours, and where they came from."""
 
 import json
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
 from skyrun.errors import SkyrunError
-from skyrun.video import read_request, writing_video
+from skyrun.video import Format, read_request, writing_video
+
+FORMAT = Format(48, 80, Fraction(24), {})
 
 
 def gradient(frames, height=48, width=80):
@@ -19,7 +22,7 @@ def gradient(frames, height=48, width=80):
 
 
 def written(path, frames, request):
-    with writing_video(path, *frames.shape[1:3], 24, request) as writer:
+    with writing_video(path, Format(*frames.shape[1:3], Fraction(24), request)) as writer:
         writer.add(frames[:1])
         writer.add(frames[1:])
 
@@ -67,7 +70,7 @@ def test_a_clip_of_others_has_no_request(tmp_path):
 def test_a_failure_while_writing_leaves_the_old_clip(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), writing_video(path, 48, 80, 24, {}) as writer:
+    with pytest.raises(ZeroDivisionError), writing_video(path, FORMAT) as writer:
         writer.add(gradient(3))
         raise ZeroDivisionError
     assert path.read_text() == "old"
@@ -76,5 +79,5 @@ def test_a_failure_while_writing_leaves_the_old_clip(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SkyrunError, match="cannot write"), writing_video(tmp_path / "file" / "x.mp4", 48, 80, 24, {}):
+    with pytest.raises(SkyrunError, match="cannot write"), writing_video(tmp_path / "file" / "x.mp4", FORMAT):
         pass

@@ -4,6 +4,7 @@ Blocks are streamed. Weights have the names of GGUF's clip architecture.
 """
 
 from collections.abc import Generator
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class CLIPVision:
         self._heads = int(file.number("clip.vision.attention.head_count", 16))
         self.dim, _, self._patch, _ = file.tensors["v.patch_embd.weight"].shape
         positions = file.tensors["v.position_embd.weight"].shape[0]
-        self._side = round((positions - 1) ** 0.5) * self._patch
+        self._side: int = isqrt(positions - 1) * self._patch
         if not self._heads or self.dim % self._heads:
             raise SkyrunError(f"{file.path} is {self.dim} wide with {self._heads} heads", _CONVERT)
         # The last block is not used: the model was trained with the tokens that enter it.

@@ -39,7 +39,7 @@ class Wav2Vec2:
     @property
     def channels(self) -> int:
         """Numbers per layer and frame."""
-        return self._w("encoder.layer_norm.weight").shape[0]
+        return len(self._w("encoder.layer_norm.weight"))
 
     @property
     def shortest(self) -> int:
@@ -87,12 +87,13 @@ class Wav2Vec2:
     def _statistics(self, wave: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and 1 / deviation of the first convolution's channels over all of the speech, [conv, 1] each."""
         kernel, stride = self._kernels[0], self._strides[0]
-        total, squares, count = 0.0, 0.0, (len(wave) - kernel) // stride + 1
+        count = (len(wave) - kernel) // stride + 1
+        total, squares = (torch.zeros(1, 1, dtype=torch.float64, device=wave.device) for _ in range(2))
         for start in range(0, count, _KEPT * 64):
             last = min(start + _KEPT * 64, count)
             x = self._first(wave[start * stride : (last - 1) * stride + kernel]).double()
             total, squares = total + x.sum(1, keepdim=True), squares + x.square().sum(1, keepdim=True)
-        mean, square = torch.as_tensor(total) / count, torch.as_tensor(squares) / count
+        mean, square = total / count, squares / count
         scale = torch.rsqrt((square - mean.square()).clamp_min(0) + self._eps)
         return mean.float(), scale.float()
 
@@ -109,7 +110,8 @@ class Wav2Vec2:
         weight = length * direction / torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True)
         taps, groups = weight.shape[2], len(weight) // weight.shape[1]
         out = F.conv1d(x.T.unsqueeze(0), weight, self._w(f"{name}.bias"), padding=taps // 2, groups=groups)
-        return F.gelu(out[0, :, : len(x)]).T
+        turned: Tensor = F.gelu(out[0, :, : len(x)]).T
+        return turned
 
     def _layer(self, x: Tensor, name: str) -> Tensor:
         q, k, v = (

@@ -181,7 +181,7 @@ class _Pass:
         latents = state.latents
         assert latents is not None
         if not state.groups:
-            yield LatentsReady(latents)
+            yield LatentsReady(latents, self.index)
         end = job.request.window_frames - window.drop
         matching = _collect(job, self.guides if window.guide is None else {}, self.portrait)
         last: list[Tensor] = []

@@ -47,9 +47,10 @@ class Condition:
 
     def on(self, device: torch.device) -> "Condition":
         """The same, what is read at every step on the device."""
-        names = ("before", "after", "channels")
-        there = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: t if t is None else t.to(device) for name, t in there.items()})
+        before, after, channels = (
+            None if t is None else t.to(device) for t in (self.before, self.after, self.channels)
+        )
+        return replace(self, before=before, after=after, channels=channels)
 
     def context(self, dit: DiT) -> Context:
         """What every token attends to."""

@@ -51,7 +51,7 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
     yield from denoise(files.transformer, plan, state, condition, device, observe, part)
     assert state.latents is not None
     if not state.groups:
-        yield LatentsReady(state.latents)
+        yield LatentsReady(state.latents, index)
     last: deque[Frames] = deque(maxlen=len(before))
 
     def show(pixels: Tensor, first: int) -> Frames:
