@@ -211,6 +211,8 @@ class Request:
         return problems + [f"{file} is a folder" if file.is_dir() else f"{file} does not exist" for file in missing]
 
     def _transition_problems(self, task: Task) -> list[str]:
+        if self.join and "join" not in task.options:
+            return [f"{self.task} has no --join"]
         known = ", ".join(TRANSITIONS)
         if "transition" not in task.options:
             return [f"{self.task} has no --transition"] if self.transition is not None else []

@@ -25,6 +25,7 @@ class Wav2Vec2:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self._path, self._device = path, device
+        self._weights: dict[str, Tensor] = {}
         try:
             with safe_open(str(path), framework="pt") as file:
                 self._weights = {name: file.get_tensor(name).to(device, torch.float32) for name in file.keys()}  # noqa: SIM118
