@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from functools import cache
 
 import av
 import numpy as np
@@ -15,7 +17,7 @@ from test_tasks_end_to_end import CASES, request_of
 from skyrun import keeper, run
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
-from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, StageStarted, WindowDone, drain
+from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowDone, drain
 from skyrun.job import prepare
 from skyrun.models.clip import CLIPVision
 from skyrun.models.umt5 import UMT5
@@ -81,26 +83,16 @@ def stop_at(events, wanted):
 # Where a run of several windows is stopped, and how many of its windows are finished then.
 STOPS = {
     "first window, denoising": (lambda e: isinstance(e, Progress) and e.stage == "denoise", 0),
-    "first window, latents": (lambda e: isinstance(e, LatentsReady), 0),
     "first window, done": (lambda e: isinstance(e, WindowDone), 1),
-    "second window, begins": (
-        lambda e: isinstance(e, StageStarted) and e.part == (2, e.part[1]) if e.part else False,
-        1,
-    ),
     "second window, latents": (lambda e: isinstance(e, LatentsReady) and e.window == 1, 1),
 }
-
-
-def wants(name):
-    wanted, windows = STOPS[name]
-    return (lambda event: hasattr(event, "part") and wanted(event)) if "begins" in name else wanted, windows
 
 
 @pytest.mark.parametrize("task", LONG)
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_run_that_was_stopped_goes_on_to_the_same_frames(small, undisturbed, tmp_path, task, stop):
     request = small(task, tmp_path)
-    wanted, windows = wants(stop)
+    wanted, windows = STOPS[stop]
     stop_at(run_job(prepare(request)), wanted)
     assert not request.output.exists()
     job, state = resume(request.output)
@@ -167,7 +159,7 @@ def test_a_full_disk_does_not_end_a_run(small, undisturbed, tmp_path, monkeypatc
 @pytest.mark.parametrize("task", CASES)
 @pytest.mark.parametrize("place", ["skyrun.models.dit.dit_block", "skyrun.models.vae.WanVAE._decoder"])
 def test_out_of_memory_is_not_the_end(small, undisturbed, tmp_path, monkeypatch, task, place):
-    fail(monkeypatch, place, MemoryError, (7,))
+    fail(monkeypatch, place, MemoryError, (1,))
     result, events = followed(run_job(prepare(small(task, tmp_path))))
     assert of_kind(events, Replanned)
     assert result.frames.shape == undisturbed(task).frames.shape
@@ -188,9 +180,14 @@ ERRORS = {("v2v", "Q8_0"): 0.05, ("v2v", "Q4_K"): 0.2, ("shot", "Q8_0"): 0.05, (
 ERRORS |= {("a2v", "Q8_0"): 0.05, ("a2v", "Q4_K"): 0.2}
 
 
+@pytest.fixture(scope="module")
+def exact_latents(small):
+    return cache(lambda task: run(small(task, quant="F32")).latents)
+
+
 @pytest.mark.parametrize(("task", "quant"), ERRORS)
-def test_error_of_quantized_files(small, task, quant):
-    exact, rounded = (run(small(task, quant=q)).latents for q in ("F32", quant))
+def test_error_of_quantized_files(small, exact_latents, task, quant):
+    exact, rounded = exact_latents(task), run(small(task, quant=quant)).latents
     error = float((rounded - exact).norm() / exact.norm())
     assert ERRORS[task, quant] / 100 < error < ERRORS[task, quant]
 
@@ -270,15 +267,13 @@ MISTAKES = [
     ("a2v", ["--image", "{i}"], "a2v takes a --audio file"),
     ("a2v", ["--audio", "{a}"], "got 0 portraits, expected 1"),
     ("a2v", ["--audio", "{v}", "--image", "{i}"], "source.mp4 has no sound in it"),
-    ("a2v", ["--audio", "{a}", "--image", "{i}", "--resolution", "540P"], "unknown resolution '540P', expected 480P, 720P"),
+    ("a2v", ["--audio", "{a}", "--image", "{i}", "--resolution", "540P"], "'540P', expected 480P, 720P"),
     ("a2v", ["--audio", "{a}", "--image", "{i}", "--join"], "a2v has no --join"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("task", "arguments", "message"), MISTAKES)
 def test_mistakes(small, tmp_path, capsys, task, arguments, message):
-    import re
-
     places = {"{v}": video(tmp_path / "source.mp4"), "{i}": tmp_path / "me.png", "{a}": small("a2v").audio}
     Image.new("L", (40, 50)).save(places["{i}"])
     told = [str(places.get(argument, argument)) for argument in arguments]
