@@ -61,6 +61,7 @@ RECIPES = {
 
 _BLOCK = re.compile(r"(blocks|enc\.blk|v\.blk)\.\d+\.")
 _VALUE = re.compile(r"\.v\.weight$|\.attn_v\.weight$")
+_EXTRA_VALUE = re.compile(r"\.v_img\.weight$|\.kv_linear\.weight$")  # of a talking avatar: pictures, speech
 _DOWN = re.compile(r"\.ffn\.2\.weight$|\.ffn_down\.weight$")
 
 
@@ -132,6 +133,8 @@ def _wanted(tensors: list[ModelTensor], recipe: Recipe) -> dict[str, str]:
         if _VALUE.search(tensor.name):
             type = recipe.early_value if values < recipe.early else recipe.value
             values += 1
+        elif _EXTRA_VALUE.search(tensor.name):
+            type = recipe.value
         elif _DOWN.search(tensor.name):
             type = recipe.down
         wanted[tensor.name] = type

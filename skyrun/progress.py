@@ -47,10 +47,13 @@ class Display:
         self._name, self._unit = "", ""
         self._total, self._done, self._partial, self._before = 1, 0.0, 0.0, 0.0
         self._start = now()
+        self._windows: list[tuple[int, float]] = []  # that were entered, and when
 
     def show(self, event: Event) -> None:
         """One event of a pipeline."""
         if isinstance(event, StageStarted):
+            if event.part is not None:
+                self._enter(*event.part)
             self.begin(event.stage, event.total, event.unit)
             if event.before:
                 self.resume(event.before)
@@ -65,6 +68,17 @@ class Display:
         elif isinstance(event, StageEnded):
             read = f", read {size(event.bytes_read)}" if event.bytes_read else ""
             self._bar.finish(f"{duration(event.seconds)}{read}")
+
+    def _enter(self, window: int, total: int) -> None:
+        """A stage of a window begins. Of a new one its number is said, and how long all that are left will take."""
+        if self._windows and self._windows[-1][0] == window:
+            return
+        self._windows.append((window, now()))
+        (first, began), (_, here) = self._windows[0], self._windows[-1]
+        left = ""
+        if window > first:
+            left = f", about {duration((here - began) / (window - first) * (total - window + 1))} left in all"
+        self._bar.note(f"window {window} of {total}{left}")
 
     def begin(self, name: str, total: int, unit: str) -> None:
         """A piece of work of `total` units."""

@@ -74,6 +74,19 @@ def test_the_mix_is_that_of_the_community(quant, values, down, rest, bits):
     assert total / sum(t.source.numel for t in matrices) == pytest.approx(bits, abs=0.01)
 
 
+@pytest.mark.parametrize(("quant", "values"), [("Q4_K_M", "Q6_K"), ("Q4_K_S", "Q4_K"), ("Q8_0", "Q8_0")])
+def test_values_of_pictures_and_speech_are_values(quant, values):
+    """The early ones of a file are counted without them, so that a talking avatar has the same mix."""
+    extra = [tensor("blocks.0.cross_attn.v_img.weight", DIM, DIM), tensor("blocks.0.cross_attn.k_img.weight", DIM, DIM)]
+    extra += [tensor("blocks.0.audio_cross_attn.kv_linear.weight", 2 * DIM, 768)]
+    extra += [tensor("audio_proj.proj2.weight", 512, 512)]
+    alone = choose_types(TENSORS, "transformer", quant)
+    choices = choose_types((*extra, *TENSORS), "transformer", quant)
+    types = [choices[t.name].type for t in extra]
+    assert types == [values, find_recipe(quant).base, values, "BF16"]
+    assert {t.name: choices[t.name] for t in TENSORS} == alone
+
+
 @pytest.mark.parametrize("quant", list(RECIPES))
 def test_what_is_no_matrix_of_a_block_is_never_quantized(quant):
     choices = {name: choice.type for name, choice in choose_types(TENSORS, "transformer", quant).items()}
