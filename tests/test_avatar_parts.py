@@ -1,19 +1,23 @@
 """Encoders of pictures and speech, loudness, colours and noise levels against what upstream computes."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from skyrun.colour import match_colours
 from skyrun.euler import Euler
 from skyrun.events import drain
+from skyrun.images import crop_portrait, open_image
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.loudness import loudness, normalised, weighting
 from skyrun.models import wav2vec2
 from skyrun.models.clip import CLIPVision
 from skyrun.models.wav2vec2 import Wav2Vec2
+from skyrun.sizes import bucket
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")
@@ -118,3 +122,30 @@ def test_euler(goldens, steps):
         sample = sampler.step(velocity, sample)
         assert worst(sample, expected) < 1e-5
         assert sampler.index == index + 1
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.gif", "P"), ("a.jpg", "CMYK"), ("a.png", "L"), ("a.png", "RGBA")])
+def test_portraits_as_people_have_them(tmp_path, name, mode):
+    """Of an animated one the first frame counts; alpha is dropped."""
+    first, second = (Image.new("RGB", (70, 40), colour) for colour in ((200, 30, 40), (0, 255, 0)))
+    more = {"save_all": True, "append_images": [second]} if name == "a.gif" else {}
+    first.convert(mode).save(tmp_path / name, **more)
+    portrait = crop_portrait(open_image(tmp_path / name), 32, 48)
+    assert (portrait.size, portrait.mode) == ((48, 32), "RGB")
+    expected = (83, 83, 83) if mode == "L" else (200, 30, 40)
+    assert abs(np.array(portrait).astype(int) - expected).max() <= 6
+
+
+def test_portraits_are_cropped_as_upstream_does(goldens):
+    golden = goldens("preprocess/resize_and_centercrop")
+    for index in range(4):
+        expected = golden[f"out.image{index}"][0, :, 0].permute(1, 2, 0).numpy()
+        image = Image.fromarray(golden[f"in.image{index}"].numpy())
+        assert np.array_equal(np.array(crop_portrait(image, *expected.shape[:2])), expected)
+
+
+def test_sizes_of_portraits(request):
+    rows = json.loads((request.path.parent / "data/goldens/size_buckets/table.json").read_text())["rows"]
+    for row in rows:
+        for resolution in ("480P", "720P"):
+            assert list(bucket(resolution, row["height"], row["width"], True)) == row[f"a2v_{resolution}"]

@@ -138,9 +138,8 @@ class _Pass:
         """Encode, denoise, decode."""
         job, state, window = self.job, self.state, self.job.windows[self.index]
         start, motion_noise = noise.draw()
-        assert job.vision is not None
         beginning = state.carried["motion"] if window.skip else self.portrait
-        tokens = yield from encode_picture(job.vision, beginning[:, 0], job.device)
+        tokens = yield from self._tokens(window, beginning)
         channels = yield from self._channels(window, beginning)
         motion = None
         if motion_noise is not None:
@@ -161,6 +160,16 @@ class _Pass:
     @property
     def _part(self) -> tuple[int, int] | None:
         return (self.index + 1, len(self.job.windows)) if len(self.job.windows) > 1 else None
+
+    def _tokens(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
+        """Of the picture that the window begins with. Those of the portrait are made once."""
+        vision, state = self.job.vision, self.state
+        assert vision is not None
+        if window.skip:
+            return (yield from encode_picture(vision, beginning[:, 0], self.job.device))
+        if "picture" not in state.encoded:
+            state.encoded["picture"] = (yield from encode_picture(vision, beginning[:, 0], self.job.device)).cpu()
+        return state.encoded["picture"]
 
     def _channels(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
         """Which frames are given, four channels per latent frame, above the latents of these with grey between them."""
