@@ -3,6 +3,8 @@
 The only file of the runner that talks to CUDA.
 """
 
+import platform
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -20,6 +22,8 @@ from skyrun.reader import PAGE
 Arrival = Any  # of bytes sent to a device: an event on it, None on a CPU
 
 _BLOCKS_AHEAD = 2
+_SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
+_SPILL_SHARE = 0.01  # of the device, below which memory is moved
 _PORTABLE = 1  # cudaHostRegisterPortable
 # Failed allocations that torch reports as a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -48,6 +52,20 @@ def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def refuse_to_spill(device: torch.device) -> None:
+    """torch.OutOfMemoryError where Windows is about to move the device's memory to the host.
+
+    Its driver does that rather than let an allocation fail, when other programs take what this one counted on; every
+    step would take several times as long.
+    """
+    if device.type != "cuda" or not _SPILLS:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < _SPILL_SHARE * total:
+        left = f"{free >> 20} MiB of GPU memory are left"
+        raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would turn to RAM")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

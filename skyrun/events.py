@@ -89,6 +89,13 @@ class LatentsReady:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A step is done. latents: what the clip will be as far as the model knows, [C, F', h, w] on the device."""
+
+    latents: "Tensor"
+
+
+@dataclass(frozen=True)
 class WindowDone:
     """All frames of a window are handed out, and the run's state says so. index: from 0 on, of `total`."""
 
@@ -103,13 +110,13 @@ class FramesReady:
     frames: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
-Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady | WindowDone
+Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady | Preview | WindowDone
 
 
 def as_json(event: Event) -> dict[str, Any]:
     """The event as plain values; arrays become their shape."""
     name = {"event": type(event).__name__}
-    if isinstance(event, (LatentsReady, FramesReady)):
+    if isinstance(event, (LatentsReady, FramesReady, Preview)):
         field = fields(event)[0]
         return name | {field.name: list(getattr(event, field.name).shape)}
     return name | asdict(event)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skyrun.device import finish, peak_bytes, reset_peak
+from skyrun.device import finish, peak_bytes, refuse_to_spill, reset_peak
 from skyrun.embedding_cache import CachedEmbedding
-from skyrun.events import Event, FramesReady, Progress, StageEnded, StageStarted, now
+from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
 from skyrun.images import Frames, to_uint8
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.clip import CLIPVision
@@ -151,11 +151,14 @@ def denoise(
         noisy = condition.noisy(latents)
         for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
             velocity = yield from dit.forward(stream, condition.sequence(latents), times, context, rope)
+            clean = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
             state.finish_step(latents, sampler)
             yield stage.done(state.steps)
+            yield Preview(clean)
+            refuse_to_spill(device)
     yield stage.ended(stream.stats)
 
 
