@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from skyrun.errors import BAD_INPUT, SkyrunError
-from skyrun.hub import RemoteFile, Repository, arrived, fetch, read_start
+from skyrun.hub import RemoteFile, Repository, fetch, is_here, read_start
 from skyrun.kernels import block_format
 from skyrun.progress import Display
 from skyrun.quant.conversion import write_file
@@ -34,12 +34,12 @@ ROLES = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}  # of .pth
 class Step:
     """A part of a checkpoint that becomes one or more files.
 
-    remote: its files of weights. results: names of the files that it becomes, and their bytes; "" where the name is
-    not known yet and the size is an estimate. files: what will be written, where that is known.
+    places: its files of weights, by where they pass through. results: names of the files that it becomes, and their
+    bytes; "" where the name is not known yet and the size is an estimate. files: what will be written, where that is
+    known.
     """
 
     role: str
-    remote: tuple[RemoteFile, ...]
     results: dict[str, int]
     files: tuple[PlannedFile, ...]
     places: dict[Path, RemoteFile]
@@ -49,10 +49,10 @@ class Step:
     @property
     def passing_bytes(self) -> int:
         """The most that is on the disk at once beside the results."""
-        return max(file.nbytes for file in self.remote)
+        return max(file.nbytes for file in self.places.values())
 
     def run(self, display: Display) -> list[Path]:
-        """Fetch, convert and delete. The files that were written. What an interrupted run has done is kept."""
+        """Fetch and convert. The files that were written. What an interrupted run has done is kept."""
         files = self.files
         if not files:
             for place, file in self.places.items():
@@ -60,14 +60,17 @@ class Step:
             (first, *_) = self.places
             files = _planned(first, self.out, Settings(default_encoder_quant(self.quant)), {}).files
         for planned in files:
-            last = planned is files[-1]
+            last = bool(self.files) and planned is files[-1]
             written = write_file(planned, supply=partial(self._supply, display, planned, last))
             next(written)  # what was written before
             for nbytes in written:
                 display.advance(nbytes)
+        return [planned.path for planned in files]
+
+    def clean(self) -> None:
+        """Delete what was fetched, once it is on record that the files are written."""
         for place in self.places:
             place.unlink(missing_ok=True)
-        return [planned.path for planned in files]
 
     @contextmanager
     def _supply(self, display: Display, planned: PlannedFile, last: bool, place: Path) -> Iterator[None]:
@@ -83,8 +86,7 @@ class Step:
 
 def fetch_shown(file: RemoteFile, place: Path, display: Display) -> None:
     """Fetch a file and show how far it is."""
-    before = arrived(file, place)
-    if before == file.nbytes and place.is_file():
+    if is_here(file, place):
         return
     display.begin(f"fetch {file.name}", file.nbytes, "bytes")
     counts = iter([display.resume])
@@ -122,7 +124,7 @@ def steps(
 def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterator[Step]:
     weights = {place: file for place, file in places.items() if place.suffix == ".safetensors"}
     for place, file in weights.items():
-        if not (place.is_file() and place.stat().st_size == file.nbytes):
+        if not is_here(file, place):
             _write_head(file, place)
     coming = {place: file.nbytes for place, file in weights.items()}
     seen: set[Path] = set()
@@ -137,7 +139,7 @@ def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) ->
         seen |= {place, *own}
         planned_files = tuple(_pinned(planned, own) for planned in conversion.files)
         results = {planned.path.name: planned.nbytes for planned in planned_files}
-        yield Step(role, tuple(own.values()), results, planned_files, own, out, quant)
+        yield Step(role, results, planned_files, own, out, quant)
 
 
 def _planned(place: Path, out: Path, settings: Settings, coming: dict[Path, int]) -> Conversion:
@@ -173,7 +175,7 @@ def _whole_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Itera
             continue
         role = next((role for word, role in ROLES.items() if word in place.name.lower()), "")
         share = 1.0 if file.nbytes < _SMALL else _bits(default_encoder_quant(quant)) / _SOURCE_BITS
-        yield Step(role, (file,), {"": int(file.nbytes * share)}, (), {place: file}, out, quant)
+        yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, out, quant)
 
 
 def _bits(quant: str) -> float:

@@ -1,5 +1,6 @@
 """Fetch a model by name: decide which files, check the space, fetch and convert, go on where it was interrupted."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 from skyrun.arriving import fetch_shown, steps
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.gguf_repository import RemoteModel, choose, look, quants
-from skyrun.hub import RemoteFile, Repository, list_repository
+from skyrun.hub import RemoteFile, Repository, arrived, list_repository
 from skyrun.progress import Display, size
 from skyrun.pulled import Manifest, Name, folder_of, is_complete
 from skyrun.quant.recipes import RECIPES, find_recipe
@@ -30,12 +31,13 @@ class _Part(Protocol):
     @property
     def role(self) -> str: ...
     @property
-    def remote(self) -> tuple[RemoteFile, ...]: ...
+    def places(self) -> dict[Path, RemoteFile]: ...
     @property
     def results(self) -> dict[str, int]: ...
     @property
     def passing_bytes(self) -> int: ...
     def run(self, display: Display) -> list[Path]: ...
+    def clean(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class _Ready:
     passing_bytes: int = 0
 
     @property
-    def remote(self) -> tuple[RemoteFile, ...]:
-        return (self.file,)
+    def places(self) -> dict[Path, RemoteFile]:
+        return {self.out / self.file.name: self.file}
 
     @property
     def results(self) -> dict[str, int]:
@@ -58,6 +60,9 @@ class _Ready:
     def run(self, display: Display) -> list[Path]:
         fetch_shown(self.file, self.out / self.file.name, display)
         return [self.out / self.file.name]
+
+    def clean(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,13 @@ class Pull:
     @property
     def fetch_bytes(self) -> int:
         """Bytes of the files to be fetched, whatever of them is there."""
-        return sum(file.nbytes for part in self.parts for file in part.remote)
+        return sum(file.nbytes for part in self.parts for file in part.places.values())
+
+    @property
+    def here_bytes(self) -> int:
+        """How many of those are on the disk."""
+        places = [pair for part in self.parts for pair in part.places.items()]
+        return sum(arrived(file, place) for place, file in places)
 
     @property
     def result_bytes(self) -> int:
@@ -99,7 +110,7 @@ class Pull:
             "fetch_bytes": self.fetch_bytes,
             "result_bytes": self.result_bytes,
             "disk_bytes": self.peak_bytes,
-            "files": [{"path": f.path, "bytes": f.nbytes} for part in self.parts for f in part.remote],
+            "files": [{"path": f.path, "bytes": f.nbytes} for part in self.parts for f in part.places.values()],
         }
 
     def text(self) -> str:
@@ -109,11 +120,12 @@ class Pull:
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
         lines = [f"{self.name.stem}, {self.quant}, from {origin}"]
         for part in self.parts:
-            for file in part.remote:
+            for file in part.places.values():
                 lines.append(f"  {file.path}  {size(file.nbytes)}")
+        here = f", of which {size(self.here_bytes)} are here" if self.here_bytes else ""
         about = "about " * any("" in part.results for part in self.parts)
         lines.append(
-            f"{size(self.fetch_bytes)} to fetch; {about}{size(self.result_bytes)} stay in {self.folder}; "
+            f"{size(self.fetch_bytes)} to fetch{here}; {about}{size(self.result_bytes)} stay in {self.folder}; "
             f"{about}{size(self.peak_bytes)} of disk are needed on the way"
         )
         return "\n".join(lines)
@@ -131,9 +143,19 @@ def plan_pull(name: Name, out: Path | None = None, work: Path | None = None) -> 
         manifest = Manifest(name.stem, quant)
     if is_complete(folder, manifest):
         return Pull(name, quant, folder, manifest, ())
+    _check_folder(folder)
     parts = _Planner(name, quant, folder, work or folder / _WORK, manifest).parts()
-    left = [part for part in parts if not all(manifest.finished(folder, key_of(file)) for file in part.remote)]
+    left = [part for part in parts if not _is_done(part, folder, manifest)]
     return Pull(name, quant, folder, manifest, tuple(sorted(left, key=lambda part: -part.passing_bytes)))
+
+
+def _is_done(part: _Part, folder: Path, manifest: Manifest) -> bool:
+    """Whether its files are written, be it that the process ended before it could put that on record."""
+    on_record = all(manifest.finished(folder, key_of(file)) for file in part.places.values())
+    whole = all(name in manifest.begun and (folder / name).is_file() for name in part.results)
+    if whole and not on_record:
+        manifest.done |= {key_of(file): list(part.results) for file in part.places.values()}
+    return on_record or whole
 
 
 def _default_quant(name: Name) -> str:
@@ -155,8 +177,7 @@ def key_of(file: RemoteFile) -> str:
 
 def check_space(pull: Pull) -> None:
     """SkyrunError if the disk cannot hold what the pull needs on the way."""
-    folder = pull.folder.absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = _existing(pull.folder)
     free, there = shutil.disk_usage(existing).free, _allocated(pull)
     needed = pull.peak_bytes - there
     if needed > free:
@@ -167,23 +188,38 @@ def check_space(pull: Pull) -> None:
         )
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _check_folder(folder: Path) -> None:
+    existing = _existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "read-only" if existing.is_dir() else "a file"
+        hint = "choose another folder with -o, or set SKYRUN_MODELS"
+        raise SkyrunError(f"cannot write to the folder {folder}: {existing} is {what}", hint)
+
+
 def _allocated(pull: Pull) -> int:
-    """Bytes that unfinished files take on the disk already."""
-    total = 0
-    for path in [*(pull.folder / _WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]:
-        status = path.stat()
-        total += min(status.st_size, getattr(status, "st_blocks", 0) * 512) if path.is_file() else 0
-    return total
+    """Bytes that unfinished files take on the disk already; they may have holes."""
+    unfinished = [*(pull.folder / _WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]
+    statuses = [path.stat() for path in unfinished if path.is_file()]
+    return sum(min(status.st_size, getattr(status, "st_blocks", 0) * 512) for status in statuses)
 
 
 def carry_out(pull: Pull, display: Display) -> None:
     """Fetch and convert. What is done is done for good: after an interruption the same pull goes on."""
     with _alone(pull.folder):
-        pull.manifest.write(pull.folder)
         for part in pull.parts:
-            written = [path.name for path in part.run(display)]
-            pull.manifest.done |= {key_of(file): written for file in part.remote}
+            pull.manifest.begun = [name for name in part.results if name and not (pull.folder / name).exists()]
             pull.manifest.write(pull.folder)
+            written = [path.name for path in part.run(display)]
+            pull.manifest.done |= {key_of(file): written for file in part.places.values()}
+            pull.manifest.begun = []
+            pull.manifest.write(pull.folder)
+            part.clean()
         pull.manifest.complete = True
         pull.manifest.write(pull.folder)
         shutil.rmtree(pull.folder / _WORK, ignore_errors=True)

@@ -9,9 +9,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -72,7 +73,7 @@ class Repository:
 def list_repository(name: str, commit: str | None = None) -> Repository:
     """The files of a repository, as they are now or at a commit. SkyrunError says why they cannot be listed."""
     api = HfApi()
-    with _explained(name):
+    with _explained(name, began_with=commit):
         sha = commit or str(api.model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
         entries = list(api.list_repo_tree(name, recursive=True, revision=sha))
     files = [
@@ -80,6 +81,9 @@ def list_repository(name: str, commit: str | None = None) -> Repository:
         for entry in entries
         if isinstance(entry, RepoFile)
     ]
+    for file in files:
+        if "\\" in file.path or ".." in (parts := PurePosixPath(file.path).parts) or "/" in parts:
+            raise SkyrunError(f"{name} has a file {file.path!r}, which would leave its folder", "do not use it")
     return Repository(name, sha, tuple(files))
 
 
@@ -99,8 +103,8 @@ def fetch(file: RemoteFile, place: Path, on_bytes: Callable[[int], None] = lambd
 
     Interrupted or cut off, it goes on from there the next time. SkyrunError if it cannot be had or is damaged.
     """
-    if place.is_file() and place.stat().st_size == file.nbytes:
-        on_bytes(file.nbytes)  # it was checked before it got this name
+    if is_here(file, place):
+        on_bytes(file.nbytes)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(place)
@@ -117,14 +121,17 @@ def partial_of(place: Path) -> Path:
     return place.with_name(f"{place.name}.part")
 
 
+def is_here(file: RemoteFile, place: Path) -> bool:
+    """Whether a file is at its place as a whole: it was checked before it got there."""
+    return place.is_file() and place.stat().st_size == file.nbytes
+
+
 def arrived(file: RemoteFile, place: Path) -> int:
     """How many bytes of a file are on the disk."""
-    for path in (place, partial_of(place)):
-        with suppress(OSError):
-            nbytes = path.stat().st_size
-            if nbytes == file.nbytes or path != place:
-                return min(nbytes, file.nbytes)
-    return 0
+    if is_here(file, place):
+        return file.nbytes
+    partial = partial_of(place)
+    return min(partial.stat().st_size, file.nbytes) if partial.is_file() else 0
 
 
 def _from_cache(file: RemoteFile, partial: Path) -> bool:
@@ -241,8 +248,11 @@ def endpoint() -> str:
 
 
 @contextmanager
-def _explained(repo: str, place: Path | None = None) -> Iterator[None]:
-    """Turn what the library raises into what a person can act on. place: of a file that is kept as far as it came."""
+def _explained(repo: str, place: Path | None = None, began_with: str | None = None) -> Iterator[None]:
+    """Turn what the library raises into what a person can act on.
+
+    place: of a file that is kept as far as it came. began_with: the commit that files were fetched from before.
+    """
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -251,6 +261,10 @@ def _explained(repo: str, place: Path | None = None) -> Iterator[None]:
     except HFValidationError as error:
         hint = "expected a task (r2v), OWNER/NAME, or OWNER/NAME:TYPE such as OWNER/NAME:Q4_K_M"
         raise SkyrunError(f"{repo!r} is not the name of a repository", hint, BAD_INPUT) from error
+    except RevisionNotFoundError as error:
+        message = f"{repo} no longer has the commit {began_with} that its files were fetched from so far"
+        hint = f"delete the folder of the model to begin anew: skyrun-model.json in it names {repo}"
+        raise SkyrunError(message, hint, MODEL_MISSING) from error
     except HfHubHTTPError as error:
         raise _refused(repo, error) from error
     except _HTTPError as error:

@@ -65,13 +65,15 @@ class Manifest:
     """What the folder of a model says of it.
 
     commits: of the repositories that it is made from, so that a repeated command goes on with the same files. done:
-    paths in a repository, as "OWNER/NAME/PATH", and the files that they became. complete: whether nothing is missing.
+    paths in a repository, as "OWNER/NAME/PATH", and the files that they became. begun: files that are being made, and
+    were not there before. complete: whether nothing is missing.
     """
 
     name: str
     quant: str
     commits: dict[str, str] = field(default_factory=dict)
     done: dict[str, list[str]] = field(default_factory=dict)
+    begun: list[str] = field(default_factory=list)
     complete: bool = False
 
     @classmethod

@@ -20,7 +20,8 @@ class Hub:
 
     cut: {path: bytes} ends the connection after so many bytes of a response, once for each entry of a list. fail:
     {path: status}. damaged: paths whose content is wrong. ranges: whether they are served. token: that is asked for.
-    gated: repositories with conditions. on_bytes: called with the path after every piece that was sent.
+    gated: repositories with conditions. redirect: whether files come from another host, as large ones do from a CDN.
+    stall: {path: bytes} sends no more of it after so many bytes. tokens: what was sent along, by host and path.
     """
 
     repos: dict = field(default_factory=dict)
@@ -30,7 +31,14 @@ class Hub:
     ranges: bool = True
     token: str | None = None
     gated: set = field(default_factory=set)
+    redirect: bool = False
+    stall: dict = field(default_factory=dict)
     requests: list = field(default_factory=list)
+    tokens: dict = field(default_factory=dict)
+    stalled: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+    more_entries: list = field(default_factory=list)
+    commit: str = COMMIT
     url: str = ""
 
     def asked(self, path, method="GET"):
@@ -53,11 +61,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, body):
         path = unquote(urlsplit(self.path).path).lstrip("/")
+        host = self.headers["Host"].partition(":")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        self.hub.tokens[host, path] = self.headers.get("Authorization")
         if (status := self.hub.fail.get(path.rpartition("/")[2])) is not None:
             return self._answer(status, b"{}", {})
         if match := re.fullmatch(r"api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path):
             return self._api(match[1], match[2] or "")
+        if match := re.fullmatch(r"cdn/([^/]+/[^/]+)/(.+)", path):
+            return self._content(match[1], match[2], body)
         if match := re.fullmatch(r"([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(match[1], match[3], body)
         return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
@@ -76,16 +88,24 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(refused[0], b"{}", refused[1])
         folder = self.hub.repos[repo]
         if what.startswith("/tree/"):
-            entries = [_entry(path, folder) for path in sorted(folder.rglob("*"))]
+            if what.removeprefix("/tree/") != self.hub.commit:
+                return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            entries = [*self.hub.more_entries, *(_entry(path, folder) for path in sorted(folder.rglob("*")))]
             return self._answer(200, json.dumps(entries).encode(), {})
-        return self._answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode(), {})
+        return self._answer(200, json.dumps({"id": repo, "sha": self.hub.commit, "siblings": []}).encode(), {})
 
     def _file(self, repo, path, body):
         if refused := self._refused(repo):
             return self._answer(refused[0], b"{}", refused[1])
-        place = self.hub.repos[repo] / path
-        if not place.is_file():
+        if not (self.hub.repos[repo] / path).is_file():
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        if self.hub.redirect and body:
+            port = self.server.server_port
+            return self._answer(302, b"", {"Location": f"http://localhost:{port}/cdn/{repo}/{path}"})
+        return self._content(repo, path, body)
+
+    def _content(self, repo, path, body):
+        place = self.hub.repos[repo] / path
         content = place.read_bytes()
         digest = _oid(content)
         if path in self.hub.damaged:
@@ -103,7 +123,19 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         cuts = self.hub.cut.get(path)
         cut = cuts.pop(0) if body and cuts and stop - start > 100_000 else None
+        if path in self.hub.stall and body and stop - start > 100_000:
+            return self._stall(status, content[start:stop], headers, self.hub.stall.pop(path))
         return self._answer(status, content[start:stop], headers, cut)
+
+    def _stall(self, status, content, headers, sent):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content[:sent])
+        self.hub.stalled.set()
+        self.hub.go_on.wait(30)
+        self.close_connection = True
 
     def _answer(self, status, content, headers, cut=None):
         self.send_response(status)
@@ -146,3 +178,13 @@ def serving():
         yield hub
         server.shutdown()
         thread.join()
+
+
+def gguf_repository(hub, folder, *models, parts="*"):
+    """A repository OWNER/GGUF of converted models."""
+    folder.mkdir()
+    for model in models:
+        for path in model.glob(parts):
+            if path.is_file() and not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
+    hub.repos["owner/gguf"] = folder
