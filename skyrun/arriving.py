@@ -4,7 +4,7 @@ Of safetensors files the headers are fetched first: they decide what will be wri
 after another, and each goes when its tensors are written. A `.pth` file cannot be looked into before it is there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +47,11 @@ class Step:
     quant: str
 
     @property
+    def keys(self) -> list[str]:
+        """What a manifest calls its files."""
+        return [file.key for file in self.places.values()]
+
+    @property
     def passing_bytes(self) -> int:
         """The most that is on the disk at once beside the results."""
         return max(file.nbytes for file in self.places.values())
@@ -66,6 +71,10 @@ class Step:
             for nbytes in written:
                 display.advance(nbytes)
         return [planned.path for planned in files]
+
+    def text(self) -> list[tuple[str, int]]:
+        """The files and their sizes."""
+        return [(file.path, file.nbytes) for file in self.places.values()]
 
     def clean(self) -> None:
         """Delete what was fetched, once it is on record that the files are written."""
@@ -94,10 +103,8 @@ def fetch_shown(file: RemoteFile, place: Path, display: Display) -> None:
     display.end()
 
 
-def steps(
-    repository: Repository, leave_out: tuple[str, ...], out: Path, work: Path, quant: str, wanted: Callable[[str], bool]
-) -> list[Step]:
-    """The parts of a checkpoint whose role is wanted, those first whose files are largest.
+def steps(repository: Repository, leave_out: tuple[str, ...], out: Path, work: Path, quant: str) -> list[Step]:
+    """The parts of a checkpoint.
 
     Fetches its small files and the headers of others into the folder `work`. SkyrunError if it is none, or damaged.
     """
@@ -118,7 +125,7 @@ def steps(
         raise SkyrunError(
             f"{repository.name} has {twice[0]} twice", "convert it by hand with skyrun convert", BAD_INPUT
         )
-    return sorted((step for step in found if wanted(step.role)), key=lambda step: -step.passing_bytes)
+    return found
 
 
 def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterator[Step]:

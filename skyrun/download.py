@@ -6,63 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from skyrun.arriving import fetch_shown, steps
+from skyrun.choosing import Chooser, Part, default_quant
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.gguf_repository import RemoteModel, choose, look, quants
-from skyrun.hub import RemoteFile, Repository, arrived, list_repository
+from skyrun.hub import arrived
 from skyrun.progress import Display, size
 from skyrun.pulled import Manifest, Name, folder_of, is_complete
-from skyrun.quant.recipes import RECIPES, find_recipe
-from skyrun.sources import DEFAULT_QUANT, SOURCES
 
 _WORK = ".fetched"
-_NEEDED = ("transformer", "text_encoder", "vae")
-_NEEDED_FOR = {"a2v": (*_NEEDED, "image_encoder", "audio_encoder")}
-_COMPANIONS = "r2v"  # whose encoder and autoencoder go with a transformer that does not say its task
-
-
-class _Part(Protocol):
-    """Something that is fetched, and becomes files of the model."""
-
-    @property
-    def role(self) -> str: ...
-    @property
-    def places(self) -> dict[Path, RemoteFile]: ...
-    @property
-    def results(self) -> dict[str, int]: ...
-    @property
-    def passing_bytes(self) -> int: ...
-    def run(self, display: Display) -> list[Path]: ...
-    def clean(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A file that is used as it is."""
-
-    role: str
-    file: RemoteFile
-    out: Path
-    passing_bytes: int = 0
-
-    @property
-    def places(self) -> dict[Path, RemoteFile]:
-        return {self.out / self.file.name: self.file}
-
-    @property
-    def results(self) -> dict[str, int]:
-        return {self.file.name: self.file.nbytes}
-
-    def run(self, display: Display) -> list[Path]:
-        fetch_shown(self.file, self.out / self.file.name, display)
-        return [self.out / self.file.name]
-
-    def clean(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -73,7 +28,7 @@ class Pull:
     quant: str
     folder: Path
     manifest: Manifest
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
 
     @property
     def fetch_bytes(self) -> int:
@@ -120,8 +75,7 @@ class Pull:
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
         lines = [f"{self.name.stem}, {self.quant}, from {origin}"]
         for part in self.parts:
-            for file in part.places.values():
-                lines.append(f"  {file.path}  {size(file.nbytes)}")
+            lines += [f"  {what}" + (f"  {size(nbytes)}" if nbytes else "") for what, nbytes in part.text()]
         here = f", of which {size(self.here_bytes)} are here" if self.here_bytes else ""
         about = "about " * any("" in part.results for part in self.parts)
         lines.append(
@@ -131,48 +85,36 @@ class Pull:
         return "\n".join(lines)
 
 
-def plan_pull(name: Name, out: Path | None = None, work: Path | None = None) -> Pull:
-    """Decide what to fetch. Reads lists and headers, and keeps small files; nothing large is fetched.
+@contextmanager
+def planned_pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Iterator[Pull]:
+    """Decide what to fetch, and keep other processes out of the folder until that is done.
 
-    out: the folder of the model, where it is not to be one among the others. work: of what passes through.
+    Reads lists and headers, and keeps small files; nothing large is fetched, and with `dry_run` nothing is written.
+    out: the folder of the model, where it is not to be one among the others.
     """
-    quant = name.quant or _default_quant(name)
+    quant = name.quant or default_quant(name)
     folder = out or folder_of(name, quant)
     manifest = Manifest.read(folder)
     if manifest is None or (manifest.name, manifest.quant) != (name.stem, quant):
         manifest = Manifest(name.stem, quant)
     if is_complete(folder, manifest):
-        return Pull(name, quant, folder, manifest, ())
+        yield Pull(name, quant, folder, manifest, ())
+        return
     _check_folder(folder)
-    parts = _Planner(name, quant, folder, work or folder / _WORK, manifest).parts()
-    left = [part for part in parts if not _is_done(part, folder, manifest)]
-    return Pull(name, quant, folder, manifest, tuple(sorted(left, key=lambda part: -part.passing_bytes)))
+    with TemporaryDirectory(prefix="skyrun-") if dry_run else _alone(folder) as work:
+        parts = Chooser(name, quant, folder, Path(work), manifest).parts()
+        left = [part for part in parts if not _is_done(part, folder, manifest)]
+        left.sort(key=lambda part: -part.passing_bytes)
+        yield Pull(name, quant, folder, manifest, tuple(left))
 
 
-def _is_done(part: _Part, folder: Path, manifest: Manifest) -> bool:
+def _is_done(part: Part, folder: Path, manifest: Manifest) -> bool:
     """Whether its files are written, be it that the process ended before it could put that on record."""
-    on_record = all(manifest.finished(folder, key_of(file)) for file in part.places.values())
+    on_record = all(manifest.finished(folder, key) for key in part.keys)
     whole = all(name in manifest.begun and (folder / name).is_file() for name in part.results)
     if whole and not on_record:
-        manifest.done |= {key_of(file): list(part.results) for file in part.places.values()}
+        manifest.done |= dict.fromkeys(part.keys, list(part.results))
     return on_record or whole
-
-
-def _default_quant(name: Name) -> str:
-    """The type of a model that was named without one."""
-    models = look(list_repository(name.repo)) if name.repo else []
-    there = quants(models)
-    if not there or DEFAULT_QUANT in there:
-        return DEFAULT_QUANT
-    if len(there) > 1:
-        hint = f"name one of them, such as {name.repo}:{there[0]}"
-        raise SkyrunError(f"{name.repo} has transformers of several types: {', '.join(there)}", hint)
-    return there[0]
-
-
-def key_of(file: RemoteFile) -> str:
-    """What a manifest calls a file of a repository."""
-    return f"{file.repo}/{file.path}"
 
 
 def check_space(pull: Pull) -> None:
@@ -211,23 +153,22 @@ def _allocated(pull: Pull) -> int:
 
 def carry_out(pull: Pull, display: Display) -> None:
     """Fetch and convert. What is done is done for good: after an interruption the same pull goes on."""
-    with _alone(pull.folder):
-        for part in pull.parts:
-            pull.manifest.begun = [name for name in part.results if name and not (pull.folder / name).exists()]
-            pull.manifest.write(pull.folder)
-            written = [path.name for path in part.run(display)]
-            pull.manifest.done |= {key_of(file): written for file in part.places.values()}
-            pull.manifest.begun = []
-            pull.manifest.write(pull.folder)
-            part.clean()
-        pull.manifest.complete = True
+    for part in pull.parts:
+        pull.manifest.begun = [name for name in part.results if name and not (pull.folder / name).exists()]
         pull.manifest.write(pull.folder)
-        shutil.rmtree(pull.folder / _WORK, ignore_errors=True)
+        written = [path.name for path in part.run(display)]
+        pull.manifest.done |= dict.fromkeys(part.keys, written)
+        pull.manifest.begun = []
+        pull.manifest.write(pull.folder)
+        part.clean()
+    pull.manifest.complete = True
+    pull.manifest.write(pull.folder)
+    shutil.rmtree(pull.folder / _WORK, ignore_errors=True)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """SkyrunError if another process fetches into the folder."""
+def _alone(folder: Path) -> Iterator[Path]:
+    """The folder of what passes through. SkyrunError if another process fetches into it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -236,59 +177,8 @@ def _alone(folder: Path) -> Iterator[None]:
         message = f"another skyrun fetches into {folder}"
         raise SkyrunError(message, "wait for it, then run the same command again", FAILED) from error
     try:
-        yield
+        yield folder / _WORK
     finally:
         lock.release()
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """Chooses the parts of one model."""
-
-    name: Name
-    quant: str
-    folder: Path
-    work: Path
-    manifest: Manifest
-
-    def parts(self) -> list[_Part]:
-        if self.name.repo:
-            repository = self._list(self.name.repo)
-            models = look(repository)
-            return self._ready(repository, models) if quants(models) else self._converted(repository, ())
-        source = SOURCES[self.name.task]
-        for name in source.gguf:
-            repository = self._list(name)
-            models = look(repository)
-            if self.quant in quants(models):
-                return self._ready(repository, models)
-            del self.manifest.commits[name]
-        return self._converted(self._list(source.checkpoint), source.leave_out)
-
-    def _list(self, name: str) -> Repository:
-        repository = list_repository(name, self.manifest.commits.get(name))
-        self.manifest.commits[name] = repository.commit
-        return repository
-
-    def _ready(self, repository: Repository, models: list[RemoteModel]) -> list[_Part]:
-        """Files of a GGUF repository; what they lack to be a model comes from the published checkpoint."""
-        chosen = choose(repository.name, models, self.quant, self.name.task)
-        parts: list[_Part] = [_Ready(model.role, model.file, self.folder) for model in chosen]
-        task = self.name.task or next(model.task for model in chosen if model.role == "transformer") or _COMPANIONS
-        lacking = set(_NEEDED_FOR.get(task, _NEEDED)) - {part.role for part in parts}
-        if lacking:
-            source = SOURCES[task]
-            parts += self._converted(self._list(source.checkpoint), source.leave_out, lacking)
-        return parts
-
-    def _converted(
-        self, repository: Repository, leave_out: tuple[str, ...], roles: set[str] | None = None
-    ) -> list[_Part]:
-        """What becomes of a checkpoint, or of those parts of it that have such a role."""
-        quant = self.quant
-        if roles is None:
-            find_recipe(quant)
-        elif quant not in RECIPES:  # others have types of their own, which encoders do not get
-            quant = DEFAULT_QUANT
-        work = self.work / repository.name
-        return list(steps(repository, leave_out, self.folder, work, quant, lambda r: roles is None or r in roles))
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -56,6 +56,11 @@ class RemoteFile:
         return self.path.rpartition("/")[2]
 
     @property
+    def key(self) -> str:
+        """What a manifest calls it."""
+        return f"{self.repo}/{self.path}"
+
+    @property
     def identity(self) -> str:
         """Hexadecimal digits that no other content has."""
         return self.sha256 or self.blob

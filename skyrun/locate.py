@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from skyrun.device import choose_device
-from skyrun.download import Pull, carry_out, check_space, plan_pull
+from skyrun.download import Pull, carry_out, check_space, planned_pull
 from skyrun.images import open_image
 from skyrun.progress import progress
 from skyrun.pulled import Name, is_complete, parse_name, pulled
@@ -18,8 +17,7 @@ Say = Callable[[str], None]
 
 def obtain(name: Name, say: Say, out: Path | None = None, dry_run: bool = False) -> Pull:
     """Fetch a model, as far as it is not there, after saying what and how large it is; or only say so."""
-    with TemporaryDirectory(prefix="skyrun-") as folder:
-        pull = plan_pull(name, out, Path(folder) if dry_run else None)
+    with planned_pull(name, out, dry_run) as pull:
         say(pull.text())
         check_space(pull)
         if pull.parts and not dry_run:

@@ -112,6 +112,11 @@ def pulled(name: Name) -> list[tuple[Path, Manifest]]:
     return sorted(found, key=lambda pair: (not pair[1].complete, -_bytes_in(pair[0])))
 
 
+def manifests() -> list[tuple[Path, Manifest]]:
+    """Every folder among the models, with what it says of itself."""
+    return [(folder, manifest) for folder in sorted(models_folder().glob("*")) if (manifest := Manifest.read(folder))]
+
+
 def is_complete(folder: Path, manifest: Manifest) -> bool:
     """Whether every file that it lists is there."""
     return manifest.complete and all(manifest.finished(folder, key) for key in manifest.done)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong with fetching a model: what is said, with which exit code, and what a second try does."""
+"""Everything that can go wrong with fetching a model: what is said, which exit code, what a second try does."""
 
 import errno
 import re
@@ -143,7 +143,7 @@ AGAIN = "run the same command again"
 # fmt: off
 MESSAGES = [
     # names
-    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is no model that can be fetched", "r2v, v2v, shot, a2v, or OWNER/NAME"),
+    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is no model", "r2v, v2v, shot, a2v, or OWNER/NAME"),
     (nothing, ["pull", "a/b/c:Q8_0"], BAD_INPUT, "'a/b/c:Q8_0' is no model", "OWNER/NAME:TYPE"),
     (nothing, ["pull", "r2v:"], BAD_INPUT, "'r2v:' is no model", "OWNER/NAME:TYPE"),
     (nothing, ["pull", "bad--/x:Q8_0"], BAD_INPUT, "'bad--/x' is not the name of a repository", "OWNER/NAME"),
