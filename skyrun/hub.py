@@ -6,6 +6,7 @@ bytes are fetched here: what has arrived is kept beside the file's place, and th
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -76,11 +77,20 @@ class Repository:
 
 
 def list_repository(name: str, commit: str | None = None) -> Repository:
-    """The files of a repository, as they are now or at a commit. SkyrunError says why they cannot be listed."""
+    """The files of a repository, as they are now or at a commit. SkyrunError says why they cannot be listed.
+
+    Offline, or where the hub cannot be reached, those that huggingface-hub's cache has of it.
+    """
     api = HfApi()
     with _explained(name, began_with=commit):
-        sha = commit or str(api.model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
-        entries = list(api.list_repo_tree(name, recursive=True, revision=sha))
+        try:
+            sha = commit or str(api.model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
+            entries = list(api.list_repo_tree(name, recursive=True, revision=sha))
+        except (OfflineModeIsEnabled, _HTTPError) as error:
+            cached = None if isinstance(error, HfHubHTTPError) else _cached_repository(name, commit)
+            if cached is None:
+                raise
+            return cached
     files = [
         RemoteFile(name, sha, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id)
         for entry in entries
@@ -92,8 +102,29 @@ def list_repository(name: str, commit: str | None = None) -> Repository:
     return Repository(name, sha, tuple(files))
 
 
+def _cached_repository(name: str, commit: str | None) -> Repository | None:
+    """What the cache of huggingface-hub has of a repository; it names files by what the hub says of their content."""
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    try:
+        sha = commit or (folder / "refs" / constants.DEFAULT_REVISION).read_text().strip()
+        paths = [path for path in (folder / "snapshots" / sha).rglob("*") if path.is_file()]
+    except OSError:
+        return None
+    files = []
+    for path in sorted(paths):
+        blob = path.resolve().name
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob):  # else the cache has no links, and no names of content
+            inside = path.relative_to(folder / "snapshots" / sha).as_posix()
+            sha256 = blob if len(blob) == 64 else ""
+            files.append(RemoteFile(name, sha, inside, path.stat().st_size, sha256, "" if sha256 else blob))
+    return Repository(name, sha, tuple(files)) if files else None
+
+
 def read_start(file: RemoteFile, nbytes: int) -> bytes:
     """The first bytes of a file, fewer if it has fewer."""
+    if (cached := _cached(file)) is not None:
+        with open(cached, "rb") as content:
+            return content.read(nbytes)
     data = b""
     with _explained(file.repo), _stream(file, 0, min(nbytes, file.nbytes)) as (_, chunks):
         for chunk in chunks:
@@ -141,12 +172,12 @@ def arrived(file: RemoteFile, place: Path) -> int:
 
 def _from_cache(file: RemoteFile, partial: Path) -> bool:
     """Whether huggingface-hub's cache has the file: then it is here too, without a copy where that is possible."""
-    cached = try_to_load_from_cache(file.repo, file.path, revision=file.commit)
-    if not isinstance(cached, str):
+    cached = _cached(file)
+    if cached is None:
         return False
     partial.unlink(missing_ok=True)
     try:
-        os.link(Path(cached).resolve(), partial)
+        os.link(cached.resolve(), partial)
     except OSError:
         shutil.copyfile(cached, partial)
     with open(partial, "rb") as content:
@@ -154,6 +185,11 @@ def _from_cache(file: RemoteFile, partial: Path) -> bool:
     if not good:
         partial.unlink()
     return good
+
+
+def _cached(file: RemoteFile) -> Path | None:
+    cached = try_to_load_from_cache(file.repo, file.path, revision=file.commit)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 class _Checksum:

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import COMMIT, gguf_repository
+from huggingface_hub import constants
 
 from skyrun import hub as hub_module
 from skyrun import sources
@@ -202,6 +203,36 @@ def test_a_file_that_was_written_just_before_the_end_counts(hub, tmp_path, monke
     hub.requests.clear()
     assert main(["pull", "r2v"]) == 0
     assert all(bounds for bounds in hub.asked(SHARD)), "only its header is read"
+
+
+def test_offline_the_cache_of_huggingface_is_enough(hub, tmp_path, monkeypatch, converted, capsys):
+    for path in hub.repos[R2V].rglob("*"):
+        if path.is_file() and "vae" not in path.parts:
+            huggingface_hub.hf_hub_download(R2V, path.relative_to(hub.repos[R2V]).as_posix(), endpoint=hub.url)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["pull", "r2v:Q4_K"]) == 2
+    assert f"{R2V} has no vae" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        huggingface_hub.hf_hub_download(R2V, name, endpoint=hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["pull", "r2v:Q4_K"]) == 0
+    assert digests(tmp_path / "models" / "r2v-Q4_K") == digests(converted("Q4_K"))
+    assert huggingface_hub.try_to_load_from_cache(R2V, SHARD), "the cache keeps what it had"
+
+
+def test_what_another_model_has_is_not_fetched_again(hub, tmp_path, converted, capsys):
+    assert main(["pull", "r2v:Q8_0"]) == 0 and main(["pull", "v2v"]) == 0
+    hub.requests.clear()
+    assert main(["pull", "r2v:Q4_K"]) == 0 and main(["pull", "shot:Q4_K"]) == 0
+    assert digests(tmp_path / "models" / "r2v-Q4_K") == digests(converted("Q4_K"))
+    assert not hub.asked(".pth") and all(hub.asked("text_encoder/model.safetensors"))
+    assert "wan-vae-244K.safetensors (here already)" in capsys.readouterr().err
+    here, there = (tmp_path / "models" / f"r2v-{quant}" / "wan-vae-244K.safetensors" for quant in ("Q8_0", "Q4_K"))
+    assert here.samefile(there)
+    assert main(["pull", "r2v:F16"]) == 0  # whose encoder is F16 too
+    assert any(path.name.endswith("F16.gguf") for path in (tmp_path / "models" / "r2v-F16").glob("umt5*"))
 
 
 # GGUF files
