@@ -15,6 +15,7 @@ from skyrun.hub import RemoteFile, Repository, fetch, is_here, read_start
 from skyrun.kernels import block_format
 from skyrun.progress import Display
 from skyrun.quant.conversion import write_file
+from skyrun.quant.partial import finished_before
 from skyrun.quant.plan import Conversion, PlannedFile, Settings
 from skyrun.quant.planner import plan_conversion
 from skyrun.quant.recipes import default_encoder_quant, find_recipe
@@ -34,14 +35,15 @@ ROLES = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}  # of .pth
 class Step:
     """A part of a checkpoint that becomes one or more files.
 
-    places: its files of weights, by where they pass through. results: names of the files that it becomes, and their
-    bytes; "" where the name is not known yet and the size is an estimate. files: what will be written, where that is
-    known.
+    sources: its files of weights, by where they pass through; places: those of them that are still needed. results:
+    names of the files that it becomes, and their bytes; "" where the name is not known yet and the size is an estimate.
+    files: what will be written, where that is known.
     """
 
     role: str
     results: dict[str, int]
     files: tuple[PlannedFile, ...]
+    sources: dict[Path, RemoteFile]
     places: dict[Path, RemoteFile]
     out: Path
     quant: str
@@ -49,20 +51,20 @@ class Step:
     @property
     def keys(self) -> list[str]:
         """What a manifest calls its files."""
-        return [file.key for file in self.places.values()]
+        return [file.key for file in self.sources.values()]
 
     @property
     def passing_bytes(self) -> int:
         """The most that is on the disk at once beside the results."""
-        return max(file.nbytes for file in self.places.values())
+        return max((file.nbytes for file in self.places.values()), default=0)
 
     def run(self, display: Display) -> list[Path]:
         """Fetch and convert. The files that were written. What an interrupted run has done is kept."""
         files = self.files
         if not files:
-            for place, file in self.places.items():
+            for place, file in self.sources.items():
                 fetch_shown(file, place, display)
-            (first, *_) = self.places
+            (first, *_) = self.sources
             files = _planned(first, self.out, Settings(default_encoder_quant(self.quant)), {}).files
         for planned in files:
             last = bool(self.files) and planned is files[-1]
@@ -78,13 +80,13 @@ class Step:
 
     def clean(self) -> None:
         """Delete what was fetched, once it is on record that the files are written."""
-        for place in self.places:
+        for place in self.sources:
             place.unlink(missing_ok=True)
 
     @contextmanager
     def _supply(self, display: Display, planned: PlannedFile, last: bool, place: Path) -> Iterator[None]:
         """One file of the checkpoint, there while it is needed; it goes with the last that is written from it."""
-        fetch_shown(self.places[place], place, display)
+        fetch_shown(self.sources[place], place, display)
         nbytes = sum(tensor.nbytes for tensor in planned.tensors if tensor.source.file == place)
         display.begin(f"convert {place.name}", nbytes, "bytes")
         yield
@@ -146,7 +148,16 @@ def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) ->
         seen |= {place, *own}
         planned_files = tuple(_pinned(planned, own) for planned in conversion.files)
         results = {planned.path.name: planned.nbytes for planned in planned_files}
-        yield Step(role, results, planned_files, own, out, quant)
+        yield Step(role, results, planned_files, own, _needed(planned_files, own), out, quant)
+
+
+def _needed(files: tuple[PlannedFile, ...], sources: dict[Path, RemoteFile]) -> dict[Path, RemoteFile]:
+    """Those sources of which not every tensor is written."""
+    needed = set()
+    for planned in files:
+        done = finished_before(planned)
+        needed |= {tensor.source.file for tensor in planned.tensors if tensor.name not in done}
+    return {place: file for place, file in sources.items() if place in needed}
 
 
 def _planned(place: Path, out: Path, settings: Settings, coming: dict[Path, int]) -> Conversion:
@@ -182,7 +193,7 @@ def _whole_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Itera
             continue
         role = next((role for word, role in ROLES.items() if word in place.name.lower()), "")
         share = 1.0 if file.nbytes < _SMALL else _bits(default_encoder_quant(quant)) / _SOURCE_BITS
-        yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, out, quant)
+        yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, {place: file}, out, quant)
 
 
 def _bits(quant: str) -> float:

@@ -189,7 +189,7 @@ class Chooser:
         if not isinstance(part, Step):
             return None
         for folder, manifest in manifests():
-            same = all(manifest.commits.get(file.repo) == file.commit for file in part.places.values())
+            same = all(manifest.commits.get(file.repo) == file.commit for file in part.sources.values())
             if folder == self.folder or not same or not all(manifest.finished(folder, key) for key in part.keys):
                 continue
             files = [folder / name for name in manifest.done[part.keys[0]]]

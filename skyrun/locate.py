@@ -46,7 +46,8 @@ def located(request: Request, model: str | None, say: Say, dry_run: bool = False
     choose_device(request.device)
     if found:
         name = replace(name, quant=found[0][1].quant)
-    say(f"no model was given, and {name} is not there:" if model is None else f"{name} is not there:")
+    state = f"{name} is not there{' as a whole' if found else ''}:"
+    say(f"no model was given, and {state}" if model is None else state)
     pull = obtain(name, say, dry_run=dry_run)
     return replace(request, model=pull.folder, quant=None), pull if dry_run else None
 

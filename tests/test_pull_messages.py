@@ -116,7 +116,7 @@ def one_type(place):
 
 
 def two_types(place):
-    gguf_repository(place.hub, place.folder / "gguf", place.converted("Q4_K"), place.converted("Q5_K"))
+    gguf_repository(place.hub, place.folder / "gguf", place.converted("Q4_K"), place.converted("Q3_K"))
 
 
 def twice(place):
@@ -173,7 +173,7 @@ MESSAGES = [
     (no_checkpoint, ["pull", "owner/odd"], BAD_INPUT, "is not a usable safetensors file", ""),
     (incomplete, PULL, BAD_INPUT, "00001-of-00002.safetensors is missing", "download them again"),
     (one_type, ["pull", "owner/gguf:Q2_K"], MODEL_MISSING, "owner/gguf has no Q2_K transformer", "it has Q4_K"),
-    (two_types, ["pull", "owner/gguf"], BAD_INPUT, "of several types: Q4_K, Q5_K", "such as owner/gguf:Q4_K"),
+    (two_types, ["pull", "owner/gguf"], BAD_INPUT, "of several types: Q3_K, Q4_K", "such as owner/gguf:Q3_K"),
     (twice, ["pull", "owner/gguf:Q4_K"], BAD_INPUT, "has several Q4_K transformers: SkyReels.*, again", "by hand"),
     (in_pieces, ["pull", "owner/gguf:Q4_K"], BAD_INPUT, "has its Q4_K transformer in several files", "join them"),
     # runs

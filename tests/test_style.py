@@ -21,10 +21,10 @@ ALLOWED = {
 QUANT_USERS = {
     "arriving.py",
     "calibration.py",
+    "choosing.py",
     "commands.py",
     "demo.py",
     "demo_checkpoint.py",
-    "download.py",
     "report.py",
 }
 CUDA_USERS = {"device.py", "hardware.py"}
