@@ -125,8 +125,21 @@ def read_start(file: RemoteFile, nbytes: int) -> bytes:
     if (cached := _cached(file)) is not None:
         with open(cached, "rb") as content:
             return content.read(nbytes)
+    with _explained(file.repo):
+        tries = 0
+        while True:
+            try:
+                return _start(file, min(nbytes, file.nbytes))
+            except _HTTPError as error:
+                tries += 1
+                if tries == _TRIES or not _passing(error):
+                    raise
+            time.sleep(_WAIT * 2 ** (tries - 1))
+
+
+def _start(file: RemoteFile, nbytes: int) -> bytes:
     data = b""
-    with _explained(file.repo), _stream(file, 0, min(nbytes, file.nbytes)) as (_, chunks):
+    with _stream(file, 0, nbytes) as (_, chunks):
         for chunk in chunks:
             data += chunk
             if len(data) >= nbytes:
@@ -196,18 +209,22 @@ class _Checksum:
     """What the hub says of a file's content, computed as it comes."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._expected = file.identity
+        self._file = file
+        self.begin()
+
+    def begin(self) -> None:
+        file = self._file
         self._digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.nbytes}\0".encode())
 
     def add(self, data: bytes) -> None:
         self._digest.update(data)
 
     def matches(self) -> bool:
-        return self._digest.hexdigest() == self._expected
+        return self._digest.hexdigest() == self._file.identity
 
     def problem(self) -> str:
-        kind = self._digest.name
-        return f"its {kind} is {self._digest.hexdigest()[:16]}..., the hub says {self._expected[:16]}..."
+        digest, expected = self._digest.hexdigest(), self._file.identity
+        return f"its {self._digest.name} is {digest[:16]}..., the hub says {expected[:16]}..."
 
 
 def _checksum(file: RemoteFile, content: BinaryIO) -> _Checksum:
@@ -224,15 +241,17 @@ def _download(file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) 
         out.seek(0)
         checksum = _checksum(file, out)
         on_bytes(out.tell())
-        tries = 0
-        while (at := out.tell()) < file.nbytes:
+        most, tries = out.tell(), 0
+        while out.tell() < file.nbytes and tries < _TRIES:
             try:
-                checksum = _append(file, out, checksum, on_bytes)
+                _append(file, out, checksum, on_bytes)
             except _HTTPError as error:
-                tries = 1 if out.tell() > at else tries + 1
-                if tries >= _TRIES or not _passing(error):
+                if not _passing(error) or (tries + 1 == _TRIES and out.tell() <= most):
                     raise
-                time.sleep(_WAIT * 2 ** (tries - 1))
+            tries = 0 if out.tell() > most else tries + 1
+            most = max(most, out.tell())
+            if out.tell() < file.nbytes:
+                time.sleep(_WAIT * 2**tries)
         out.flush()
         os.fsync(out.fileno())
     if partial.stat().st_size == file.nbytes and checksum.matches():
@@ -251,15 +270,15 @@ def _passing(error: BaseException) -> bool:
     return not isinstance(error, OfflineModeIsEnabled) and (response is None or response.status_code in _BUSY)
 
 
-def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum, on_bytes: Callable[[int], None]) -> _Checksum:
-    """Fetch what is missing, or everything if the server has no ranges. The checksum of what is there then."""
+def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum, on_bytes: Callable[[int], None]) -> None:
+    """Fetch what is missing, or everything if the server has no ranges."""
     at = out.tell()
     with _stream(file, at, file.nbytes) as (start, chunks):
         if start != at:
             on_bytes(start - at)
             out.truncate(start)
             out.seek(start)
-            checksum = _Checksum(file)
+            checksum.begin()
         for chunk in chunks:
             room = file.nbytes - out.tell()
             out.write(chunk[:room])
@@ -267,7 +286,6 @@ def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum, on_bytes: Call
             on_bytes(len(chunk[:room]))
             if len(chunk) > room:
                 break
-    return checksum
 
 
 @contextmanager

@@ -18,16 +18,18 @@ LFS_BYTES = 10_000  # files from this size on are in LFS
 class Hub:
     """Repositories by name, each a folder. What disturbs may be set at any time.
 
-    cut: {path: bytes} ends the connection after so many bytes of a response, once for each entry of a list. fail:
-    {path: status}. damaged: paths whose content is wrong. ranges: whether they are served. token: that is asked for.
-    gated: repositories with conditions. redirect: whether files come from another host, as large ones do from a CDN.
-    stall: {path: bytes} sends no more of it after so many bytes. tokens: what was sent along, by host and path.
+    cut: {path: list of bytes} ends the connection after so many bytes of a response, once for each entry. fail:
+    {file name: status}. damaged: paths whose content is wrong; short: those of which only the first half is sent.
+    ranges: whether they are served. token: that is asked for. gated: repositories with conditions. redirect: whether
+    files come from another host, as large ones do from a CDN. stall: {path: bytes} sends no more of it after so many.
+    more_entries: of every listing. requests: method, path and range of each. tokens: sent along, by host and path.
     """
 
     repos: dict = field(default_factory=dict)
     cut: dict = field(default_factory=dict)
     fail: dict = field(default_factory=dict)
     damaged: set = field(default_factory=set)
+    short: set = field(default_factory=set)
     ranges: bool = True
     token: str | None = None
     gated: set = field(default_factory=set)
@@ -121,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status = 206
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        if path in self.hub.short:
+            stop = max(start, min(stop, len(content) // 2))
         cuts = self.hub.cut.get(path)
         cut = cuts.pop(0) if body and cuts and stop - start > 100_000 else None
         if path in self.hub.stall and body and stop - start > 100_000:

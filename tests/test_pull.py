@@ -69,13 +69,21 @@ def test_what_has_arrived_survives_the_process_and_is_checked(hub, tmp_path):
 
 def test_a_server_without_ranges(hub, tmp_path):
     hub.ranges = False
-    hub.cut[SHARD] = [600_000]
+    hub.cut[SHARD] = [100, 600_000, 500_000]  # the first of them while its beginning is read
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
     seen = []
     assert len(read_start(file, 100)) == 100
     fetch(file, tmp_path / "x", seen.append)
     assert (tmp_path / "x").read_bytes() == (hub.repos[R2V] / SHARD).read_bytes()
     assert sum(seen) == file.nbytes
+
+
+def test_a_server_that_sends_too_little_is_given_up(hub, tmp_path):
+    hub.short.add(SHARD)
+    file = next(file for file in list_repository(R2V).files if file.path == SHARD)
+    with pytest.raises(SkyrunError, match="arrived damaged"):
+        fetch(file, tmp_path / "x")
+    assert len(hub.asked(SHARD)) < 10
 
 
 def test_small_files_are_checked_too(hub, tmp_path):
