@@ -182,7 +182,8 @@ class Chooser:
             find_recipe(quant)
         elif quant not in RECIPES:  # others have types of their own, which encoders do not get
             quant = DEFAULT_QUANT
-        return list(steps(repository, leave_out, self.folder, self.work / repository.name, quant))
+        work = self.work / repository.name / repository.commit  # what is left of another commit is not of use
+        return list(steps(repository, leave_out, self.folder, work, quant))
 
     def _elsewhere(self, part: Part) -> Part | None:
         """The same part in the folder of another model."""

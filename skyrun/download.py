@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,5 +180,6 @@ def _alone(folder: Path) -> Iterator[Path]:
         yield folder / _WORK
     finally:
         lock.release()
-        if [path.name for path in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)

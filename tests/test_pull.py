@@ -187,7 +187,7 @@ def test_a_killed_process_has_lost_nothing_that_matters(hub, tmp_path):
     command = [sys.executable, "-m", "skyrun", "pull", "r2v"]
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
         assert hub.stalled.wait(30)
-        part = tmp_path / "models" / "r2v-Q8_0" / ".fetched" / R2V / f"{SHARD}.part"
+        part = tmp_path / "models" / "r2v-Q8_0" / ".fetched" / R2V / COMMIT / f"{SHARD}.part"
         while not part.exists() or part.stat().st_size < 700_000:
             pass
         assert main(["pull", "r2v"]) == 1, "two processes into one folder"
@@ -244,6 +244,19 @@ def test_what_another_model_has_is_not_fetched_again(hub, tmp_path, converted, c
     assert here.samefile(there)
     assert main(["pull", "r2v:F16"]) == 0  # whose encoder is F16 too
     assert any(path.name.endswith("F16.gguf") for path in (tmp_path / "models" / "r2v-F16").glob("umt5*"))
+
+
+def test_what_was_deleted_is_made_again_and_a_failure_leaves_no_folder(hub, tmp_path, converted):
+    folder = tmp_path / "models" / "r2v-Q8_0"
+    assert main(["pull", "owner/none:Q8_0"]) == 4 and not list((tmp_path / "models").iterdir())
+    assert main(["pull", "r2v"]) == 0
+    next(folder.glob("SkyReels*")).unlink()
+    hub.requests.clear()
+    assert main(["pull", "r2v"]) == 0
+    assert digests(folder) == digests(converted("Q8_0"))
+    assert "" in hub.asked(SHARD) and "" not in hub.asked("vae/diffusion_pytorch_model.safetensors")
+    (folder / "skyrun-model.json").write_text("{")
+    assert main(["pull", "r2v"]) == 0 and Manifest.read(folder).complete
 
 
 # GGUF files
