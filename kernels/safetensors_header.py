@@ -31,10 +31,13 @@ class SafetensorsHeader:
     metadata: dict[str, str]
 
 
-def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """SkyrunError if the file is missing, none of the format, shorter than its header says, or contradicts itself."""
+def read_safetensors_header(path: Path, nbytes: int | None = None) -> SafetensorsHeader:
+    """SkyrunError if the file is missing, none of the format, shorter than its header says, or contradicts itself.
+
+    nbytes: that the file will have, where only its beginning is there yet.
+    """
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if nbytes is None else nbytes
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size - 8):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,11 @@ class _Group:
     index: Path | None = None
 
 
-def open_parts(source: Path) -> tuple[list[Part], list[SkyrunError]]:
-    """Every part that a folder holds, or the one that a file belongs to; and what is wrong with the others."""
+def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], list[SkyrunError]]:
+    """Every part that a folder holds, or the one that a file belongs to; and what is wrong with the others.
+
+    coming: bytes that files will have of which only the header is there yet.
+    """
     if not source.exists():
         raise SkyrunError(f"{source} does not exist", "give a downloaded checkpoint", MODEL_MISSING)
     if source.is_dir():
@@ -62,7 +65,7 @@ def open_parts(source: Path) -> tuple[list[Part], list[SkyrunError]]:
     parts, errors = [], []
     for group in groups:
         try:
-            parts.append(_part(group, source if source.is_dir() else source.parent))
+            parts.append(_part(group, source if source.is_dir() else source.parent, coming))
         except SkyrunError as error:
             errors.append(error)
     return parts, errors
@@ -121,7 +124,7 @@ def _check_whole(group: _Group) -> None:
         raise SkyrunError.listing(title, missing, "download them again")
 
 
-def _part(group: _Group, source: Path) -> Part:
+def _part(group: _Group, source: Path, coming: Mapping[Path, int]) -> Part:
     _check_whole(group)
     tensors: dict[str, SourceTensor] = {}
     problems = []
@@ -132,7 +135,7 @@ def _part(group: _Group, source: Path) -> Part:
             gguf = open_gguf(file)
             found = _gguf_tensors(gguf)
         elif file.suffix == ".safetensors":
-            header = read_safetensors_header(file)
+            header = read_safetensors_header(file, coming.get(file))
             texts |= header.metadata
             found = {n: SourceTensor(n, t.shape, t.dtype, file, t.offset) for n, t in header.tensors.items()}
         else:

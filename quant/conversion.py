@@ -3,7 +3,8 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from skyrun.kernels.errors import FAILED, SkyrunError
 from skyrun.quant.partial import PartialFile, partial_path, resumable
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.source import stamp
+from skyrun.quant.source import SourceTensor, Stamp, stamp
 from skyrun.quant.target_size import parse_size
 from skyrun.quant.worker import Workers, pieces
+
+# Makes a file of the source be there while it is entered.
+Supply = Callable[[Path], AbstractContextManager[None]]
 
 
 def check_space(conversion: Conversion) -> None:
@@ -49,24 +53,41 @@ def _allocated(path: Path) -> int:
     return min(status.st_size, getattr(status, "st_blocks", 0) * 512)
 
 
-def write_file(file: PlannedFile, device: str = "cpu", workers: int | None = None) -> Iterator[int]:
+def write_file(
+    file: PlannedFile, device: str = "cpu", workers: int | None = None, supply: Supply | None = None
+) -> Iterator[int]:
     """Write a planned file beside its place and rename it when it is whole. Yields bytes as they are finished.
 
     workers: processes that encode; by default as many as pay. What an interrupted conversion finished is not done
-    again; it is the first that is yielded.
+    again; it is the first that is yielded. supply: entered for one file of the source after another; the file has to
+    be there only in between, and what was read from it is on the disk when it is left.
     """
     try:
         with resumable(file, device) as partial:
             yield sum(tensor.nbytes for tensor in file.tensors if tensor.name in partial.done)
-            yield from _encode(file, partial, device, workers)
+            todo = [tensor for tensor in file.tensors if tensor.name not in partial.done]
+            if supply is None:
+                yield from _encode(todo, file.sources, partial, device, workers)
+                return
+            for source in file.sources:
+                here = [tensor for tensor in todo if tensor.source.file == source]
+                if here:
+                    with supply(source):
+                        yield from _encode(here, {source: stamp(source)}, partial, device, workers)
+                        partial.sync()
     except OSError as error:
         kept = partial_path(file.path).exists()
         hint = "check free space and permissions, then run the same command again"
         raise SkyrunError(f"cannot write {file.path}: {error}", hint + " to go on" * kept, FAILED) from error
 
 
-def _encode(file: PlannedFile, partial: PartialFile, device: str, workers: int | None) -> Iterator[int]:
-    todo: Sequence[PlannedTensor] = [tensor for tensor in file.tensors if tensor.name not in partial.done]
+def _encode(
+    todo: Sequence[PlannedTensor],
+    stamps: Mapping[Path, Stamp],
+    partial: PartialFile,
+    device: str,
+    workers: int | None,
+) -> Iterator[int]:
     at = {tensor.source: tensor for tensor in todo}
     every = [
         piece
@@ -79,14 +100,13 @@ def _encode(file: PlannedFile, partial: PartialFile, device: str, workers: int |
             tensor = at[piece.source]
             left[piece.source] -= 1
             if not left[piece.source]:
-                _check_unchanged(tensor, file)
+                _check_unchanged(tensor.source, stamps)
                 partial.finished(tensor)
             yield tensor.nbytes * (piece.stop - piece.start) // piece.source.rows
 
 
-def _check_unchanged(tensor: PlannedTensor, file: PlannedFile) -> None:
-    source = tensor.source
-    if stamp(source.file) != file.sources[source.file]:
+def _check_unchanged(source: SourceTensor, stamps: Mapping[Path, Stamp]) -> None:
+    if stamp(source.file) != stamps[source.file]:
         hint = "convert again once nothing writes to it"
         raise SkyrunError(f"{source.file} changed while {source.name} was read from it", hint)
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
@@ -21,6 +22,7 @@ from skyrun.quant.checkpoint import SUFFIXES, Part, open_parts
 from skyrun.quant.source import READABLE, SourceTensor
 from skyrun.quant.tokenizer import find_tokenizer
 
+NOTHING_COMING: Mapping[Path, int] = MappingProxyType({})
 _AGAIN = "download the checkpoint again, or check that it is a SkyReels-V3 repository"
 
 
@@ -85,9 +87,12 @@ class _Model:
         return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)
 
 
-def find_families(source: Path) -> Found:
-    """Look into a folder or a file; reads headers only. SkyrunError lists all that keeps it from being converted."""
-    parts, errors = open_parts(source)
+def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> Found:
+    """Look into a folder or a file; reads headers only. SkyrunError lists all that keeps it from being converted.
+
+    coming: bytes that files will have of which only the header is there yet.
+    """
+    parts, errors = open_parts(source, coming)
     notes: list[str] = []
     models: list[_Model] = []
     for part in parts:

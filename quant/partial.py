@@ -123,12 +123,10 @@ def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
     path = partial_path(file.path)
     head = _line({"fingerprint": _fingerprint(file, device)})
     journal.seek(0)
-    first, *rest = journal.read().splitlines(keepends=True) or [b""]
-    if first == head and path.is_file() and path.stat().st_size == file.nbytes:
-        names = {_line({"done": tensor.name}): tensor.name for tensor in file.tensors}
-        good = list(takewhile(names.__contains__, rest))  # the last line may be cut
+    good = _good_lines(file, head, journal.read())
+    if good is not None:
         journal.truncate(len(head) + sum(map(len, good)))
-        return {names[line] for line in good}
+        return {good[line] for line in good}
     journal.truncate(0)  # before the data: a journal must never vouch for what is not there
     with open(path, "wb") as out:
         out.truncate(file.nbytes)
@@ -136,6 +134,26 @@ def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
     journal.write(head)
     journal.flush()
     return set()
+
+
+def _good_lines(file: PlannedFile, head: bytes, journal: bytes) -> dict[bytes, str] | None:
+    """Lines of a journal and the tensors that they vouch for; None if it is about another file."""
+    path = partial_path(file.path)
+    first, *rest = journal.splitlines(keepends=True) or [b""]
+    if first != head or not path.is_file() or path.stat().st_size != file.nbytes:
+        return None
+    names = {_line({"done": tensor.name}): tensor.name for tensor in file.tensors}
+    return {line: names[line] for line in takewhile(names.__contains__, rest)}  # the last line may be cut
+
+
+def finished_before(file: PlannedFile, device: str = "cpu") -> set[str]:
+    """Names of the tensors that an interrupted conversion has finished. Changes nothing."""
+    try:
+        journal = _journal_path(file.path).read_bytes()
+    except OSError:
+        return set()
+    good = _good_lines(file, _line({"fingerprint": _fingerprint(file, device)}), journal)
+    return set(good.values()) if good else set()
 
 
 def _line(entry: dict[str, str]) -> bytes:

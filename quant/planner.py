@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
 from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
-from skyrun.quant.families import Family, ModelTensor, find_families
+from skyrun.quant.families import NOTHING_COMING, Family, ModelTensor, find_families
 from skyrun.quant.importance import Importance, read_importance
 from skyrun.quant.partial import partial_path
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
@@ -41,10 +41,15 @@ OnMeasured = Callable[[int, int], None]
 
 
 def plan_conversion(
-    source: Path, out: Path, settings: Settings, on_measured: OnMeasured = lambda *_: None
+    source: Path,
+    out: Path,
+    settings: Settings,
+    on_measured: OnMeasured = lambda *_: None,
+    coming: Mapping[Path, int] = NOTHING_COMING,
 ) -> Conversion:
     """Decide every file, name and type. Reads headers, and some rows to measure errors on; writes nothing.
 
+    coming: bytes that files will have of which only the header is there yet; nothing is measured on them.
     Raises SkyrunError for anything that will not convert.
     """
     quant, asked = settings.quant.upper(), settings.text_encoder_quant
@@ -52,13 +57,13 @@ def plan_conversion(
         find_recipe(name)
     rules = tuple(parse_rule(text) for text in settings.type_rules)
     importance = read_importance(settings.imatrix) if settings.imatrix else None
-    found = find_families(source)
+    found = find_families(source, coming)
     _check_out(source, out)
     transformers = [family for family in found.families if family.role == "transformer"]
     _check_about_transformers(transformers, settings, rules)
     encoder = default_encoder_quant(quant) if transformers else quant
     quants = {"transformer": quant, "text_encoder": (asked or encoder).upper(), "image_encoder": encoder}
-    planner = _Planner(out, rules, settings, importance)
+    planner = _Planner(out, rules, settings, importance, coming)
     total = sum(len(planner.matrices(family)) for family in found.families)
     counter = itertools.count(1)
     files = tuple(
@@ -127,6 +132,7 @@ class _Planner:
     rules: tuple[TypeRule, ...]
     settings: Settings
     importance: Importance | None
+    coming: Mapping[Path, int]
 
     def plan(self, family: Family, quant: str, on_measured: Callable[[], None]) -> PlannedFile:
         if not family.architecture:  # wide types first: then each tensor lies at a multiple of its width
@@ -138,6 +144,8 @@ class _Planner:
         errors = {}
         for tensor in self.matrices(family):
             types = [choices[tensor.name].type] if target is None or self._ruled(tensor) else candidates(tensor)
+            if tensor.source.file in self.coming:
+                continue
             with one_thread():
                 errors[tensor.name] = sampled_errors(tensor, types, weights.get(tensor.name))
             on_measured()

@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_resume(commands)
     _add_demo(commands)
+    _add_pull(commands)
     _add_convert(commands)
     _add_calibrate(commands)
     _add_info(commands)
@@ -54,8 +55,8 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--transition", metavar="NAME", help=f"shot: {', '.join(TRANSITIONS)}, or a tag in the prompt")
     parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its sound")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
-    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, or one transformer file")
-    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where DIR has several (default: best)")
+    parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
+    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: best)")
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
@@ -113,6 +114,14 @@ def _add_resume(commands: Commands) -> None:
 def _add_demo(commands: Commands) -> None:
     parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
     parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo"), metavar="DIR", help="(skyrun-demo)")
+
+
+def _add_pull(commands: Commands) -> None:
+    parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
+    parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
+    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (Q8_0)")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
 
 
 def _add_convert(commands: Commands) -> None:

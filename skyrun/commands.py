@@ -22,6 +22,7 @@ def _emit(value: dict[str, Any]) -> None:
 
 def run(arguments: Namespace) -> int:
     """Make a clip, or say with --dry-run how it would be made."""
+    from skyrun.locate import located
     from skyrun.request import Request
     from skyrun.resume import continue_or_start
 
@@ -34,7 +35,6 @@ def run(arguments: Namespace) -> int:
         transition=arguments.transition,
         join=arguments.join,
         output=arguments.output,
-        model=arguments.model,
         quant=arguments.quant,
         size=arguments.size,
         resolution=arguments.resolution,
@@ -49,6 +49,12 @@ def run(arguments: Namespace) -> int:
         max_ram=arguments.max_ram,
         save_latents=arguments.save_latents,
     )
+    request, missing = located(request, arguments.model, _say, arguments.dry_run)
+    if missing is not None:
+        _say("without --dry-run this is fetched first, then the clip is made")
+        if arguments.json:
+            _emit({"event": "pull"} | missing.as_json())
+        return 0
     job, state = continue_or_start(request)
     if job.request.output is None:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
@@ -137,6 +143,19 @@ def demo(arguments: Namespace) -> int:
     summary = run_demo(arguments.output, _say, lambda job: follow(job, arguments.json))
     if arguments.json:
         _emit({"event": "result"} | summary)
+    return 0
+
+
+def pull(arguments: Namespace) -> int:
+    """Fetch a model, or say what would be fetched."""
+    from skyrun.locate import obtain
+    from skyrun.pulled import parse_name
+
+    pull = obtain(parse_name(arguments.model, arguments.quant), _say, arguments.output, arguments.dry_run)
+    if not arguments.dry_run:
+        _say(f"{pull.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or pull.name))}")
+    if arguments.json:
+        _emit({"event": "plan" if arguments.dry_run else "result"} | pull.as_json())
     return 0
 
 

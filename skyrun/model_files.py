@@ -17,7 +17,7 @@ from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 
-_CONVERT = "skyrun convert CHECKPOINT -o DIR, then --model DIR"
+_CONVERT = "skyrun pull TASK, or skyrun convert CHECKPOINT -o DIR and then --model DIR"
 _HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
 _TELLING = {"vae": "decoder.conv1.weight", "audio encoder": "feature_projection.projection.weight"}
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")

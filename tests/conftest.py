@@ -14,6 +14,7 @@ import pytest
 
 # The models of the tests are so small that threads, here and in processes started from here, only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests have a hub of their own
 
 if find_spec("skyrun") is None:  # a checkout that is not installed; the bare names kernels, quant, ... stay private
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -67,6 +68,7 @@ def goldens() -> Callable[[str], Golden]:
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is measured and kept in tests is not the user's."""
     os.environ["SKYRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SKYRUN_MODELS"] = str(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -128,3 +130,37 @@ def write_gguf() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Iterator[Any]:
+    """A hub with the tiny checkpoints under their published names, and nothing fetched from it yet."""
+    from hub_server import serving
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from skyrun.sources import SOURCES
+
+    with serving() as hub:
+        for task, folder in (("r2v", "r2v-tiny"), ("v2v", "v2v-tiny"), ("a2v", "a2v-tiny")):
+            hub.repos[SOURCES[task].checkpoint] = checkpoint.parent / folder
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+        monkeypatch.setattr("skyrun.hub._WAIT", 0.01)
+        monkeypatch.setenv("SKYRUN_MODELS", str(tmp_path / "models"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+        close_session()
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> list[str]:
+    """The command that makes a small clip, without a model."""
+    from PIL import Image
+
+    Image.new("RGB", (48, 32), "teal").save(tmp_path / "picture.png")
+    small = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "clip.mp4")]
+    return ["run", "r2v", "-p", "a sea", "--image", str(tmp_path / "picture.png"), *small]

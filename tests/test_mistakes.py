@@ -132,7 +132,7 @@ MISTAKES = [
     ([*GOOD, *SMALL, "--max-ram", "0.1"], WILL_NOT_FIT, "will not fit: .* 0.1 GiB may be used", "--resolution"),
     ([*GOOD, "--resolution", "720P", "--max-ram", "0.6"], WILL_NOT_FIT, "will not fit", "fewer --seconds"),
     # models
-    (INPUTS, MODEL_MISSING, "no model was given", "skyrun convert"),
+    (INPUTS, MODEL_MISSING, "no model was given", "unset HF_HUB_OFFLINE"),
     ([*INPUTS, "--model", "nowhere"], MODEL_MISSING, "the model nowhere does not exist", "skyrun convert"),
     ([*INPUTS, "--model", "{empty}"], MODEL_MISSING, "(?s)no transformer.*no text encoder.*no autoencoder", "convert"),
     ([*INPUTS, "--model", "{checkpoint}"], MODEL_MISSING, "published checkpoint, which has to be converted", ""),

@@ -18,7 +18,15 @@ ALLOWED = {
     "skyrun": {"skyrun", "quant", "kernels", "presets"},
 }
 # Only commands that convert, or that make something to convert, may reach for the quantizer.
-QUANT_USERS = {"calibration.py", "commands.py", "demo.py", "demo_checkpoint.py", "report.py"}
+QUANT_USERS = {
+    "arriving.py",
+    "calibration.py",
+    "choosing.py",
+    "commands.py",
+    "demo.py",
+    "demo_checkpoint.py",
+    "report.py",
+}
 CUDA_USERS = {"device.py", "hardware.py"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
