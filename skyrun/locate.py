@@ -6,7 +6,8 @@ from pathlib import Path
 
 from skyrun.device import choose_device
 from skyrun.download import Pull, carry_out, check_space, planned_pull
-from skyrun.images import open_image
+from skyrun.errors import SkyrunError
+from skyrun.inputs import open_inputs
 from skyrun.progress import progress
 from skyrun.pulled import Name, is_complete, parse_name, pulled
 from skyrun.request import Request
@@ -41,8 +42,10 @@ def located(request: Request, model: str | None, say: Say, dry_run: bool = False
     found = pulled(name)
     if found and is_complete(*found[0]):
         return replace(request, model=found[0][0], quant=None), None
-    for image in request.images:  # better before the download than after it
-        open_image(image)
+    failures: list[SkyrunError] = []
+    open_inputs(request, failures)  # better before the download than after it
+    if failures:
+        raise failures[0]
     choose_device(request.device)
     if found:
         name = replace(name, quant=found[0][1].quant)
