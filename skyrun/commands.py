@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
 
 
 def _say(text: str = "") -> None:
@@ -50,6 +50,19 @@ def run(arguments: Namespace) -> int:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
     return _make(job, state, arguments.json, arguments.dry_run)
+
+
+def plan(arguments: Namespace) -> int:
+    """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    from skyrun.plan_report import planned_text
+    from skyrun.planning import plan_from
+
+    planned = plan_from(arguments)
+    if arguments.json:
+        _emit({"event": "plan"} | planned.as_json())
+    else:
+        print(planned_text(planned))
+    return WILL_NOT_FIT if planned.plan.problem else 0
 
 
 def resume(arguments: Namespace) -> int:
