@@ -159,7 +159,7 @@ def choose(
 def _decide(
     hardware: Hardware, workload: Workload, budget: _Budget, precision: str | None, dtype: str, prefer: str
 ) -> Plan:
-    option = _best([*_options(hardware, workload, budget, precision, dtype)], prefer)
+    option = _best([*_options(hardware, workload, budget, precision, dtype, prefer != "memory")], prefer)
     work = option.work
     room = option.device_bytes if prefer == "memory" and budget.cuda else budget.usable
     vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
@@ -191,9 +191,9 @@ def _decide(
 
 
 def _options(
-    hardware: Hardware, workload: Workload, budget: _Budget, precision: str | None, dtype: str
+    hardware: Hardware, workload: Workload, budget: _Budget, precision: str | None, dtype: str, keep: bool
 ) -> Iterator[_Option]:
-    """Every file with every way to pass the tokens, and as many blocks kept as fit then."""
+    """Every file with every way to pass the tokens; keep: as many blocks stay in memory as fit then."""
     for work in workload.offers():
         how = precision or _precision(hardware, work)
         for rows, parked in _ways(work, budget.cuda):
@@ -201,7 +201,7 @@ def _options(
             stage = _stage("denoise", work.block_bytes, working, budget, parked_bytes(work, dtype) if parked else 0)
             taken = stage.device_bytes if budget.cuda else stage.host_bytes
             fits = taken <= budget.limit and (not budget.cuda or stage.host_bytes <= budget.host)
-            spare = max(0, budget.usable - taken) if budget.cuda else 0
+            spare = max(0, budget.usable - taken) if budget.cuda and keep else 0
             resident = min(work.layers, spare // max(1, work.block_bytes))
             settings = {"fast": how == "fast", "dtype": dtype, "rows": rows, "parked": parked, "resident": resident}
             time = step_time(hardware, work, **settings)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """How long each stage takes, from sizes and rates alone, and what it waits for."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -95,13 +96,14 @@ def decode_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Tim
     return _one_after_the_other(hardware, time, 2 * workload.vae_weights)
 
 
-def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, resident: int = 0) -> int:
-    """From how many tokens on reading the weights is hidden behind a step."""
+def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype: str) -> int:
+    """From how many tokens on reading every block from the disk is hidden behind a step."""
+    reading = workload.layers * workload.block_bytes / min(hardware.disk_rate, _link_rate(hardware))
     low, high = 1, 1 << 22
     while low < high:
         middle = (low + high) // 2
-        time = step_time(hardware, with_tokens(workload, middle), fast=fast, resident=resident)
-        low, high = (low, middle) if time.seconds <= time.compute else (middle + 1, high)
+        computing = step_time(hardware, with_tokens(workload, middle), fast=fast, dtype=dtype).compute
+        low, high = (low, middle) if computing >= reading else (middle + 1, high)
     return low
 
 
@@ -165,12 +167,14 @@ def _is_cached(hardware: Hardware, workload: Workload) -> bool:
 
 def _overlapped(hardware: Hardware, computing: float, reading: int, rate: float) -> Time:
     """Reading happens during the computation; the longer of them is what is waited for."""
-    waits = {"compute": computing, "disk": reading / rate}
-    if hardware.device == "cuda":
-        waits["link"] = reading / hardware.link_rate
+    waits = {"compute": computing, "disk": reading / rate, "link": reading / _link_rate(hardware)}
     bound = max(waits, key=lambda name: waits[name])
     longest = max(seconds for name, seconds in waits.items() if name != "compute")
     return Time(waits[bound], computing, bound, min(1.0, computing / longest) if longest else 1.0)
+
+
+def _link_rate(hardware: Hardware) -> float:
+    return hardware.link_rate if hardware.device == "cuda" else math.inf
 
 
 def _one_after_the_other(hardware: Hardware, time: Time, reading: int) -> Time:

@@ -58,6 +58,11 @@ def plan(arguments: Namespace) -> int:
     from skyrun.planning import plan_from
 
     planned = plan_from(arguments)
+    if arguments.plot:
+        from skyrun.plan_picture import write_picture
+
+        write_picture(arguments.plot, planned)
+        _say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
     if arguments.json:
         _emit({"event": "plan"} | planned.as_json())
     else:

@@ -1,6 +1,8 @@
 """The published models in numbers: what can be planned without having them."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from math import prod
 
 from skyrun.kernels.formats import FORMATS
@@ -30,6 +32,7 @@ OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # what is worth choo
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
 
+@cache
 def block_bytes(task: str, type: str) -> int:
     """Bytes of a transformer's block whose matrices have that type."""
     return sum(_stored(name, shape, type) for name, shape in _block(task))
@@ -40,12 +43,18 @@ def published_workload(task: str, type: str | None, **clip: int) -> Workload:
 
     clip: what a Workload takes of the clip itself.
     """
+    return replace(_published(task, type), **clip)  # type: ignore[arg-type]
+
+
+@cache
+def _published(task: str, type: str | None) -> Workload:
     table, dims = TRANSFORMERS[task]
     outer = [(name, shape) for name, shape in table.shapes("original", {**dims, "layers": 0}).items()]
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     avatar = task == "a2v"
     return Workload(
         task=task,
+        **dict.fromkeys(("height", "width", "frames", "latent_frames", "steps"), 0),
         layers=LAYERS,
         dim=dims["dim"],
         ffn_dim=dims["ffn"],
@@ -61,7 +70,6 @@ def published_workload(task: str, type: str | None, **clip: int) -> Workload:
         image_block_bytes=2 * 12 * _CLIP_DIM**2 if avatar else 0,
         context_tokens=512 + (_CLIP_TOKENS if avatar else 0),
         candidates=() if type else tuple(Candidate(name, block_bytes(task, name)) for name in OFFERED),
-        **clip,
     )
 
 
