@@ -63,21 +63,19 @@ def cpu_rates(cores: int) -> Rates:
     return Rates(rate, rate, 0.0, 0.0, rate / 2, cores * _CORE_DECODE)
 
 
-def probe(device: str, model: Path | None = None) -> Hardware:
+def probe(device: str, model: Path | None = None, measure: bool = True) -> Hardware:
     """Look at this machine. Imports torch only for a GPU.
 
-    model: a large file; then the disk it lies on is measured, and the link to the GPU, in less than a second.
+    model: a file, or the folder it is to be in, on the disk that counts. measure: its rate if the file is large enough
+    for that, and the link to the GPU, in less than a second.
     """
     total, free = memory()
-    cores = psutil.cpu_count(logical=False) or 1
-    name = f"CPU with {psutil.cpu_count()} threads"
-    found = Hardware("cpu", name, 0, 0, total, free, cpu=cpu_name(), system=where()).knowing(
-        REPORTED, ram_total=total, ram_free=free, cpu=cpu_name(), system=where()
-    )
-    found = found.knowing(ASSUMED, rates=cpu_rates(cores))
+    found = Hardware("cpu", f"CPU with {psutil.cpu_count()} threads", 0, 0, total, free, system=where())
+    found = found.knowing(REPORTED, ram_total=total, ram_free=free, cpu=cpu_name(), system=where())
+    found = found.knowing(ASSUMED, rates=cpu_rates(psutil.cpu_count(logical=False) or 1))
     if device == "cuda":
-        found = _with_gpu(found, measure=model is not None)
-    return found if model is None else _with_disk(found, model)
+        found = _with_gpu(found, measure and model is not None)
+    return found if model is None else _with_disk(found, model, measure)
 
 
 def _with_gpu(found: Hardware, measure: bool) -> Hardware:
@@ -122,10 +120,10 @@ def measure_link() -> float:
     return copies * _COPY_BYTES / (time.perf_counter() - start)
 
 
-def _with_disk(found: Hardware, model: Path) -> Hardware:
+def _with_disk(found: Hardware, model: Path, measure: bool) -> Hardware:
     folder = model if model.is_dir() else model.parent
     found = found.knowing(REPORTED, disk_free=free_space(folder))
-    rate = disk_rate(model) if model.is_file() else 0.0
+    rate = disk_rate(model) if measure and model.is_file() else 0.0
     return found.knowing(MEASURED, disk_rate=rate) if rate else found
 
 

@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_plan(commands)
+    _add_tune(commands)
     _add_resume(commands)
     _add_demo(commands)
     _add_convert(commands)
@@ -111,6 +112,12 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
     parser.add_argument("--prefer", choices=["quality", "speed", "memory"], default="quality", help="(quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = _add(commands, "tune", "measure this machine once, in less than two minutes, for better plans")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="whose disk to measure (default: this folder's)")
 
 
 def _add_resume(commands: Commands) -> None:

@@ -70,6 +70,18 @@ def plan(arguments: Namespace) -> int:
     return WILL_NOT_FIT if planned.plan.problem else 0
 
 
+def tune(arguments: Namespace) -> int:
+    """Measure this machine, keep it, and show what plans were made with before and are made with now."""
+    from skyrun.tuning_report import tune_and_tell
+
+    summary, text = tune_and_tell(arguments.device, arguments.model)
+    if arguments.json:
+        _emit({"event": "result"} | summary)
+    else:
+        print(text)
+    return 0
+
+
 def resume(arguments: Namespace) -> int:
     """Go on with a clip whose run ended early."""
     from skyrun.resume import resume
@@ -110,11 +122,12 @@ def _free_name(stem: str, suffix: str) -> Path:
 def follow(job: Any, as_json: bool, state: Any = None) -> Any:
     """Run a job.Job, from a run_state.RunState on, and show its events. The value is a runner.Result."""
     from skyrun.events import as_json as event_json
+    from skyrun.forecast import Forecast
     from skyrun.interrupts import raise_if_asked
     from skyrun.progress import progress
     from skyrun.runner import run_job
 
-    events = run_job(job, keep_frames=False, state=state)
+    events, forecast = run_job(job, keep_frames=False, state=state), Forecast(job.plan)
     try:
         with progress() as display:
             while True:
@@ -123,6 +136,8 @@ def follow(job: Any, as_json: bool, state: Any = None) -> Any:
                 except StopIteration as stop:
                     return stop.value
                 display.show(event)
+                if (notice := forecast.after(event)) is not None:
+                    display.show(notice)
                 if as_json:
                     _emit(event_json(event))
                 raise_if_asked()

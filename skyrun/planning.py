@@ -2,12 +2,12 @@
 
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.formats import FORMATS
-from skyrun.presets import Hardware, Plan, Workload, choose, probe
+from skyrun.machine import this_machine
+from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
 from skyrun.published import STEPS, published_workload
@@ -104,18 +104,6 @@ def plan_clip(clip: Clip, hardware: Hardware, prefer: str = "quality", **limits:
     return Planned(clip, hardware, chosen, plan)
 
 
-def this_machine(model: Path | None = None) -> Hardware:
-    """What is at hand. model: a file on the disk that counts."""
-    from skyrun.presets.nvidia_smi import query
-
-    if query("name"):
-        import torch
-
-        if torch.version.cuda:
-            return probe("cuda", model)
-    return probe("cpu", model)
-
-
 def plan_from(arguments: Namespace) -> Planned:
     """What the command line asks for."""
     clip = Clip(arguments.task, arguments.resolution, arguments.seconds, arguments.quant)
@@ -123,5 +111,5 @@ def plan_from(arguments: Namespace) -> Planned:
     if other:
         hardware = stated_hardware(arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
     else:
-        hardware = this_machine(arguments.model)
+        hardware = this_machine(model=arguments.model)
     return plan_clip(clip, hardware, arguments.prefer)
