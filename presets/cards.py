@@ -1,5 +1,6 @@
 """Graphics cards that are not at hand, as data, and what of their peaks a run is expected to reach."""
 
+import re
 from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
@@ -138,5 +139,5 @@ def find_card(name: str, vram: float | None = None) -> Card | None:
 
 def _words(name: str) -> set[str]:
     """The words that tell cards apart: "NVIDIA GeForce RTX 4070 Laptop GPU" is an RTX 4070 Laptop."""
-    parted = name.lower().replace("super", " super").replace("ti super", "ti super").split()
-    return {word for word in parted if word not in ("nvidia", "geforce", "gpu")}
+    said = re.findall(r"\d+gb|rtx|ti|super|laptop|[a-z]+|\d+", name.lower())
+    return {word for word in said if word not in ("nvidia", "geforce", "gpu", "rtx")}

@@ -1,4 +1,4 @@
-"""What the machine has: each number as it was measured, as the system reports it, or as it is assumed to be."""
+"""What the machine has: each number as it was measured, as the system reports it, as it was stated, or as assumed."""
 
 import re
 import time
@@ -10,14 +10,15 @@ import psutil
 
 from skyrun.presets.cards import Card, Rates, find_card, link_rate
 from skyrun.presets.host import ASSUMED_DISK_RATE, cpu_name, disk_rate, free_space, memory, where
-from skyrun.presets.memory import CONTEXT_BYTES
+from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.nvidia_smi import query
 
-MEASURED, REPORTED, ASSUMED = "measured", "reported", "assumed"
+MEASURED, REPORTED, ASSUMED, STATED = "measured", "reported", "assumed", "stated"
 _CORE_RATE = 25e9  # operations per second of a core, float32
 _CORE_DECODE = 0.4e9  # bytes per second that a core decodes blocks from and to
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
+_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the system and a desktop use
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Hardware:
     fast_gain: how many times quicker linear layers are in int8, as measured; 0 where they are not or were not.
     disk_rate, link_rate: bytes per second from the disk that holds the model, and to the GPU. rates: of computing, None
     if nothing is known. system: "Linux", "WSL" or "Windows". origins: where numbers come from, by field: "measured",
-    "reported" or "assumed"; those that are missing are assumed.
+    "reported", "stated" or "assumed"; those that are missing are assumed.
     """
 
     device: str
@@ -85,7 +86,7 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     found = replace(found, device="cuda", bfloat16=capability >= (8, 0))
     found = found.knowing(REPORTED, name=name, vram_total=total, vram_free=free, capability=capability)
-    card = find_card(name, total / (1 << 30)) or unknown_card(
+    card = find_card(name, total / GIB) or unknown_card(
         name, capability, total, torch.cuda.get_device_properties(0).multi_processor_count
     )
     found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate)
@@ -129,15 +130,14 @@ def _with_disk(found: Hardware, model: Path, measure: bool) -> Hardware:
 
 def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Hardware:
     """A machine that is not at hand: GiB of RAM and of VRAM, GB/s of its disk. A desktop takes some of both."""
-    gib = 1 << 30
-    total = int((card.vram if vram is None else vram) * gib)
+    total = int((card.vram if vram is None else vram) * GIB)
     return Hardware(
         "cuda",
-        f"{card.name} {card.vram} GB",
+        f"{card.name} {card.vram if vram is None else vram:g} GB",
         total,
-        max(0, total - int(_DESKTOP_VRAM * gib) - CONTEXT_BYTES),
-        int(ram * gib),
-        max(0, int((ram - _DESKTOP_RAM) * gib)),
+        max(0, total - int(_DESKTOP_VRAM * GIB) - CONTEXT_BYTES),
+        int(ram * GIB),
+        free_ram(ram),
         bfloat16=card.bfloat16,
         fast_gain=card.rates.fast_linear / card.rates.linear,
         disk_rate=disk * 1e9,
@@ -149,9 +149,10 @@ def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Ha
 
 def stated_cpu(ram: float, disk: float, cores: int = 8) -> Hardware:
     """A machine without a GPU: GiB of RAM, GB/s of its disk."""
-    total = int(ram * (1 << 30))
-    free = max(0, int((ram - _DESKTOP_RAM) * (1 << 30)))
-    return Hardware("cpu", f"CPU with {cores} cores", 0, 0, total, free, disk_rate=disk * 1e9, rates=cpu_rates(cores))
+    name, rates = f"CPU with {cores} cores", cpu_rates(cores)
+    return Hardware("cpu", name, 0, 0, int(ram * GIB), free_ram(ram), disk_rate=disk * 1e9, rates=rates)
 
 
-_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the system and a desktop use
+def free_ram(gib: float) -> int:
+    """Bytes of so many GiB that are free while a desktop runs."""
+    return max(0, int((gib - _DESKTOP_RAM) * GIB))

@@ -161,7 +161,8 @@ def _decide(
 ) -> Plan:
     option = _best([*_options(hardware, workload, budget, precision, dtype, prefer != "memory")], prefer)
     work = option.work
-    room = option.device_bytes if prefer == "memory" and budget.cuda else budget.usable
+    taken = option.device_bytes if budget.cuda else option.host_bytes
+    room = taken if prefer == "memory" else budget.usable
     vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
     denoise = denoise_time(hardware, work, option.step)
     stages = (

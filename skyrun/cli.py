@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# As skyrun.presets.named has them, which would import psutil.
+PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -55,6 +57,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     _add_clip(parser, "5 s")
     _add_precision(parser)
+    parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
 
@@ -102,10 +105,11 @@ def _add_plan(commands: Commands) -> None:
     parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
     parser.add_argument("task", choices=["r2v", "v2v", "shot", "a2v"], help="as `skyrun run` has them")
     machine = parser.add_argument_group("another machine than this one")
+    machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
     machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"')
     machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
-    machine.add_argument("--ram", type=float, metavar="GiB", help="in all (16)")
-    machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (0.5)")
+    machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
+    machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
     parser.add_argument("--resolution", default="480P", help="480P, 540P or 720P (480P)")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")

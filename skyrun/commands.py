@@ -25,6 +25,7 @@ def run(arguments: Namespace) -> int:
     from skyrun.request import Request
     from skyrun.resume import continue_or_start
 
+    _force_preset(arguments)
     request = Request(
         task=arguments.task,
         prompt=arguments.prompt,
@@ -50,6 +51,18 @@ def run(arguments: Namespace) -> int:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
     return _make(job, state, arguments.json, arguments.dry_run)
+
+
+def _force_preset(arguments: Namespace) -> None:
+    """Limits of the preset that is asked for, where no others are given."""
+    from skyrun.presets.named import preset_limits
+
+    if arguments.preset == "cpu":
+        arguments.device = arguments.device or "cpu"
+    elif arguments.preset:
+        for name, limit in preset_limits(arguments.preset).items():
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, limit)
 
 
 def plan(arguments: Namespace) -> int:
