@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from skyrun.presets.autoencoder import Autoencoder
@@ -43,9 +44,14 @@ class Time:
 
 def rates_of(hardware: Hardware) -> Rates:
     """What the machine does in a second; of one that says nothing, what an RTX 3060 or four cores would do."""
+    return hardware.rates or _usual_rates(hardware.device)
+
+
+@cache
+def _usual_rates(device: str) -> Rates:
     card = find_card("RTX 3060")
     assert card is not None
-    return hardware.rates or (card.rates if hardware.device == "cuda" else cpu_rates(4))
+    return card.rates if device == "cuda" else cpu_rates(4)
 
 
 def step_time(
