@@ -79,45 +79,34 @@ def free_space(folder: Path) -> int:
 
 
 def disk_rate(path: Path) -> float:
-    """Bytes per second of reading a file around the page cache, as measured for half a second; 0 if it is too small."""
+    """Bytes per second of reading a file around the page cache, as measured for half a second.
+
+    0 if the file is too small, or the system has no way around its cache.
+    """
     size = path.stat().st_size
-    if size < _LEAST_FILE:
+    if size < _LEAST_FILE or not hasattr(os, "posix_fadvise"):
         return 0.0
-    flags = getattr(os, "O_DIRECT", 0)
-    with suppress(OSError):
-        file = os.open(path, os.O_RDONLY | flags)
-        try:
-            return _read_rate(file, size)
-        finally:
-            os.close(file)
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        return _read_rate(file, size)
-    finally:
-        os.close(file)
+    with suppress(OSError):  # of file systems that refuse it
+        return _read_rate(path, size, getattr(os, "O_DIRECT", 0))
+    return _read_rate(path, size, 0)
 
 
-def _read_rate(file: int, size: int) -> float:
+def _read_rate(path: Path, size: int, flags: int) -> float:
     """Several threads read chunks, at most so many and so long."""
     ends = time.perf_counter() + _MOST_SECONDS
+    file = os.open(path, os.O_RDONLY | flags)
 
     def read(offset: int) -> int:
         if time.perf_counter() > ends:
             return 0
         with mmap.mmap(-1, _CHUNK) as buffer:  # begins with a page, as reads around the page cache have to
-            return _read_at(file, buffer, offset)
+            return os.preadv(file, [buffer], offset)
 
-    offsets = range(0, min(size - _CHUNK, _MOST_READ), _CHUNK)
-    with ThreadPoolExecutor(_READERS) as threads:
-        start = time.perf_counter()
-        done = sum(threads.map(read, offsets))
-        return done / (time.perf_counter() - start)
-
-
-def _read_at(file: int, buffer: mmap.mmap, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(file, [buffer], offset)
-    os.lseek(file, offset, os.SEEK_SET)
-    return len(os.read(file, _CHUNK))
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        with ThreadPoolExecutor(_READERS) as threads:
+            start = time.perf_counter()
+            done = sum(threads.map(read, range(0, min(size - _CHUNK, _MOST_READ), _CHUNK)))
+            return done / (time.perf_counter() - start)
+    finally:
+        os.close(file)

@@ -56,8 +56,8 @@ def _found_device() -> str:
 
 
 def disk_number(path: Path | None) -> str:
-    """Of the file system that holds a path."""
-    return str(os.stat(path or Path.cwd()).st_dev)
+    """Of the file system that holds a path, or the current folder."""
+    return str(os.stat(path if path is not None and path.exists() else Path.cwd()).st_dev)
 
 
 def load_tuned(device: str) -> Tuned | None:

@@ -49,7 +49,7 @@ def published_workload(task: str, type: str | None, **clip: int) -> Workload:
 @cache
 def _published(task: str, type: str | None) -> Workload:
     table, dims = TRANSFORMERS[task]
-    outer = [(name, shape) for name, shape in table.shapes("original", {**dims, "layers": 0}).items()]
+    outer = table.shapes("original", {**dims, "layers": 0}).items()
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     avatar = task == "a2v"
     return Workload(
@@ -60,7 +60,7 @@ def _published(task: str, type: str | None) -> Workload:
         ffn_dim=dims["ffn"],
         weight_type=type or OFFERED[0],
         block_bytes=block_bytes(task, type or OFFERED[0]),
-        outer_bytes=sum(_stored(name, shape, "F32") for name, shape in outer),
+        outer_bytes=sum(_stored(name, shape, "BF16") for name, shape in outer),
         text_layers=TEXT_LAYERS,
         text_dim=UMT5_XXL["dim"],
         text_block_bytes=sum(_stored(name, shape, "Q8_0") for name, shape in text if "rel_b" not in name),
@@ -83,6 +83,6 @@ def _in_blocks(table: Table, naming: str, dims: Dims, prefix: str) -> list[tuple
 
 
 def _stored(name: str, shape: tuple[int, ...], type: str) -> int:
-    """Matrices are quantized, everything else is float32."""
+    """Matrices have that type, everything else is float32."""
     kind = FORMATS[type if len(shape) == 2 else "F32"]
     return prod(shape[:-1]) * kind.row_bytes(shape[-1])

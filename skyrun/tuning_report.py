@@ -38,7 +38,7 @@ def tune_and_tell(device_name: str | None, model: Path | None) -> tuple[dict[str
             display.advance(1)
         display.end()
     path = save_tuned(device.type, tuned(device, model, found))
-    after = this_machine(device.type, model).knowing("measured", disk_rate=found["disk"])
+    after = this_machine(device.type, model)
     summary: dict[str, Any] = {"file": str(path), "rates": {}, "seconds": {}}
     rows = [["", "before", "", "now"]]
     for name in STEPS:
