@@ -1,8 +1,6 @@
 """Which of several ways is quickest on this device: measured once for each kind of work, and kept on disk."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,23 +10,14 @@ from typing import Any
 import torch
 
 from skyrun.kernels.atomic import replacing
+from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.device import device_name, median_seconds
 from skyrun.kernels.errors import SkyrunError
 
 _MARGIN = 0.03  # a later candidate has to be quicker by more than this: what is not clearly better does not win
-_FOLDER = "SKYRUN_CACHE"  # environment variable
 
 _lock = RLock()  # what is measured may itself have to choose
 _tables: dict[str, dict[str, dict[str, float]]] = {}  # seconds by candidate, by key, by device
-
-
-def cache_folder() -> Path:
-    """Where skyrun keeps what it has measured: $SKYRUN_CACHE, or a folder of skyrun's in the user's cache."""
-    if named := os.environ.get(_FOLDER):
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "skyrun" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrun"
 
 
 def bucket(rows: int) -> int:

@@ -2,6 +2,6 @@
 
 from skyrun.presets.hardware import Hardware, probe
 from skyrun.presets.plan import Plan, StagePlan, choose
-from skyrun.presets.workload import Workload
+from skyrun.presets.workload import Candidate, Workload
 
-__all__ = ["Hardware", "Plan", "StagePlan", "Workload", "choose", "probe"]
+__all__ = ["Candidate", "Hardware", "Plan", "StagePlan", "Workload", "choose", "probe"]

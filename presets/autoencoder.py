@@ -23,14 +23,15 @@ class Autoencoder:
     parked_bytes: int
 
 
-def fit(workload: Workload, dtype: str, usable: int, park: bool) -> Autoencoder:
+def fit(workload: Workload, dtype: str, usable: int, park: bool, exact: bool = True) -> Autoencoder:
     """The best way that takes at most `usable` bytes of the device; where there is none, the one that takes least.
 
-    float32 on whole frames is best, then `dtype`, on the largest tile. Tiles cost next to nothing; what does not fit
-    then waits on the host (park: there is another memory than the device's) and travels for every group of frames.
+    float32 on whole frames is best (exact: if it may be that slow), then `dtype`, on the largest tile. Tiles cost next
+    to nothing; what does not fit then waits on the host (park: there is another memory than the device's) and travels
+    for every group of frames.
     """
     slabs = [(-(-workload.height // count), workload.width) for count in SLABS]
-    for kind, tile in [("float32", None), (dtype, None), *((dtype, slab) for slab in slabs)]:
+    for kind, tile in [(("float32" if exact else dtype), None), (dtype, None), *((dtype, slab) for slab in slabs)]:
         needed = _needed(workload, kind, tile)
         if needed <= usable:
             return Autoencoder(kind, tile, None, needed, 0)

@@ -1,6 +1,17 @@
 """What is to be made, in numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A transformer file that there is or could be.
+
+    weight_type: of most weights of its blocks, as GGUF names it. block_bytes: its largest block as stored.
+    """
+
+    weight_type: str
+    block_bytes: int
 
 
 @dataclass(frozen=True)
@@ -12,7 +23,9 @@ class Workload:
     weight_type: of most weights of the transformer's blocks, as GGUF names it. block_bytes and text_block_bytes: the
     largest block of the transformer and of the text encoder as stored. outer_bytes: what of the transformer is not in
     blocks. vae_weights: their number. image_layers, image_block_bytes: of a talking avatar's image encoder.
-    context_tokens: that the clip attends to besides itself.
+    context_tokens: that the clip attends to besides itself. encoded_frames: that the autoencoder encodes in all;
+    decoded_frames: that it decodes, 0: those of the clip. candidates: transformer files to choose from; where there are
+    none, it is the one described here.
     """
 
     task: str
@@ -33,11 +46,21 @@ class Workload:
     vae_base_dim: int
     vae_weights: int
     windows: int = 1
-    image_layers: int = 0
     image_block_bytes: int = 0
+    image_layers: int = 0
     context_tokens: int = 512
+    encoded_frames: int = 4
+    decoded_frames: int = 0
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass: one for every 2 x 2 latents, each of 8 x 8 pixels."""
         return self.latent_frames * (self.height // 16) * (self.width // 16)
+
+    def offers(self) -> list["Workload"]:
+        """The workload with each of the files that there are to choose from."""
+        offered = self.candidates or (Candidate(self.weight_type, self.block_bytes),)
+        return [
+            replace(self, weight_type=one.weight_type, block_bytes=one.block_bytes, candidates=()) for one in offered
+        ]

@@ -22,6 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_plan(commands)
+    _add_tune(commands)
     _add_resume(commands)
     _add_demo(commands)
     _add_pull(commands)
@@ -33,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# As skyrun.presets.named has them, which would import psutil.
+PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -60,6 +64,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
+    parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
 
@@ -103,6 +108,29 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
+    parser.add_argument("task", choices=["r2v", "v2v", "shot", "a2v"], help="as `skyrun run` has them")
+    machine = parser.add_argument_group("another machine than this one")
+    machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
+    machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"')
+    machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
+    machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
+    machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
+    parser.add_argument("--resolution", default="480P", help="480P, 540P or 720P (480P)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
+    parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
+    parser.add_argument("--prefer", choices=["quality", "speed", "memory"], default="quality", help="(quality)")
+    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = _add(commands, "tune", "measure this machine once, in less than two minutes, for better plans")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="whose disk to measure (default: this folder's)")
 
 
 def _add_resume(commands: Commands) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
 
 
 def _say(text: str = "") -> None:
@@ -26,6 +26,7 @@ def run(arguments: Namespace) -> int:
     from skyrun.request import Request
     from skyrun.resume import continue_or_start
 
+    _force_preset(arguments)
     request = Request(
         task=arguments.task,
         prompt=arguments.prompt,
@@ -60,6 +61,48 @@ def run(arguments: Namespace) -> int:
         output = _free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
     return _make(job, state, arguments.json, arguments.dry_run)
+
+
+def _force_preset(arguments: Namespace) -> None:
+    """Limits of the preset that is asked for, where no others are given."""
+    from skyrun.presets.named import preset_limits
+
+    if arguments.preset == "cpu":
+        arguments.device = arguments.device or "cpu"
+    elif arguments.preset:
+        for name, limit in preset_limits(arguments.preset).items():
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, limit)
+
+
+def plan(arguments: Namespace) -> int:
+    """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    from skyrun.plan_report import planned_text
+    from skyrun.planning import plan_from
+
+    planned = plan_from(arguments)
+    if arguments.plot:
+        from skyrun.plan_picture import write_picture
+
+        write_picture(arguments.plot, planned)
+        _say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
+    if arguments.json:
+        _emit({"event": "plan"} | planned.as_json())
+    else:
+        print(planned_text(planned))
+    return WILL_NOT_FIT if planned.plan.problem else 0
+
+
+def tune(arguments: Namespace) -> int:
+    """Measure this machine, keep it, and show what plans were made with before and are made with now."""
+    from skyrun.tuning_report import tune_and_tell
+
+    summary, text = tune_and_tell(arguments.device, arguments.model)
+    if arguments.json:
+        _emit({"event": "result"} | summary)
+    else:
+        print(text)
+    return 0
 
 
 def resume(arguments: Namespace) -> int:
@@ -104,11 +147,12 @@ def _free_name(stem: str, suffix: str) -> Path:
 def follow(job: Any, as_json: bool, state: Any = None) -> Any:
     """Run a job.Job, from a run_state.RunState on, and show its events. The value is a runner.Result."""
     from skyrun.events import as_json as event_json
+    from skyrun.forecast import Forecast
     from skyrun.interrupts import raise_if_asked
     from skyrun.progress import progress
     from skyrun.runner import run_job
 
-    events = run_job(job, keep_frames=False, state=state)
+    events, forecast = run_job(job, keep_frames=False, state=state), Forecast(job.plan)
     try:
         with progress() as display:
             while True:
@@ -117,6 +161,8 @@ def follow(job: Any, as_json: bool, state: Any = None) -> Any:
                 except StopIteration as stop:
                     return stop.value
                 display.show(event)
+                if (notice := forecast.after(event)) is not None:
+                    display.show(notice)
                 if as_json:
                     _emit(event_json(event))
                 raise_if_asked()

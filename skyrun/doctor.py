@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from skyrun.nvidia_smi import query
+from skyrun.presets.nvidia_smi import query
 
 _GIB = 1 << 30
 _COMFORTABLE_RAM = 12 * _GIB

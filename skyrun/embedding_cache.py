@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skyrun import __version__
 from skyrun.kernels.atomic import replacing
-from skyrun.kernels.choice import cache_folder
+from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.model_files import gguf_identity
 

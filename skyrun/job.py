@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from skyrun.device import choose_device
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.inputs import Inputs, open_inputs
 from skyrun.kernels.matmul import fast_gain
+from skyrun.machine import this_machine
 from skyrun.model_files import ModelFiles, find_model, main_type
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit_file import DiTDims, block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
-from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets import Plan, Workload, choose
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import TEXT_LENGTH, Request
 from skyrun.sizes import bucket
@@ -84,18 +86,19 @@ def prepare(request: Request) -> Job:
     encoder, vision = UMT5(files.text_encoder), CLIPVision(files.image_encoder) if files.image_encoder else None
     dims = _check_model(request, files, encoder, vision)
     workload = _workload(request, files, encoder, vision, dims, windows)
-    plan = _plan(request, workload, device)
+    plan = _plan(request, workload, device, files.transformer.path)
     if plan.problem:
         raise SkyrunError(
             f"{height}x{width} with {frames} frames will not fit: {plan.problem}",
-            "use a smaller --resolution or --size, fewer --seconds, or raise --max-vram or --max-ram",
+            (f"{plan.remedy}: " if plan.remedy else "")
+            + "use a smaller --resolution or --size, fewer --seconds, or raise --max-vram or --max-ram",
             WILL_NOT_FIT,
         )
     return Job(request, inputs, files, encoder, vision, height, width, frames, windows, device, workload, plan)
 
 
-def _plan(request: Request, workload: Workload, device: torch.device) -> Plan:
-    hardware = probe(device.type)
+def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:
+    hardware = this_machine(device.type, model)
     if request.precision is None and workload.weight_type not in EXACT_TYPES:
         hardware = replace(hardware, fast_gain=fast_gain(device, workload.tokens, workload.dim))
     return choose(

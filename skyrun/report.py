@@ -45,16 +45,16 @@ def plan_text(job: "Job") -> str:
         f"{job.files.transformer.path.name} on {plan.device_name}, {_numbers(plan)} (decoding in {plan.vae_dtype})",
         blocks,
         *_passing(plan),
-        f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used:",
+        f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
     ]
     columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]
     tokens = job.encoder.token_count(request.prompt)
     if tokens > TEXT_LENGTH:
         head.insert(1, f"the prompt has {tokens} tokens, the model reads {TEXT_LENGTH}: its end is cut off")
-    rows = [["  stage", *columns]]
+    rows = [["  stage", *columns, "time"]]
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
-        rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes)])
+        rows.append([f"  {stage.name}", *(f"{nbytes / _GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
     return "\n".join([*head, table(rows)])
 
 

@@ -10,7 +10,7 @@ from skyrun.bench.checks import Check
 from skyrun.bench.measurement import Measurement
 from skyrun.bench.step import StepFigures
 from skyrun.kernels.choice import holds_for
-from skyrun.nvidia_smi import query
+from skyrun.presets.nvidia_smi import query
 from skyrun.progress import duration
 from skyrun.report import table
 

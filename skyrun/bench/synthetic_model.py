@@ -15,19 +15,13 @@ from skyrun.demo_checkpoint import demo_tokenizer
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.synthetic import random_blocks
+from skyrun.published import TEXT_LAYERS, UMT5_XXL, VAE, WAN_14B
 
 Dims = Mapping[str, int]
 Shape = tuple[int, ...]
 
 # Sizes of the published models, by name.
-MODELS: dict[str, dict[str, Dims]] = {
-    "r2v-14b": {
-        "transformer": {"dim": 5120, "ffn": 13824, "in": 16, "out": 16, "freq": 256, "text": 4096},
-        "text_encoder": {"dim": 4096, "inner": 4096, "ffn": 10240, "vocab": 256384, "buckets": 32, "heads": 64},
-        "vae": {"base": 96, "z": 16},
-    },
-}
-TEXT_LAYERS = 24
+MODELS: dict[str, dict[str, Dims]] = {"r2v-14b": {"transformer": WAN_14B, "text_encoder": UMT5_XXL, "vae": VAE}}
 _PATTERN_ROWS = 64  # of random blocks, repeated over a matrix: random numbers are slower than disks
 
 

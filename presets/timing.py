@@ -1,0 +1,197 @@
+"""How long each stage takes, from sizes and rates alone, and what it waits for."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from skyrun.presets.autoencoder import Autoencoder
+from skyrun.presets.cards import Rates, find_card
+from skyrun.presets.hardware import Hardware, cpu_rates
+from skyrun.presets.memory import BYTES, parked_bytes
+from skyrun.presets.workload import Workload
+
+if TYPE_CHECKING:
+    from skyrun.presets.plan import Plan
+
+HIDDEN = 1.03  # times as long as without any reading a step may take whose reading counts as hidden
+_CACHED_SHARE = 0.7  # of the free memory: files up to there are read through the page cache
+_CACHED_RATE = 4e9  # bytes per second from there
+_GROUP = 4  # frames that the autoencoder decodes at a time
+# Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
+_ENCODE, _DECODE = 620, 940
+_TEXT_TOKENS = 512
+_TEXT_SQUARES = 11.5  # weights of a block of the text encoder in squares of its width
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a stage or a step. bound: what it waits for: "compute", "disk" or "link".
+
+    compute: seconds if weights were there. hidden: the share of reading that happens behind it.
+    """
+
+    seconds: float
+    compute: float
+    bound: str
+    hidden: float
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether reading costs nothing worth mentioning."""
+        return self.seconds <= HIDDEN * self.compute
+
+
+def rates_of(hardware: Hardware) -> Rates:
+    """What the machine does in a second; of one that says nothing, what an RTX 3060 or four cores would do."""
+    return hardware.rates or _usual_rates(hardware.device)
+
+
+@cache
+def _usual_rates(device: str) -> Rates:
+    card = find_card("RTX 3060")
+    assert card is not None
+    return card.rates if device == "cuda" else cpu_rates(4)
+
+
+def step_time(
+    hardware: Hardware,
+    workload: Workload,
+    *,
+    fast: bool = False,
+    dtype: str = "bfloat16",
+    rows: int | None = None,
+    parked: bool = False,
+    resident: int = 0,
+) -> Time:
+    """A denoising step after the first. Names of settings are those of the plan."""
+    computing = _computing(hardware, workload, fast, dtype, rows, parked)
+    reading = (workload.layers - resident) * workload.block_bytes
+    rate = max(_CACHED_RATE, hardware.disk_rate) if _is_cached(hardware, workload) else hardware.disk_rate
+    return _overlapped(hardware, computing, reading, rate)
+
+
+def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
+    """All steps, given one of them. In the first of a window every block comes from disk, after what is in no block."""
+    everything = workload.layers * workload.block_bytes
+    first = _overlapped(hardware, step.compute, everything, hardware.disk_rate)
+    cold = 1 if _is_cached(hardware, workload) else workload.windows
+    steps = workload.windows * workload.steps
+    seconds = steps * step.seconds + cold * (first.seconds - step.seconds) + workload.outer_bytes / hardware.disk_rate
+    return replace(step, seconds=seconds, compute=steps * step.compute)
+
+
+def text_time(hardware: Hardware, workload: Workload) -> Time:
+    """Reading the encoder once, with as long a prompt as the model takes."""
+    rates, weights = rates_of(hardware), workload.text_layers * _TEXT_SQUARES * workload.text_dim**2
+    reading = workload.text_layers * workload.text_block_bytes
+    computing = 2 * weights * _TEXT_TOKENS / rates.linear + (reading + 4 * weights) / rates.decode
+    return _overlapped(hardware, computing, reading, hardware.disk_rate)
+
+
+def images_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
+    """Encoding what the clip starts from, and looking at it where there is a tower for that."""
+    reading = 2 * workload.vae_weights + workload.windows * workload.image_layers * workload.image_block_bytes
+    time = _convolving(hardware, workload, vae, _ENCODE, workload.encoded_frames)
+    return _one_after_the_other(hardware, time, reading)
+
+
+def decode_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
+    """Latents to frames."""
+    time = _convolving(hardware, workload, vae, _DECODE, workload.decoded_frames or workload.frames)
+    return _one_after_the_other(hardware, time, 2 * workload.vae_weights)
+
+
+def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype: str) -> int:
+    """From how many tokens on reading every block from the disk is hidden behind a step."""
+    reading = workload.layers * workload.block_bytes / min(hardware.disk_rate, _link_rate(hardware))
+    low, high = 1, 1 << 22
+    while low < high:
+        middle = (low + high) // 2
+        computing = step_time(hardware, with_tokens(workload, middle), fast=fast, dtype=dtype).compute
+        low, high = (low, middle) if computing >= reading else (middle + 1, high)
+    return low
+
+
+def with_tokens(workload: Workload, tokens: int) -> Workload:
+    """The workload with as many tokens, in one long row."""
+    return replace(workload, latent_frames=1, height=16, width=16 * tokens)
+
+
+def corrected(plan: "Plan", step_seconds: float) -> "Plan":
+    """The plan with its times as a measured step says.
+
+    What computing waits for is the same in decoding: where a step computes longer than expected, so will decoding.
+    """
+    if plan.step_seconds <= 0:
+        return plan
+    factor = step_seconds / plan.step_seconds
+    stages = tuple(
+        replace(stage, seconds=stage.seconds * factor)
+        if stage.name == "denoise" or (stage.name == "decode" and stage.bound == "compute" == _bound(plan))
+        else stage
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages, step_seconds=step_seconds)
+
+
+def _bound(plan: "Plan") -> str:
+    return next(stage.bound for stage in plan.stages if stage.name == "denoise")
+
+
+def block_weights(workload: Workload) -> int:
+    """Weights of a block's matrices: two attentions and the feed-forward, and of an avatar what sees and hears."""
+    dim, ffn = workload.dim, workload.ffn_dim
+    return 8 * dim**2 + 2 * dim * ffn + (4 * dim**2 if workload.task == "a2v" else 0)
+
+
+def step_operations(workload: Workload) -> tuple[float, float]:
+    """Operations of a step: in products with weights, and in attention."""
+    dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
+    per_token = 6 * dim**2 + 2 * dim * workload.ffn_dim + (2 * dim**2 if workload.task == "a2v" else 0)
+    linear = 2 * (tokens * per_token + context * 2 * dim**2)
+    return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
+
+
+def _computing(hardware: Hardware, workload: Workload, fast: bool, dtype: str, rows: int | None, parked: bool) -> float:
+    rates = rates_of(hardware)
+    slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
+    linear, attention = step_operations(workload)
+    linear_rate = (fast and rates.fast_linear) or rates.linear / slower
+    attention_rate = (fast and rates.fast_attention) or rates.attention / slower
+    parts = -(-workload.tokens // rows) if rows else 1
+    decoded = workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype])
+    seconds = linear / linear_rate + attention / attention_rate + workload.layers * parts * decoded / rates.decode
+    if parked:
+        seconds += workload.layers * 2 * parked_bytes(workload, dtype) / hardware.link_rate
+    return seconds
+
+
+def _is_cached(hardware: Hardware, workload: Workload) -> bool:
+    return workload.layers * workload.block_bytes + workload.outer_bytes <= _CACHED_SHARE * hardware.ram_free
+
+
+def _overlapped(hardware: Hardware, computing: float, reading: int, rate: float) -> Time:
+    """Reading happens during the computation; the longer of them is what is waited for."""
+    waits = {"compute": computing, "disk": reading / rate, "link": reading / _link_rate(hardware)}
+    bound = max(waits, key=lambda name: waits[name])
+    longest = max(seconds for name, seconds in waits.items() if name != "compute")
+    return Time(waits[bound], computing, bound, min(1.0, computing / longest) if longest else 1.0)
+
+
+def _link_rate(hardware: Hardware) -> float:
+    return hardware.link_rate if hardware.device == "cuda" else math.inf
+
+
+def _one_after_the_other(hardware: Hardware, time: Time, reading: int) -> Time:
+    loading = reading / hardware.disk_rate
+    bound = "disk" if loading > time.seconds else time.bound
+    return replace(time, seconds=time.seconds + loading, bound=bound)
+
+
+def _convolving(hardware: Hardware, workload: Workload, vae: Autoencoder, operations: int, frames: int) -> Time:
+    slower = 2.0 if vae.dtype == "float32" and hardware.device == "cuda" else 1.0
+    pixels = workload.height * workload.width * frames
+    seconds = slower * operations * workload.vae_base_dim**2 * pixels / rates_of(hardware).convolution
+    travelling = 2 * vae.parked_bytes / hardware.link_rate * -(-frames // _GROUP)
+    return Time(seconds + travelling, seconds, "link" if travelling > seconds else "compute", 1.0)

@@ -1,0 +1,78 @@
+"""Every shape of plan that any machine gets runs, here with the tiny model on the CPU."""
+
+import dataclasses
+import itertools
+
+import pytest
+from small_run import small_request
+
+from skyrun.events import drain
+from skyrun.job import prepare
+from skyrun.planning import Clip, clip_workload
+from skyrun.presets import choose
+from skyrun.presets.cards import CARDS, find_card
+from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.memory import vae_memory_bytes
+from skyrun.presets.plan import PREFERENCES
+from skyrun.runner import run_job
+
+
+def denoising(plan, work):
+    """What of a plan decides how steps are made, whatever the size of the clip."""
+    parts = -(-work.tokens // plan.token_rows) if plan.token_rows else 1
+    kept = "all" if plan.resident_blocks == work.layers else "some" if plan.resident_blocks else "none"
+    return parts, plan.parked_tokens, kept, plan.precision, plan.dtype
+
+
+def decoding(plan, work):
+    """What of a plan decides how the autoencoder works."""
+    slabs = round(work.height / plan.vae_tile[0]) if plan.vae_tile else 1
+    return slabs, plan.vae_room is not None, plan.vae_dtype
+
+
+def shapes():
+    """All there are, over cards, memories, disks, tasks, sizes, types and preferences."""
+    kinds = [find_card("RTX 2060"), find_card("RTX 4070"), find_card("H200")]
+    sizes = sorted({3, 4, 5, *(card.vram for card in CARDS)})
+    machines = [stated(card, ram, 0.5, vram) for card in kinds for ram in (8, 64) for vram in sizes]
+    machines += [stated_cpu(ram, disk) for ram in (8, 16, 32, 128) for disk in (0.1, 5)]
+    clips = [Clip(task, size) for task in ("r2v", "v2v") for size in ("480P", "720P")] + [Clip("r2v", "720P", 12)]
+    steps, vaes = set(), set()
+    for clip in clips:
+        work = clip_workload(clip)
+        for hardware, prefer in itertools.product(machines, PREFERENCES):
+            plan = choose(hardware, work, prefer=prefer)
+            if not plan.problem:
+                steps.add(denoising(plan, work))
+                vaes.add(decoding(plan, work))
+    return sorted(steps), sorted(vaes)
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return converted("Q4_K")
+
+
+def test_every_shape_runs(model, tmp_path):
+    steps, vaes = shapes()
+    assert {shape[1] for shape in steps} == {True, False} and {shape[2] for shape in steps} == {"all", "some", "none"}
+    assert {shape[0] for shape in vaes} >= {1, 2, 8}
+    job = prepare(small_request(tmp_path, model, output=None, steps=2))
+    work = job.workload
+    for index in range(max(len(steps), len(vaes))):
+        parts, parked, kept, precision, dtype = steps[index % len(steps)]
+        slabs, waits, vae_dtype = vaes[index % len(vaes)]
+        plan = dataclasses.replace(
+            job.plan,
+            precision=precision,
+            dtype=dtype,
+            token_rows=None if parts == 1 else max(1, -(-work.tokens // parts)),
+            parked_tokens=parked,
+            resident_blocks={"none": 0, "some": 1, "all": work.layers}[kept],
+            vae_dtype=vae_dtype,
+            vae_tile=None if slabs == 1 else (-(-work.height // slabs), work.width),
+            vae_room=vae_memory_bytes(work, vae_dtype) // 2 if waits else None,
+        )
+        result = drain(run_job(dataclasses.replace(job, plan=plan)))
+        assert result.frames.shape == (5, 32, 48, 3), plan
+        assert result.latents.isfinite().all(), plan
