@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skyrun.device import choose_device, out_of_memory_explained, peak_bytes, vram_limited
-from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
+from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, LatentsReady, Progress, StageEnded, StageStarted, now
 from skyrun.images import open_image
 from skyrun.job import prepare
@@ -183,18 +183,3 @@ def merge_files(paths: Sequence[Path], output: Path) -> Importance:
             raise SkyrunError(f"{path} does not go with those before it: {error.message}", error.hint) from error
     write_importance(output, merged)
     return merged
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line of a text file; empty lines do not count."""
-    hint = "give a text file in UTF-8 with one prompt per line"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise SkyrunError(f"{path} does not exist", hint, MODEL_MISSING) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SkyrunError(f"{path} is no list of prompts: {error}", hint) from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise SkyrunError(f"{path} has no prompt in it", hint)
-    return prompts

@@ -15,7 +15,8 @@ from skyrun.tasks import TASKS, TRANSITIONS
 _INTERRUPTED = 130  # as skyrun.errors has it, which would import numpy
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = argparse.ArgumentParser(
         prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False
     )
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -49,8 +51,13 @@ def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
 def _add_run(commands: Commands) -> None:
     parser = _add(commands, "run", "make a clip")
     tasks = "; ".join(f"{name}: {task.does}" for name, task in TASKS.items())
-    parser.add_argument("task", choices=list(TASKS), help=tasks)
-    parser.add_argument("-p", "--prompt", required=True, help="what the clip shows")
+    parser.add_argument("task", nargs="?", choices=list(TASKS), help=tasks)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", help="what the clip shows; - reads it from stdin")
+    prompt.add_argument("--prompts", type=Path, metavar="F.txt", help="a clip for every line")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, but for what else is said"
+    )
     parser.add_argument(
         "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: pictures; a2v: a portrait"
     )
@@ -61,11 +68,19 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: best)")
-    parser.add_argument("--seed", type=int, metavar="N", help="start of the noise (default: drawn and shown)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="start of the noise, a clip for each (default: drawn and shown)",
+    )
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
+    parser.add_argument("--preview", type=Path, metavar="F.png", help="draw after every step what the clip will be")
+    parser.add_argument("--sheet", action="store_true", help="also draw the clip at a glance, as OUT.png")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
 
 
@@ -92,7 +107,7 @@ def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
     size.add_argument(
-        "--resolution", default="480P", help="480P, 540P or 720P, shaped like the picture or video (480P)"
+        "--resolution", help="480P, 540P or 720P, shaped like the picture or video (480P)"
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
@@ -227,9 +242,14 @@ def _add_bench(commands: Commands) -> None:
     parser.set_defaults(steps=4)
 
 
+def _add_completion(commands: Commands) -> None:
+    parser = _add(commands, "completion", "print a script that completes commands and options in a shell")
+    parser.add_argument("shell", choices=["bash", "zsh"], help="put it where the shell looks for completions")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, the code of the SkyrunError that ended it, or 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         with interruptible():
             return _run(arguments)

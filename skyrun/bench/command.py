@@ -43,8 +43,8 @@ def kernels(arguments: Namespace, say: Say, emit: Emit) -> int:
 
 def step(arguments: Namespace, say: Say, emit: Emit) -> int:
     """Run a synthetic model, streamed and from memory."""
-    names = ("size", "resolution", "frames", "seconds", "steps", "device", "dtype", "precision", "max_vram", "max_ram")
-    settings = {name: getattr(arguments, name) for name in names}
+    names = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "max_vram", "max_ram")
+    settings = {name: getattr(arguments, name) for name in names} | {"resolution": arguments.resolution or "480P"}
     said = environment(choose_device(arguments.device))
     say("\n".join(f"{name}: {value}" for name, value in said.items()))
     with progress() as display:

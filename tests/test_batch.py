@@ -1,0 +1,126 @@
+"""Several clips with one command, clips made again, and prompts from files and stdin."""
+
+import io
+import json
+
+import av
+import pytest
+from PIL import Image
+from small_run import small_request
+
+from skyrun.cli import main
+from skyrun.errors import SkyrunError
+from skyrun.models.umt5 import UMT5
+from skyrun.video import read_request
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Models that are known to be whole are not looked through again."""
+    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
+    monkeypatch.setattr(UMT5, "check", lambda self: None)
+
+
+@pytest.fixture
+def told(converted, tmp_path, monkeypatch):
+    """told("-p", "a sea") are the arguments for a clip of one frame."""
+    monkeypatch.chdir(tmp_path)
+    request = small_request(tmp_path, converted("Q8_0"))
+
+    def arguments(*more):
+        start = ["run", "r2v", "--image", str(request.images[0]), "--model", str(request.model), "--size", "32x48"]
+        return [*start, "--frames", "1", "--steps", "1", "--device", "cpu", *more]
+
+    return arguments
+
+
+def clips(folder):
+    return sorted(path.name for path in folder.glob("*.mp4"))
+
+
+def test_a_clip_for_every_seed(told, tmp_path, capsys):
+    assert main(told("-p", "a sea", "--seed", "3", "4")) == 0
+    assert clips(tmp_path) == ["r2v-3.mp4", "r2v-4.mp4"]
+    assert [read_request(tmp_path / name)["seed"] for name in clips(tmp_path)] == [3, 4]
+    capsys.readouterr()
+    first = (tmp_path / "r2v-3.mp4").stat().st_mtime_ns
+    assert main(told("-p", "a sea", "--seed", "3", "4", "5")) == 0  # what is there is not made again
+    assert capsys.readouterr().err.count("it is there already") == 2
+    assert (tmp_path / "r2v-3.mp4").stat().st_mtime_ns == first
+    assert main(told("-p", "a lake", "--seed", "3", "4")) == 0  # but that is another clip
+    assert read_request(tmp_path / "r2v-3.mp4")["prompt"] == "a lake"
+
+
+def test_a_clip_for_every_prompt_and_seed(told, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a sea\n\n a lake \n")
+    assert main(told("--prompts", "prompts.txt", "--seed", "1", "2", "-o", "out/x.mp4")) == 0
+    assert clips(tmp_path / "out") == ["x-1-1.mp4", "x-1-2.mp4", "x-2-1.mp4", "x-2-2.mp4"]
+    said = [read_request(tmp_path / "out" / name) for name in clips(tmp_path / "out")]
+    assert [(clip["prompt"], clip["seed"]) for clip in said] == [
+        ("a sea", 1), ("a sea", 2), ("a lake", 1), ("a lake", 2)
+    ]  # fmt: skip
+
+
+def test_a_prompt_from_stdin(told, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a sea\nat night\n"))
+    assert main(told("-p", "-", "--seed", "1")) == 0
+    assert read_request(tmp_path / "r2v-1.mp4")["prompt"] == "a sea\nat night"
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main(told("-p", "-")) == 2
+
+
+def test_a_clip_made_again_with_another_seed(told, tmp_path, converted, capsys):
+    assert main(told("-p", "a sea", "--seed", "3", "-o", "a.mp4")) == 0
+    again = ["run", "--from", "a.mp4", "--model", str(converted("Q8_0")), "--device", "cpu"]
+    assert main([*again, "-o", "same.mp4"]) == 0
+    assert main([*again, "--seed", "7", "--frames", "5", "-o", "other.mp4"]) == 0
+    first, same, other = (read_request(tmp_path / f"{name}.mp4") for name in ("a", "same", "other"))
+    assert first | {"output": "same.mp4"} == same
+    assert first | {"output": "other.mp4", "seed": 7, "frames": 5} == other
+    with av.open("a.mp4") as one, av.open("same.mp4") as two:
+        frames = [next(container.decode(video=0)).to_ndarray() for container in (one, two)]
+    assert (frames[0] == frames[1]).all()
+
+
+def test_what_can_be_seen_of_a_clip(told, tmp_path):
+    assert main(told("-p", "a sea", "--seed", "1", "--preview", "p.png", "--sheet")) == 0
+    with Image.open(tmp_path / "p.png") as preview, Image.open(tmp_path / "r2v-1.png") as sheet:
+        assert preview.size == (4 * (24 + 4) - 4, 16)  # of 4 x 6 latents
+        assert sheet.size == (4 * (48 + 4) - 4, 32)  # one frame, and room for three
+
+
+MISTAKES = [
+    (["run"], "nothing was said to make"),
+    (["run", "r2v", "--image", "x.png"], "no prompt was given"),
+    (["run", "--from", "x.mp4"], "x.mp4 is not a readable video"),
+    (["run", "r2v", "--prompts", "x.txt"], "x.txt does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) in (2, 4)
+    assert message in capsys.readouterr().err
+
+
+def test_a_clip_of_others_says_nothing(tmp_path, goldens):
+    clip = goldens("e2e/single_shot_extension/golden").folder / "input.mp4"
+    with pytest.raises(SkyrunError, match="does not say how it was made"):
+        from skyrun.batch import _made_before
+
+        _made_before(clip)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_complete(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--transition" in script and "a2v" in script
+
+
+def test_events_for_scripts(told, capsys):
+    assert main(told("-p", "a sea", "--seed", "1", "2", "--json")) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events].count("result") == 2
+    assert {"plan", "StageStarted", "StageEnded", "Progress", "Preview", "LatentsReady"} <= {e["event"] for e in events}
