@@ -75,8 +75,12 @@ class Step:
         return [planned.path for planned in files]
 
     def text(self) -> list[tuple[str, int]]:
-        """The files and their sizes."""
-        return [(file.path, file.nbytes) for file in self.places.values()]
+        """The files that are still needed, and their size."""
+        files = sorted(self.places.values(), key=lambda file: file.path)
+        if not files:
+            return []
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return [(f"{files[0].path}{others}", sum(file.nbytes for file in files))]
 
     def clean(self) -> None:
         """Delete what was fetched, once it is on record that the files are written."""

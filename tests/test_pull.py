@@ -94,11 +94,12 @@ def test_small_files_are_checked_too(hub, tmp_path):
         fetch(file, tmp_path / "x")
 
 
-def test_a_busy_server_is_asked_again_and_a_token_stays_with_the_hub(hub, tmp_path, monkeypatch):
-    hub.token, hub.redirect = "hf_secret", True
+def test_a_token_stays_with_the_hub(hub, tmp_path, monkeypatch):
+    hub.token, hub.redirect, hub.cut[SHARD] = "hf_secret", True, [600_000]
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
     fetch(file, tmp_path / "x")
+    assert any(bounds.startswith("bytes=") for bounds in hub.asked(f"cdn/{R2V}/{SHARD}"))
     sent = {(host, path.partition("/")[0] == "cdn"): token for (host, path), token in hub.tokens.items()}
     assert sent == {("127.0.0.1", False): "Bearer hf_secret", ("localhost", True): None}
 
@@ -118,13 +119,15 @@ def test_what_is_in_the_cache_of_huggingface_is_not_fetched(hub, tmp_path):
 
 
 def test_a_checkpoint_becomes_what_convert_makes_of_it(hub, tmp_path, converted, capsys):
-    most = [0]
+    most, total = [0], [0]
     measure = Display.advance
 
     def advance(self, units):
         work = tmp_path / "models" / "r2v-Q4_K" / ".fetched"
         on_disk = sum(p.stat().st_size for p in work.rglob("*") if p.stat().st_size > 300_000)
         most[0] = max(most[0], on_disk)
+        files = [path for path in (tmp_path / "models").rglob("*") if path.suffix not in (".json", ".model")]
+        total[0] = max(total[0], sum(path.stat().st_blocks * 512 for path in files if path.is_file()))
         measure(self, units)
 
     Display.advance = advance
@@ -138,6 +141,7 @@ def test_a_checkpoint_becomes_what_convert_makes_of_it(hub, tmp_path, converted,
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["event"] == "result" and result["repositories"] == {R2V: COMMIT}
+    assert total[0] <= result["disk_bytes"] + 200_000, "the disk held more than was announced"
     assert "5.5 MB to fetch" in said.err and "ready, for skyrun run" in said.err
     assert names_in(tmp_path / "models") == sorted(["r2v-Q4_K", *digests(converted("Q4_K"))])
     asked = len(hub.requests)
