@@ -157,4 +157,5 @@ def _workload(request: Request, files: ModelFiles, encoder: UMT5) -> Workload:
         text_block_bytes=encoder.block_bytes,
         vae_base_dim=vae_base_dim,
         vae_weights=vae_weights,
+        encoded_frames=len(request.images),
     )
