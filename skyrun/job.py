@@ -193,4 +193,5 @@ def _workload(
         context_tokens=TEXT_LENGTH + (vision.tokens if vision else 0),
         vae_base_dim=vae_base_dim,
         vae_weights=vae_weights,
+        encoded_frames=len(request.images),
     )

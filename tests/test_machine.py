@@ -166,6 +166,7 @@ def test_plan_does_not_import_torch(tmp_path):
         (["--quant", "Q9"], 2, "unknown type"),
         (["--preset", "12gb", "--plot", "plan.jpg"], 2, "does not end in .png"),
         (["--preset", "8gb", "--json"], 0, '"weight_type": "Q8_0"'),
+        (["--preset", "8gb", "--ram", "8"], 2, "--preset is a whole machine"),
         (["--model", "nowhere"], 4, "does not exist"),
     ],
 )

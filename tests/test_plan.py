@@ -54,8 +54,8 @@ def test_more_memory_never_makes_a_worse_plan(less, more, limit, frames):
     less, more = sorted((less, more))
     work = dataclasses.replace(REAL, latent_frames=frames)
     small, large = choose(card(less), work, max_vram=limit), choose(card(more), work, max_vram=limit)
-    assert large.resident_blocks >= small.resident_blocks
     assert not (large.problem and not small.problem)
+    assert small.problem or large.step_seconds <= small.step_seconds * (1 + 1e-9)
     assert pixels_at_a_time(large) >= pixels_at_a_time(small)
     assert not (large.vae_room is not None and small.vae_room is None)
     for plan in (small, large):
