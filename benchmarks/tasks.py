@@ -21,7 +21,8 @@ from skyrun import Request, run
 from skyrun.contact_sheet import contact_sheet, places, write_picture
 from skyrun.quant import convert
 from skyrun.runner import Result
-from skyrun.speech import RATE, read_speech
+from skyrun.speech import read_speech
+from skyrun.speech_frames import RATE
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 TYPES = ("F32", "Q8_0", "Q4_K")

@@ -10,8 +10,10 @@ from skyrun.arriving import Step, fetch_shown, steps
 from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.gguf_repository import RemoteModel, choose, look, quants
 from skyrun.hub import RemoteFile, Repository, list_repository
+from skyrun.machine import this_machine
+from skyrun.planning import Clip, plan_clip
 from skyrun.progress import Display
-from skyrun.pulled import Manifest, Name, manifests
+from skyrun.pulled import Manifest, Name, manifests, models_folder
 from skyrun.quant.recipes import RECIPES, default_encoder_quant, find_recipe
 from skyrun.sources import DEFAULT_QUANT, SOURCES
 
@@ -111,8 +113,11 @@ class _Shared:
 
 
 def default_quant(name: Name) -> str:
-    """The type of a model that was named without one."""
-    there = quants(look(list_repository(name.repo))) if name.repo else []
+    """The type of a model that was named without one: of a task's what a plan for this machine takes."""
+    if name.task:
+        planned = plan_clip(Clip(name.task), this_machine(model=models_folder())).plan
+        return DEFAULT_QUANT if planned.problem else planned.weight_type
+    there = quants(look(list_repository(name.repo)))
     if not there or DEFAULT_QUANT in there:
         return DEFAULT_QUANT
     if len(there) > 1:

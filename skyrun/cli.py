@@ -106,9 +106,7 @@ def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     """What a clip is to be like, and what may be used to make it."""
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
-    size.add_argument(
-        "--resolution", help="480P, 540P or 720P, shaped like the picture or video (480P)"
-    )
+    size.add_argument("--resolution", help="480P, 540P or 720P, shaped like the picture or video (480P)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
     length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")

@@ -2,7 +2,6 @@
 
 import platform
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -11,13 +10,18 @@ from typing import Any
 
 import psutil
 
+from skyrun.machine import load_tuned
+from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
+from skyrun.pulled import MODELS_VARIABLE, models_folder
 
 _GIB = 1 << 30
 _COMFORTABLE_RAM = 12 * _GIB
 _MODEL_SPACE = 25 * _GIB  # a Q8_0 model with its text encoder
 _CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
 _DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
+_SLOW_DISK = 0.3e9  # bytes per second
+_STREAMED = 15e9  # bytes of a 14B model in Q8_0
 _OLDEST_CAPABILITY = 8  # as kernels.device has it, which would import torch
 _LABELS = {"good": "good ", "slow": "slow ", "fails": "FAILS"}
 
@@ -42,7 +46,9 @@ class Finding:
 def examine() -> list[Finding]:
     """All checks, the most decisive first."""
     gpu = query("name,memory.total,memory.free,driver_version")
-    return [_python(), _torch(gpu), _gpu(gpu), _kernels(gpu), _ram(), _disk(Path.cwd())]
+    models = models_folder()
+    machine = [_python(), _torch(gpu), _gpu(gpu), _kernels(gpu), _system(gpu), _ram()]
+    return [*machine, _space(models), _disk(models), _tuned(gpu)]
 
 
 def _python() -> Finding:
@@ -110,18 +116,62 @@ def _kernels(gpu: str) -> Finding:
 
 
 def _ram() -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
-    if memory.total < _COMFORTABLE_RAM:
+    total, available = memory()
+    found = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    if total < psutil.virtual_memory().total:
+        found += ", as much as this container may have"
+    if total < _COMFORTABLE_RAM:
         return Finding("RAM", "slow", found, "close other programs; 16 GB are comfortable")
     return Finding("RAM", "good", found)
 
 
-def _disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
-    found = f"{free / _GIB:.0f} GiB free in {folder}"
+def _system(gpu: str) -> Finding:
+    """What the operating system does with memory that is meant for the GPU."""
+    system = where()
+    if not gpu or system not in ("WSL", "Windows"):
+        return Finding("system", "good", system)
+    found = f"{system}: a full GPU is not said, memory moves to RAM, and steps take several times as long"
+    remedy = 'in the NVIDIA Control Panel set "CUDA - Sysmem Fallback Policy" to "Prefer No Sysmem Fallback"'
+    if system == "WSL":
+        found += "; little memory can be page-locked"
+    return Finding("system", "slow", found, f"{remedy}; skyrun looks after each step and makes a smaller plan")
+
+
+def _space(folder: Path) -> Finding:
+    """Room for a model, and whether Linux reads it through Windows."""
+    there = _existing(folder)
+    free = free_space(there)
+    found = f"{free / _GIB:.0f} GiB free for {folder}"
+    if where() == "WSL" and re.match(r"/mnt/[a-z](/|$)", str(there.resolve())):
+        remedy = f"keep models inside Linux: export {MODELS_VARIABLE}=~/models"
+        return Finding("models", "slow", f"{found}, on a disk of Windows, which WSL reads slowly", remedy)
     if free < _MODEL_SPACE:
-        return Finding(
-            "disk", "slow", found, f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB; free space or use Q4_K"
-        )
+        needed = f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB"
+        return Finding("models", "slow", found, f"{needed}: free space, use Q4_K, or set {MODELS_VARIABLE}")
+    return Finding("models", "good", found)
+
+
+def _disk(folder: Path) -> Finding:
+    """How quick the disk with the models is, by the largest file among them."""
+    files = sorted(folder.glob("*/*.gguf"), key=lambda path: path.stat().st_size)
+    rate = disk_rate(files[-1]) if files else 0.0
+    if not rate:
+        return Finding("disk", "good", "not measured: there is no large model yet")
+    found = f"{rate / 1e9:.2f} GB/s from {files[-1].parent}"
+    if rate < _SLOW_DISK:
+        hours = _STREAMED / rate / 60
+        remedy = f"a step reads up to 15 GB, {hours:.0f} min here: move models to an SSD, or use Q4_K"
+        return Finding("disk", "slow", found, remedy)
     return Finding("disk", "good", found)
+
+
+def _tuned(gpu: str) -> Finding:
+    if load_tuned("cuda" if gpu else "cpu") is None:
+        return Finding("tuning", "good", "not done: times are predicted from tables", "skyrun tune, under two minutes")
+    return Finding("tuning", "good", "done: plans rest on what was measured here")
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

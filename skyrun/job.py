@@ -21,9 +21,9 @@ from skyrun.presets import Plan, Workload, choose
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import TEXT_LENGTH, Request
 from skyrun.sizes import bucket
-from skyrun.speech import frame_count
+from skyrun.speech_frames import frame_count
 from skyrun.tasks import TASKS
-from skyrun.windows import Window, windows_of
+from skyrun.windows import Window, amounts, windows_of
 
 _SEEDS = 1 << 32
 _MASK_CHANNELS = 4  # of a talking avatar: which frames of its condition are given
@@ -175,9 +175,6 @@ def _workload(
         task=request.task,
         height=height,
         width=width,
-        frames=sum(window.frames for window in windows),
-        latent_frames=max(window.latents + window.others for window in windows),
-        windows=len(windows),
         steps=request.steps,
         layers=dims.layers,
         dim=dims.dim,
@@ -193,5 +190,5 @@ def _workload(
         context_tokens=TEXT_LENGTH + (vision.tokens if vision else 0),
         vae_base_dim=vae_base_dim,
         vae_weights=vae_weights,
-        encoded_frames=len(request.images),
+        **amounts(request.task, windows, request.condition_frames, len(request.images), request.window_frames),  # type: ignore[arg-type]
     )

@@ -8,7 +8,7 @@ import numpy as np
 from skyrun.footage import read_frames, read_sound
 from skyrun.images import Frames
 from skyrun.job import Job
-from skyrun.speech import RATE
+from skyrun.speech_frames import RATE
 from skyrun.video import Format, Sound
 
 

@@ -16,13 +16,14 @@ from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
-from skyrun.published import STEPS, published_workload
-from skyrun.sizes import RESOLUTIONS, bucket
+from skyrun.published import published_workload
+from skyrun.sizes import bucket
+from skyrun.speech_frames import RATE, frame_count
+from skyrun.tasks import TASKS, WINDOW_FRAMES, usual_condition_frames
+from skyrun.windows import amounts, extension_windows, single_window, speech_windows
 
 _WIDE = (9, 16)  # the shape of a picture that is not there
 _RAM, _DISK = 16.0, 0.5  # GiB and GB/s of a machine of which nothing is said
-# The shortest and the longest clip of each task, and whether it has to be whole seconds.
-_SECONDS = {"r2v": (0.04, 169, False), "v2v": (5, 30, True), "shot": (2, 5, True), "a2v": (0.4, 200, False)}
 
 
 @dataclass(frozen=True)
@@ -69,46 +70,40 @@ def clip_workload(clip: Clip) -> Workload:
     """
     if problems := [*_problems(clip)]:
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
-    height, width = bucket(clip.resolution.upper(), *_WIDE)
+    height, width = bucket(clip.resolution.upper(), *_WIDE, portrait=clip.task == "a2v")
     numbers = clip_numbers(clip.task, clip.seconds)
     type = clip.quant.upper() if clip.quant else None
     if clip.model is None:
-        return published_workload(clip.task, type, height=height, width=width, steps=STEPS[clip.task], **numbers)
-    work = published_workload(clip.task, None, height=height, width=width, steps=STEPS[clip.task], **numbers)
+        return published_workload(clip.task, type, height=height, width=width, steps=TASKS[clip.task].steps, **numbers)
+    work = published_workload(clip.task, None, height=height, width=width, steps=TASKS[clip.task].steps, **numbers)
     return with_model(work, clip.model, type)
 
 
 def _problems(clip: Clip) -> Iterator[str]:
-    shortest, longest, whole = _SECONDS[clip.task]
-    if not shortest <= clip.seconds <= longest:
+    task = TASKS[clip.task]
+    shortest, longest = task.seconds
+    if not (clip.seconds > 0 and shortest <= clip.seconds <= longest):
         yield f"got {clip.seconds:g} seconds, {clip.task} makes {shortest:g} to {longest:g}"
-    elif whole and clip.seconds != int(clip.seconds):
+    elif task.whole and clip.seconds != int(clip.seconds):
         yield f"got {clip.seconds:g} seconds, {clip.task} makes whole seconds"
-    if clip.resolution.upper() not in RESOLUTIONS or (clip.task == "a2v" and clip.resolution.upper() == "540P"):
-        known = [name for name in RESOLUTIONS if clip.task != "a2v" or name != "540P"]
-        yield f"{clip.task} has no resolution {clip.resolution!r}, it has {', '.join(known)}"
+    if clip.resolution.upper() not in task.resolutions:
+        yield f"{clip.task} has no resolution {clip.resolution!r}, it has {', '.join(task.resolutions)}"
     if clip.quant is not None and clip.model is None and clip.quant.upper() not in FORMATS:
         yield f"unknown type {clip.quant!r}, known are {', '.join(FORMATS)}"
 
 
 def clip_numbers(task: str, seconds: float) -> dict[str, int]:
-    """Frames and windows of a clip."""
-    if task == "r2v":
-        frames = round(seconds * 24) // 4 * 4 + 1
-        return {"frames": frames, "latent_frames": 1 + (frames - 1) // 4 + 4}
-    if task == "shot":
-        frames, before = int(seconds) * 24 + 1, min(33, max(9, 8 * int(seconds) - 7))
-        latents = 1 + (frames - 1) // 4 + 1 + (before - 1) // 4
-        return {"frames": frames, "latent_frames": latents, "encoded_frames": before}
-    if task == "v2v":
-        windows = -(-int(seconds) // 5)
-        decoded = windows * 157
-        numbers = {"frames": int(seconds) * 24, "latent_frames": 40, "windows": windows}
-        return numbers | {"encoded_frames": 25 * windows, "decoded_frames": decoded}
-    frames = round(seconds * 25)
-    windows = 1 if frames < 81 else 2 + max(0, -(-(frames - 81) // 64))
-    numbers = {"frames": frames, "latent_frames": 21, "windows": windows}
-    return numbers | {"encoded_frames": 81 * windows, "decoded_frames": 81 * windows}
+    """Frames and windows of a clip, from one picture where it takes pictures."""
+    frames = round(seconds * 24) // 4 * 4 + 1
+    condition_frames = usual_condition_frames(task, frames)
+    match task:
+        case "v2v":
+            windows = extension_windows(int(seconds), 6, condition_frames)
+        case "a2v":
+            windows = speech_windows(frame_count(round(seconds * RATE)), WINDOW_FRAMES)
+        case _:
+            windows = (single_window(task, frames, condition_frames),)
+    return amounts(task, windows, condition_frames)
 
 
 def described_hardware(

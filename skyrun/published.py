@@ -27,7 +27,6 @@ TRANSFORMERS: dict[str, tuple[Table, Dims]] = {
     "shot": (WAN_TRANSFORMER, WAN_14B),
     "a2v": (WAN_AUDIO_TRANSFORMER, WAN_14B | _AVATAR),
 }
-STEPS = {"r2v": 8, "v2v": 8, "shot": 8, "a2v": 4}
 OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # what is worth choosing from, best first
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 

@@ -12,7 +12,7 @@ from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.kernels.atomic import replacing
 from skyrun.sources import SOURCES
 
-_FOLDER = "SKYRUN_MODELS"  # environment variable
+MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
 _MANIFEST = "skyrun-model.json"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _TYPE = re.compile(r"[A-Za-z0-9_]+")
@@ -20,7 +20,7 @@ _TYPE = re.compile(r"[A-Za-z0-9_]+")
 
 def models_folder() -> Path:
     """Where models are kept: $SKYRUN_MODELS, or a folder of skyrun's in the user's data."""
-    if named := os.environ.get(_FOLDER):
+    if named := os.environ.get(MODELS_VARIABLE):
         return Path(named)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "skyrun" / "models"

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -49,7 +50,7 @@ class FileReader:
         self._mine = threading.local()
         self._read: ReadAt = self._read_positions if hasattr(os, "preadv") else self._read_own
         if direct is None:
-            direct = os.fstat(self._files[0].fileno()).st_size > _CACHED_SHARE * psutil.virtual_memory().available
+            direct = _exceeds_cache(os.fstat(self._files[0].fileno()).st_size)
         if direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv"):
             self._open_direct()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"read {path.name}")
@@ -147,6 +148,21 @@ class FileReader:
         else:
             change = "written to"
         raise SkyrunError(f"{self._path} was {change} while it was read", "restore it and run again", FAILED)
+
+
+def read_ahead(path: Path, extents: Sequence[Extent]) -> None:
+    """Let the system begin to read these, where it can be asked and the file is read through its cache."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError), open_unbuffered(path) as file:
+        if _exceeds_cache(os.fstat(file.fileno()).st_size):
+            return
+        for extent in extents:
+            os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _exceeds_cache(nbytes: int) -> bool:
+    return bool(nbytes > _CACHED_SHARE * psutil.virtual_memory().available)
 
 
 def _chunks(extent: Extent) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.sizes import GRID
-from skyrun.tasks import MAX_LATENT_FRAMES, TASKS, TRANSITIONS, Task
+from skyrun.tasks import MAX_LATENT_FRAMES, TASKS, TRANSITIONS, WINDOW_FRAMES, Task, usual_condition_frames
 
 TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _MAX_SEED = (1 << 63) - 1
@@ -64,7 +64,7 @@ class Request:
     join: bool = False
     condition_frames: int = None  # type: ignore[assignment]  # as upstream
     latent_rate: int = 6
-    window_frames: int = 81
+    window_frames: int = WINDOW_FRAMES
 
     def __post_init__(self) -> None:
         problems = self._type_problems()
@@ -94,16 +94,10 @@ class Request:
         if self.task in TASKS:
             put("steps", TASKS[self.task].steps if self.steps is None else self.steps)
             if self.condition_frames is None:
-                put("condition_frames", self._usual_condition_frames())
+                put("condition_frames", usual_condition_frames(self.task, self.frame_count))
         if self.transition in TRANSITIONS:
             tag = TRANSITIONS[self.transition]
             put("prompt", self.prompt if self.prompt.startswith(tag) else f"{tag} {self.prompt.lstrip()}")
-
-    def _usual_condition_frames(self) -> int:
-        """Frames of the video that are seen: of the next shot the more the longer it is."""
-        if self.task != "shot":
-            return 25
-        return min(33, max(9, 8 * round((self.frame_count - 1) / 24) - 7))
 
     @property
     def frame_count(self) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DEFAULT_QUANT = "Q8_0"  # of a model that is asked for by its task alone
+DEFAULT_QUANT = "Q8_0"  # where no plan says which
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Speech: read from any file with sound, brought to the rate and level that the audio encoder was trained with."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from numpy.typing import NDArray
 
 from skyrun.errors import SkyrunError
 from skyrun.loudness import normalised
+from skyrun.speech_frames import RATE
 
-RATE = 16000  # samples per second
-FPS = 25  # frames of a talking avatar
 _SHORTEST, _LONGEST = 0.4, 200.0  # seconds
 
 
@@ -38,11 +36,6 @@ def read_speech(path: Path, seconds: float | None = None) -> NDArray[np.float64]
     if not np.isfinite(samples).all():
         raise SkyrunError(f"{path} has samples that are no numbers", "save it again as 16-bit WAV")
     return normalised(samples.astype(np.float64), RATE)
-
-
-def frame_count(samples: int) -> int:
-    """Frames of video that so many samples take; the last may have less sound than the others."""
-    return math.ceil(samples / RATE * FPS)
 
 
 def _mono(container: Any, seconds: float | None) -> Iterator[NDArray[np.float32]]:

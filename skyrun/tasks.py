@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 MAX_REFERENCES = 4
 MAX_LATENT_FRAMES = 1024 - MAX_REFERENCES  # positions that reference-to-video has on the time axis
+CONDITION_FRAMES = 25  # of a video, that its extension goes on from
+WINDOW_FRAMES = 81  # of a talking avatar
 CONNECTION = "a person is talking"  # what a talking avatar's later windows are told
 
 # Ways to get to the next shot, and how a prompt says so. The first two tags are in the model's own documentation, the
@@ -76,3 +78,8 @@ TASKS = {
         options=frozenset({"window_frames"}),
     ),
 }
+
+
+def usual_condition_frames(task: str, frames: int) -> int:
+    """Frames of the video that are seen: of the next shot of `frames` the more the longer it is."""
+    return min(33, max(9, 8 * round((frames - 1) / 24) - 7)) if task == "shot" else CONDITION_FRAMES

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from skyrun.request import Request
-from skyrun.tasks import MAX_REFERENCES
+from skyrun.tasks import MAX_REFERENCES, WINDOW_FRAMES
 
 _SPLIT = 5  # seconds of a window of an extension
 _MULTIPLE = 8  # the frames of its sequence
@@ -35,12 +35,35 @@ def windows_of(request: Request, speech_frames: int = 0) -> tuple[Window, ...]:
     match request.task:
         case "v2v":
             return extension_windows(request.whole_seconds, request.latent_rate, request.condition_frames)
-        case "shot":
-            return (Window(latents(request.frame_count), latents(request.condition_frames), request.frame_count),)
         case "a2v":
             return speech_windows(speech_frames, request.window_frames)
         case _:
-            return (Window(latents(request.frame_count), MAX_REFERENCES, request.frame_count),)
+            return (single_window(request.task, request.frame_count, request.condition_frames),)
+
+
+def single_window(task: str, frames: int, condition_frames: int) -> Window:
+    """Of a clip that is made at once, beside its references or what is before the cut."""
+    return Window(latents(frames), MAX_REFERENCES if task == "r2v" else latents(condition_frames), frames)
+
+
+def amounts(
+    task: str, windows: tuple[Window, ...], condition_frames: int, pictures: int = 1, size: int = WINDOW_FRAMES
+) -> dict[str, int]:
+    """What a workload says of a clip: frames, windows, and how many frames the autoencoder encodes and decodes.
+
+    size: frames of a talking avatar's windows.
+    """
+    encoded = {"r2v": pictures, "a2v": len(windows) * size}.get(task, len(windows) * condition_frames)
+    sequences = [window.latents + window.others for window in windows]
+    decoded = {"v2v": sum(1 + 4 * (count - 1) for count in sequences), "a2v": len(windows) * size}
+    frames = sum(window.frames for window in windows)
+    return {
+        "frames": frames,
+        "latent_frames": max(sequences),
+        "windows": len(windows),
+        "encoded_frames": encoded,
+        "decoded_frames": decoded.get(task, frames),
+    }
 
 
 def latents(frames: int) -> int:

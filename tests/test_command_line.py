@@ -34,9 +34,7 @@ def filled(arguments, places):
     return [argument.format(**places) for argument in arguments]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run"], ["run", "r2v"], ["run", "r2v", "-p", "x", "--frames", "x"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "fly"], ["run", "r2v", "-p", "x", "--frames", "x"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -204,7 +202,9 @@ def test_info_of_a_damaged_safetensors_file(tmp_path, capsys):
 def test_doctor_gives_verdicts(capsys):
     main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [finding["subject"] for finding in findings] == ["Python", "torch", "GPU", "kernels", "RAM", "disk"]
+    assert [finding["subject"] for finding in findings] == [
+        *("Python", "torch", "GPU", "kernels", "system", "RAM", "models", "disk", "tuning")
+    ]
     assert all(finding["verdict"] in ("good", "slow", "fails") for finding in findings)
     assert all(finding["remedy"] for finding in findings if finding["verdict"] != "good")
     main(["doctor"])

@@ -161,7 +161,7 @@ def test_plan_does_not_import_torch(tmp_path):
         (["--gpu", "RTX 3066"], 2, "such as RTX 3060"),
         (["--vram", "4"], 2, "--vram says nothing without --gpu"),
         (["--ram", "-1"], 2, "expected a number above 0"),
-        (["--seconds", "900"], 2, "r2v makes 0.04 to 169"),
+        (["--seconds", "900"], 2, "r2v makes 0 to 169"),
         (["--resolution", "999P"], 2, "no resolution"),
         (["--quant", "Q9"], 2, "unknown type"),
         (["--preset", "12gb", "--plot", "plan.jpg"], 2, "does not end in .png"),

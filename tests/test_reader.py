@@ -13,7 +13,7 @@ import torch
 from skyrun import reader as module
 from skyrun.device import page_aligned
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.reader import Extent, FileReader
+from skyrun.reader import Extent, FileReader, read_ahead
 
 SIZE, CHUNK = 300_001, 16384
 WAYS = ["positions", "own files", "direct"]
@@ -273,3 +273,16 @@ def test_closing_ends_reads_that_wait(path, monkeypatch):
     reader.close()
     reading.join(60)
     assert len(calls) == 1 and raised
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_first_blocks_are_read_ahead_where_the_cache_holds_them(tmp_path, monkeypatch):
+    path = tmp_path / "blocks"
+    path.write_bytes(bytes(9000))
+    advice = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: advice.append(what))
+    read_ahead(path, [Extent(100, 50, 0), Extent(5000, 4000, 64)])
+    assert advice == [(100, 50, os.POSIX_FADV_WILLNEED), (5000, 4000, os.POSIX_FADV_WILLNEED)]
+    monkeypatch.setattr(module, "_CACHED_SHARE", 0.0)
+    read_ahead(path, [Extent(100, 50, 0)])
+    assert len(advice) == 2

@@ -8,7 +8,8 @@ import pytest
 
 from skyrun.errors import SkyrunError
 from skyrun.loudness import loudness
-from skyrun.speech import RATE, read_speech
+from skyrun.speech import read_speech
+from skyrun.speech_frames import RATE
 
 
 def tone(rate, seconds=1.5, channels=1, amplitude=0.2):

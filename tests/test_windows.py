@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrun.request import Request
-from skyrun.speech import FPS, RATE, frame_count
+from skyrun.speech_frames import FPS, RATE, frame_count
 from skyrun.tasks import TASKS
 from skyrun.windows import MOTION, extension_windows, latents, padded_frames, speech_windows, windows_of
 

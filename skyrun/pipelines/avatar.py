@@ -23,7 +23,7 @@ from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.condition import Condition, Motion
 from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
 from skyrun.run_state import RunState
-from skyrun.speech import frame_count
+from skyrun.speech_frames import frame_count
 from skyrun.stream import ObserveBlock
 from skyrun.tasks import CONNECTION
 from skyrun.windows import GUIDES, MOTION, Window, padded_frames
@@ -40,7 +40,7 @@ def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = Non
     """Run the stages, from "text" to "decode" of the last window."""
     for name, prompt in (("text", job.request.prompt), ("connection", CONNECTION)):
         if name not in state.encoded and (name == "text" or len(job.windows) > 1):
-            state.encoded[name] = (yield from encode_text(job.encoder, prompt, job.device)).cpu()
+            state.encoded[name] = (yield from encode_text(job, prompt)).cpu()
     if state.window >= len(job.windows):
         return
     speech = yield from _encode_speech(job)

@@ -25,7 +25,7 @@ SHIFT = 8.0  # of the noise levels that the model was distilled with
 def video_extension(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages, from "text" to "decode" of the last window."""
     if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job.encoder, job.request.prompt, job.device)).cpu()
+        state.encoded["text"] = (yield from encode_text(job, job.request.prompt)).cpu()
     for index in range(state.window, len(job.windows)):
         last = yield from _window(job, state, index, observe)
         if len(job.windows) > 1:

@@ -35,7 +35,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
     request, plan, files, device = job.request, job.plan, job.files, job.device
     noise, picture_noise = draw_noise(request)
     if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job.encoder, request.prompt, device)).cpu()
+        state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "pictures" not in state.encoded:
         pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.inputs.pictures]
         pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)

@@ -25,7 +25,7 @@ def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = Non
     request, plan, files, device = job.request, job.plan, job.files, job.device
     assert request.seed is not None and job.inputs.footage is not None
     if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job.encoder, request.prompt, device)).cpu()
+        state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "video" not in state.encoded:
         pixels = from_uint8(nearest(job.inputs.footage.frames, job.height, job.width))
         state.encoded["video"] = (yield from encode_clip(files.vae, pixels, plan, device)).cpu()

@@ -10,14 +10,15 @@ from skyrun.device import finish, peak_bytes, refuse_to_spill, reset_peak
 from skyrun.embedding_cache import CachedEmbedding
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
 from skyrun.images import Frames, to_uint8
+from skyrun.job import Job
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_file import block_layouts
-from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.condition import Condition
 from skyrun.presets import Plan
+from skyrun.reader import read_ahead
 from skyrun.run_state import RunState
 from skyrun.stream import BlockStream, ObserveBlock, StreamStats, spread
 
@@ -49,10 +50,15 @@ class Stage:
         return StageEnded(self._name, seconds, peak, stats.bytes_read, stats.read_seconds, stats.stall_seconds)
 
 
-def encode_text(encoder: UMT5, prompt: str, device: torch.device) -> Generator[Event, None, Tensor]:
-    """The prompt's embedding, float32 [n, text_dim]: read from disk if the prompt was encoded before."""
+def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
+    """The prompt's embedding, float32 [n, text_dim]: read from disk if the prompt was encoded before.
+
+    Meanwhile the system reads the transformer's first blocks, which denoising would wait for.
+    """
+    encoder, device, file = job.encoder, job.device, job.files.transformer
     stage = Stage("text", 1, "pass", device)
     yield stage.started()
+    read_ahead(file.path, [extent for block in block_layouts(file)[: job.plan.ring_slots] for extent in block.extents])
     ids, stats = encoder.token_ids(prompt), None
     cached = CachedEmbedding(encoder.file, ids, encoder.dim, device)
     embedding = cached.load()
@@ -131,22 +137,22 @@ def denoise(
     """The steps that the state does not have yet."""
     if state.sampler is not None and state.steps == len(state.sampler.timesteps):
         return
-    dit = yield from load_transformer(file, plan, device)
     assert state.sampler is not None and state.latents is not None
-    sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
-    total, finished = len(sampler.timesteps), state.steps
-    stage = Stage("denoise", total, "steps", device, part)
-    yield stage.started(finished)
-    with BlockStream(
+    total, finished, blocks = len(state.sampler.timesteps), state.steps, block_layouts(file)
+    with BlockStream(  # blocks are read while what lies outside them is loaded
         file.path,
-        block_layouts(file),
+        blocks,
         device,
         passes=total - finished,
         slots=plan.ring_slots,
-        resident=spread(plan.resident_blocks, dit.dims.layers),
+        resident=spread(plan.resident_blocks, len(blocks)),
         observe=observe,
         fast=plan.precision == "fast",
     ) as stream:
+        dit = yield from load_transformer(file, plan, device)
+        sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
+        stage = Stage("denoise", total, "steps", device, part)
+        yield stage.started(finished)
         context, rope = condition.context(dit), condition.rope(dit, latents)
         noisy = condition.noisy(latents)
         for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
