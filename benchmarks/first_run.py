@@ -1,0 +1,53 @@
+"""A first run on an empty cache, interrupted while it fetches and repeated: python benchmarks/first_run.py
+
+The hub is the one of the tests, on this machine; the model is the tiny reference checkpoint under the published name.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hub_server import serving  # noqa: E402
+
+from skyrun.sources import SOURCES  # noqa: E402
+
+DATA = ROOT / "tests" / "data"
+SECOND = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+COMMAND = "skyrun run r2v -p 'A woman walking by the sea.' --image her.png --size 64x96 --frames 9 --seed 1 -o clip.mp4"
+
+
+def run(folder: Path, hub_url: str) -> subprocess.Popen[str]:
+    """The command, with everything that is fetched and kept inside the folder."""
+    places = {"SKYRUN_MODELS": "models", "HF_HOME": "hub", "SKYRUN_CACHE": "cache"}
+    environment = {**os.environ, "HF_ENDPOINT": hub_url, **{name: str(folder / at) for name, at in places.items()}}
+    command = f"exec {sys.executable} -m {COMMAND}"
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, shell=True, cwd=folder, env=environment, text=True, **output)
+
+
+def main() -> None:
+    with serving() as hub, tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copy(DATA / "goldens" / "e2e" / "r2v_1img" / "ref0.png", folder / "her.png")
+        hub.repos[SOURCES["r2v"].checkpoint] = DATA / "checkpoints" / "r2v-tiny"
+        hub.stall[SECOND] = 1_500_000  # bytes, and then nothing
+        print(f"$ {COMMAND}")
+        process = run(folder, hub.url)
+        hub.stalled.wait(120)
+        process.send_signal(signal.SIGINT)
+        hub.stall.clear()
+        hub.go_on.set()
+        print(process.communicate()[0], f"exit code {process.returncode}\n\n$ {COMMAND}", sep="")
+        process = run(folder, hub.url)
+        print(process.communicate()[0], f"exit code {process.returncode}", sep="")
+
+
+if __name__ == "__main__":
+    main()
