@@ -197,7 +197,7 @@ def _calibrate(arguments: Namespace) -> None:
             arguments.image or draw_pictures(Path(folder))[: len(prompts)],
             seed=arguments.seed,
             size=arguments.size,
-            resolution=arguments.resolution,
+            resolution=arguments.resolution or "480P",
             frames=FRAMES if arguments.frames is arguments.seconds is None else arguments.frames,
             seconds=arguments.seconds,
             steps=arguments.steps,

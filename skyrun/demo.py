@@ -19,7 +19,7 @@ from skyrun.runner import Result
 
 _PROMPT = "A person walking by the sea, looking at the camera."
 _SIZE = (208, 352)
-_FRAMES = 25
+_FRAMES = 17
 _QUANT = "Q4_K"
 
 

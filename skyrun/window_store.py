@@ -4,7 +4,7 @@ Frames are kept without loss (FFV1), so that a run that goes on makes the same c
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +37,31 @@ class WindowStore:
 
     def add(self, frames: Frames) -> None:
         """Some frames. OSError if there is no room."""
-        if self._container is None:
-            partial = self._stack.enter_context(replacing(self._path(self._window, ".mkv")))
-            self._container = self._stack.enter_context(av.open(str(partial), "w", format="matroska"))
-            stream = self._container.add_stream("ffv1", rate=24)
-            stream.height, stream.width, stream.pix_fmt = self._height, self._width, "bgr0"
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="bgr0")
-            self._container.mux(self._container.streams.video[0].encode(frame))
+        with _as_oserror():
+            if self._container is None:
+                partial = self._stack.enter_context(replacing(self._path(self._window, ".mkv")))
+                self._container = self._stack.enter_context(av.open(str(partial), "w", format="matroska"))
+                stream = self._container.add_stream("ffv1", rate=24)
+                stream.height, stream.width, stream.pix_fmt = self._height, self._width, "bgr0"
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                self._container.mux(self._container.streams.video[0].encode(frame.reformat(format="bgr0")))
 
     def finish(self, latents: Tensor) -> None:
         """The window is whole. OSError if that cannot be written."""
-        try:
+        with _as_oserror():
             if self._container is not None:
                 self._container.mux(self._container.streams.video[0].encode())
                 self._container = None
                 self._stack.close()
             with replacing(self._path(self._window, ".safetensors")) as partial:
                 save_file({"latents": latents.contiguous()}, partial)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
 
     def abandon(self) -> None:
         """The window at work will not be whole: nothing of it stays."""
         if self._container is not None:
             self._container = None
-            with suppress(OSError):
+            with suppress(OSError, av.FFmpegError):
                 self._stack.__exit__(*_failed())
         self._stack = ExitStack()
 
@@ -104,6 +103,15 @@ class WindowStore:
 def _stem(state: Path) -> str:
     """ "clip.skyrun" of "clip.skyrun.safetensors"."""
     return state.stem
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """Whatever library could not write: it is the disk."""
+    try:
+        yield
+    except (av.FFmpegError, SafetensorError) as error:
+        raise OSError(str(error)) from error
 
 
 def _failed() -> tuple[type[Exception], Exception, None]:
