@@ -73,7 +73,7 @@ def size(type):
 
 
 @given(cards, ram, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_what_is_predicted_fits_into_what_is_free(card, ram, disk, clip, prefer):
     hardware = stated(card, ram, disk)
     assert_fits(plan_clip(clip, hardware, prefer).plan, hardware)
@@ -87,21 +87,21 @@ def test_what_is_predicted_fits_into_memory_without_a_card(ram, disk, clip, pref
 
 
 @given(cards, st.floats(3, 40), st.floats(3, 40), ram, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_more_vram_is_never_worse(card, one, other, ram, disk, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk, vram), prefer).plan for vram in sorted((one, other)))
     assert_no_worse(more, less, prefer)
 
 
 @given(cards, st.floats(4, 130), st.floats(4, 130), disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_more_ram_is_never_worse(card, one, other, disk, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk), prefer).plan for ram in sorted((one, other)))
     assert_no_worse(more, less, prefer)
 
 
 @given(cards, ram, disks, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_a_quicker_disk_is_never_worse(card, ram, one, other, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk), prefer).plan for disk in sorted((one, other)))
     assert_no_worse(more, less, prefer)
@@ -159,13 +159,15 @@ def test_the_quantization_follows_the_disk_and_not_the_card():
         assert plan_clip(short, stated(find_card(name), 64, 0.5)).plan.weight_type == "Q8_0"  # read from memory
 
 
-@pytest.mark.parametrize(("vram", "remedy"), [(4.5, "540P or"), (4, "480P or"), (3.5, "256x448 or")])
+@pytest.mark.parametrize(("vram", "remedy"), [(4, "540P or"), (3.5, "480P or"), (3, "256x448 would")])
 def test_what_does_not_fit_says_what_would(vram, remedy):
     hardware = stated(find_card("RTX 3060"), 16, 0.5, vram)
     plan = plan_clip(Clip("r2v", "720P"), hardware).plan
     assert plan.problem and remedy in plan.remedy and "would fit" in plan.remedy
     if "480P" in plan.remedy:
         assert not plan_clip(Clip("r2v", "480P"), hardware).plan.problem
+    if " frames" not in plan.remedy:
+        return
     frames = int(plan.remedy.split(" frames")[0].split()[-1])
     work = clip_workload(Clip("r2v", "720P"))
     for count, problem in ((frames, False), (frames + 4, True)):
