@@ -73,7 +73,7 @@ def size(type):
 
 
 @given(cards, ram, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_what_is_predicted_fits_into_what_is_free(card, ram, disk, clip, prefer):
     hardware = stated(card, ram, disk)
     assert_fits(plan_clip(clip, hardware, prefer).plan, hardware)
@@ -87,21 +87,21 @@ def test_what_is_predicted_fits_into_memory_without_a_card(ram, disk, clip, pref
 
 
 @given(cards, st.floats(3, 40), st.floats(3, 40), ram, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_more_vram_is_never_worse(card, one, other, ram, disk, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk, vram), prefer).plan for vram in sorted((one, other)))
     assert_no_worse(more, less, prefer)
 
 
 @given(cards, st.floats(4, 130), st.floats(4, 130), disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_more_ram_is_never_worse(card, one, other, disk, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk), prefer).plan for ram in sorted((one, other)))
     assert_no_worse(more, less, prefer)
 
 
 @given(cards, ram, disks, disks, clips, preferences)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_a_quicker_disk_is_never_worse(card, ram, one, other, clip, prefer):
     less, more = (plan_clip(clip, stated(card, ram, disk), prefer).plan for disk in sorted((one, other)))
     assert_no_worse(more, less, prefer)
