@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skyrun.presets.plan import Plan
 
 HIDDEN = 1.03  # times as long as without any reading a step may take whose reading counts as hidden
+_UNNOTICED = 0.2  # seconds of a step that nobody waits for
 _CACHED_SHARE = 0.7  # of the free memory: files up to there are read through the page cache
 _CACHED_RATE = 4e9  # bytes per second from there
 _GROUP = 4  # frames that the autoencoder decodes at a time
@@ -39,7 +40,7 @@ class Time:
     @property
     def is_hidden(self) -> bool:
         """Whether reading costs nothing worth mentioning."""
-        return self.seconds <= HIDDEN * self.compute
+        return self.seconds <= max(HIDDEN * self.compute, self.compute + _UNNOTICED)
 
 
 def rates_of(hardware: Hardware) -> Rates:

@@ -67,7 +67,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its sound")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
-    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: best)")
+    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: by plan)")
     parser.add_argument(
         "--seed",
         type=int,

@@ -12,12 +12,12 @@ from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.inputs import Inputs, open_inputs
 from skyrun.kernels.matmul import fast_gain
 from skyrun.machine import this_machine
-from skyrun.model_files import ModelFiles, find_model, main_type
+from skyrun.model_files import ModelFiles, find_model, main_type, transformers_in
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit_file import DiTDims, block_layouts, canonical_tensors, read_dims
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
-from skyrun.presets import Plan, Workload, choose
+from skyrun.presets import Candidate, Plan, Workload, choose
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.request import TEXT_LENGTH, Request
 from skyrun.sizes import bucket
@@ -86,7 +86,14 @@ def prepare(request: Request) -> Job:
     encoder, vision = UMT5(files.text_encoder), CLIPVision(files.image_encoder) if files.image_encoder else None
     dims = _check_model(request, files, encoder, vision)
     workload = _workload(request, files, encoder, vision, dims, windows)
-    plan = _plan(request, workload, device, files.transformer.path)
+    candidates = _candidates(request)
+    plan = _plan(request, replace(workload, candidates=candidates), device, files.transformer.path)
+    if candidates:  # what was chosen now stays chosen when the run goes on
+        request = replace(request, quant=plan.weight_type)
+    if plan.weight_type != workload.weight_type:  # another file of the folder suits this machine better
+        files = find_model(request.model, request.task, plan.weight_type)
+        dims = _check_model(request, files, encoder, vision)
+        workload = _workload(request, files, encoder, vision, dims, windows)
     if plan.problem:
         raise SkyrunError(
             f"{height}x{width} with {frames} frames will not fit: {plan.problem}",
@@ -95,6 +102,15 @@ def prepare(request: Request) -> Job:
             WILL_NOT_FIT,
         )
     return Job(request, inputs, files, encoder, vision, height, width, frames, windows, device, workload, plan)
+
+
+def _candidates(request: Request) -> tuple[Candidate, ...]:
+    """The transformers of a folder that the plan may choose from; none if there is one, or one was named."""
+    if request.quant is not None or request.model is None or not request.model.is_dir():
+        return ()
+    files = transformers_in(request.model, request.task)
+    sizes = {main_type(file): max(block.nbytes for block in block_layouts(file)) for file in files}
+    return tuple(Candidate(*size) for size in sizes.items()) if len(sizes) > 1 else ()
 
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:

@@ -78,6 +78,13 @@ def find_model(model: Path | None, task: str | None, quant: str | None = None) -
     return ModelFiles(transformer, encoder, named["vae"], max(visions, key=bits_per_weight), named["audio encoder"])
 
 
+def transformers_in(folder: Path, task: str) -> list[GGUFFile]:
+    """Every transformer of a task in a folder, those that say no task among them; damaged files are left out."""
+    headers = _readable(open_gguf, folder.glob("*.gguf"), [])
+    found = [header for header in headers if header.architecture == "wan"]
+    return [file for file in found if file.metadata.get("skyrun.task", task) == task]
+
+
 def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list[str]) -> list[T]:
     """What `read` makes of each path; one that it refuses matters only if something is missing in the end."""
     found = []

@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.kernels.safetensors_header import read_safetensors_header
-from skyrun.model_files import find_model, main_type
+from skyrun.model_files import find_model, main_type, transformers_in
 from skyrun.presets import Candidate, Workload
 
 _BLOCK = re.compile(r"\bbl(?:oc)?ks?\.(\d+)\.")
@@ -20,11 +20,7 @@ def with_model(workload: Workload, model: Path, quant: str | None) -> Workload:
     files = find_model(model, workload.task, quant)
     candidates = [files.transformer]
     if quant is None and model.is_dir():
-        candidates = [
-            file
-            for file in map(open_gguf, sorted(model.glob("*.gguf")))
-            if file.architecture == "wan" and file.metadata.get("skyrun.task", workload.task) == workload.task
-        ]
+        candidates = transformers_in(model, workload.task)
     blocks, outer = _bytes(files.transformer)
     text, _ = _bytes(files.text_encoder)
     ffn, dim = _feed_forward(files.transformer)

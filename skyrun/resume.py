@@ -55,6 +55,7 @@ def continue_or_start(request: Request) -> tuple[Job, RunState | None]:
 
 def _prepared(request: Request, origin: Origin) -> Job:
     """The job of the request; on the same kind of device with the numbers of before, whatever is chosen there now."""
+    request = replace(request, quant=request.quant or origin.request.quant)
     if choose_device(request.device).type != origin.device:
         return prepare(request)
     dtype, precision = request.dtype or origin.dtype, request.precision or origin.precision

@@ -23,6 +23,7 @@ from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
 from skyrun.job import prepare
 from skyrun.models.umt5 import UMT5
+from skyrun.presets import probe
 from skyrun.resume import continue_or_start, resume
 from skyrun.run_state import clip_path, load_state, state_path
 from skyrun.runner import run_job
@@ -388,3 +389,29 @@ def test_a_disk_that_gets_full_while_the_clip_is_written(begun, monkeypatch, cap
     monkeypatch.setattr(VideoWriter, "add", right)
     assert main(["resume", str(path)]) == 0
     assert request.output.stat().st_size > 2_000 and not path.exists()
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(False, "Q8_0"), (True, "Q4_K")])
+def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slow, chosen):
+    """The best whose reading is hidden; a run that goes on keeps to it whatever would be chosen by then."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for quant in ("Q8_0", "Q4_K"):
+        for path in converted(quant).iterdir():
+            if not (folder / path.name).exists():
+                (folder / path.name).symlink_to(path)
+
+    def machine(device, model=None):
+        return probe("cpu").knowing("stated", disk_rate=1e5 if slow else 1e9, ram_free=(1 if slow else 20) << 30)
+
+    monkeypatch.setattr("skyrun.job.this_machine", machine)
+    monkeypatch.setattr("skyrun.presets.timing._CACHED_SHARE", 0.0)
+    job = prepare(small_request(tmp_path, folder))
+    assert chosen in job.files.transformer.path.name
+    assert (job.request.quant, job.plan.weight_type, job.workload.weight_type) == (chosen, chosen, chosen)
+    stopped(job, "denoise", 1)
+    slow = not slow
+    again, state = resume(job.request.output)
+    assert state.steps == 1 and again.files.transformer.path == job.files.transformer.path
+    named = prepare(small_request(tmp_path, folder, quant="Q4_K"))
+    assert "Q4_K" in named.files.transformer.path.name
