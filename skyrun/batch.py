@@ -14,7 +14,7 @@ from skyrun.video import read_request
 
 # What says the same in another way: one that is given takes the place of those that a clip was made with.
 _INSTEAD = {"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)}
-_MACHINE = ("model", "device", "dtype", "precision", "max_vram", "max_ram", "save_latents")  # not of the clip
+_MACHINE = ("device", "max_vram", "max_ram", "save_latents")  # not of the clip
 
 
 def requests_of(arguments: Namespace) -> list[Request]:
@@ -49,8 +49,9 @@ def _made_before(clip: Path) -> dict[str, Any]:
         raise SkyrunError(f"{clip} does not say how it was made", "--from takes a clip that skyrun has made")
     request = Request.from_json(said)  # checks it as a whole
     values = {field.name: getattr(request, field.name) for field in fields(Request)}
-    kept = {name: value for name, value in values.items() if name not in (*_MACHINE, "output") and value is not None}
-    return {name: value for name, value in kept.items() if name in said or name in ("task", "prompt")}
+    if request.model is not None and not request.model.exists():
+        del values["model"]  # wherever it is now: as if none was named
+    return {name: value for name, value in values.items() if name in said and name not in (*_MACHINE, "output")}
 
 
 def _apart(requests: list[Request], prompts: bool, seeds: bool) -> Iterator[Request]:
@@ -78,7 +79,7 @@ def is_made(request: Request) -> bool:
         return False
     asked = request.as_json()
     differing = {name for name in asked if said.get(name) != asked[name]}
-    return not differing - {"output", "model", "resolution", "seconds", "frames", *_MACHINE, *_paths(asked, said)}
+    return not differing - {"output", "resolution", "seconds", "frames", *_MACHINE, *_paths(asked, said)}
 
 
 def _paths(asked: dict[str, Any], said: dict[str, Any]) -> set[str]:

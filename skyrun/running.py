@@ -42,7 +42,8 @@ def run_clips(arguments: Namespace) -> int:
             if is_made(request):
                 say("it is there already")
                 continue
-        request, missing = located(request, arguments.model, say, arguments.dry_run)
+        model = arguments.model or (str(request.model) if request.model else None)
+        request, missing = located(request, model, say, arguments.dry_run)
         if missing is not None:
             say("without --dry-run this is fetched first, then the clip is made")
             if arguments.json:

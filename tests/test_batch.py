@@ -71,7 +71,7 @@ def test_a_prompt_from_stdin(told, tmp_path, monkeypatch):
 
 def test_a_clip_made_again_with_another_seed(told, tmp_path, converted, capsys):
     assert main(told("-p", "a sea", "--seed", "3", "-o", "a.mp4")) == 0
-    again = ["run", "--from", "a.mp4", "--model", str(converted("Q8_0")), "--device", "cpu"]
+    again = ["run", "--from", "a.mp4", "--device", "cpu"]  # with the same model, as long as it is there
     assert main([*again, "-o", "same.mp4"]) == 0
     assert main([*again, "--seed", "7", "--frames", "5", "-o", "other.mp4"]) == 0
     first, same, other = (read_request(tmp_path / f"{name}.mp4") for name in ("a", "same", "other"))
