@@ -6,7 +6,7 @@ host: neither changes the result. Weights have original Wan names; the structure
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,16 @@ class WanVAE:
 
         Not normalised. Frames after the last whole group of four are dropped.
         """
-        memory = Memory(self._room)
-        groups = []
-        for start in [0, *range(1, video.shape[1] - _GROUP + 1, _GROUP)]:
-            group = video[:, start : start + (_GROUP if start else 1)]
+        return self.encode_groups(video[:, group] for group in groups_of(video.shape[1]))
+
+    def encode_groups(self, groups: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `encode`, of a video that comes group by group: [3, 1, H, W], then [3, 4, H, W] each."""
+        memory, encoded = Memory(self._room), []
+        for group in groups:
             x = self._encoder(group.unsqueeze(0).to(self._device, self._dtype), memory)
-            groups.append(self._conv(x, "conv1", memory))
+            encoded.append(self._conv(x, "conv1", memory))
             memory.first_group = False
-        mean, log_variance = torch.cat(groups, 2).squeeze(0).float().chunk(2)
+        mean, log_variance = torch.cat(encoded, 2).squeeze(0).float().chunk(2)
         return mean, log_variance.clamp(-30, 20)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -275,6 +277,11 @@ class WanVAE:
             return self._spatial(part, name, padding=1)[:, :, :, inside]
 
         return self._by_slab(cut(x.shape[3], 4 * x.shape[4], self._tile, 1), compute, scale=2)
+
+
+def groups_of(frames: int) -> list[slice]:
+    """The first frame, and whole groups of four after it."""
+    return [slice(0, 1), *(slice(start, start + _GROUP) for start in range(1, frames - _GROUP + 1, _GROUP))]
 
 
 def read_vae_dims(path: Path) -> tuple[int, int]:

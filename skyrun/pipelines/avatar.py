@@ -18,7 +18,7 @@ from skyrun.events import Event, LatentsReady, WindowDone
 from skyrun.images import Frames, crop_portrait, to_pixels, truncated
 from skyrun.job import Job
 from skyrun.models.audio_projection import windows as audio_windows
-from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.condition import Condition, Motion
 from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
@@ -173,17 +173,18 @@ class _Pass:
 
     def _channels(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
         """Which frames are given, four channels per latent frame, above the latents of these with grey between them."""
-        count, given = self.job.request.window_frames, beginning.shape[1]
-        clip = torch.zeros(3, count, self.job.height, self.job.width)
-        clip[:, :given] = beginning
+        count = self.job.request.window_frames
+        grey = torch.zeros(3, 1, self.job.height, self.job.width)
+        frames = [*beginning.split(1, 1), *[grey] * (count - beginning.shape[1])]  # the same grey, not copies of it
         mask = torch.zeros(count)
-        mask[:given] = 1
+        mask[: beginning.shape[1]] = 1
         if window.guide is not None:
-            clip[:, -GUIDES:] = self.guides[window.guide].unsqueeze(1)
+            frames[-GUIDES:] = [self.guides[window.guide].unsqueeze(1)] * GUIDES
             mask[-GUIDES:] = 1
+        clip = (torch.cat(frames[group], 1) for group in groups_of(count))
         latents = yield from encode_clip(self.job.files.vae, clip, self.job.plan, self.job.device, self._part)
-        groups = torch.cat((mask[:1].expand(_GROUP - 1), mask)).view(-1, _GROUP).T
-        return torch.cat((groups[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
+        given = torch.cat((mask[:1].expand(_GROUP - 1), mask)).view(-1, _GROUP).T
+        return torch.cat((given[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
 
     def _decoded(self, window: Window) -> Events:
         job, state = self.job, self.state

@@ -11,7 +11,7 @@ from skyrun.events import Event, LatentsReady, WindowDone
 from skyrun.footage import nearest
 from skyrun.images import Frames, from_uint8, truncated
 from skyrun.job import Job
-from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.pipelines.condition import Condition
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
 from skyrun.run_state import RunState
@@ -41,7 +41,8 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
     request, plan, files, device = job.request, job.plan, job.files, job.device
     part = (index + 1, len(job.windows)) if len(job.windows) > 1 else None
     before = _before(job, state)
-    prefix = (yield from encode_clip(files.vae, from_uint8(before), plan, device, part)).cpu()
+    groups = (from_uint8(before[group]) for group in groups_of(len(before)))
+    prefix = (yield from encode_clip(files.vae, groups, plan, device, part)).cpu()
     if state.sampler is None:
         assert request.seed is not None
         generator = torch.Generator("cpu").manual_seed(request.seed)  # every window has the same

@@ -8,7 +8,7 @@ from skyrun.events import Event, LatentsReady
 from skyrun.footage import nearest
 from skyrun.images import from_uint8, truncated
 from skyrun.job import Job
-from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.pipelines.condition import Condition
 from skyrun.pipelines.extension import SHIFT
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
@@ -27,8 +27,9 @@ def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = Non
     if "text" not in state.encoded:
         state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "video" not in state.encoded:
-        pixels = from_uint8(nearest(job.inputs.footage.frames, job.height, job.width))
-        state.encoded["video"] = (yield from encode_clip(files.vae, pixels, plan, device)).cpu()
+        frames = nearest(job.inputs.footage.frames, job.height, job.width)
+        groups = (from_uint8(frames[group]) for group in groups_of(len(frames)))
+        state.encoded["video"] = (yield from encode_clip(files.vae, groups, plan, device)).cpu()
     if state.sampler is None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         shape = (LATENT_CHANNELS, job.windows[0].latents, job.height // 8, job.width // 8)

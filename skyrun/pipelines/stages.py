@@ -1,6 +1,6 @@
 """The stages that pipelines are made of: each holds what it needs, says what it does, and lets go of it."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -92,13 +92,13 @@ def encode_images(
 
 
 def encode_clip(
-    path: Path, pixels: Tensor, plan: Plan, device: torch.device, part: tuple[int, int] | None = None
+    path: Path, groups: Iterable[Tensor], plan: Plan, device: torch.device, part: tuple[int, int] | None = None
 ) -> Generator[Event, None, Tensor]:
-    """The mean of the posterior of pixels [3, T, H, W], normalised: float32 [16, 1 + (T - 1) // 4, H/8, W/8]."""
+    """The mean of the posterior of a video that comes in groups [3, T, H, W], normalised: float32 [16, F, H/8, W/8]."""
     stage = Stage("images", 1, "clip", device, part)
     yield stage.started()
     vae = _open_vae(path, plan, device)
-    latents = vae.normalise(vae.encode(pixels)[0])
+    latents = vae.normalise(vae.encode_groups(groups)[0])
     del vae
     yield stage.done(1)
     yield stage.ended()
