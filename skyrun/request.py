@@ -94,7 +94,8 @@ class Request:
         if self.task in TASKS:
             put("steps", TASKS[self.task].steps if self.steps is None else self.steps)
             if self.condition_frames is None:
-                put("condition_frames", usual_condition_frames(self.task, self.frame_count))
+                counts = self.task == "shot" and not self._length_problems(TASKS[self.task])
+                put("condition_frames", usual_condition_frames(self.task, self.frame_count if counts else 1))
         if self.transition in TRANSITIONS:
             tag = TRANSITIONS[self.transition]
             put("prompt", self.prompt if self.prompt.startswith(tag) else f"{tag} {self.prompt.lstrip()}")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SKYRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("skyrun.pipelines.stages.block_layouts", lambda file: [])  # nothing to read ahead
     return tmp_path / "cache" / "prompts"
 
 
@@ -29,7 +31,9 @@ def encoder(converted):
 
 def encode(encoder, prompt="a sea"):
     """The embedding, and whether the encoder ran for it."""
-    events, generator = [], torch.inference_mode()(encode_text)(encoder, prompt, CPU)
+    files, plan = SimpleNamespace(transformer=encoder.file), SimpleNamespace(ring_slots=3)
+    job = SimpleNamespace(encoder=encoder, device=CPU, files=files, plan=plan)
+    events, generator = [], torch.inference_mode()(encode_text)(job, prompt)
     while True:
         try:
             events.append(next(generator))
