@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from skyrun import Request, run
-from skyrun.contact_sheet import contact_sheet, places, write_picture
+from skyrun.contact_sheet import contact_sheet, places
+from skyrun.pictures import write_picture
 from skyrun.quant import convert
 from skyrun.runner import Result
 from skyrun.speech import read_speech

@@ -45,7 +45,7 @@ class ArrayInfo:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each opening is one of its own, and can be a key
 class GGUFFile:
     """The header of a GGUF file. metadata: scalars and strings. arrays: where the others lie."""
 

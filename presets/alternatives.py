@@ -11,15 +11,20 @@ _SMALLEST = 256 * 448
 
 
 def what_fits(workload: Workload, fits: Callable[[Workload], bool]) -> str:
-    """In words; empty if nothing smaller fits. Of a clip made in windows the length does not matter."""
-    found = [name for name, area in _AREAS.items() if area < _area(workload) and fits(_scaled(workload, area))]
-    if not found and _area(workload) > _SMALLEST and fits(_scaled(workload, _SMALLEST)):
-        smallest = _scaled(workload, _SMALLEST)
-        found = [f"{smallest.height}x{smallest.width}"]
-    ways = [f"{found[0]}"] if found else []
-    if workload.windows == 1 and workload.frames % 4 == 1 and (frames := _most_frames(workload, fits)):
-        ways.append(f"{frames} frames")
+    """In words; empty if nothing smaller fits."""
+    size, frames = largest_size(workload, fits), most_frames(workload, fits)
+    ways = [size] * bool(size) + [f"{frames} frames"] * bool(frames)
     return f"{' or '.join(ways)} would fit" if ways else ""
+
+
+def largest_size(workload: Workload, fits: Callable[[Workload], bool]) -> str:
+    """A resolution below the workload's, or height x width; empty if none fits."""
+    areas = {name: area for name, area in _AREAS.items() if (workload.task, name) != ("a2v", "540P")}
+    for name, area in areas.items():
+        if area < _area(workload) and fits(_scaled(workload, area)):
+            return name
+    smallest = _scaled(workload, _SMALLEST)
+    return f"{smallest.height}x{smallest.width}" if _area(workload) > _SMALLEST and fits(smallest) else ""
 
 
 def _area(workload: Workload) -> int:
@@ -33,8 +38,13 @@ def _scaled(workload: Workload, area: int) -> Workload:
     return replace(workload, height=height, width=width)
 
 
-def _most_frames(workload: Workload, fits: Callable[[Workload], bool]) -> int:
-    """The most frames that fit, 0 if not even one does: a group of four frames is one latent frame."""
+def most_frames(workload: Workload, fits: Callable[[Workload], bool]) -> int:
+    """The most frames that fit, 0 if not even one does: a group of four frames is one latent frame.
+
+    Of a clip made in windows the length does not matter.
+    """
+    if workload.task in ("v2v", "a2v"):
+        return 0
     low, high = 0, (workload.frames - 1) // 4
     while low < high:
         middle = (low + high + 1) // 2

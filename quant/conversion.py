@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from skyrun.kernels.disk import allocated, existing_folder
 from skyrun.kernels.errors import FAILED, SkyrunError
 from skyrun.quant.partial import PartialFile, partial_path, resumable
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
@@ -25,7 +26,7 @@ Supply = Callable[[Path], AbstractContextManager[None]]
 def check_space(conversion: Conversion) -> None:
     """SkyrunError if the folder or the disk cannot take the files. Writes nothing."""
     folder = conversion.files[0].path.absolute().parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = existing_folder(folder)
     if not existing.is_dir():
         message = f"cannot write to the folder {folder}: {existing} is a file"
         raise SkyrunError(message, f"{existing} is not a folder: choose another with -o")
@@ -34,7 +35,7 @@ def check_space(conversion: Conversion) -> None:
         raise SkyrunError(message, "choose another with -o, or change its permissions")
     if folders := [str(file.path) for file in conversion.files if file.path.is_dir()]:
         raise SkyrunError(f"{folders[0]} is a folder, a file of that name would be written", "move it away")
-    needed = sum(file.nbytes - _allocated(partial_path(file.path)) for file in conversion.files)
+    needed = sum(file.nbytes - allocated(partial_path(file.path)) for file in conversion.files)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise SkyrunError(
@@ -42,15 +43,6 @@ def check_space(conversion: Conversion) -> None:
             "free some space, choose another folder with -o, or a smaller --quant",
             FAILED,
         )
-
-
-def _allocated(path: Path) -> int:
-    """Bytes that a file takes on the disk already; it may have holes."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0
-    return min(status.st_size, getattr(status, "st_blocks", 0) * 512)
 
 
 def write_file(

@@ -125,7 +125,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(commands: Commands) -> None:
     parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
-    parser.add_argument("task", choices=["r2v", "v2v", "shot", "a2v"], help="as `skyrun run` has them")
+    parser.add_argument("task", choices=list(TASKS), help="as `skyrun run` has them")
     machine = parser.add_argument_group("another machine than this one")
     machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
     machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"')

@@ -23,9 +23,9 @@ def plan(arguments: Namespace) -> int:
 
     planned = plan_from(arguments)
     if arguments.plot:
-        from skyrun.plan_picture import write_picture
+        from skyrun.plan_picture import write_plan_picture
 
-        write_picture(arguments.plot, planned)
+        write_plan_picture(arguments.plot, planned)
         say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
     if arguments.json:
         emit({"event": "plan"} | planned.as_json())

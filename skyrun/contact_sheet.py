@@ -1,19 +1,15 @@
 """A clip at a glance: some of its frames, evenly spread, side by side."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from skyrun.errors import FAILED, SkyrunError
 from skyrun.images import Frames
-from skyrun.kernels.atomic import replacing
 
 _COLUMNS, _ROWS = 4, 3
 _WIDTH = 1600  # pixels of a sheet, at most
 _GAP = 4
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def places(count: int, most: int = _COLUMNS * _ROWS) -> list[int]:
@@ -32,12 +28,3 @@ def contact_sheet(frames: Sequence[Frames], columns: int = _COLUMNS) -> Image.Im
     image = Image.fromarray(sheet)
     image.thumbnail((_WIDTH, 4 * _WIDTH), Image.Resampling.LANCZOS)
     return image
-
-
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Save a picture whole or not at all. SkyrunError if it cannot be written."""
-    try:
-        with replacing(path) as partial:
-            image.save(partial, format=Image.registered_extensions()[path.suffix.lower()])
-    except (OSError, ValueError) as error:
-        raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from skyrun.kernels.disk import existing_folder
 from skyrun.machine import load_tuned
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
@@ -139,7 +140,7 @@ def _system(gpu: str) -> Finding:
 
 def _space(folder: Path) -> Finding:
     """Room for a model, and whether Linux reads it through Windows."""
-    there = _existing(folder)
+    there = existing_folder(folder)
     free = free_space(there)
     found = f"{free / _GIB:.0f} GiB free for {folder}"
     if where() == "WSL" and re.match(r"/mnt/[a-z](/|$)", str(there.resolve())):
@@ -169,9 +170,3 @@ def _tuned(gpu: str) -> Finding:
     if load_tuned("cuda" if gpu else "cpu") is None:
         return Finding("tuning", "good", "not done: times are predicted from tables", "skyrun tune, under two minutes")
     return Finding("tuning", "good", "done: plans rest on what was measured here")
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

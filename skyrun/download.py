@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from skyrun.choosing import Chooser, Part, default_quant
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.hub import arrived
+from skyrun.kernels.disk import allocated, existing_folder
 from skyrun.progress import Display, size
 from skyrun.pulled import Manifest, Name, folder_of, is_complete
 
@@ -119,7 +120,7 @@ def _is_done(part: Part, folder: Path, manifest: Manifest) -> bool:
 
 def check_space(pull: Pull) -> None:
     """SkyrunError if the disk cannot hold what the pull needs on the way."""
-    existing = _existing(pull.folder)
+    existing = existing_folder(pull.folder)
     free, there = shutil.disk_usage(existing).free, _allocated(pull)
     needed = pull.peak_bytes - there
     if needed > free:
@@ -130,14 +131,8 @@ def check_space(pull: Pull) -> None:
         )
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    folder = folder.absolute()
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
 def _check_folder(folder: Path) -> None:
-    existing = _existing(folder)
+    existing = existing_folder(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "read-only" if existing.is_dir() else "a file"
         hint = "choose another folder with -o, or set SKYRUN_MODELS"
@@ -145,10 +140,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _allocated(pull: Pull) -> int:
-    """Bytes that unfinished files take on the disk already; they may have holes."""
+    """Bytes that unfinished files take on the disk already."""
     unfinished = [*(pull.folder / _WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]
-    statuses = [path.stat() for path in unfinished if path.is_file()]
-    return sum(min(status.st_size, getattr(status, "st_blocks", 0) * 512) for status in statuses)
+    return sum(allocated(path) for path in unfinished if path.is_file())
 
 
 def carry_out(pull: Pull, display: Display) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.hub import RemoteFile, Repository, read_start
+from skyrun.tasks import TASKS
 
 _HEAD = 1 << 16  # bytes in which everything stands that decides; a tokenizer comes after it
 _ROLES = {"wan": "transformer", "t5encoder": "text_encoder", "t5": "text_encoder", "clip": "image_encoder"}
@@ -13,7 +14,6 @@ _SAFETENSORS = {b'"decoder.conv1.weight"': "vae", b"feature_extractor.conv_layer
 _STRING = 8  # GGUF's number for the type
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _TYPE_IN_NAME = re.compile(r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|BF16|F16|F32)(?![A-Z0-9])")
-_TASKS = ("r2v", "v2v", "shot", "a2v")
 _ENCODER_QUANT = "Q8_0"  # the smallest with which encoders are as good as unchanged
 
 
@@ -72,7 +72,7 @@ def choose(repo: str, models: list[RemoteModel], quant: str, task: str) -> list[
 
 
 def _task_of(model: RemoteModel) -> str:
-    return model.task or next((task for task in _TASKS if task in model.file.name.lower()), "")
+    return model.task or next((task for task in TASKS if task in model.file.name.lower()), "")
 
 
 def _type_in(name: str) -> str:

@@ -59,9 +59,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def to_uint8(pixels: Tensor) -> Frames:
     """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], halves rounded to even as upstream does."""
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    return frames
+    return _as_frames(_levels(pixels).round())
 
 
 def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -77,8 +75,15 @@ def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def truncated(pixels: Tensor) -> Frames:
     """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], rounded down as the other tasks do."""
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
-    frames: Frames = levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return _as_frames(_levels(pixels))
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    return (pixels / 2 + 0.5).clamp(0, 1) * 255
+
+
+def _as_frames(levels: Tensor) -> Frames:
+    frames: Frames = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return frames
 
 

@@ -51,6 +51,10 @@ class Job:
         """Frames per second of the clip."""
         return TASKS[self.request.task].fps
 
+    def part(self, index: int) -> tuple[int, int] | None:
+        """Which window of how many it is, counted from 1, for a person; None if there is only one."""
+        return (index + 1, len(self.windows)) if len(self.windows) > 1 else None
+
     def as_json(self) -> dict[str, Any]:
         """The decisions as plain values."""
         return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.pictures import write_picture
 from skyrun.planning import Planned
 from skyrun.presets.memory import CONTEXT_BYTES, GIB, PROCESS_BYTES, staging_bytes
 from skyrun.presets.plan import StagePlan
@@ -51,7 +51,7 @@ class _Axes:
             self.line(ends, fill)  # type: ignore[arg-type]
 
 
-def write_picture(path: Path, planned: Planned) -> None:
+def write_plan_picture(path: Path, planned: Planned) -> None:
     """Draw both and write them as PNG."""
     if path.suffix.lower() != ".png":
         raise SkyrunError(f"{path} does not end in .png", "name the picture plan.png")
@@ -59,9 +59,7 @@ def write_picture(path: Path, planned: Planned) -> None:
     draw = ImageDraw.Draw(image)
     _draw_memory(draw, planned)
     _draw_steps(draw, planned)
-    image = image.resize((_WIDTH, 2 * _HEIGHT), Image.Resampling.LANCZOS).quantize(96)
-    with replacing(path) as partial:
-        image.save(partial, "PNG", optimize=True)
+    write_picture(path, image.resize((_WIDTH, 2 * _HEIGHT), Image.Resampling.LANCZOS).quantize(96))
 
 
 def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

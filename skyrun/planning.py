@@ -19,7 +19,7 @@ from skyrun.presets.named import preset
 from skyrun.published import published_workload
 from skyrun.sizes import bucket
 from skyrun.speech_frames import RATE, frame_count
-from skyrun.tasks import TASKS, WINDOW_FRAMES, usual_condition_frames
+from skyrun.tasks import TASKS, WINDOW_FRAMES, frames_of, usual_condition_frames
 from skyrun.windows import amounts, extension_windows, single_window, speech_windows
 
 _WIDE = (9, 16)  # the shape of a picture that is not there
@@ -94,7 +94,7 @@ def _problems(clip: Clip) -> Iterator[str]:
 
 def clip_numbers(task: str, seconds: float) -> dict[str, int]:
     """Frames and windows of a clip, from one picture where it takes pictures."""
-    frames = round(seconds * 24) // 4 * 4 + 1
+    frames = frames_of(seconds)
     condition_frames = usual_condition_frames(task, frames)
     match task:
         case "v2v":

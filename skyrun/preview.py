@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.contact_sheet import contact_sheet, places, write_picture
+from skyrun.contact_sheet import contact_sheet, places
 from skyrun.images import Frames
 from skyrun.models.vae import LATENT_CHANNELS, WanVAE
+from skyrun.pictures import write_picture
 
 _SIDE, _SAMPLES = 16, 8  # latents of a picture, pictures that the map is fitted to
 _COARSE = 4  # their colours change over so many latents

@@ -9,10 +9,10 @@ from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Replanned, StageStarted
 from skyrun.job import Job
 from skyrun.pipelines import PIPELINES
-from skyrun.presets import Plan, choose, probe
+from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import GIB
 from skyrun.run_state import RunState
-from skyrun.sizes import bucket
 from skyrun.tasks import TASKS
 
 _SHRINK = 0.85  # of what was too much, for the next plan
@@ -90,29 +90,11 @@ def _going_on(smaller: Plan | None) -> str:
 
 def _what_fits(job: Job, limit: float) -> str:
     """Options that the job would have fitted into the limit with; empty if there are none."""
-    request = job.request
-    options = []
-    counts = range(1, request.frame_count, 4) if TASKS[request.task].frames else range(0)
-    most = max((count for count in counts if _fits(job, limit, frames=count)), default=0)
-    if most:
-        options.append(f"--frames {most}")
-    portrait = request.task == "a2v"
-    names = TASKS[request.task].resolutions
-    sizes = {name: bucket(name, *job.inputs.shape, portrait=portrait) for name in names}
-    fitting = [
-        name for name, (height, width) in sizes.items()
-        if height * width < job.height * job.width and _fits(job, limit, size=(height, width))
-    ]  # fmt: skip
-    if fitting:
-        options.append(f"--resolution {fitting[-1]}")
+
+    def fits(workload: Workload) -> bool:
+        return not _choose(replace(job, workload=workload), limit).problem
+
+    frames, size = most_frames(job.workload, fits), largest_size(job.workload, fits)
+    named = "resolution" if size in TASKS[job.request.task].resolutions else "size"
+    options = [f"--frames {frames}"] * bool(frames) + [f"--{named} {size}"] * bool(size)
     return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""
-
-
-def _fits(job: Job, limit: float, **changes: object) -> bool:
-    request = replace(job.request, **changes)  # type: ignore[arg-type]
-    height, width = request.size if isinstance(request.size, tuple) else (job.height, job.width)
-    latent_frames = job.workload.latent_frames
-    if TASKS[request.task].frames:
-        latent_frames += request.latent_frames - job.request.latent_frames
-    workload = replace(job.workload, height=height, width=width, latent_frames=latent_frames)
-    return not _choose(replace(job, workload=workload), limit).problem

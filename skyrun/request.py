@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels.disk import existing_folder
 from skyrun.sizes import GRID
-from skyrun.tasks import MAX_LATENT_FRAMES, TASKS, TRANSITIONS, WINDOW_FRAMES, Task, usual_condition_frames
+from skyrun.tasks import MAX_LATENT_FRAMES, TASKS, TRANSITIONS, WINDOW_FRAMES, Task, frames_of, usual_condition_frames
 
 TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _MAX_SEED = (1 << 63) - 1
@@ -105,7 +106,7 @@ class Request:
         """Frames of the clip."""
         if self.frames is not None:
             return self.frames
-        return round((_SECONDS if self.seconds is None else self.seconds) * 24) // 4 * 4 + 1
+        return frames_of(_SECONDS if self.seconds is None else self.seconds)
 
     @property
     def whole_seconds(self) -> int:
@@ -295,9 +296,7 @@ def place_problems(path: Path) -> list[str]:
     """Why a file cannot be written there; better known before the work than after it."""
     if path.is_dir():
         return [f"{path} is a folder, expected the name of a file"]
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_folder(path.parent)
     if not folder.is_dir():
         return [f"{path} cannot be written: {folder} is a file"]
     return [] if os.access(folder, os.W_OK) else [f"{path} cannot be written: {folder} is read-only"]

@@ -14,7 +14,8 @@ from PIL.Image import Image
 
 from skyrun.batch import free_name, is_made, requests_of
 from skyrun.console import emit, say
-from skyrun.contact_sheet import contact_sheet, places, write_picture
+from skyrun.contact_sheet import contact_sheet, places
+from skyrun.errors import SkyrunError
 from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
 from skyrun.forecast import Forecast
@@ -22,11 +23,12 @@ from skyrun.images import Frames
 from skyrun.interrupts import raise_if_asked
 from skyrun.job import Job
 from skyrun.locate import located
+from skyrun.pictures import suffix_problems, write_picture
 from skyrun.presets.named import preset_limits
 from skyrun.preview import Previewer
 from skyrun.progress import progress
 from skyrun.report import plan_text, result_text, state_text
-from skyrun.request import Request
+from skyrun.request import Request, place_problems
 from skyrun.resume import continue_or_start, resume
 from skyrun.run_state import RunState, state_path
 from skyrun.runner import Result, run_job
@@ -58,15 +60,27 @@ def _run_clip(request: Request, arguments: Namespace) -> None:
     if job.request.output is None:
         output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
+    assert job.request.output is not None
+    sheet = job.request.output.with_suffix(".png") if arguments.sheet else None
+    _check_pictures(job.request, [place for place in (arguments.preview, sheet) if place is not None])
     _announce(job, state, arguments.json)
     if arguments.dry_run:
         return
-    result = _made(job, state, arguments.json, arguments.preview)
-    if arguments.sheet:
-        assert result.output is not None
-        sheet = result.output.with_suffix(".png")
-        write_picture(sheet, _sheet_of(result.output, job.frames))
+    _made(job, state, arguments.json, arguments.preview)
+    if sheet is not None:
+        write_picture(sheet, _sheet_of(job.request.output, job.frames))
         say(f"{sheet}: the clip at a glance")
+
+
+def _check_pictures(request: Request, places: list[Path]) -> None:
+    """Better before the run than after its first step, or when a picture of the clip's is gone."""
+    problems = [problem for place in places for problem in (*suffix_problems(place), *place_problems(place))]
+    inputs = {image.resolve() for image in request.images}
+    problems += [
+        f"{place} is what the clip is made from, it would be lost" for place in places if place.resolve() in inputs
+    ]
+    if problems:
+        raise SkyrunError.listing("pictures of the clip cannot be drawn", problems, "choose other names")
 
 
 def resume_clip(arguments: Namespace) -> int:

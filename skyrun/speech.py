@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from skyrun.errors import SkyrunError
 from skyrun.loudness import normalised
 from skyrun.speech_frames import RATE
+from skyrun.tasks import TASKS
 
-_SHORTEST, _LONGEST = 0.4, 200.0  # seconds
+_SHORTEST, _LONGEST = TASKS["a2v"].seconds
 
 
 def read_speech(path: Path, seconds: float | None = None) -> NDArray[np.float64]:

@@ -2,8 +2,10 @@
 
 import math
 
+from skyrun.tasks import TASKS
+
 RATE = 16000  # samples per second
-FPS = 25  # frames of a talking avatar
+FPS = TASKS["a2v"].fps
 
 
 def frame_count(samples: int) -> int:

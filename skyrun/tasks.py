@@ -80,6 +80,11 @@ TASKS = {
 }
 
 
+def frames_of(seconds: float) -> int:
+    """Frames of a clip at 24 a second: one, and whole groups of four."""
+    return round(seconds * 24) // 4 * 4 + 1
+
+
 def usual_condition_frames(task: str, frames: int) -> int:
     """Frames of the video that are seen: of the next shot of `frames` the more the longer it is."""
     return min(33, max(9, 8 * round((frames - 1) / 24) - 7)) if task == "shot" else CONDITION_FRAMES

@@ -62,7 +62,7 @@ class WindowStore:
         if self._container is not None:
             self._container = None
             with suppress(OSError, av.FFmpegError):
-                self._stack.__exit__(*_failed())
+                self._stack.__exit__(OSError, OSError("abandoned"), None)
         self._stack = ExitStack()
 
     def read(self, window: int, expected: int) -> tuple[Iterator[Frames], Tensor]:
@@ -75,9 +75,13 @@ class WindowStore:
 
     def remove(self) -> None:
         """The clip is whole, or will not be made."""
-        for path in self._state.parent.glob(f"{_stem(self._state)}.[0-9]*"):
-            if path.suffix in (".mkv", ".safetensors") and path.stem.removeprefix(f"{_stem(self._state)}.").isdecimal():
+        for path in self._state.parent.iterdir():
+            if self._is_of_a_window(path):
                 path.unlink(missing_ok=True)
+
+    def _is_of_a_window(self, path: Path) -> bool:
+        name, _, window = path.stem.rpartition(".")
+        return name == self._state.stem and window.isdecimal() and path.suffix in (".mkv", ".safetensors")
 
     def _frames(self, window: int, expected: int) -> Iterator[Frames]:
         count = 0
@@ -97,12 +101,7 @@ class WindowStore:
         return SkyrunError(f"what was finished of the clip cannot be read from {path}: {why}", _ANEW)
 
     def _path(self, window: int, suffix: str) -> Path:
-        return self._state.with_name(f"{_stem(self._state)}.{window}{suffix}")
-
-
-def _stem(state: Path) -> str:
-    """ "clip.skyrun" of "clip.skyrun.safetensors"."""
-    return state.stem
+        return self._state.with_name(f"{self._state.stem}.{window}{suffix}")
 
 
 @contextmanager
@@ -112,8 +111,3 @@ def _as_oserror() -> Iterator[None]:
         yield
     except (av.FFmpegError, SafetensorError) as error:
         raise OSError(str(error)) from error
-
-
-def _failed() -> tuple[type[Exception], Exception, None]:
-    error = RuntimeError("abandoned")
-    return type(error), error, None

@@ -104,6 +104,21 @@ def test_mistakes(tmp_path, monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preview", "now.txt"], "now.txt does not end in .png"),
+        (["--preview", "picture.png"], "picture.png is what the clip is made from, it would be lost"),
+        (["--sheet", "-o", "picture.mp4"], "picture.png is what the clip is made from, it would be lost"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(told, tmp_path, capsys, arguments, message):
+    before = (tmp_path / "picture.png").read_bytes()
+    assert main(told("-p", "a sea", *arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "picture.png").read_bytes() == before and not clips(tmp_path)
+
+
 def test_a_clip_of_others_says_nothing(tmp_path, goldens):
     clip = goldens("e2e/single_shot_extension/golden").folder / "input.mp4"
     with pytest.raises(SkyrunError, match="does not say how it was made"):

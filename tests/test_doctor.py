@@ -70,7 +70,7 @@ def test_systems_that_hide_a_full_gpu(monkeypatch, system, gpu, verdict, found):
 def test_models_on_a_disk_of_windows(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "where", lambda: "WSL")
     monkeypatch.setattr(doctor, "free_space", lambda folder: 500 << 30)
-    monkeypatch.setattr(doctor, "_existing", lambda folder: folder)
+    monkeypatch.setattr(doctor, "existing_folder", lambda folder: folder)
     assert doctor._space(tmp_path).verdict == "good"
     finding = doctor._space(doctor.Path("/mnt/c/models"))
     assert finding.verdict == "slow" and "SKYRUN_MODELS" in finding.remedy

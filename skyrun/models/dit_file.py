@@ -1,6 +1,7 @@
 """A file of a Wan diffusion transformer: which of its tensors are what, its sizes, and where its blocks lie."""
 
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
@@ -10,6 +11,7 @@ from skyrun.stream import Block, lay_out_blocks
 
 HEAD_DIM = 128
 AUDIO_LAYERS = 12  # of the audio encoder, whose outputs are a frame's features
+_HEADERS = 8  # of which what they say is remembered: names of all tensors are looked through for it
 _AUDIO_WINDOW = 5  # frames of audio around a video frame, where a file does not say
 
 
@@ -33,13 +35,13 @@ class DiTDims:
     context_tokens: int = 0
 
 
+@lru_cache(_HEADERS)
 def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
     """Tensors by original Wan name and in torch's shapes, whatever naming, prefix and axes the file has.
 
     Tensors that the model does not know keep the names they have.
     """
-    match = _recognised(file)
-    dims, _ = _check(match, file)
+    match, dims, _ = _checked(file)
     rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
     tensors = {}
     for name, in_file in match.names.items():
@@ -60,19 +62,21 @@ def _recognised(file: GGUFFile) -> Match:
     return matches[0]
 
 
-def _check(match: Match, file: GGUFFile) -> tuple[dict[str, int], list[str]]:
-    """The sizes that the tensors imply, and what is missing or misshapen."""
+@lru_cache(_HEADERS)
+def _checked(file: GGUFFile) -> tuple[Match, dict[str, int], list[str]]:
+    """The family, the sizes that the tensors imply, and what is missing or misshapen."""
+    match = _recognised(file)
     window = file.metadata.get("skyrun.audio_window")
     known = {"audio_window": window if isinstance(window, int) and window > 0 else _AUDIO_WINDOW}
-    return match.check({name: info.shape for name, info in file.tensors.items()}, known)
+    return match, *match.check({name: info.shape for name, info in file.tensors.items()}, known)
 
 
+@lru_cache(_HEADERS)
 def read_dims(file: GGUFFile) -> DiTDims:
     """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
-    match = _recognised(file)
     layers = len(block_layouts(file))
-    sizes, problems = _check(match, file)
-    problems += [f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0]]
+    match, sizes, missing = _checked(file)
+    problems = [*missing, *(f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0])]
     if problems:
         raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
     dims = DiTDims(
@@ -104,6 +108,7 @@ def _avatar(sizes: dict[str, int]) -> dict[str, int]:
     return {"image_dim": sizes["image"], "audio_channels": channels, **kept}
 
 
+@lru_cache(_HEADERS)
 def block_layouts(file: GGUFFile) -> list[Block]:
     """Where each block lies, in execution order."""
     return lay_out_blocks(file.path, canonical_tensors(file), "blocks.")

@@ -27,10 +27,11 @@ from skyrun.speech_frames import frame_count
 from skyrun.stream import ObserveBlock
 from skyrun.tasks import CONNECTION
 from skyrun.windows import GUIDES, MOTION, Window, padded_frames
+from skyrun.windows import latents as latents_of
 
 _SHIFT = 11.0  # of the noise levels that the model was distilled with
 _GROUP = 4  # frames of a latent frame, after the first
-_MOTION_LATENTS = 1 + (MOTION - 1) // _GROUP
+_MOTION_LATENTS = latents_of(MOTION)
 
 Events = Generator[Event, None, None]
 
@@ -154,12 +155,8 @@ class _Pass:
             audio=audio_windows(self.speech, window.start, job.request.window_frames),
             motion=motion,
         )
-        yield from denoise(job.files.transformer, job.plan, state, condition, job.device, observe, self._part)
+        yield from denoise(job.files.transformer, job.plan, state, condition, job.device, observe, job.part(self.index))
         yield from self._decoded(window)
-
-    @property
-    def _part(self) -> tuple[int, int] | None:
-        return (self.index + 1, len(self.job.windows)) if len(self.job.windows) > 1 else None
 
     def _tokens(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
         """Of the picture that the window begins with. Those of the portrait are made once."""
@@ -173,8 +170,8 @@ class _Pass:
 
     def _channels(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
         """Which frames are given, four channels per latent frame, above the latents of these with grey between them."""
-        count = self.job.request.window_frames
-        grey = torch.zeros(3, 1, self.job.height, self.job.width)
+        job, count = self.job, self.job.request.window_frames
+        grey = torch.zeros(3, 1, job.height, job.width)
         frames = [*beginning.split(1, 1), *[grey] * (count - beginning.shape[1])]  # the same grey, not copies of it
         mask = torch.zeros(count)
         mask[: beginning.shape[1]] = 1
@@ -182,7 +179,7 @@ class _Pass:
             frames[-GUIDES:] = [self.guides[window.guide].unsqueeze(1)] * GUIDES
             mask[-GUIDES:] = 1
         clip = (torch.cat(frames[group], 1) for group in groups_of(count))
-        latents = yield from encode_clip(self.job.files.vae, clip, self.job.plan, self.job.device, self._part)
+        latents = yield from encode_clip(job.files.vae, clip, job.plan, job.device, job.part(self.index))
         given = torch.cat((mask[:1].expand(_GROUP - 1), mask)).view(-1, _GROUP).T
         return torch.cat((given[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
 
@@ -202,7 +199,7 @@ class _Pass:
             skip = window.skip if window.frames else job.request.window_frames
             return truncated(matched[:, max(0, skip - first) :])
 
-        yield from decode(job.files.vae, latents, state, job.plan, job.device, show, self._part)
+        yield from decode(job.files.vae, latents, state, job.plan, job.device, show, job.part(self.index))
         if len(job.windows) > 1:
             first = latents if window.guide is None else state.carried["first"]
             state.finish_window(motion=last[0], first=first)

@@ -18,7 +18,7 @@ from skyrun.run_state import RunState
 from skyrun.stream import ObserveBlock
 from skyrun.unipc import UniPC
 
-SHIFT = 8.0  # of the noise levels that the model was distilled with
+_SHIFT = 8.0  # of the noise levels that the model was distilled with
 
 
 @torch.inference_mode()
@@ -38,16 +38,11 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
 
     The frames before it stand at the beginning of the sequence, clean; they are decoded again and not shown again.
     """
-    request, plan, files, device = job.request, job.plan, job.files, job.device
-    part = (index + 1, len(job.windows)) if len(job.windows) > 1 else None
-    before = _before(job, state)
+    plan, files, device = job.plan, job.files, job.device
+    part, before = job.part(index), _before(job, state)
     groups = (from_uint8(before[group]) for group in groups_of(len(before)))
     prefix = (yield from encode_clip(files.vae, groups, plan, device, part)).cpu()
-    if state.sampler is None:
-        assert request.seed is not None
-        generator = torch.Generator("cpu").manual_seed(request.seed)  # every window has the same
-        shape = (LATENT_CHANNELS, job.windows[index].latents, *prefix.shape[2:])
-        state.sampler, state.latents = UniPC(request.steps, SHIFT), torch.randn(shape, generator=generator)
+    begin(job, state, index)
     condition = Condition(state.encoded["text"], before=prefix, clean=True)
     yield from denoise(files.transformer, plan, state, condition, device, observe, part)
     assert state.latents is not None
@@ -62,6 +57,15 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
 
     yield from decode(files.vae, torch.cat((prefix, state.latents), 1), state, plan, device, show, part)
     return np.stack(last)
+
+
+def begin(job: Job, state: RunState, index: int) -> None:
+    """Noise for a window that has not begun; every window has the same."""
+    if state.sampler is None:
+        assert job.request.seed is not None
+        generator = torch.Generator("cpu").manual_seed(job.request.seed)
+        shape = (LATENT_CHANNELS, job.windows[index].latents, job.height // 8, job.width // 8)
+        state.sampler, state.latents = UniPC(job.request.steps, _SHIFT), torch.randn(shape, generator=generator)
 
 
 def _before(job: Job, state: RunState) -> Frames:

@@ -8,13 +8,12 @@ from skyrun.events import Event, LatentsReady
 from skyrun.footage import nearest
 from skyrun.images import from_uint8, truncated
 from skyrun.job import Job
-from skyrun.models.vae import LATENT_CHANNELS, groups_of
+from skyrun.models.vae import groups_of
 from skyrun.pipelines.condition import Condition
-from skyrun.pipelines.extension import SHIFT
+from skyrun.pipelines.extension import begin
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
 from skyrun.run_state import RunState
 from skyrun.stream import ObserveBlock
-from skyrun.unipc import UniPC
 
 _PLACE = 1024  # of the frames before the cut, on a time axis that the new ones begin at 0
 
@@ -23,17 +22,14 @@ _PLACE = 1024  # of the frames before the cut, on a time axis that the new ones 
 def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages. The frames before the cut stand after the new ones, clean and far away in time."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
-    assert request.seed is not None and job.inputs.footage is not None
+    assert job.inputs.footage is not None
     if "text" not in state.encoded:
         state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "video" not in state.encoded:
         frames = nearest(job.inputs.footage.frames, job.height, job.width)
         groups = (from_uint8(frames[group]) for group in groups_of(len(frames)))
         state.encoded["video"] = (yield from encode_clip(files.vae, groups, plan, device)).cpu()
-    if state.sampler is None:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        shape = (LATENT_CHANNELS, job.windows[0].latents, job.height // 8, job.width // 8)
-        state.sampler, state.latents = UniPC(request.steps, SHIFT), torch.randn(shape, generator=generator)
+    begin(job, state, 0)
     condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_PLACE)
     yield from denoise(files.transformer, plan, state, condition, device, observe)
     assert state.latents is not None
