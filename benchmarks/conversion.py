@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from environment import environment
 
-from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 SHAPES = {
     "1.3B": CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=1 << 30),

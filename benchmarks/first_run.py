@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from hub_server import serving  # noqa: E402
 
-from skyrun.sources import SOURCES  # noqa: E402
+from skyrun.tasks.sources import SOURCES  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 SECOND = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 import torch
 from environment import environment
 
-from skyrun.calibration import collect, plan_calibration
-from skyrun.calibration_clips import PROMPTS, draw_pictures
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.quant import convert, quantize
 from skyrun.quant.importance import Importance, read_importance
+from skyrun.tools.calibrate import collect, plan_calibration
+from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
 
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "checkpoints" / "r2v-tiny"
 

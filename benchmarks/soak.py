@@ -18,9 +18,9 @@ import psutil
 from environment import environment
 
 from skyrun import Request, run
-from skyrun.demo import draw_reference
-from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.cli.demo import draw_reference
 from skyrun.quant import convert
+from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 _SMALLEST = CheckpointDims(dim=128, layers=2, ffn=256, text=64, text_layers=1, vae_base=4)
 

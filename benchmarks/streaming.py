@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from environment import environment
 
-from skyrun.device import page_aligned
 from skyrun.kernels import FORMATS
 from skyrun.kernels.gguf_file import TensorInfo
-from skyrun.reader import Extent, FileReader
-from skyrun.stream import Block, BlockStream, lay_out
+from skyrun.streaming.layout import Block, lay_out
+from skyrun.streaming.reader import Extent, FileReader
+from skyrun.streaming.ring import page_aligned
+from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 DIM, PASSES = 1024, 3  # of hiding

@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from skyrun import Request, run
-from skyrun.contact_sheet import contact_sheet, places
-from skyrun.pictures import write_picture
+from skyrun.engine.run import Result
+from skyrun.media.contact_sheet import contact_sheet, places
+from skyrun.media.image import write_picture
+from skyrun.media.speech import read_speech
 from skyrun.quant import convert
-from skyrun.runner import Result
-from skyrun.speech import read_speech
-from skyrun.speech_frames import RATE
+from skyrun.tasks.windows import RATE
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 TYPES = ("F32", "Q8_0", "Q4_K")

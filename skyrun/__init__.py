@@ -16,17 +16,17 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 if TYPE_CHECKING:
+    from skyrun.engine.run import Result, run
     from skyrun.kernels.errors import SkyrunError
-    from skyrun.request import Request
-    from skyrun.runner import Result, run
+    from skyrun.planning.request import Request
 
 __all__ = ["Request", "Result", "SkyrunError", "run"]
 
 # Resolved on first use, so that `skyrun --help` does not pay for torch.
 _homes = {
-    "Request": "skyrun.request",
-    "Result": "skyrun.runner",
-    "run": "skyrun.runner",
+    "Request": "skyrun.planning.request",
+    "Result": "skyrun.engine.run",
+    "run": "skyrun.engine.run",
     "SkyrunError": "skyrun.kernels.errors",
 }
 

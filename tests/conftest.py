@@ -139,7 +139,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> It
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
-    from skyrun.sources import SOURCES
+    from skyrun.tasks.sources import SOURCES
 
     with serving() as hub:
         for task, folder in (("r2v", "r2v-tiny"), ("v2v", "v2v-tiny"), ("a2v", "a2v-tiny")):
@@ -149,7 +149,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> It
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
-        monkeypatch.setattr("skyrun.hub._WAIT", 0.01)
+        monkeypatch.setattr("skyrun.hub.client._WAIT", 0.01)
         monkeypatch.setenv("SKYRUN_MODELS", str(tmp_path / "models"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub

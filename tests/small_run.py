@@ -5,9 +5,9 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
+from skyrun.engine.run import run_job
 from skyrun.events import Progress, StageStarted
-from skyrun.request import Request
-from skyrun.runner import run_job
+from skyrun.planning.request import Request
 
 STEPS = 4
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from skyrun.colour import match_colours
-from skyrun.euler import Euler
 from skyrun.events import drain
-from skyrun.images import crop_portrait, open_image
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.loudness import loudness, normalised, weighting
+from skyrun.media.color_match import match_colours
+from skyrun.media.image import open_image
+from skyrun.media.loudness import loudness, normalised, weighting
+from skyrun.media.pixels import crop_portrait
 from skyrun.models import wav2vec2
 from skyrun.models.clip import CLIPVision
 from skyrun.models.wav2vec2 import Wav2Vec2
-from skyrun.sizes import bucket
+from skyrun.pipelines.samplers import Euler
+from skyrun.tasks.sizes import bucket
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

@@ -10,14 +10,14 @@ from small_run import small_request
 
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
+from skyrun.media.video_writer import read_request
 from skyrun.models.umt5 import UMT5
-from skyrun.video import read_request
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Models that are known to be whole are not looked through again."""
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
+    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
     monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
@@ -122,7 +122,7 @@ def test_pictures_that_cannot_be_drawn(told, tmp_path, capsys, arguments, messag
 def test_a_clip_of_others_says_nothing(tmp_path, goldens):
     clip = goldens("e2e/single_shot_extension/golden").folder / "input.mp4"
     with pytest.raises(SkyrunError, match="does not say how it was made"):
-        from skyrun.batch import _made_before
+        from skyrun.cli.batch import _made_before
 
         _made_before(clip)
 

@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from skyrun.bench import checks, command, measurement, synthetic_model
-from skyrun.bench.checks import Check, check_kernels, relative_error
-from skyrun.bench.kernels import WAN_14B, Bench, attention_ways, measure_kernels, plan_bench
-from skyrun.bench.measurement import Clock, Measurement
-from skyrun.bench.report import checks_text, measurements_text
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
+from skyrun.tools.bench import checks, command, measurement, synthetic_model
+from skyrun.tools.bench.checks import Check, check_kernels, relative_error
+from skyrun.tools.bench.kernels import WAN_14B, Bench, attention_ways, measure_kernels, plan_bench
+from skyrun.tools.bench.measurement import Clock, Measurement
+from skyrun.tools.bench.report import checks_text, measurements_text
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(WAN_14B, dim=256, heads=2, ffn_dim=512)

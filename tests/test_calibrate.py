@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-import skyrun.calibration as calibration
 import skyrun.models.dit as dit
-from skyrun.calibration_clips import PROMPTS, draw_pictures
+import skyrun.tools.calibrate as calibration
 from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, MODEL_MISSING, WILL_NOT_FIT, SkyrunError
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.model_files import find_model
+from skyrun.models.folder import find_model
 from skyrun.quant import quantize
 from skyrun.quant.importance import read_importance
+from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
 
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]
 LAYERS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
@@ -32,7 +32,7 @@ LINES = ["a sea", "two dogs run on a beach at noon", "a red city", "snow"]
 def quick():
     """What checks the shapes of text encoder and autoencoder takes longer than a clip of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skyrun.job.check_vae", lambda path: None)
+        patch.setattr("skyrun.planning.job.check_vae", lambda path: None)
         patch.setattr("skyrun.models.umt5.UMT5.check", lambda encoder: None)
         yield
 

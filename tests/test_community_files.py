@@ -9,7 +9,7 @@ from skyrun import Request, run
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.name_tables import WAN_TRANSFORMER
-from skyrun.models.dit_file import read_dims
+from skyrun.models.dit_header import read_dims
 from skyrun.quant import convert, quantize
 from skyrun.quant.families import find_families
 

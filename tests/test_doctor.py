@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from skyrun import doctor
+from skyrun.tools import doctor
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skyrun import embedding_cache
 from skyrun.events import BlockDone, StageEnded
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.umt5 import UMT5
+from skyrun.pipelines import embedding_cache
 from skyrun.pipelines.stages import encode_text
 
 CPU = torch.device("cpu")

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from skyrun import Request, SkyrunError, run
 from skyrun.cli import main
-from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.engine.run import run_job
 from skyrun.events import BlockDone, StageStarted
-from skyrun.images import open_image
-from skyrun.job import prepare
+from skyrun.media.image import open_image
+from skyrun.media.video_writer import read_request
 from skyrun.pipelines.reference import draw_noise
+from skyrun.planning.job import prepare
 from skyrun.quant import convert
-from skyrun.runner import run_job
-from skyrun.video import read_request
+from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 CASES = ["r2v_1img", "r2v_2img"]
 

@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 
-from skyrun import weights as weights_module
 from skyrun.events import drain
 from skyrun.kernels import linear, torch_int8, triton_encode
 from skyrun.kernels.elementwise import add_gated
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
-from skyrun.stream import BlockStream
+from skyrun.models.dit_header import block_layouts
+from skyrun.streaming import weights as weights_module
+from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 LINEAR_BOUND = 0.016  # relative error that int8 may add to a linear layer, see test_accuracy.py

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from skyrun.errors import SkyrunError
-from skyrun.footage import nearest, read_footage, read_frames, read_sound
-from skyrun.video import Format, Sound, writing_video
+from skyrun.media.video_reader import nearest, read_footage, read_frames, read_sound
+from skyrun.media.video_writer import Format, Sound, writing_video
 
 
 def picture(number, height=32, width=48):

@@ -10,15 +10,16 @@ from PIL import Image
 
 from skyrun.errors import SkyrunError
 from skyrun.events import drain
-from skyrun.images import letterbox, open_image, to_uint8
 from skyrun.kernels.gguf_file import open_gguf
+from skyrun.media.image import open_image
+from skyrun.media.pixels import letterbox, to_uint8
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
+from skyrun.models.dit_header import block_layouts
 from skyrun.models.umt5 import UMT5, clean_prompt
 from skyrun.models.vae import WanVAE
-from skyrun.sizes import bucket
-from skyrun.stream import BlockStream
-from skyrun.unipc import UniPC
+from skyrun.pipelines.samplers import UniPC
+from skyrun.streaming.stream import BlockStream
+from skyrun.tasks.sizes import bucket
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from skyrun.calibration import SumsOfSquares
 from skyrun.events import drain
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
+from skyrun.models.dit_header import block_layouts
 from skyrun.quant import convert
 from skyrun.quant.importance import original_name
-from skyrun.stream import BlockStream
+from skyrun.streaming.stream import BlockStream
+from skyrun.tools.calibrate import SumsOfSquares
 
 DATA = Path(__file__).parent / "data"
 TASKS = ["r2v", "v2v", "shot", "a2v"]

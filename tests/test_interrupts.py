@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from skyrun.interrupts import Interrupted, interruptible, raise_if_asked
+from skyrun.cli.signals import Interrupted, interruptible, raise_if_asked
 
 
 def test_an_interrupt_that_a_library_turned_into_an_error():

@@ -6,8 +6,8 @@ import torch
 from skyrun.events import drain
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT, chunks
-from skyrun.models.dit_file import block_layouts
-from skyrun.stream import BlockStream, spread
+from skyrun.models.dit_header import block_layouts
+from skyrun.streaming.stream import BlockStream, spread
 
 CPU = torch.device("cpu")
 TOKENS = 36  # of the golden

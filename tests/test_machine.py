@@ -5,10 +5,10 @@ import json
 import pytest
 
 from skyrun.cli import main
+from skyrun.engine.eta import Forecast
 from skyrun.events import Progress, StageStarted
-from skyrun.forecast import Forecast
-from skyrun.machine import Tuned, disk_number, load_tuned, save_tuned, this_machine
-from skyrun.planning import Clip, plan_clip
+from skyrun.planning.hardware import Tuned, disk_number, load_tuned, save_tuned, this_machine
+from skyrun.planning.what_if import Clip, plan_clip
 from skyrun.presets import host, probe
 from skyrun.presets.cards import CARDS, Rates
 from skyrun.presets.hardware import unknown_card
@@ -94,7 +94,7 @@ def test_what_was_tuned_otherwise_counts_for_nothing(damage):
 
 
 def test_tuning_measures_and_shows_before_and_after(tmp_path, monkeypatch, capsys):
-    from skyrun import tuning
+    from skyrun.tools import tune as tuning
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tuning, "_DIM", 64)
@@ -122,7 +122,7 @@ def test_presets_are_plans_for_stated_machines():
 
 
 def test_the_command_line_knows_the_presets():
-    from skyrun.cli import PRESETS as offered
+    from skyrun.cli.parser import PRESETS as offered
 
     assert offered == PRESETS
 
@@ -180,9 +180,9 @@ def test_the_command(options, code, text, capsys, tmp_path, monkeypatch):
 def test_files_are_planned_for_as_a_run_plans_them(converted, tmp_path, capsys):
     from small_run import small_request
 
-    from skyrun.job import prepare
-    from skyrun.planned_model import with_model
-    from skyrun.planning import clip_workload
+    from skyrun.planning.job import prepare
+    from skyrun.planning.what_if import clip_workload
+    from skyrun.planning.workload import with_model
 
     for quant in ("Q4_K", "F32"):
         work = with_model(clip_workload(Clip("r2v")), converted(quant), None)

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrun.events import drain
-from skyrun.job import prepare
 from skyrun.kernels.name_tables import WAN_VAE
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
+from skyrun.models.dit_header import block_layouts
 from skyrun.models.vae import Memory, WanVAE, read_vae_dims
+from skyrun.planning.job import prepare
+from skyrun.planning.request import Request
 from skyrun.presets.memory import BYTES, denoise_bytes, vae_bytes, vae_memory_bytes
-from skyrun.request import Request
-from skyrun.stream import BlockStream
+from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

@@ -8,15 +8,16 @@ import pytest
 import torch
 from small_run import STEPS, fail, followed, of_kind, small_request, stopped
 
-from skyrun import keeper, recovery
+from skyrun.engine import checkpoint as keeper
+from skyrun.engine import recovery
+from skyrun.engine.resume import resume
+from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
 from skyrun.events import BlockDone, FramesReady, LatentsReady, Notice, Replanned, StageEnded, StageStarted, drain
-from skyrun.job import prepare
+from skyrun.pipelines.state import load_state, state_path
+from skyrun.planning.job import prepare
 from skyrun.presets import Hardware, choose
 from skyrun.presets.memory import GIB
-from skyrun.resume import resume
-from skyrun.run_state import load_state, state_path
-from skyrun.runner import run_job
 
 
 def no_space():
@@ -90,7 +91,7 @@ PLACES = {
     "load": ("skyrun.pipelines.stages.DiT", (0,)),
     "denoise: first step": ("skyrun.models.dit.dit_block", (1,)),
     "denoise: third step": ("skyrun.models.dit.dit_block", (5,)),
-    "denoise: the sampler": ("skyrun.unipc.UniPC._predict", (2,)),
+    "denoise: the sampler": ("skyrun.pipelines.samplers.UniPC._predict", (2,)),
     "decode: first group": ("skyrun.models.vae.WanVAE._decoder", (0,)),
     "decode: second group": ("skyrun.models.vae.WanVAE._decoder", (1,)),
 }
@@ -232,7 +233,7 @@ def test_what_would_fit_is_said(job, monkeypatch):
 
 
 def test_a_state_that_cannot_be_saved_does_not_stop_the_run(job, undisturbed, monkeypatch):
-    fail(monkeypatch, "skyrun.keeper.save_state", no_space, range(100))
+    fail(monkeypatch, "skyrun.engine.checkpoint.save_state", no_space, range(100))
     result, events = followed(run_job(job))
     (notice,) = of_kind(events, Notice)
     assert "No space left" in notice.text and str(state_path(job.request.output)) in notice.text
@@ -241,7 +242,7 @@ def test_a_state_that_cannot_be_saved_does_not_stop_the_run(job, undisturbed, mo
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(job, undisturbed, monkeypatch):
     """What was saved before stays when a later save fails."""
-    fail(monkeypatch, "skyrun.run_state.save_file", no_space, range(3, 100))
+    fail(monkeypatch, "skyrun.pipelines.state.save_file", no_space, range(3, 100))
     stopped(job, "denoise", 3)
     kept = state_path(job.request.output)
     assert list(kept.parent.iterdir()) == [kept]
@@ -250,7 +251,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(job, undisturbed, monkeyp
     same(drain(run_job(job, state=load_state(kept)[0])), undisturbed)
 
 
-@pytest.mark.parametrize("place", ["skyrun.video.VideoWriter.add", "skyrun.video.VideoWriter.finish"])
+@pytest.mark.parametrize(
+    "place", ["skyrun.media.video_writer.VideoWriter.add", "skyrun.media.video_writer.VideoWriter.finish"]
+)
 def test_a_clip_that_cannot_be_written_can_be_written_later(job, undisturbed, monkeypatch, place):
     job.request.output.parent.mkdir()
     job.request.output.write_text("the old clip")
@@ -270,7 +273,7 @@ def test_a_clip_that_cannot_be_written_can_be_written_later(job, undisturbed, mo
 def test_latents_that_cannot_be_written_can_be_written_later(job, tmp_path, monkeypatch):
     place = tmp_path / "latents.safetensors"
     job = dataclasses.replace(job, request=dataclasses.replace(job.request, save_latents=place))
-    fail(monkeypatch, "skyrun.runner.save_file", no_space, (0,))
+    fail(monkeypatch, "skyrun.engine.run.save_file", no_space, (0,))
     with pytest.raises(SkyrunError, match="cannot write .*latents.safetensors"):
         drain(run_job(job))
     assert job.request.output.exists() and not place.exists()

@@ -6,15 +6,15 @@ import itertools
 import pytest
 from small_run import small_request
 
+from skyrun.engine.run import run_job
 from skyrun.events import drain
-from skyrun.job import prepare
-from skyrun.planning import Clip, clip_workload
+from skyrun.planning.job import prepare
+from skyrun.planning.what_if import Clip, clip_workload
 from skyrun.presets import choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
 from skyrun.presets.memory import vae_memory_bytes
 from skyrun.presets.plan import PREFERENCES
-from skyrun.runner import run_job
 
 
 def denoising(plan, work):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrun.planning import Clip, clip_workload, plan_clip
+from skyrun.planning.what_if import Clip, clip_workload, plan_clip
 from skyrun.presets import choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from skyrun import device
-from skyrun.contact_sheet import contact_sheet, places
-from skyrun.device import is_out_of_memory, refuse_to_spill
+from skyrun.engine.preview import Previewer
+from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.models.vae import WanVAE
-from skyrun.preview import Previewer
+from skyrun.streaming import device
+from skyrun.streaming.device import is_out_of_memory, refuse_to_spill
 
 pytestmark = pytest.mark.usefixtures("inference")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from skyrun import progress
+from skyrun.cli import progress
+from skyrun.cli.progress import Display, duration
 from skyrun.events import Progress, StageEnded, StageStarted
-from skyrun.progress import Display, duration
 
 
 class Notes:

@@ -14,14 +14,14 @@ import pytest
 from hub_server import COMMIT, gguf_repository
 from huggingface_hub import constants
 
-from skyrun import hub as hub_module
-from skyrun import sources
 from skyrun.cli import main
+from skyrun.cli.progress import Display
 from skyrun.errors import SkyrunError
-from skyrun.hub import fetch, list_repository, partial_of, read_start
-from skyrun.progress import Display
-from skyrun.pulled import Manifest
-from skyrun.sources import SOURCES, Source
+from skyrun.hub import client as hub_module
+from skyrun.hub.client import fetch, list_repository, partial_of, read_start
+from skyrun.hub.store import Manifest
+from skyrun.tasks import sources
+from skyrun.tasks.sources import SOURCES, Source
 
 R2V = SOURCES["r2v"].checkpoint
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -207,7 +207,7 @@ def test_a_file_that_was_written_just_before_the_end_counts(hub, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("skyrun.arriving.Step.clean", stop)
+        patch.setattr("skyrun.hub.convert.Step.clean", stop)
         assert main(["pull", "r2v"]) == 130
     folder = tmp_path / "models" / "r2v-Q8_0"
     manifest = Manifest.read(folder)

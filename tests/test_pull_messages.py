@@ -13,7 +13,7 @@ from small_run import fail
 
 from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING
-from skyrun.sources import SOURCES
+from skyrun.tasks.sources import SOURCES
 
 R2V = SOURCES["r2v"].checkpoint
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -76,7 +76,7 @@ def no_space(place):
 
 
 def full_while_fetching(place):
-    fail(place.patch, "skyrun.hub._append", lambda: OSError(errno.ENOSPC, "No space left on device"), {6})
+    fail(place.patch, "skyrun.hub.client._append", lambda: OSError(errno.ENOSPC, "No space left on device"), {6})
 
 
 def full_while_converting(place):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from skyrun import reader as module
-from skyrun.device import page_aligned
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.reader import Extent, FileReader, read_ahead
+from skyrun.streaming import reader as module
+from skyrun.streaming.reader import Extent, FileReader, read_ahead
+from skyrun.streaming.ring import page_aligned
 
 SIZE, CHUNK = 300_001, 16384
 WAYS = ["positions", "own files", "direct"]

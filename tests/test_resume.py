@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skyrun.demo_checkpoint import CheckpointDims, write_checkpoint
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.quant.conversion import write_file
 from skyrun.quant.partial import partial_path
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
+from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

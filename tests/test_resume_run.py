@@ -17,17 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_run import STEPS, fail, small_request, stopped
 
-from skyrun import keeper, run, run_state
+from skyrun import run
 from skyrun.cli import main
+from skyrun.engine import checkpoint as keeper
+from skyrun.engine.resume import continue_or_start, resume
+from skyrun.engine.run import run_job
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
-from skyrun.job import prepare
+from skyrun.media.video_writer import VideoWriter
 from skyrun.models.umt5 import UMT5
+from skyrun.pipelines import state as run_state
+from skyrun.pipelines.state import clip_path, load_state, state_path
+from skyrun.planning.job import prepare
 from skyrun.presets import probe
-from skyrun.resume import continue_or_start, resume
-from skyrun.run_state import clip_path, load_state, state_path
-from skyrun.runner import run_job
-from skyrun.video import VideoWriter
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +43,7 @@ def undisturbed(converted, tmp_path_factory):
 def quick(monkeypatch):
     """A state after every step; models that are known to be whole are not looked through again."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
+    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
     monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
@@ -263,7 +265,7 @@ PLACES = {
     "load": "skyrun.pipelines.stages.DiT",
     "denoise": "skyrun.models.dit.dit_block",
     "decode": "skyrun.models.vae.WanVAE._decoder",
-    "write": "skyrun.video.VideoWriter.finish",
+    "write": "skyrun.media.video_writer.VideoWriter.finish",
 }
 
 
@@ -318,7 +320,7 @@ def test_a_name_that_an_unfinished_clip_has_is_not_free(begun, monkeypatch, tmp_
 def test_why_the_last_save_failed_is_said(begun, monkeypatch, capsys):
     request, path = begun
     path.unlink()
-    fail(monkeypatch, "skyrun.keeper.save_state", lambda: OSError(28, "No space left on device"), range(100))
+    fail(monkeypatch, "skyrun.engine.checkpoint.save_state", lambda: OSError(28, "No space left on device"), range(100))
     fail(monkeypatch, "skyrun.models.dit.dit_block", lambda: signal.raise_signal(signal.SIGINT), (5,))
     assert main(arguments_of(request)) == INTERRUPTED
     said = capsys.readouterr().err
@@ -404,7 +406,7 @@ def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slo
     def machine(device, model=None):
         return probe("cpu").knowing("stated", disk_rate=1e5 if slow else 1e9, ram_free=(1 if slow else 20) << 30)
 
-    monkeypatch.setattr("skyrun.job.this_machine", machine)
+    monkeypatch.setattr("skyrun.planning.job.this_machine", machine)
     monkeypatch.setattr("skyrun.presets.timing._CACHED_SHARE", 0.0)
     job = prepare(small_request(tmp_path, folder))
     assert chosen in job.files.transformer.path.name

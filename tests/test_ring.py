@@ -11,16 +11,17 @@ import pytest
 import torch
 from blocks import random_blocks
 
-from skyrun import device as module
-from skyrun import stream as stream_module
-from skyrun.device import CudaRing, HostRing
 from skyrun.kernels import FORMATS, QuantizedWeight
 from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import needs_planes, to_planes
 from skyrun.presets import memory
-from skyrun.reader import FileReader
-from skyrun.stream import BlockStream, lay_out, spread
-from skyrun.weights import has_planes
+from skyrun.streaming import ring as module
+from skyrun.streaming import stream as stream_module
+from skyrun.streaming.layout import lay_out
+from skyrun.streaming.reader import FileReader
+from skyrun.streaming.ring import CudaRing, HostRing
+from skyrun.streaming.stream import BlockStream, spread
+from skyrun.streaming.weights import has_planes
 
 CPU = torch.device("cpu")
 BLOCKS = 6

@@ -12,7 +12,7 @@ from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER
-from skyrun.models.dit_file import read_dims
+from skyrun.models.dit_header import read_dims
 from skyrun.quant import convert
 from skyrun.quant.families import find_families
 from skyrun.quant.source import SourceTensor

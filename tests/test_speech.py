@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from skyrun.errors import SkyrunError
-from skyrun.loudness import loudness
-from skyrun.speech import read_speech
-from skyrun.speech_frames import RATE
+from skyrun.media.loudness import loudness
+from skyrun.media.speech import read_speech
+from skyrun.tasks.windows import RATE
 
 
 def tone(rate, seconds=1.5, channels=1, amplitude=0.2):

@@ -20,8 +20,9 @@ from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS
 from skyrun.kernels.gguf_file import TensorInfo, open_gguf
 from skyrun.quant import quantize
-from skyrun.stream import BlockStream, FileReader, lay_out, spread
-from skyrun.weights import Weights, as_weight
+from skyrun.streaming.layout import lay_out
+from skyrun.streaming.stream import BlockStream, FileReader, spread
+from skyrun.streaming.weights import Weights, as_weight
 
 CPU = torch.device("cpu")
 BLOCKS, NUMBERS = 12, 5000
@@ -205,7 +206,8 @@ from pathlib import Path
 import torch
 from skyrun.kernels import FORMATS
 from skyrun.kernels.gguf_file import TensorInfo
-from skyrun.stream import BlockStream, lay_out
+from skyrun.streaming.stream import BlockStream
+from skyrun.streaming.layout import lay_out
 
 path, count, nbytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 infos = [TensorInfo("w", (nbytes // 4,), FORMATS["F32"], index * nbytes, nbytes) for index in range(count)]
@@ -299,7 +301,7 @@ def test_resident_blocks_are_spread_evenly(count, total):
 
 
 def test_model_files_have_one_extent_per_block(converted):
-    from skyrun.models.dit_file import block_layouts
+    from skyrun.models.dit_header import block_layouts
 
     file = open_gguf(next(converted("Q4_K").glob("SkyReels*.gguf")))
     blocks = block_layouts(file)

@@ -7,8 +7,8 @@ from skyrun.events import drain
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.audio_projection import later_slots, windows
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
-from skyrun.stream import BlockStream
+from skyrun.models.dit_header import block_layouts
+from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")

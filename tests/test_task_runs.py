@@ -14,17 +14,18 @@ from small_run import fail, followed, of_kind
 from test_footage import number_of, video
 from test_tasks_end_to_end import CASES, request_of
 
-from skyrun import keeper, run
+from skyrun import run
 from skyrun.cli import main
+from skyrun.engine import checkpoint as keeper
+from skyrun.engine.resume import continue_or_start, resume
+from skyrun.engine.run import run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowDone, drain
-from skyrun.job import prepare
+from skyrun.media.video_writer import read_request
 from skyrun.models.clip import CLIPVision
 from skyrun.models.umt5 import UMT5
-from skyrun.resume import continue_or_start, resume
-from skyrun.run_state import load_state, state_path
-from skyrun.runner import run_job
-from skyrun.video import read_request
+from skyrun.pipelines.state import load_state, state_path
+from skyrun.planning.job import prepare
 
 LONG = ["v2v", "a2v"]  # of several windows
 
@@ -33,7 +34,7 @@ LONG = ["v2v", "a2v"]  # of several windows
 def quick(monkeypatch):
     """A state after every step; models that are known to be whole are not looked through again."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
+    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
     monkeypatch.setattr(UMT5, "check", lambda self: None)
     monkeypatch.setattr(CLIPVision, "check", lambda self: None)
 
@@ -128,7 +129,12 @@ def test_killed_in_the_second_window(small, undisturbed, tmp_path, task):
 
 @pytest.mark.parametrize("task", LONG)
 def test_nothing_is_made_again_when_only_the_clip_could_not_be_written(small, undisturbed, tmp_path, monkeypatch, task):
-    fail(monkeypatch, "skyrun.video.VideoWriter.finish", lambda: OSError(28, "No space left on device"), (0,))
+    fail(
+        monkeypatch,
+        "skyrun.media.video_writer.VideoWriter.finish",
+        lambda: OSError(28, "No space left on device"),
+        (0,),
+    )
     request = small(task, tmp_path)
     with pytest.raises(SkyrunError, match="cannot write .*clip.mp4"):
         run(request)
@@ -149,7 +155,12 @@ def test_a_finished_window_that_is_gone_is_said(small, tmp_path):
 
 
 def test_a_full_disk_does_not_end_a_run(small, undisturbed, tmp_path, monkeypatch):
-    fail(monkeypatch, "skyrun.window_store.WindowStore.add", lambda: OSError(28, "No space left on device"), range(99))
+    fail(
+        monkeypatch,
+        "skyrun.engine.window_files.WindowStore.add",
+        lambda: OSError(28, "No space left on device"),
+        range(99),
+    )
     result, events = followed(run_job(prepare(small("v2v", tmp_path))))
     assert any("cannot be kept" in getattr(event, "text", "") for event in events)
     same(result, undisturbed("v2v"))

@@ -3,9 +3,9 @@
 import pytest
 
 from skyrun import Request
+from skyrun.engine.run import run_job
 from skyrun.events import LatentsReady
-from skyrun.job import prepare
-from skyrun.runner import run_job
+from skyrun.planning.job import prepare
 
 CASES = {"v2v": "single_shot_extension", "shot": "shot_switching_extension", "a2v": "talking_avatar"}
 

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrun.images import to_uint8
+from skyrun.media.pixels import to_uint8
 from skyrun.models import vae as autoencoder
-from skyrun.models.tiles import cut
-from skyrun.models.vae import Memory, WanVAE
+from skyrun.models.vae import Memory, WanVAE, cut
 
 CPU = torch.device("cpu")
 SIZE = 96, 64

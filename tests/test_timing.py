@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from skyrun.planning import Clip, clip_workload, plan_clip
+from skyrun.planning.what_if import Clip, clip_workload, plan_clip
 from skyrun.presets.cards import Rates, find_card
 from skyrun.presets.hardware import stated
 from skyrun.presets.timing import break_even_tokens, corrected, step_operations, step_time, with_tokens

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from skyrun.errors import SkyrunError
-from skyrun.video import Format, read_request, writing_video
+from skyrun.media.video_writer import Format, read_request, writing_video
 
 FORMAT = Format(48, 80, Fraction(24), {})
 

@@ -6,10 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrun.request import Request
-from skyrun.speech_frames import FPS, RATE, frame_count
-from skyrun.tasks import TASKS
-from skyrun.windows import MOTION, extension_windows, latents, padded_frames, speech_windows, windows_of
+from skyrun.planning.request import Request
+from skyrun.tasks.skyreels_v3 import TASKS
+from skyrun.tasks.windows import (
+    FPS,
+    MOTION,
+    RATE,
+    extension_windows,
+    frame_count,
+    latents,
+    padded_frames,
+    speech_windows,
+    windows_of,
+)
 
 
 @pytest.mark.parametrize("seconds", range(5, 31))

@@ -1,0 +1,1 @@
+"""The networks as functions over weights that pass by."""

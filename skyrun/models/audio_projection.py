@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.weights import Weights
+from skyrun.streaming.weights import Weights
 
 _GROUP = 4  # frames of a latent frame, after the first
 _EPS = 1e-5

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.gguf_file import GGUFFile
-from skyrun.stream import BlockStream, lay_out_blocks
-from skyrun.weights import Weights, load_weights, shapes_only
+from skyrun.streaming.layout import lay_out_blocks
+from skyrun.streaming.stream import BlockStream
+from skyrun.streaming.weights import Weights, load_weights, shapes_only
 
 _BLOCK = "v.blk."
 _OUTER = ("v.class_embd", "v.patch_embd.weight", "v.position_embd.weight", "v.pre_ln.weight", "v.pre_ln.bias")

@@ -15,12 +15,12 @@ from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.kernels.rotated import RotatedInt8
-from skyrun.layers import rope_table, sinusoid
 from skyrun.models.audio_projection import project_audio
-from skyrun.models.dit_file import HEAD_DIM, DiTDims, canonical_tensors, read_dims
-from skyrun.request import TEXT_LENGTH
-from skyrun.stream import BlockStream
-from skyrun.weights import Weights, load_weights
+from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
+from skyrun.models.rope import rope_table, sinusoid
+from skyrun.planning.request import TEXT_LENGTH
+from skyrun.streaming.stream import BlockStream
+from skyrun.streaming.weights import Weights, load_weights
 
 _IMAGE_EPS = 1e-5  # of the norms around the projection of pictures
 

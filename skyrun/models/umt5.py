@@ -18,9 +18,10 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.elementwise import rms_norm
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.request import TEXT_LENGTH
-from skyrun.stream import BlockStream, lay_out_blocks
-from skyrun.weights import Weights, load_weights, read_rows, shapes_only
+from skyrun.planning.request import TEXT_LENGTH
+from skyrun.streaming.layout import lay_out_blocks
+from skyrun.streaming.stream import BlockStream
+from skyrun.streaming.weights import Weights, load_weights, read_rows, shapes_only
 
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128

@@ -2,14 +2,16 @@
 
 Both ways work through time in groups and remember the last frames that each convolution saw, so memory does not grow
 with the length of the clip. Within a group convolutions can work slab by slab, and what they remember can wait on the
-host: neither changes the result. Weights have original Wan names; the structure is read off them.
+host: neither changes the result. A slab is computed from its own rows and the neighbouring ones that the convolution
+reaches, so the parts join to exactly what the whole gives: there is nothing to blend and no seam. Weights have original
+Wan names; the structure is read off them.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +20,33 @@ from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.safetensors_header import read_safetensors_header
-from skyrun.models.tiles import Slab, Tile, cut
+
+Tile = tuple[int, int]  # height, width in pixels
+
+
+class Slab(NamedTuple):
+    """Rows that are computed, and the rows they are computed from."""
+
+    rows: slice  # of the frame: what this slab gives
+    reach: slice  # of the frame: those and the neighbours they depend on
+    inside: slice  # of the reach: the rows given
+
+
+def cut(height: int, width: int, tile: Tile | None, margin: int) -> list[Slab]:
+    """Slabs of about equal height, each of at most a tile's number of pixels, or of one row; None leaves frames whole.
+
+    margin: rows above and below that an output row depends on.
+    """
+    most = height if tile is None else max(1, tile[0] * tile[1] // width)
+    count = -(-height // most)
+    edges = [index * height // count for index in range(count + 1)]
+    return [_slab(start, stop, height, margin) for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+def _slab(start: int, stop: int, height: int, margin: int) -> Slab:
+    first, last = max(0, start - margin), min(height, stop + margin)
+    return Slab(slice(start, stop), slice(first, last), slice(start - first, stop - first))
+
 
 # Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
 _LATENTS_MEAN = (

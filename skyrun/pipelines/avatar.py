@@ -12,22 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyrun.colour import match_colours
-from skyrun.euler import Euler
 from skyrun.events import Event, LatentsReady, WindowDone
-from skyrun.images import Frames, crop_portrait, to_pixels, truncated
-from skyrun.job import Job
+from skyrun.media.color_match import match_colours
+from skyrun.media.pixels import Frames, crop_portrait, to_pixels, truncated
 from skyrun.models.audio_projection import windows as audio_windows
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
-from skyrun.pipelines.condition import Condition, Motion
+from skyrun.pipelines.conditioning import Condition, Motion
+from skyrun.pipelines.samplers import Euler
 from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
-from skyrun.run_state import RunState
-from skyrun.speech_frames import frame_count
-from skyrun.stream import ObserveBlock
-from skyrun.tasks import CONNECTION
-from skyrun.windows import GUIDES, MOTION, Window, padded_frames
-from skyrun.windows import latents as latents_of
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.streaming.stream import ObserveBlock
+from skyrun.tasks.skyreels_v3 import CONNECTION
+from skyrun.tasks.windows import GUIDES, MOTION, Window, frame_count, padded_frames
+from skyrun.tasks.windows import latents as latents_of
 
 _SHIFT = 11.0  # of the noise levels that the model was distilled with
 _GROUP = 4  # frames of a latent frame, after the first

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, LatentsReady, WindowDone
-from skyrun.footage import nearest
-from skyrun.images import Frames, from_uint8, truncated
-from skyrun.job import Job
+from skyrun.media.pixels import Frames, from_uint8, truncated
+from skyrun.media.video_reader import nearest
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
-from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.samplers import UniPC
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
-from skyrun.run_state import RunState
-from skyrun.stream import ObserveBlock
-from skyrun.unipc import UniPC
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.streaming.stream import ObserveBlock
 
 _SHIFT = 8.0  # of the noise levels that the model was distilled with
 

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, LatentsReady
-from skyrun.images import letterbox, to_pixels
-from skyrun.job import Job
+from skyrun.media.pixels import letterbox, to_pixels
 from skyrun.models.vae import LATENT_CHANNELS
-from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.samplers import UniPC
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text
-from skyrun.request import Request
-from skyrun.run_state import RunState
-from skyrun.stream import ObserveBlock
-from skyrun.tasks import MAX_REFERENCES
-from skyrun.unipc import UniPC
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.planning.request import Request
+from skyrun.streaming.stream import ObserveBlock
+from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 
 _SHIFT = 5.0  # of the noise levels that the model was distilled with
 

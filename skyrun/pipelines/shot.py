@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import torch
 
 from skyrun.events import Event, LatentsReady
-from skyrun.footage import nearest
-from skyrun.images import from_uint8, truncated
-from skyrun.job import Job
+from skyrun.media.pixels import from_uint8, truncated
+from skyrun.media.video_reader import nearest
 from skyrun.models.vae import groups_of
-from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.extension import begin
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
-from skyrun.run_state import RunState
-from skyrun.stream import ObserveBlock
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.streaming.stream import ObserveBlock
 
 _PLACE = 1024  # of the frames before the cut, on a time axis that the new ones begin at 0
 

@@ -6,21 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skyrun.device import finish, peak_bytes, refuse_to_spill, reset_peak
-from skyrun.embedding_cache import CachedEmbedding
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
-from skyrun.images import Frames, to_uint8
-from skyrun.job import Job
 from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
-from skyrun.models.dit_file import block_layouts
+from skyrun.models.dit_header import block_layouts
 from skyrun.models.vae import WanVAE
-from skyrun.pipelines.condition import Condition
+from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.embedding_cache import CachedEmbedding
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
 from skyrun.presets import Plan
-from skyrun.reader import read_ahead
-from skyrun.run_state import RunState
-from skyrun.stream import BlockStream, ObserveBlock, StreamStats, spread
+from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak
+from skyrun.streaming.reader import read_ahead
+from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
 
 
 class Stage:

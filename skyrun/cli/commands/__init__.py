@@ -1,0 +1,1 @@
+"""A module for each command: call the engine or a tool, show what it says."""

@@ -1,0 +1,285 @@
+"""What each command does: call one function, show what it says."""
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from skyrun.cli.console import emit, say
+from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
+
+
+def run(arguments: Namespace) -> int:
+    """Make clips, or say with --dry-run how they would be made."""
+    from skyrun.cli.commands.run import run_clips
+
+    return run_clips(arguments)
+
+
+def plan(arguments: Namespace) -> int:
+    """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    from skyrun.cli.plan_report import planned_text
+    from skyrun.planning.what_if import plan_from
+
+    planned = plan_from(arguments)
+    if arguments.plot:
+        from skyrun.cli.plan_chart import write_plan_picture
+
+        write_plan_picture(arguments.plot, planned)
+        say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
+    if arguments.json:
+        emit({"event": "plan"} | planned.as_json())
+    else:
+        print(planned_text(planned))
+    return WILL_NOT_FIT if planned.plan.problem else 0
+
+
+def tune(arguments: Namespace) -> int:
+    """Measure this machine, keep it, and show what plans were made with before and are made with now."""
+    from skyrun.cli.tuning_report import tune_and_tell
+
+    summary, text = tune_and_tell(arguments.device, arguments.model)
+    if arguments.json:
+        emit({"event": "result"} | summary)
+    else:
+        print(text)
+    return 0
+
+
+def resume(arguments: Namespace) -> int:
+    """Go on with a clip whose run ended early."""
+    from skyrun.cli.commands.run import resume_clip
+
+    return resume_clip(arguments)
+
+
+def demo(arguments: Namespace) -> int:
+    """Build a small model, convert it, and make a clip with it."""
+    from skyrun.cli.commands.run import follow
+    from skyrun.cli.demo import run_demo
+
+    summary = run_demo(arguments.output, say, lambda job: follow(job, arguments.json))
+    if arguments.json:
+        emit({"event": "result"} | summary)
+    return 0
+
+
+def pull(arguments: Namespace) -> int:
+    """Fetch a model, or say what would be fetched."""
+    from skyrun.hub.pull import obtain
+    from skyrun.hub.store import parse_name
+
+    pull = obtain(parse_name(arguments.model, arguments.quant), say, arguments.output, arguments.dry_run)
+    if not arguments.dry_run:
+        say(f"{pull.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or pull.name))}")
+    if arguments.json:
+        emit({"event": "plan" if arguments.dry_run else "result"} | pull.as_json())
+    return 0
+
+
+def convert(arguments: Namespace) -> int:
+    """Plan a conversion, print it, write it, and draw what it lost."""
+    from skyrun.cli.progress import progress
+    from skyrun.cli.report import conversion_text
+    from skyrun.quant.conversion import check_device, check_space
+    from skyrun.quant.plan import Settings
+    from skyrun.quant.planner import plan_conversion
+    from skyrun.quant.target_size import parse_size
+
+    if arguments.report:
+        _check_report(arguments.report, arguments.dry_run)
+    check_device(arguments.device)
+    settings = Settings(
+        quant=arguments.quant,
+        text_encoder_quant=arguments.text_encoder_quant,
+        type_rules=tuple(arguments.type_rule),
+        target_size=parse_size(arguments.target_size) if arguments.target_size else None,
+        imatrix=arguments.imatrix,
+    )
+    with progress() as display:
+        on_measured = display.counter("measuring what types lose", "matrices")
+        conversion = plan_conversion(arguments.source, arguments.output, settings, on_measured)
+    check_space(conversion)
+    say(conversion_text(conversion))
+    if not arguments.dry_run:
+        for file in conversion.files:
+            _write(file, arguments.device)
+        if arguments.report:
+            _draw_errors(conversion, arguments.report, arguments.imatrix)
+    if arguments.json:
+        emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
+    return 0
+
+
+def _check_report(report: Path, dry_run: bool) -> None:
+    """Better before the conversion than after it."""
+    from skyrun.planning.request import place_problems
+    from skyrun.quant.error_map import check_suffix
+
+    check_suffix(report)
+    if dry_run:
+        raise SkyrunError("--report draws what was written, --dry-run writes nothing", "leave out one of them")
+    if problems := place_problems(report):
+        raise SkyrunError.listing("the report cannot be written", problems, "choose another place for --report")
+
+
+def _write(file: Any, device: str) -> None:
+    """Write a plan.PlannedFile and show how far it is. If it stops, say what is kept."""
+    from skyrun.cli.progress import progress, size
+    from skyrun.quant.conversion import write_file
+    from skyrun.quant.partial import partial_path
+
+    try:
+        with progress() as display:
+            display.begin(file.path.name, file.nbytes, "bytes")
+            finished = write_file(file, device)
+            if before := next(finished):
+                say(f"{size(before)} were finished before: going on from there")
+            display.resume(before)
+            for nbytes in finished:
+                display.advance(nbytes)
+            display.end()
+    except KeyboardInterrupt:
+        if (kept := partial_path(file.path)).exists():
+            say(f"what is finished is kept in {kept}: run the same command again to go on from there")
+        raise
+
+
+def _draw_errors(conversion: Any, report: Path, imatrix: Path | None) -> None:
+    """One picture for each transformer; the conversion is a plan.Conversion."""
+    from skyrun.cli.progress import progress
+    from skyrun.quant.compare import compare
+    from skyrun.quant.error_map import error_map, write_error_map
+
+    files = [file for file in conversion.files if file.role == "transformer"] or list(conversion.files[:1])
+    for file in files:
+        importances = {tensor.name: tensor.importance for tensor in file.tensors}
+        with progress() as display:
+            errors = compare(file.path, conversion.source, importances.get, display.counter("comparing", "bytes"))
+        path = report if len(files) == 1 else report.with_stem(f"{report.stem}-{file.task}")
+        weighing = f", weighted by {imatrix.name}" if imatrix else ""
+        write_error_map(path, error_map(f"{file.path.name}{weighing}", errors))
+        say(f"{path}: the error of every tensor of {file.path.name}")
+
+
+def calibrate(arguments: Namespace) -> int:
+    """Collect importance, or merge files of it."""
+    from skyrun.cli.report import importance_text
+    from skyrun.quant.importance import read_importance
+    from skyrun.tools.calibrate import merge_files
+
+    if arguments.merge:
+        importance = merge_files(arguments.merge, arguments.output)
+    else:
+        _calibrate(arguments)
+        importance = read_importance(arguments.output)
+    say(importance_text(arguments.output, importance))
+    if arguments.json:
+        summary = {"output": str(arguments.output), "weights": len(importance.sums), "clips": importance.chunks}
+        emit({"event": "result"} | summary)
+    return 0
+
+
+def _calibrate(arguments: Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from skyrun.cli.batch import read_prompts
+    from skyrun.cli.report import calibration_text
+    from skyrun.tools.calibrate import plan_calibration
+    from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_pictures
+
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else PROMPTS
+    with TemporaryDirectory(prefix="skyrun-") as folder:
+        calibration = plan_calibration(
+            arguments.model,
+            arguments.output,
+            prompts,
+            arguments.image or draw_pictures(Path(folder))[: len(prompts)],
+            seed=arguments.seed,
+            size=arguments.size,
+            resolution=arguments.resolution or "480P",
+            frames=FRAMES if arguments.frames is arguments.seconds is None else arguments.frames,
+            seconds=arguments.seconds,
+            steps=arguments.steps,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            max_vram=arguments.max_vram,
+            max_ram=arguments.max_ram,
+        )
+        say(calibration_text(calibration))
+        if calibration.pending:
+            _follow_calibration(calibration, arguments.json)
+
+
+def _follow_calibration(calibration: Any, as_json: bool) -> None:
+    """Run the pending clips of a calibration.Calibration and show its events. If it stops, say what is kept."""
+    from skyrun.cli.progress import progress
+    from skyrun.events import Progress
+    from skyrun.events import as_json as event_json
+    from skyrun.tools.calibrate import collect
+
+    finished = len(calibration.clips) - len(calibration.pending)
+    try:
+        with progress() as display:
+            for event in collect(calibration):
+                display.show(event)
+                if as_json:
+                    emit(event_json(event))
+                if isinstance(event, Progress) and event.done == int(event.done):
+                    finished += 1
+    except BaseException:
+        if finished:
+            say(f"{finished} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
+        raise
+
+
+def info(arguments: Namespace) -> int:
+    """Describe a file, and compare it with its source."""
+    from skyrun.cli.report import description_text, errors_text
+    from skyrun.tools.inspect import describe
+
+    description = describe(arguments.file)
+    text = description_text(description)
+    if arguments.against:
+        from skyrun.cli.progress import progress
+        from skyrun.quant.compare import compare
+
+        with progress() as display:
+            errors = compare(arguments.file, arguments.against, on_done=display.counter("comparing", "bytes"))
+        description["errors"] = [error.as_json() for error in errors]
+        text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
+    if arguments.json:
+        emit(description)
+    else:
+        print(text)
+    return 0
+
+
+def doctor(arguments: Namespace) -> int:
+    """Check the machine. Exit code 1 if something will fail."""
+    from skyrun.tools.doctor import examine
+
+    findings = examine()
+    if arguments.json:
+        emit({"findings": [finding.as_json() for finding in findings]})
+    else:
+        for finding in findings:
+            print(finding.text())
+    return FAILED if any(finding.verdict == "fails" for finding in findings) else 0
+
+
+def bench(arguments: Namespace) -> int:
+    """Measure this machine. Exit code 1 if a kernel is wrong."""
+    from skyrun.tools.bench import command
+
+    return (command.kernels if arguments.what == "kernels" else command.step)(arguments, say, emit)
+
+
+def completion(arguments: Namespace) -> int:
+    """Print a shell's script."""
+    from shtab import complete
+
+    from skyrun.cli.parser import parser
+
+    print(complete(parser(), arguments.shell))
+    return 0

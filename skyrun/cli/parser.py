@@ -1,0 +1,238 @@
+"""All commands and their options. Nothing here imports torch."""
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+from skyrun import __version__
+from skyrun.tasks.skyreels_v3 import TASKS, TRANSITIONS
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_plan(commands)
+    _add_tune(commands)
+    _add_resume(commands)
+    _add_demo(commands)
+    _add_pull(commands)
+    _add_convert(commands)
+    _add_calibrate(commands)
+    _add_info(commands)
+    _add_doctor(commands)
+    _add_bench(commands)
+    _add_completion(commands)
+    return parser
+
+
+# As skyrun.presets.named has them, which would import psutil.
+PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    return parser
+
+
+def _add_run(commands: Commands) -> None:
+    parser = _add(commands, "run", "make a clip")
+    tasks = "; ".join(f"{name}: {task.does}" for name, task in TASKS.items())
+    parser.add_argument("task", nargs="?", choices=list(TASKS), help=tasks)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", help="what the clip shows; - reads it from stdin")
+    prompt.add_argument("--prompts", type=Path, metavar="F.txt", help="a clip for every line")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, but for what else is said"
+    )
+    parser.add_argument(
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: pictures; a2v: a portrait"
+    )
+    parser.add_argument("--video", type=Path, metavar="F", help="v2v, shot: what the clip goes on from")
+    parser.add_argument("--audio", type=Path, metavar="F", help="a2v: speech, or any file with speech in it")
+    parser.add_argument("--transition", metavar="NAME", help=f"shot: {', '.join(TRANSITIONS)}, or a tag in the prompt")
+    parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its sound")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
+    parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
+    parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: by plan)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="start of the noise, a clip for each (default: drawn and shown)",
+    )
+    _add_clip(parser, "5 s; a2v: the speech")
+    _add_precision(parser)
+    parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
+    parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
+    parser.add_argument("--preview", type=Path, metavar="F.png", help="draw after every step what the clip will be")
+    parser.add_argument("--sheet", action="store_true", help="also draw the clip at a glance, as OUT.png")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--exact",
+        dest="precision",
+        action="store_const",
+        const="exact",
+        help="multiply in the activations' type (default: for Q8_0 and larger types, and where int8 is no quicker)",
+    )
+    precision.add_argument(
+        "--fast",
+        dest="precision",
+        action="store_const",
+        const="fast",
+        help="multiply in int8, about 1.4%% off (default: for smaller types, where this card is quicker so)",
+    )
+
+
+def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
+    """What a clip is to be like, and what may be used to make it."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
+    size.add_argument("--resolution", help="480P, 540P or 720P, shaped like the picture or video (480P)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
+    length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
+    )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
+    parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
+    parser.add_argument("task", choices=list(TASKS), help="as `skyrun run` has them")
+    machine = parser.add_argument_group("another machine than this one")
+    machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
+    machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"')
+    machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
+    machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
+    machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
+    parser.add_argument("--resolution", default="480P", help="480P, 540P or 720P (480P)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
+    parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
+    parser.add_argument("--prefer", choices=["quality", "speed", "memory"], default="quality", help="(quality)")
+    parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = _add(commands, "tune", "measure this machine once, in less than two minutes, for better plans")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="whose disk to measure (default: this folder's)")
+
+
+def _add_resume(commands: Commands) -> None:
+    parser = _add(commands, "resume", "go on with a clip whose run ended early")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the clip that was to be, or its .skyrun.safetensors")
+    _add_limits(parser)
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
+    parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo"), metavar="DIR", help="(skyrun-demo)")
+
+
+def _add_pull(commands: Commands) -> None:
+    parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
+    parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
+    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (Q8_0)")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
+
+
+def _add_convert(commands: Commands) -> None:
+    parser = _add(commands, "convert", "turn a checkpoint into GGUF files, or one GGUF file into another")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of a checkpoint, or one file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the files")
+    types = parser.add_mutually_exclusive_group()
+    types.add_argument(
+        "--quant", default="Q8_0", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0, BF16, F16 or F32 (Q8_0)"
+    )
+    types.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="such as 9GB: types with which a transformer's file is at most that large and loses least",
+    )
+    parser.add_argument(
+        "--text-encoder-quant", metavar="TYPE", help="(as --quant, but not below Q8_0; Q8_0 with --target-size)"
+    )
+    parser.add_argument(
+        "--type-rule",
+        action="append",
+        default=[],
+        metavar="REGEX=TYPE",
+        help="matrices of a transformer with such a name get this type; the first of several rules wins",
+    )
+    parser.add_argument("--imatrix", type=Path, metavar="F", help="importances of input channels: keep what matters")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="where weights are encoded (cpu)")
+    parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="then draw the error per tensor and block")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print files, types, sizes and expected errors, and stop"
+    )
+
+
+def _add_calibrate(commands: Commands) -> None:
+    parser = _add(commands, "calibrate", "collect importance (an imatrix) of an r2v model, for better small types")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, best BF16 or Q8_0")
+    source.add_argument("--merge", type=Path, nargs="+", metavar="F", help="add up importance files, without a model")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("importance.gguf"), metavar="F", help="(importance.gguf)"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE.txt", help="one prompt per line (default: built in)")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="pictures (default: drawn)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the first clip's noise (0)")
+    _add_clip(parser, "17 frames")
+
+
+def _add_info(commands: Commands) -> None:
+    parser = _add(commands, "info", "what a GGUF, safetensors or mp4 file holds")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="its source: print the error of every tensor")
+
+
+def _add_doctor(commands: Commands) -> None:
+    _add(commands, "doctor", "check what decides speed or failure on this machine")
+
+
+def _add_bench(commands: Commands) -> None:
+    whats = commands.add_parser("bench", help="measure this machine", description="measure this machine")
+    parts = whats.add_subparsers(dest="what", required=True, metavar="WHAT")
+    parser = _add(parts, "kernels", "are the kernels right, and how quick is each")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all, on a CPU three)")
+    parser.add_argument(
+        "--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 1 and 64)"
+    )
+    parser = _add(parts, "step", "how quick are denoising steps, streamed from this disk and from memory")
+    parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="whose shapes (r2v-14b)")
+    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="of the transformer (Q8_0)")
+    parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of the transformer (4)")
+    _add_precision(parser)
+    _add_clip(parser, "5 s")
+    parser.set_defaults(steps=4)
+
+
+def _add_completion(commands: Commands) -> None:
+    parser = _add(commands, "completion", "print a script that completes commands and options in a shell")
+    parser.add_argument("shell", choices=["bash", "zsh"], help="put it where the shell looks for completions")

@@ -1,0 +1,74 @@
+"""A plan as text: what would run, what it takes, and what every number rests on."""
+
+from skyrun.cli.progress import duration
+from skyrun.cli.report import table
+from skyrun.planning.what_if import Planned
+from skyrun.presets import Hardware, Plan
+
+_GIB = 1 << 30
+
+
+def planned_text(planned: Planned) -> str:
+    """All of `skyrun plan`."""
+    plan, work = planned.plan, planned.workload
+    lines = [
+        f"{work.task}: {work.height}x{work.width} (height x width), {work.frames} frames, "
+        + (f"{work.windows} windows of {work.steps} steps" if work.windows > 1 else f"{work.steps} steps")
+        + f", {work.tokens} tokens",
+        hardware_text(planned.hardware),
+        choice_text(planned),
+        stages_text(plan),
+    ]
+    if plan.problem:
+        lines.append(f"it will not fit: {plan.problem}" + (f"; {plan.remedy}" if plan.remedy else ""))
+    else:
+        lines.append(
+            f"{duration(plan.seconds)} in all, {duration(plan.step_seconds)} a step; speeds are {origin(planned)}"
+        )
+    return "\n".join(lines)
+
+
+def hardware_text(hardware: Hardware) -> str:
+    """The machine in a line, each number with where it comes from."""
+
+    def said(name: str, text: str) -> str:
+        return f"{text} ({hardware.origin(name)})"
+
+    parts = [hardware.name]
+    if hardware.device == "cuda":
+        parts.append(
+            said("vram_free", f"{hardware.vram_free / _GIB:.1f} of {hardware.vram_total / _GIB:.1f} GiB VRAM free")
+        )
+    parts.append(said("ram_free", f"{hardware.ram_free / _GIB:.1f} of {hardware.ram_total / _GIB:.1f} GiB RAM free"))
+    parts.append(said("disk_rate", f"disk {hardware.disk_rate / 1e9:.2f} GB/s"))
+    if hardware.device == "cuda":
+        parts.append(said("link_rate", f"link {hardware.link_rate / 1e9:.0f} GB/s"))
+    return ", ".join(parts)
+
+
+def choice_text(planned: Planned) -> str:
+    """What was chosen."""
+    plan, work = planned.plan, planned.workload
+    numbers = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
+    kept = f"{plan.resident_blocks} of {work.layers} blocks stay in memory"
+    rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"
+    waiting = ", the others wait on the host" if plan.parked_tokens else ""
+    tile = f" in slabs of {plan.vae_tile[0]} rows" if plan.vae_tile else ""
+    return f"{plan.weight_type} in {numbers}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
+
+
+def stages_text(plan: Plan) -> str:
+    """Memory and time of every stage."""
+    cuda = plan.device == "cuda"
+    rows = [["  stage", *(["VRAM GiB"] if cuda else []), "RAM GiB", "time", "waits for", "reading hidden"]]
+    for stage in plan.stages:
+        sizes = [stage.device_bytes, stage.host_bytes] if cuda else [stage.host_bytes]
+        reads = f"{stage.hidden:.0%}" if stage.name in ("text", "denoise") else "-"
+        texts = [f"{nbytes / _GIB:.2f}" for nbytes in sizes]
+        rows.append([f"  {stage.name}", *texts, duration(stage.seconds), stage.bound, reads])
+    return table(rows)
+
+
+def origin(planned: Planned) -> str:
+    """Where the speeds of computing come from."""
+    return planned.hardware.origin("rates")

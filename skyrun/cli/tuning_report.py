@@ -1,0 +1,63 @@
+"""Run `skyrun tune`, and show what it changed."""
+
+from pathlib import Path
+from typing import Any
+
+from skyrun.cli.progress import duration, progress
+from skyrun.cli.report import table
+from skyrun.planning.hardware import save_tuned, this_machine
+from skyrun.planning.what_if import Clip, plan_clip
+from skyrun.presets import Hardware
+from skyrun.presets.cards import Rates
+from skyrun.presets.timing import rates_of
+from skyrun.streaming.device import choose_device
+from skyrun.tools.tune import STEPS, tune, tuned
+
+_NAMES = {
+    "disk": "disk, GB/s",
+    "link": "link to the GPU, GB/s",
+    "decode": "decoding weights, GB/s",
+    "linear": "linear layers, TFLOP/s",
+    "attention": "attention, TFLOP/s",
+    "fast_linear": "linear layers in int8, TOP/s",
+    "fast_attention": "attention in int8, TOP/s",
+    "convolution": "convolutions, TFLOP/s",
+}
+_CLIP = Clip("r2v")
+
+
+def tune_and_tell(device_name: str | None, model: Path | None) -> tuple[dict[str, Any], str]:
+    """Measure and keep. Returns plain values and text: rates, and the time of a clip, before and after."""
+    device = choose_device(device_name)
+    before = this_machine(device.type, model)
+    found: dict[str, float] = {}
+    with progress() as display:
+        display.begin("measuring", len(STEPS), "figures")
+        for name, rate in tune(device, model):
+            found[name] = rate
+            display.advance(1)
+        display.end()
+    path = save_tuned(device.type, tuned(device, model, found))
+    after = this_machine(device.type, model)
+    summary: dict[str, Any] = {"file": str(path), "rates": {}, "seconds": {}}
+    rows = [["", "before", "", "now"]]
+    for name in STEPS:
+        old, origin, new = _rate(before, name), _origin(before, name), _rate(after, name)
+        if found[name]:
+            unit = 1e9 if name in ("disk", "link", "decode") else 1e12
+            rows.append([_NAMES[name], f"{old / unit:.3g}", origin, f"{new / unit:.3g}"])
+            summary["rates"][name] = {"before": old, "origin": origin, "now": new}
+    times = [plan_clip(_CLIP, hardware).plan.seconds for hardware in (before, after)]
+    summary["seconds"] = {"before": times[0], "now": times[1]}
+    rows.append(["r2v, 5 s at 480P, as published", duration(times[0]), "", duration(times[1])])
+    return summary, f"{table(rows)}\nkept in {path}: `skyrun plan` and `skyrun run` use it"
+
+
+def _rate(hardware: Hardware, name: str) -> float:
+    if name in Rates.__dataclass_fields__:
+        return float(getattr(rates_of(hardware), name))
+    return hardware.disk_rate if name == "disk" else hardware.link_rate
+
+
+def _origin(hardware: Hardware, name: str) -> str:
+    return hardware.origin("rates" if name in Rates.__dataclass_fields__ else f"{name}_rate")

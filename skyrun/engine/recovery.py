@@ -1,0 +1,100 @@
+"""Out of memory is not the end of a run: it goes on from the last finished step by a plan that takes less."""
+
+import gc
+from collections.abc import Generator
+from dataclasses import replace
+
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.events import Event, Replanned, StageStarted
+from skyrun.pipelines import PIPELINES
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets.alternatives import largest_size, most_frames
+from skyrun.presets.memory import GIB
+from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory
+from skyrun.tasks.skyreels_v3 import TASKS
+
+_SHRINK = 0.85  # of what was too much, for the next plan
+
+
+def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Run the pipeline of a job, as often as it takes.
+
+    A plan is tried again only if something was finished by it. SkyrunError (exit code 3) if no other takes less.
+    """
+    stage = ""
+    while True:
+        finished = state.mark
+        try:
+            for event in PIPELINES[job.request.task](job, state):
+                stage = event.stage if isinstance(event, StageStarted) else stage
+                yield event
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = out_of_memory(error)
+        gc.collect()  # here no traceback holds on to tensors any more
+        finish(job.device)
+        limit = _SHRINK * _taken(job.plan, stage)
+        smaller = _smaller(job, limit)
+        if smaller is None and state.mark == finished:
+            hint = _what_fits(job, limit) or "close other programs: no smaller clip would take less"
+            raise SkyrunError(f"{stage} is {shortage.message}, and no plan takes less", hint, WILL_NOT_FIT)
+        job = replace(job, plan=smaller or job.plan)
+        yield Replanned(f"{stage} is {shortage.message}; {_going_on(smaller)}", job.plan)
+
+
+def _taken(plan: Plan, stage: str) -> int:
+    """Bytes that the plan has for a stage, on a GPU of its memory."""
+    name = "denoise" if stage == "load" else stage
+    taken = {stage.name: stage.device_bytes if plan.device == "cuda" else stage.host_bytes for stage in plan.stages}
+    return taken.get(name, plan.peak_bytes)
+
+
+def _smaller(job: Job, limit: float) -> Plan | None:
+    """The plan for a limit, or the nearest to it, if it takes less than the job's; numbers keep their types."""
+    plan = job.plan
+    smaller = _choose(job, limit)
+    if sum(_taken(smaller, s.name) for s in smaller.stages) >= sum(_taken(plan, s.name) for s in plan.stages):
+        return None
+    if plan.device == "cuda" and max(stage.host_bytes for stage in smaller.stages) > _ram(job):
+        return None
+    return replace(smaller, limit_bytes=plan.limit_bytes, problem="")
+
+
+def _choose(job: Job, limit: float) -> Plan:
+    request, cuda = job.request, job.plan.device == "cuda"
+    return choose(
+        probe(job.plan.device),
+        job.workload,
+        precision=job.plan.precision,
+        dtype=job.plan.dtype,
+        max_vram=limit / GIB if cuda else request.max_vram,
+        max_ram=request.max_ram if cuda else limit / GIB,
+    )
+
+
+def _ram(job: Job) -> int:
+    free = probe("cpu").ram_free
+    return free if job.request.max_ram is None else min(free, int(job.request.max_ram * GIB))
+
+
+def _going_on(smaller: Plan | None) -> str:
+    if smaller is None:
+        return "going on from the last finished step"
+    rows = f", {smaller.token_rows} tokens at a time" if smaller.token_rows else ""
+    return f"going on from the last finished step with a plan that takes {smaller.peak_bytes / GIB:.2f} GiB{rows}"
+
+
+def _what_fits(job: Job, limit: float) -> str:
+    """Options that the job would have fitted into the limit with; empty if there are none."""
+
+    def fits(workload: Workload) -> bool:
+        return not _choose(replace(job, workload=workload), limit).problem
+
+    frames, size = most_frames(job.workload, fits), largest_size(job.workload, fits)
+    named = "resolution" if size in TASKS[job.request.task].resolutions else "size"
+    options = [f"--frames {frames}"] * bool(frames) + [f"--{named} {size}"] * bool(size)
+    return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""

@@ -1,0 +1,113 @@
+"""Frames and latents of the windows of a long clip that are finished, beside the run's state, until the clip is whole.
+
+Frames are kept without loss (FFV1), so that a run that goes on makes the same clip as one that was not disturbed.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels.atomic import replacing
+from skyrun.media.pixels import Frames
+
+_ANEW = "begin anew: choose another -o, or delete the state"
+
+
+class WindowStore:
+    """The files of a run, named after its state. Frames are [n, height, width, 3]."""
+
+    def __init__(self, state: Path, height: int, width: int) -> None:
+        self._state, self._height, self._width = state, height, width
+        self._stack = ExitStack()
+        self._container: Any = None
+        self._window = 0
+
+    def begin(self, window: int) -> None:
+        """The next frames are of this window."""
+        self.abandon()
+        self._window = window
+
+    def add(self, frames: Frames) -> None:
+        """Some frames. OSError if there is no room."""
+        with _as_oserror():
+            if self._container is None:
+                partial = self._stack.enter_context(replacing(self._path(self._window, ".mkv")))
+                self._container = self._stack.enter_context(av.open(str(partial), "w", format="matroska"))
+                stream = self._container.add_stream("ffv1", rate=24)
+                stream.height, stream.width, stream.pix_fmt = self._height, self._width, "bgr0"
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                self._container.mux(self._container.streams.video[0].encode(frame.reformat(format="bgr0")))
+
+    def finish(self, latents: Tensor) -> None:
+        """The window is whole. OSError if that cannot be written."""
+        with _as_oserror():
+            if self._container is not None:
+                self._container.mux(self._container.streams.video[0].encode())
+                self._container = None
+                self._stack.close()
+            with replacing(self._path(self._window, ".safetensors")) as partial:
+                save_file({"latents": latents.contiguous()}, partial)
+
+    def abandon(self) -> None:
+        """The window at work will not be whole: nothing of it stays."""
+        if self._container is not None:
+            self._container = None
+            with suppress(OSError, av.FFmpegError):
+                self._stack.__exit__(OSError, OSError("abandoned"), None)
+        self._stack = ExitStack()
+
+    def read(self, window: int, expected: int) -> tuple[Iterator[Frames], Tensor]:
+        """Frames of a finished window one by one, and its latents. SkyrunError if they are damaged or gone."""
+        try:
+            latents = load_file(self._path(window, ".safetensors"))["latents"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise self._damaged(window, error) from error
+        return self._frames(window, expected), latents
+
+    def remove(self) -> None:
+        """The clip is whole, or will not be made."""
+        for path in self._state.parent.iterdir():
+            if self._is_of_a_window(path):
+                path.unlink(missing_ok=True)
+
+    def _is_of_a_window(self, path: Path) -> bool:
+        name, _, window = path.stem.rpartition(".")
+        return name == self._state.stem and window.isdecimal() and path.suffix in (".mkv", ".safetensors")
+
+    def _frames(self, window: int, expected: int) -> Iterator[Frames]:
+        count = 0
+        try:
+            if expected:
+                with av.open(str(self._path(window, ".mkv"))) as container:
+                    for frame in container.decode(video=0):
+                        count += 1
+                        yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)[None]
+        except (av.FFmpegError, OSError) as error:
+            raise self._damaged(window, error) from error
+        if count != expected:
+            raise self._damaged(window, f"it has {count} frames, expected {expected}")
+
+    def _damaged(self, window: int, why: object) -> SkyrunError:
+        path = self._path(window, ".mkv")
+        return SkyrunError(f"what was finished of the clip cannot be read from {path}: {why}", _ANEW)
+
+    def _path(self, window: int, suffix: str) -> Path:
+        return self._state.with_name(f"{self._state.stem}.{window}{suffix}")
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """Whatever library could not write: it is the disk."""
+    try:
+        yield
+    except (av.FFmpegError, SafetensorError) as error:
+        raise OSError(str(error)) from error

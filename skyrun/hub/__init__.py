@@ -1,0 +1,1 @@
+"""Models by name: find, download, and convert them as they arrive."""

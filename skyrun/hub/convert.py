@@ -1,0 +1,204 @@
+"""A published checkpoint is converted while it arrives, so that the disk never has to hold all of it.
+
+Of safetensors files the headers are fetched first: they decide what will be written, to the byte. Then comes one file
+after another, and each goes when its tensors are written. A `.pth` file cannot be looked into before it is there.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from skyrun.cli.progress import Display
+from skyrun.errors import BAD_INPUT, SkyrunError
+from skyrun.hub.client import RemoteFile, Repository, fetch, is_here, read_start
+from skyrun.kernels import block_format
+from skyrun.quant.conversion import write_file
+from skyrun.quant.partial import finished_before
+from skyrun.quant.plan import Conversion, PlannedFile, Settings
+from skyrun.quant.planner import plan_conversion
+from skyrun.quant.recipes import default_encoder_quant, find_recipe
+
+_WHOLE = (".pth", ".bin")  # files that are fetched before anything of them is known
+_TEXTS = (".json", ".model")
+_LARGEST_TEXT = 64 << 20
+_HEAD = 1 << 16  # bytes that are asked for at first: the headers of most files are shorter
+_LARGEST_HEAD = 100 << 20  # the limit of the format
+_SMALL = 1 << 30  # a .pth file below this size is one that is not quantized
+_SOURCE_BITS = 16.0
+
+ROLES = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}  # of .pth files, by a word of their names
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a checkpoint that becomes one or more files.
+
+    sources: its files of weights, by where they pass through; places: those of them that are still needed. results:
+    names of the files that it becomes, and their bytes; "" where the name is not known yet and the size is an estimate.
+    files: what will be written, where that is known.
+    """
+
+    role: str
+    results: dict[str, int]
+    files: tuple[PlannedFile, ...]
+    sources: dict[Path, RemoteFile]
+    places: dict[Path, RemoteFile]
+    out: Path
+    quant: str
+
+    @property
+    def keys(self) -> list[str]:
+        """What a manifest calls its files."""
+        return [file.key for file in self.sources.values()]
+
+    @property
+    def passing_bytes(self) -> int:
+        """The most that is on the disk at once beside the results."""
+        return max((file.nbytes for file in self.places.values()), default=0)
+
+    def run(self, display: Display) -> list[Path]:
+        """Fetch and convert. The files that were written. What an interrupted run has done is kept."""
+        files = self.files
+        if not files:
+            for place, file in self.sources.items():
+                fetch_shown(file, place, display)
+            (first, *_) = self.sources
+            files = _planned(first, self.out, Settings(default_encoder_quant(self.quant)), {}).files
+        for planned in files:
+            last = bool(self.files) and planned is files[-1]
+            written = write_file(planned, supply=partial(self._supply, display, planned, last))
+            next(written)  # what was written before
+            for nbytes in written:
+                display.advance(nbytes)
+        return [planned.path for planned in files]
+
+    def text(self) -> list[tuple[str, int]]:
+        """The files that are still needed, and their size."""
+        files = sorted(self.places.values(), key=lambda file: file.path)
+        if not files:
+            return []
+        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return [(f"{files[0].path}{others}", sum(file.nbytes for file in files))]
+
+    def clean(self) -> None:
+        """Delete what was fetched, once it is on record that the files are written."""
+        for place in self.sources:
+            place.unlink(missing_ok=True)
+
+    @contextmanager
+    def _supply(self, display: Display, planned: PlannedFile, last: bool, place: Path) -> Iterator[None]:
+        """One file of the checkpoint, there while it is needed; it goes with the last that is written from it."""
+        fetch_shown(self.sources[place], place, display)
+        nbytes = sum(tensor.nbytes for tensor in planned.tensors if tensor.source.file == place)
+        display.begin(f"convert {place.name}", nbytes, "bytes")
+        yield
+        display.end()
+        if last:
+            place.unlink()
+
+
+def fetch_shown(file: RemoteFile, place: Path, display: Display) -> None:
+    """Fetch a file and show how far it is."""
+    if is_here(file, place):
+        return
+    display.begin(f"fetch {file.name}", file.nbytes, "bytes")
+    counts = iter([display.resume])
+    fetch(file, place, lambda nbytes: next(counts, display.advance)(nbytes))
+    display.end()
+
+
+def steps(repository: Repository, leave_out: tuple[str, ...], out: Path, work: Path, quant: str) -> list[Step]:
+    """The parts of a checkpoint.
+
+    Fetches its small files and the headers of others into the folder `work`. SkyrunError if it is none, or damaged.
+    """
+    files = [file for file in repository.files if file.folder.split("/")[0] not in leave_out]
+    for file in files:
+        if file.name.endswith(_TEXTS) and file.nbytes <= _LARGEST_TEXT:
+            fetch(file, work / file.path)
+    places = {work / file.path: file for file in files}
+    found = [*_safetensors_steps(places, out, quant), *_whole_steps(places, out, quant)]
+    if not found:
+        raise SkyrunError(
+            f"{repository.name} has no file of weights that skyrun reads",
+            "expected a repository with .safetensors, .pth or .gguf files",
+            BAD_INPUT,
+        )
+    names = [name for step in found for name in step.results if name]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SkyrunError(
+            f"{repository.name} has {twice[0]} twice", "convert it by hand with skyrun convert", BAD_INPUT
+        )
+    return found
+
+
+def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterator[Step]:
+    weights = {place: file for place, file in places.items() if place.suffix == ".safetensors"}
+    for place, file in weights.items():
+        if not is_here(file, place):
+            _write_head(file, place)
+    coming = {place: file.nbytes for place, file in weights.items()}
+    seen: set[Path] = set()
+    for place in weights:
+        if place in seen:
+            continue
+        conversion = _planned(place, out, Settings(quant), coming)
+        role = conversion.files[0].role
+        if role != "transformer":
+            conversion = _planned(place, out, Settings(default_encoder_quant(quant)), coming)
+        own = {source: weights[source] for planned in conversion.files for source in planned.sources}
+        seen |= {place, *own}
+        planned_files = tuple(_pinned(planned, own) for planned in conversion.files)
+        results = {planned.path.name: planned.nbytes for planned in planned_files}
+        yield Step(role, results, planned_files, own, _needed(planned_files, own), out, quant)
+
+
+def _needed(files: tuple[PlannedFile, ...], sources: dict[Path, RemoteFile]) -> dict[Path, RemoteFile]:
+    """Those sources of which not every tensor is written."""
+    needed = set()
+    for planned in files:
+        done = finished_before(planned)
+        needed |= {tensor.source.file for tensor in planned.tensors if tensor.name not in done}
+    return {place: file for place, file in sources.items() if place in needed}
+
+
+def _planned(place: Path, out: Path, settings: Settings, coming: dict[Path, int]) -> Conversion:
+    return plan_conversion(place, out, settings, coming=coming)
+
+
+def _pinned(planned: PlannedFile, remote: dict[Path, RemoteFile]) -> PlannedFile:
+    """With what the hub says of its sources in place of what the disk does, where they come and go."""
+    stamps = {place: (0, remote[place].nbytes, int(remote[place].identity[:15], 16)) for place in planned.sources}
+    return replace(planned, sources=stamps)
+
+
+def _write_head(file: RemoteFile, place: Path) -> None:
+    """Put the header of a safetensors file where the file will be."""
+    if place.is_file() and (there := place.read_bytes()) and len(there) == _header_length(there):
+        return
+    head = read_start(file, _HEAD)
+    length = _header_length(head)
+    if length > len(head) and length <= min(_LARGEST_HEAD, file.nbytes):
+        head = read_start(file, length)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(head[:length])
+
+
+def _header_length(head: bytes) -> int:
+    return 8 + int.from_bytes(head[:8], "little")
+
+
+def _whole_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterable[Step]:
+    better = {place.parent for place in places if place.suffix == ".safetensors"}
+    for place, file in places.items():
+        if place.suffix not in _WHOLE or (place.suffix == ".bin" and place.parent in better):
+            continue
+        role = next((role for word, role in ROLES.items() if word in place.name.lower()), "")
+        share = 1.0 if file.nbytes < _SMALL else _bits(default_encoder_quant(quant)) / _SOURCE_BITS
+        yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, {place: file}, out, quant)
+
+
+def _bits(quant: str) -> float:
+    return min(_SOURCE_BITS, block_format(find_recipe(quant).base).bits_per_weight)

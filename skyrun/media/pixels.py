@@ -1,0 +1,65 @@
+"""Images as tensors and frames as arrays: sizes, crops, and levels as upstream makes them."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Frames = NDArray[np.uint8]  # [T, H, W, 3]
+
+
+def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the picture into height x width without cropping, centred on white."""
+    ratio = image.width / image.height
+    # Each side is cut to whole pixels from the ratio itself; a common scale factor is a pixel short for some sizes.
+    fit = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
+    fit = max(fit[0], 1), max(fit[1], 1)
+    # Width before height, explicitly: Pillow 13 orders the two passes by the picture's shape, which changes pixels.
+    scaled = image.resize((fit[0], image.height), Image.Resampling.LANCZOS).resize(fit, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(scaled, ((width - fit[0]) // 2, (height - fit[1]) // 2))
+    return canvas
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture -> float32 [3, 1, H, W] in [-1, 1]: a video of one frame."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return (2 * pixels - 1).permute(2, 0, 1).unsqueeze(1)
+
+
+def to_uint8(pixels: Tensor) -> Frames:
+    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], halves rounded to even as upstream does."""
+    return _as_frames(_levels(pixels).round())
+
+
+def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the picture over height x width and cut its middle out. Sizes are rounded as upstream rounds them."""
+    scale = max(height / image.height, width / image.width)
+    rows, cols = math.ceil(scale * image.height), math.ceil(scale * image.width)
+    # Width before height, as in `letterbox`.
+    scaled = image.resize((cols, image.height), Image.Resampling.BILINEAR)
+    scaled = scaled.resize((cols, rows), Image.Resampling.BILINEAR)
+    top, left = round((rows - height) / 2), round((cols - width) / 2)
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def truncated(pixels: Tensor) -> Frames:
+    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], rounded down as the other tasks do."""
+    return _as_frames(_levels(pixels))
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    return (pixels / 2 + 0.5).clamp(0, 1) * 255
+
+
+def _as_frames(levels: Tensor) -> Frames:
+    frames: Frames = levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return frames
+
+
+def from_uint8(frames: Frames) -> Tensor:
+    """uint8 [T, H, W, 3] -> pixels [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,114 @@
+"""A file of a Wan diffusion transformer: which of its tensors are what, its sizes, and where its blocks lie."""
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.names import Match, fits, recognise, strays
+from skyrun.streaming.layout import Block, lay_out_blocks
+
+HEAD_DIM = 128
+AUDIO_LAYERS = 12  # of the audio encoder, whose outputs are a frame's features
+_HEADERS = 8  # of which what they say is remembered: names of all tensors are looked through for it
+_AUDIO_WINDOW = 5  # frames of audio around a video frame, where a file does not say
+
+
+@dataclass(frozen=True)
+class DiTDims:
+    """Sizes of a transformer. All follow from its tensors; metadata that disagrees is an error."""
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    eps: float = 1e-6
+    image_dim: int = 0  # these are of a talking-avatar transformer
+    audio_window: int = 0
+    audio_channels: int = 0
+    audio_dim: int = 0
+    context_tokens: int = 0
+
+
+@lru_cache(_HEADERS)
+def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
+    """Tensors by original Wan name and in torch's shapes, whatever naming, prefix and axes the file has.
+
+    Tensors that the model does not know keep the names they have.
+    """
+    match, dims, _ = _checked(file)
+    rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
+    tensors = {}
+    for name, in_file in match.names.items():
+        info, expected = file.tensors[in_file], rows.get(name)
+        restored = expected if expected and fits(info.shape, expected) else info.shape
+        tensors[name] = replace(info, shape=restored)
+    unknown, _ = strays(file.tensors, [match])
+    return tensors | {name.removeprefix(match.prefix): file.tensors[name] for name in unknown}
+
+
+def _recognised(file: GGUFFile) -> Match:
+    matches = recognise(file.tensors, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))
+    if not matches:
+        raise SkyrunError(
+            f"{file.path} is not a Wan transformer: it has no tensors such as patch_embedding.weight",
+            "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR",
+        )
+    return matches[0]
+
+
+@lru_cache(_HEADERS)
+def _checked(file: GGUFFile) -> tuple[Match, dict[str, int], list[str]]:
+    """The family, the sizes that the tensors imply, and what is missing or misshapen."""
+    match = _recognised(file)
+    window = file.metadata.get("skyrun.audio_window")
+    known = {"audio_window": window if isinstance(window, int) and window > 0 else _AUDIO_WINDOW}
+    return match, *match.check({name: info.shape for name, info in file.tensors.items()}, known)
+
+
+@lru_cache(_HEADERS)
+def read_dims(file: GGUFFile) -> DiTDims:
+    """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
+    layers = len(block_layouts(file))
+    match, sizes, missing = _checked(file)
+    problems = [*missing, *(f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0])]
+    if problems:
+        raise SkyrunError.listing(f"{file.path} is not a whole transformer", problems, "convert or download it again")
+    dims = DiTDims(
+        dim=sizes["dim"],
+        heads=sizes["dim"] // HEAD_DIM,
+        layers=layers,
+        ffn_dim=sizes["ffn"],
+        in_channels=sizes["in"],
+        out_channels=sizes["out"],
+        text_dim=sizes["text"],
+        freq_dim=sizes["freq"],
+        eps=file.number("skyrun.eps", 1e-6),
+        **(_avatar(sizes) if match.table is WAN_AUDIO_TRANSFORMER else {}),
+    )
+    if dims.dim % HEAD_DIM:
+        problems.append(f"its width {dims.dim} is not a multiple of the {HEAD_DIM} of a head")
+    for field in fields(dims):
+        said = file.metadata.get(f"skyrun.{field.name}")
+        if said is not None and said != getattr(dims, field.name):
+            problems.append(f"its metadata says {field.name} = {said}, its tensors {getattr(dims, field.name)}")
+    if problems:
+        raise SkyrunError.listing(f"{file.path} contradicts itself", problems, "convert or download it again")
+    return dims
+
+
+def _avatar(sizes: dict[str, int]) -> dict[str, int]:
+    channels = sizes["audio_features"] // AUDIO_LAYERS
+    kept = {name: sizes[name] for name in ("audio_window", "audio_dim", "context_tokens")}
+    return {"image_dim": sizes["image"], "audio_channels": channels, **kept}
+
+
+@lru_cache(_HEADERS)
+def block_layouts(file: GGUFFile) -> list[Block]:
+    """Where each block lies, in execution order."""
+    return lay_out_blocks(file.path, canonical_tensors(file), "blocks.")

@@ -1,0 +1,48 @@
+"""Whether model files are still the same: digests of headers and of what tensors begin with."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.reading import open_unbuffered, read_into
+from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.models.folder import ModelFiles
+
+_HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
+
+
+def fingerprint(file: GGUFFile) -> str:
+    """A digest of a file's tensors: their names, types and shapes, and the head of each."""
+    digest = hashlib.sha256()
+    for info in file.tensors.values():
+        digest.update(f"{info.name} {info.format.name} {info.shape}".encode())
+        digest.update(file.read(info, 0, min(info.nbytes, _HEAD_BYTES)))
+    return digest.hexdigest()[:16]
+
+
+def identity(path: Path, header_bytes: int) -> str:
+    """Tells whether a file is still the same, wherever it is: a digest of its header, its size, and when it was
+    written."""
+    header = bytearray(header_bytes)
+    with open_unbuffered(path) as file:
+        status = os.fstat(file.fileno())
+        read_into(file, memoryview(header), 0)
+    return hashlib.sha256(header + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
+
+
+def gguf_identity(file: GGUFFile) -> str:
+    """The identity of a GGUF file."""
+    return identity(file.path, min(info.offset for info in file.tensors.values()))
+
+
+def model_identity(files: ModelFiles) -> str:
+    """The identities of the files of a model, in the order of its parts."""
+    ggufs = {file.path: file for file in (files.transformer, files.text_encoder, files.image_encoder) if file}
+    return " ".join(
+        gguf_identity(ggufs[path]) if path in ggufs else _safetensors_identity(path) for path in files.parts.values()
+    )
+
+
+def _safetensors_identity(path: Path) -> str:
+    return identity(path, min(tensor.offset for tensor in read_safetensors_header(path).tensors.values()))

@@ -1,0 +1,61 @@
+"""Embeddings of prompts on disk: the text encoder runs once for a prompt, not once for every clip."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from skyrun import __version__
+from skyrun.kernels.atomic import replacing
+from skyrun.kernels.cache import cache_folder
+from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.models.identity import gguf_identity
+
+_MOST = 64  # of up to 8 MB each; those that were used last stay
+_NAME = "embedding"
+
+
+class CachedEmbedding:
+    """The place of one prompt's embedding. What is damaged there counts for nothing, and a full disk is no failure."""
+
+    def __init__(self, file: GGUFFile, ids: list[int], dim: int, device: torch.device) -> None:
+        """file: of the text encoder, which makes [len(ids), dim] of these tokens."""
+        self._shape = (len(ids), dim)
+        self._path = _folder() / f"{_key(file, ids, device)}.safetensors"
+
+    def load(self) -> Tensor | None:
+        """float32 [len(ids), dim] on the CPU, if it is there."""
+        try:
+            embedding = load_file(self._path)[_NAME]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        whole = embedding.dtype == torch.float32 and embedding.shape == self._shape
+        if not whole or not torch.isfinite(embedding).all():
+            return None
+        with suppress(OSError):
+            os.utime(self._path)
+        return embedding
+
+    def store(self, embedding: Tensor) -> None:
+        """Keep it, and let go of the ones that were not used for longest."""
+        with suppress(OSError, SafetensorError):
+            with replacing(self._path) as partial:
+                save_file({_NAME: embedding.float().cpu().contiguous()}, partial)
+            for path in sorted(_folder().glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)[_MOST:]:
+                path.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    return cache_folder() / "prompts"
+
+
+def _key(file: GGUFFile, ids: list[int], device: torch.device) -> str:
+    """A digest of all that decides the numbers: tokens, the encoder's file, and what computes with it."""
+    deciding = [ids, gguf_identity(file), device.type, torch.__version__, __version__]
+    return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]

@@ -1,0 +1,100 @@
+"""The device: which one, its limit, and what running out of its memory looks like."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+
+_SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
+_SPILL_SHARE = 0.01  # of the device, below which memory is moved
+# Failed allocations that torch reports as a plain RuntimeError.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA where torch finds one, or the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        cause = f"torch {torch.__version__} finds no NVIDIA GPU" if built else f"torch {torch.__version__} has no CUDA"
+        raise SkyrunError(f"--device cuda: {cause}", "run `skyrun doctor`, or use --device cpu")
+    if (name or "cuda") == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # with its index: other threads have another default
+    return torch.device("cpu")
+
+
+@contextmanager
+def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
+    """Let torch's allocator fail above `nbytes` rather than take more."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes) / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def refuse_to_spill(device: torch.device) -> None:
+    """torch.OutOfMemoryError where Windows is about to move the device's memory to the host.
+
+    Its driver does that rather than let an allocation fail, when other programs take what this one counted on; every
+    step would take several times as long.
+    """
+    if device.type != "cuda" or not _SPILLS:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if free < _SPILL_SHARE * total:
+        left = f"{free >> 20} MiB of GPU memory are left"
+        raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would turn to RAM")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def out_of_memory(error: BaseException) -> SkyrunError:
+    """What to say of a failed allocation."""
+    cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
+    hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
+    return SkyrunError(f"out of memory: {cause}", hint, WILL_NOT_FIT)
+
+
+@contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Turn a failed allocation into a SkyrunError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error) from error
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring `peak_bytes` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Bytes of device memory at their highest since `reset_peak`; on a CPU the memory of the process now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the device's work, and give memory that is not in use back to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

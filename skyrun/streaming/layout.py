@@ -1,0 +1,115 @@
+"""Where the blocks of a file lie, and where their tensors belong in a buffer."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.planes import FIELDS
+from skyrun.streaming.reader import PAGE, Extent
+from skyrun.streaming.weights import Observe, Weights, as_weight, has_planes
+
+_ALIGNMENT = 32
+_GAP = 1 << 16  # extents closer than this are read as one
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a block's bytes in the file, and where they belong in the block's buffer.
+
+    It begins `start` bytes into a run that lies at `at`. info: of the tensor that the run is, if the fields of its
+    blocks are to lie apart; a run of other tensors lies as in the file.
+    """
+
+    offset: int
+    nbytes: int
+    at: int
+    start: int = 0
+    info: TensorInfo | None = None
+
+    def split(self, limit: int) -> "Iterator[Piece]":
+        """Pieces of at most `limit` bytes, of whole blocks where fields lie apart."""
+        step = limit // self.info.format.block_bytes * self.info.format.block_bytes if self.info else limit
+        for start in range(0, self.nbytes, step):
+            yield replace(self, offset=self.offset + start, nbytes=min(step, self.nbytes - start), start=start)
+
+    def moves(self, buffer: Tensor, staged: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What has to be copied from where, to bring the piece to its block's buffer."""
+        if self.info is None:
+            return [(buffer[self.at + self.start :][: self.nbytes], staged[: self.nbytes])]
+        width = self.info.format.block_bytes
+        total, before, count = (nbytes // width for nbytes in (self.info.nbytes, self.start, self.nbytes))
+        pairs = []
+        for part in FIELDS[self.info.format.name]:
+            target = buffer[self.at + total * part.plane_start + before * part.width :]
+            source = staged[count * part.plane_start :]
+            pairs.append((target[: count * part.width], source[: count * part.width]))
+        return pairs
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a file: its tensors by name within the block, and the extents that hold them."""
+
+    tensors: tuple[tuple[str, TensorInfo, int], ...]
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+    @property
+    def lead(self) -> int:
+        """Bytes from the start of a page to the block's first: reading is quickest to the same place in memory."""
+        lead = self.extents[0].offset % PAGE
+        return 0 if lead % _ALIGNMENT else lead
+
+    def weights(
+        self, owner: str, buffer: Tensor, observe: Observe | None = None, planar: bool = False, fast: bool = False
+    ) -> Weights:
+        """Views of the buffer, without a copy. planar: it went through `to_planes`. fast: multiply in rotated int8."""
+        views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
+        return Weights(owner, views, observe, fast)
+
+    def pieces(self, limit: int, planar: bool) -> list[Piece]:
+        """The block in pieces of at most `limit` bytes. planar: fields lie apart where kernels want them so."""
+        runs: list[Piece] = []
+        for _, info, at in self.tensors:
+            apart = info if planar and has_planes(info) else None
+            last = runs[-1] if runs else None
+            if last and last.info is apart is None and at - info.offset == last.at - last.offset:
+                runs[-1] = replace(last, nbytes=at + info.nbytes - last.at)
+            else:
+                runs.append(Piece(info.offset, info.nbytes, at, info=apart))
+        return [piece for run in runs for piece in run.split(limit)]
+
+
+def lay_out(tensors: dict[str, TensorInfo]) -> Block:
+    """Place the tensors of a block in a buffer the way they lie in the file, large gaps left out."""
+    extents: list[Extent] = []
+    placed = []
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        last = extents[-1] if extents else None
+        if last and info.offset - (last.offset + last.nbytes) < _GAP:
+            extents[-1] = Extent(last.offset, info.offset + info.nbytes - last.offset, last.at)
+        else:
+            end = last.at + last.nbytes if last else 0
+            extents.append(Extent(info.offset, info.nbytes, -(-end // _ALIGNMENT) * _ALIGNMENT))
+        placed.append((name, info, extents[-1].at + info.offset - extents[-1].offset))
+    return Block(tuple(placed), tuple(extents), extents[-1].at + extents[-1].nbytes)
+
+
+def lay_out_blocks(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> list[Block]:
+    """The blocks `prefix0.`, `prefix1.`, ... of a file, in order. SkyrunError if the numbers have gaps."""
+    numbered = re.compile(re.escape(prefix) + r"(\d{1,5})\.(.+)")
+    blocks: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if match := numbered.fullmatch(name):
+            blocks.setdefault(int(match[1]), {})[match[2]] = info
+        elif name.startswith(prefix):
+            raise SkyrunError(f"{path} has a tensor {name} of no block", "convert or download it again")
+    if not blocks or max(blocks) != len(blocks) - 1:
+        found = f"blocks up to {max(blocks)}" if blocks else "none"
+        raise SkyrunError(f"{path} has {len(blocks)} blocks {prefix}N, {found}", "convert or download it again")
+    return [lay_out(blocks[index]) for index in range(len(blocks))]

@@ -1,0 +1,268 @@
+"""Blocks of weights that pass by: read ahead from disk by threads while the model works on the block before.
+
+A ring of a few buffers holds the block in use and the next ones; nothing else of the blocks is in memory, except
+those that the plan keeps. Blocks are found by the offsets in the header, in whatever order the file has them.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from skyrun.events import BlockDone, now
+from skyrun.kernels.device import uses_triton
+from skyrun.kernels.planes import to_planes
+from skyrun.presets.memory import LOADERS
+from skyrun.streaming.layout import Block, Piece
+from skyrun.streaming.reader import PAGE, Extent, FileReader
+from skyrun.streaming.ring import Arrival, make_ring, page_aligned
+from skyrun.streaming.weights import Weights
+
+ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, after the index of the block
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A piece that is on its way to the block's buffer, or a whole block that has been read into it."""
+
+    read_start: float
+    read_end: float
+    arrival: Arrival = None
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """A block whose pieces are under way. slot is None for one that stays in memory."""
+
+    index: int
+    slot: int | None
+    buffer: Tensor
+    pieces: list[Future[_Loaded]]
+
+
+@dataclass
+class StreamStats:
+    """What a stream has done so far.
+
+    read_seconds: when at least one thread was reading. stall_seconds: when the model waited for a block.
+    """
+
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    _reading: int = field(default=0, repr=False)
+    _since: float = field(default=0.0, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second while reading."""
+        return self.bytes_read / self.read_seconds if self.read_seconds else 0.0
+
+    @property
+    def hidden(self) -> float:
+        """The share of reading that the model did not wait for."""
+        return 1 - min(1.0, self.stall_seconds / self.read_seconds) if self.read_seconds else 1.0
+
+    def reading(self, nbytes: int) -> None:
+        """A thread begins to read that much."""
+        with self._lock:
+            self.bytes_read += nbytes
+            if not self._reading:
+                self._since = now()
+            self._reading += 1
+
+    def read(self) -> None:
+        """A thread has ended what it began."""
+        with self._lock:
+            self._reading -= 1
+            if not self._reading:
+                self.read_seconds += now() - self._since
+
+
+class BlockStream:
+    """Hands out the blocks of a file in order, `passes` times over.
+
+    resident: indexes of blocks that are read once and kept. slots: buffers of the ring, at least two. Reading of the
+    first block starts at once, and of the first block of a pass during the pass before. observe: is shown the input of
+    every linear layer of the blocks. fast: these multiply in rotated int8.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        blocks: Sequence[Block],
+        device: torch.device,
+        *,
+        passes: int = 1,
+        slots: int = 3,
+        resident: frozenset[int] = frozenset(),
+        reader: FileReader | None = None,
+        observe: ObserveBlock | None = None,
+        fast: bool = False,
+    ) -> None:
+        self.stats = StreamStats()
+        self._observe, self._fast = observe, fast
+        self._planar = uses_triton(device)
+        self._path, self._blocks, self._device = path, blocks, device
+        self._passes, self._resident = passes, resident
+        self._kept: dict[int, Tensor] = {}
+        self._reader = reader or FileReader(path)
+        slots = slots if len(resident) < len(blocks) else 0
+        try:
+            self._ring = make_ring(device, slots, max(block.lead + block.nbytes for block in blocks))
+        except BaseException:
+            self._reader.close()
+            raise
+        self._staged = self._ring.staged or self._planar
+        self._scratch: SimpleQueue[Tensor] = SimpleQueue()
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        self._ready: SimpleQueue[_Loading | BaseException] = SimpleQueue()
+        for slot in range(slots):
+            self._free.put(slot)
+        self._closed = False
+        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix=f"load {path.name}")
+        self._thread = threading.Thread(target=self._load_all, name=f"order {path.name}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "BlockStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading and let go of all buffers."""
+        self._closed = True
+        self._free.put(None)
+        self._reader.close()  # first: whatever waits for it goes on, and fails
+        self._thread.join()
+        self._loaders.shutdown(cancel_futures=True)
+        self._kept.clear()
+        self._ring.close()
+
+    def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
+        """One pass: the weights of each block in order, valid until the next is asked for, and its clock."""
+        for index, block in enumerate(self._blocks):
+            buffer, slot, read_start, read_end = self._next(index)
+            clock = BlockClock(index, len(self._blocks), read_start, read_end, now())
+            observe = partial(self._observe, index) if self._observe else None
+            name = f"block {index} of {self._path}"
+            yield block.weights(name, buffer, observe, self._planar, self._fast), clock
+            if slot is not None:
+                self._ring.release(slot)
+                self._free.put(slot)
+            self._ring.keep_pace()
+
+    def _next(self, index: int) -> tuple[Tensor, int | None, float, float]:
+        """The block's buffer, its slot, and when it was read."""
+        if index in self._kept:
+            return self._kept[index], None, now(), now()
+        waiting = now()
+        loading = self._ready.get()
+        if isinstance(loading, BaseException):
+            raise loading
+        assert loading.index == index, "blocks are asked for in the order they are read"
+        pieces = [piece.result() for piece in loading.pieces]
+        self.stats.stall_seconds += now() - waiting
+        self._ring.receive([piece.arrival for piece in pieces])
+        if loading.slot is None:
+            self._kept[index] = loading.buffer
+        read_start, read_end = min(piece.read_start for piece in pieces), max(piece.read_end for piece in pieces)
+        return loading.buffer, loading.slot, read_start, read_end
+
+    @torch.inference_mode()  # the mode is per thread, and buffers made in it may only be filled in it
+    def _load_all(self) -> None:
+        """Find every block a buffer, in order, and give it to the loaders."""
+        try:
+            for turn in range(self._passes):
+                for index, block in enumerate(self._blocks):
+                    if self._closed:
+                        return
+                    if index in self._resident:
+                        if turn == 0:
+                            self._load_kept(index, block)
+                        continue
+                    slot = self._free.get()
+                    if slot is None or self._closed:
+                        return
+                    buffer = self._ring.slots[slot][block.lead :]
+                    self._ready.put(_Loading(index, slot, buffer, self._load(block, buffer, slot)))
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _load_kept(self, index: int, block: Block) -> None:
+        buffer = self._ring.allocate(block.lead + block.nbytes)[block.lead :]
+        pieces = self._load(block, buffer, None)
+        self._ready.put(_Loading(index, None, buffer, pieces))
+        for piece in pieces:  # no slot limits how many are under way
+            piece.exception()
+
+    def _load(self, block: Block, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
+        if not self._staged:
+            return [self._loaders.submit(self._read, block.extents, buffer)]
+        pieces = block.pieces(self._ring.piece_bytes - PAGE, self._planar)
+        return [self._loaders.submit(self._stage, piece, buffer, slot) for piece in pieces]
+
+    @torch.inference_mode()
+    def _read(self, extents: Sequence[Extent], buffer: Tensor) -> _Loaded:
+        """Read into a buffer on the host."""
+        start = now()
+        self.stats.reading(sum(extent.nbytes for extent in extents))
+        try:
+            self._reader.read(extents, buffer)
+        finally:
+            self.stats.read()
+        return _Loaded(start, now())
+
+    @torch.inference_mode()
+    def _stage(self, piece: Piece, buffer: Tensor, slot: int | None) -> _Loaded:
+        """Read a piece, lay its fields apart where they should be, and send it to the buffer."""
+        lead = piece.offset % PAGE  # as in Block.lead
+        with self._ring.staging() as staged:
+            if piece.info is None:
+                loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], staged)
+                staged = staged[lead:]
+            else:
+                with self._whole_blocks() as scratch:
+                    loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], scratch)
+                    blocks = scratch[lead:][: piece.nbytes].view(-1, piece.info.format.block_bytes)
+                    to_planes(blocks, piece.info.format.name, staged[: piece.nbytes].view_as(blocks))
+            return replace(loaded, arrival=self._ring.send(piece.moves(buffer, staged), slot))
+
+    @contextmanager
+    def _whole_blocks(self) -> Iterator[Tensor]:
+        """A buffer for a piece as it is in the file, used again and again."""
+        try:
+            scratch = self._scratch.get_nowait()
+        except Empty:
+            scratch = page_aligned(self._ring.piece_bytes)
+        yield scratch
+        self._scratch.put(scratch)
+
+
+@dataclass(frozen=True)
+class BlockClock:
+    """When a block was read and when the model got it."""
+
+    index: int
+    total: int
+    read_start: float
+    read_end: float
+    compute_start: float
+
+    def done(self) -> BlockDone:
+        """The event that says that the model has finished this block."""
+        return BlockDone(self.index, self.total, self.read_start, self.read_end, self.compute_start, now())
+
+
+def spread(resident: int, total: int) -> frozenset[int]:
+    """`resident` of `total` block indexes, evenly spread, so that they ease the need for reading evenly."""
+    return frozenset(index * total // resident for index in range(resident)) if resident else frozenset()

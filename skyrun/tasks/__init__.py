@@ -1,0 +1,1 @@
+"""What the models do and how: specs of tasks, sizes, windows. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""What helps to use and understand models and machines: calibrate, bench, tune, doctor, inspect."""

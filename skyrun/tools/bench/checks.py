@@ -1,0 +1,114 @@
+"""Are the kernels right on this device? Asked before they are timed."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.kernels import dequantize, elementwise, linear, torch_decode, torch_elementwise, torch_int8
+from skyrun.kernels.attention import Keys, ways
+from skyrun.kernels.matmul import FEW_ROWS
+from skyrun.kernels.synthetic import random_blocks, random_weight
+from skyrun.kernels.torch_int8 import rotate
+from skyrun.tools.bench.kernels import Bench
+
+_ROWS, _COLS = 205, 1024  # of weights: neither fits a tile evenly
+_FAST = 0.016  # relative error that int8 may add, per linear layer
+_ATTENTION = {"int8": 0.02}  # and to attention with a peaked softmax
+# Of products against float64, by the activations' type; sums in float16 included.
+_ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The relative error of something against its definition, and how large it may be."""
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """|result - reference| / |reference|, Frobenius, in float64; infinite where a number is NaN."""
+    result, reference = result.double().cpu(), reference.double().cpu()
+    error = float((result - reference).norm() / reference.norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+@torch.inference_mode()
+def check_kernels(bench: Bench) -> Iterator[Check]:
+    """Everything that `skyrun bench kernels` times, and what lies between, on small shapes."""
+    for type in bench.types:
+        yield _decode(bench, type)
+        yield from _linear(bench, type)
+    yield from _attention(bench)
+    yield from _elementwise(bench)
+
+
+def _decode(bench: Bench, type: str) -> Check:
+    blocks = random_blocks(type, _ROWS, _COLS)
+    worst = (dequantize(blocks.to(bench.device), type).cpu() - torch_decode.dequantize(blocks, type)).abs().max()
+    return Check(f"decode {type}", float(worst), 0.0)
+
+
+def _linear(bench: Bench, type: str) -> Iterator[Check]:
+    weight = random_weight(type, _ROWS, _COLS, bench.device)
+    dense = weight.dense(torch.float32).double().cpu()
+    for rows in (1, FEW_ROWS, 3 * FEW_ROWS + 1):
+        x = bench.random(rows, _COLS)
+        reference = F.linear(x.double().cpu(), dense)
+        allowed = _ROUNDING[bench.dtype]
+        yield Check(f"linear {type} x {rows}", relative_error(linear(x, weight), reference), allowed)
+    fast = relative_error(linear(x, replace(weight, fast=True)), reference)
+    yield Check(f"linear {type} x {rows}, int8", fast, _FAST + allowed)
+
+
+def _attention(bench: Bench) -> Iterator[Check]:
+    """A softmax that is peaked: queries are noisy keys."""
+    heads, tokens, keys = 2, 333, 1111
+    k, v = torch.randn(keys, heads * 128), torch.randn(keys, heads * 128)
+    q = k[torch.randint(0, keys, (tokens,))] + 0.5 * torch.randn(tokens, heads * 128)
+    q, k, v = (t.to(bench.device, bench.dtype) for t in (q, k, v))
+    split = [t.double().cpu().unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
+    reference = F.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
+    for name, work in ways(q, Keys(k, v, heads, fast=True)).items():
+        allowed = _ATTENTION.get(name, 0.0) + _ROUNDING[bench.dtype]
+        yield Check(f"attention, {name}", relative_error(work(), reference), allowed)
+
+
+def _elementwise(bench: Bench) -> Iterator[Check]:
+    """Against the twins, on the CPU in float32."""
+    x, y = bench.random(_ROWS, _COLS), bench.random(_ROWS, _COLS)
+    gain, shift = torch.randn(_COLS, device=bench.device), torch.randn(_COLS, device=bench.device)
+    angles = torch.rand(_ROWS, 64, device=bench.device)
+    rope = (angles.cos(), angles.sin())
+    wide, other, gain_, shift_ = x.float().cpu(), y.float().cpu(), gain.cpu(), shift.cpu()
+    rope_ = (rope[0].cpu(), rope[1].cpu())
+    twin = torch_elementwise
+    pairs = {
+        "layer norm": (elementwise.layer_norm(x, gain, shift, 1e-6), twin.layer_norm(wide, gain_, shift_, 1e-6)),
+        "RMS norm and rotary embedding": (
+            elementwise.rms_norm(x, gain, 1e-6, rope),
+            twin.rms_norm(wide, gain_, 1e-6, rope_),
+        ),
+        "gated sum": (elementwise.add_gated(x, y, gain), twin.add_gated(wide, other, gain_)),
+        "GELU": (elementwise.gelu(x), twin.gelu(wide)),
+    }
+    for what, (result, reference) in pairs.items():
+        assert isinstance(result, Tensor) and isinstance(reference, Tensor)
+        yield Check(what, relative_error(result, reference), _ROUNDING[bench.dtype])
+    rotated = elementwise.quantize_rows(x)
+    restored = rotate(rotated.codes.float() * rotated.scales.unsqueeze(-1))
+    expected = torch_int8.quantize_rows(wide)
+    allowed = relative_error(rotate(expected.codes.float() * expected.scales.unsqueeze(-1)), wide)
+    yield Check("rows in rotated int8", relative_error(restored, wide), 1.1 * allowed)

@@ -1,0 +1,185 @@
+"""`skyrun bench kernels`: decode, linear layers, attention and a whole block, each beside what others do."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
+from skyrun.kernels.attention import Keys, ways
+from skyrun.kernels.synthetic import random_blocks, random_weight
+from skyrun.models.dit import Context, Span, dit_block
+from skyrun.models.dit_header import DiTDims
+from skyrun.models.rope import rope_table
+from skyrun.planning.request import TEXT_LENGTH
+from skyrun.streaming.device import choose_device
+from skyrun.streaming.weights import Weight, Weights
+from skyrun.tools.bench.measurement import Clock, Measurement
+
+QUANTIZED = tuple(name for name, format in FORMATS.items() if format.block_size > 1)
+ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64)}
+TYPES = {"cuda": QUANTIZED, "cpu": ("Q8_0", "Q6_K", "Q4_K")}
+WAN_14B = DiTDims(
+    dim=5120, heads=40, layers=40, ffn_dim=13824, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256
+)
+_COPY_BYTES = 1 << 30
+_FEWEST_TOKENS = 512  # that attention and a block are measured with
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: on which device, with which types, rows and sizes of the model."""
+
+    device: torch.device
+    types: tuple[str, ...] = QUANTIZED
+    rows: tuple[int, ...] = ROWS["cpu"]
+    dims: DiTDims = WAN_14B
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations: as the plan has it."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, cols) of the weights of a block."""
+        dim, ffn = self.dims.dim, self.dims.ffn_dim
+        return (dim, dim), (ffn, dim), (dim, ffn)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The rows that are a clip's; the most if none is."""
+        return tuple(rows for rows in self.rows if rows >= _FEWEST_TOKENS) or (max(self.rows),)
+
+    @property
+    def total(self) -> int:
+        """How many measurements there will be."""
+        per_type = len(self.shapes) * (1 + 3 * len(self.rows))
+        ways = len(attention_ways(self)) * len(self.tokens)
+        return 1 + len(self.types) * per_type + len(self.shapes) * len(self.rows) + ways + self._blocks
+
+    @property
+    def _blocks(self) -> int:
+        return len(self.tokens) * (1 + 2 * len(self.types))
+
+    def random(self, *shape: int) -> Tensor:
+        """Activations."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+
+def attention_ways(bench: Bench) -> tuple[str, ...]:
+    """The names of the ways to attend that this device has."""
+    tiny = torch.empty(1, bench.dims.heads * 128, dtype=bench.dtype, device=bench.device)
+    return tuple(ways(tiny, Keys(tiny, tiny, bench.dims.heads, fast=True)))
+
+
+@torch.inference_mode()
+def measure_kernels(bench: Bench) -> Iterator[Measurement]:
+    """All measurements, one after the other."""
+    clock = Clock(bench.device)
+    yield _copy(bench, clock)
+    for out, cols in bench.shapes:
+        for rows in bench.rows:
+            yield _resident(bench, clock, rows, out, cols)
+        for type in bench.types:
+            yield from _linear(bench, clock, type, out, cols)
+    for tokens in bench.tokens:
+        yield from _attention(bench, clock, tokens)
+        yield from _blocks(bench, clock, tokens)
+
+
+def _copy(bench: Bench, clock: Clock) -> Measurement:
+    source = torch.empty(_COPY_BYTES if bench.device.type == "cuda" else 1 << 26, dtype=torch.uint8).to(bench.device)
+    target = torch.empty_like(source)
+    seconds = clock.seconds(lambda: target.copy_(source))
+    return Measurement("copy", "device memory", 0, "copy", seconds, 2 * source.nbytes)
+
+
+def _resident(bench: Bench, clock: Clock, rows: int, out: int, cols: int) -> Measurement:
+    """The baseline: a weight that is there in the activations' type."""
+    x, weight = bench.random(rows, cols), bench.random(out, cols)
+    seconds = clock.seconds(lambda: F.linear(x, weight))
+    return Measurement("linear", f"{out}x{cols}", rows, "resident", seconds, 0, 2 * rows * out * cols)
+
+
+def _linear(bench: Bench, clock: Clock, type: str, out: int, cols: int) -> Iterator[Measurement]:
+    exact = random_weight(type, out, cols, bench.device)
+    fast = replace(exact, fast=True)
+    blocks = random_blocks(type, out, cols).to(bench.device)
+    decoded = out * cols * torch.finfo(bench.dtype).bits // 8
+    seconds = clock.seconds(lambda: exact.dense(bench.dtype))
+    yield Measurement("decode", f"{type} {out}x{cols}", 0, "decode", seconds, blocks.nbytes + decoded)
+    for rows in bench.rows:
+        x = bench.random(rows, cols)
+        for way, work in _linear_ways(x, exact, fast, blocks).items():
+            seconds = clock.seconds(work)
+            yield Measurement("linear", f"{type} {out}x{cols}", rows, way, seconds, 0, 2 * rows * out * cols)
+
+
+def _linear_ways(
+    x: Tensor, exact: QuantizedWeight, fast: QuantizedWeight, blocks: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    return {
+        "exact": lambda: linear(x, exact),
+        "fast": lambda: linear(x, fast),
+        # What ComfyUI-GGUF and diffusers do.
+        "torch decode": lambda: F.linear(x, torch_decode.dequantize(blocks, exact.type, x.dtype)),
+    }
+
+
+def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
+    heads = bench.dims.heads
+    q, k, v = (bench.random(tokens, heads * 128) for _ in range(3))
+    for name in attention_ways(bench):
+        # Keys are prepared within the time: once for each block, as in a run.
+        seconds = clock.seconds(lambda name=name: ways(q, Keys(k, v, heads, fast=True))[name]())  # type: ignore[misc]
+        operations = 4 * tokens * tokens * heads * 128
+        yield Measurement("attention", f"{heads} heads", tokens, name, seconds, 0, operations)
+
+
+def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
+    dims = bench.dims
+    x, context = bench.random(tokens, dims.dim), Context(bench.random(TEXT_LENGTH, dims.dim))
+    spans = [Span(slice(0, tokens), (x.new_empty(0), torch.randn(6, dims.dim, device=bench.device)))]
+    rope = rope_table([0], 1, tokens, 128, bench.device)
+
+    def measured(what: str, way: str, weights: Weights) -> Measurement:
+        seconds = clock.seconds(lambda: dit_block(x, weights, spans, context, rope, dims))
+        return Measurement("block", what, tokens, way, seconds)
+
+    yield measured(str(bench.dtype).removeprefix("torch."), "resident", block_weights(bench, None))
+    for type in bench.types:
+        for way in ("exact", "fast"):
+            yield measured(type, way, block_weights(bench, type, way == "fast"))
+
+
+def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights:
+    """A block of random weights, its matrices of a type, or in the activations' type."""
+    dims, device = bench.dims, bench.device
+    weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}
+    matrices = {f"{part}.{name}": (dims.dim, dims.dim) for part in ("self_attn", "cross_attn") for name in "qkvo"}
+    matrices |= {"ffn.0": (dims.ffn_dim, dims.dim), "ffn.2": (dims.dim, dims.ffn_dim)}
+    for name, (out, cols) in matrices.items():
+        weights[f"{name}.weight"] = (
+            random_weight(type, out, cols, device, fast=fast) if type else bench.random(out, cols) / cols**0.5
+        )
+        weights[f"{name}.bias"] = torch.zeros(out, device=device)
+    norms = ["norm3.weight", *(f"{part}.norm_{name}.weight" for part in ("self_attn", "cross_attn") for name in "qk")]
+    weights |= {name: torch.ones(dims.dim, device=device) for name in norms}
+    weights["norm3.bias"] = torch.zeros(dims.dim, device=device)
+    return Weights(f"a random block of {type}", weights, fast=fast)
+
+
+def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
+    """What is to be measured. SkyrunError for a type that is not quantized or for rows below one."""
+    chosen = choose_device(device)
+    names = TYPES[chosen.type] if types is None else tuple(name.upper() for name in types)
+    counts = ROWS[chosen.type] if rows is None else tuple(rows)
+    problems = [f"{name} is no quantized type, choose of {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
+    problems += [f"{count} rows cannot be measured" for count in counts if count < 1]
+    if problems:
+        raise SkyrunError.listing("this cannot be measured", problems, "see `skyrun bench --help`")
+    return Bench(chosen, names, counts)
