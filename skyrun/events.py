@@ -60,7 +60,7 @@ class StageEnded:
 
     stage: str
     seconds: float
-    peak_bytes: int
+    peak_bytes: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0
     stall_seconds: float = 0.0
