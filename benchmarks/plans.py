@@ -1,10 +1,10 @@
 """The plan for ten cards, as the table in docs/presets.md: predictions from the table of cards, nothing is measured."""
 
-from skyrun.cli.progress import duration
 from skyrun.planning.what_if import Clip, plan_clip
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import stated
 from skyrun.presets.memory import GIB
+from skyrun.units import duration
 
 CARDS = (
     *(("RTX 3060 Laptop", 6), ("RTX 2060", 12), ("RTX 4060", 8), ("RTX 3060", 12), ("RTX 4060 Ti", 16)),

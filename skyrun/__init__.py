@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from skyrun.version import __version__
 
 # A checkout keeps quant/, kernels/ and presets/ beside this folder; a wheel keeps them in it.
 _checkout = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skyrun.kernels.errors import SkyrunError
     from skyrun.planning.request import Request
 
-__all__ = ["Request", "Result", "SkyrunError", "run"]
+__all__ = ["Request", "Result", "SkyrunError", "__version__", "run"]
 
 # Resolved on first use, so that `skyrun --help` does not pay for torch.
 _homes = {

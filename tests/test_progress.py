@@ -3,8 +3,9 @@
 import pytest
 
 from skyrun.cli import progress
-from skyrun.cli.progress import Display, duration
+from skyrun.cli.progress import Display
 from skyrun.events import Progress, StageEnded, StageStarted
+from skyrun.units import duration
 
 
 class Notes:

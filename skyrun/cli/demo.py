@@ -8,7 +8,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from skyrun.cli.progress import duration, size
 from skyrun.cli.report import plan_text, result_text
 from skyrun.engine.run import Result
 from skyrun.kernels.atomic import replacing
@@ -16,6 +15,7 @@ from skyrun.planning.job import Job, prepare
 from skyrun.planning.request import Request
 from skyrun.quant.conversion import convert
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.units import duration, size
 
 _PROMPT = "A person walking by the sea, looking at the camera."
 _SIZE = (208, 352)

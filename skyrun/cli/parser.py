@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from skyrun import __version__
 from skyrun.tasks.skyreels_v3 import TASKS, TRANSITIONS
+from skyrun.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:

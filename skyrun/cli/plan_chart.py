@@ -7,13 +7,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from skyrun.cli.progress import duration
 from skyrun.errors import SkyrunError
 from skyrun.media.image import write_picture
 from skyrun.planning.what_if import Planned
 from skyrun.presets.memory import CONTEXT_BYTES, GIB, PROCESS_BYTES, staging_bytes
 from skyrun.presets.plan import StagePlan
 from skyrun.presets.timing import break_even_tokens, step_time, with_tokens
+from skyrun.units import duration
 
 _WIDTH, _HEIGHT = 860, 330  # of each picture
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 24, 58, 46

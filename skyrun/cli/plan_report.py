@@ -1,9 +1,8 @@
 """A plan as text: what would run, what it takes, and what every number rests on."""
 
-from skyrun.cli.progress import duration
-from skyrun.cli.report import table
 from skyrun.planning.what_if import Planned
 from skyrun.presets import Hardware, Plan
+from skyrun.units import duration, table
 
 _GIB = 1 << 30
 

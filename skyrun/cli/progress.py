@@ -10,24 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
 from skyrun.events import Progress as StageProgress
-
-
-def duration(seconds: float) -> str:
-    """ "8 s", "3 min 20 s", "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(nbytes: float) -> str:
-    """ "812 kB", "2.3 MB", "14.1 GB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes / 1e3:.0f} kB"
+from skyrun.units import duration, size
 
 
 class Bar(Protocol):

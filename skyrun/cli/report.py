@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skyrun.cli.progress import duration, size
 from skyrun.kernels.formats import FORMATS
 from skyrun.planning.request import TEXT_LENGTH
+from skyrun.units import duration, size, table
 
 if TYPE_CHECKING:
     from skyrun.engine.run import Result
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _LONG = 2000  # a prompt is shorter, a tokenizer longer
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def plan_text(job: "Job") -> str:

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from skyrun.cli.progress import duration, progress
-from skyrun.cli.report import table
+from skyrun.cli.progress import progress
 from skyrun.planning.hardware import save_tuned, this_machine
 from skyrun.planning.what_if import Clip, plan_clip
 from skyrun.presets import Hardware
@@ -12,6 +11,7 @@ from skyrun.presets.cards import Rates
 from skyrun.presets.timing import rates_of
 from skyrun.streaming.device import choose_device
 from skyrun.tools.tune import STEPS, tune, tuned
+from skyrun.units import duration, table
 
 _NAMES = {
     "disk": "disk, GB/s",

@@ -1,9 +1,9 @@
 """How long a run takes, corrected after its first step."""
 
-from skyrun.cli.progress import duration
 from skyrun.events import Event, Notice, Progress, Replanned, StageStarted, now
 from skyrun.presets import Plan
 from skyrun.presets.timing import corrected
+from skyrun.units import duration
 
 
 class Forecast:

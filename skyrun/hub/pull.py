@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from skyrun.cli.progress import Display, progress, size
+from skyrun.cli.progress import Display, progress
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.hub.client import arrived
 from skyrun.hub.resolve import Chooser, Part, default_quant
@@ -21,6 +21,7 @@ from skyrun.planning.inputs import open_inputs
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
 from skyrun.tasks.sources import SOURCES
+from skyrun.units import size
 
 _WORK = ".fetched"
 

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from skyrun import __version__
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.identity import gguf_identity
+from skyrun.version import __version__
 
 _MOST = 64  # of up to 8 MB each; those that were used last stay
 _NAME = "embedding"

@@ -125,9 +125,10 @@ def _check_report(report: Path, dry_run: bool) -> None:
 
 def _write(file: Any, device: str) -> None:
     """Write a plan.PlannedFile and show how far it is. If it stops, say what is kept."""
-    from skyrun.cli.progress import progress, size
+    from skyrun.cli.progress import progress
     from skyrun.quant.conversion import write_file
     from skyrun.quant.partial import partial_path
+    from skyrun.units import size
 
     try:
         with progress() as display:

@@ -6,13 +6,12 @@ from datetime import date
 
 import torch
 
-from skyrun.cli.progress import duration
-from skyrun.cli.report import table
 from skyrun.kernels.choice import holds_for
 from skyrun.presets.nvidia_smi import query
 from skyrun.tools.bench.checks import Check
 from skyrun.tools.bench.measurement import Measurement
 from skyrun.tools.bench.step import StepFigures
+from skyrun.units import duration, table
 
 
 def environment(device: torch.device) -> dict[str, str]:
