@@ -6,7 +6,7 @@ import json
 import av
 import pytest
 from PIL import Image
-from small_run import small_request
+from small_run import fail, small_request
 
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
@@ -59,6 +59,51 @@ def test_a_clip_for_every_prompt_and_seed(told, tmp_path):
     assert [(clip["prompt"], clip["seed"]) for clip in said] == [
         ("a sea", 1), ("a sea", 2), ("a lake", 1), ("a lake", 2)
     ]  # fmt: skip
+
+
+def test_a_line_that_comes_twice_is_two_clips(told, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a sea\na sea\n-\n")  # the last is a prompt, not stdin
+    assert main(told("--prompts", "prompts.txt", "--seed", "1", "2")) == 0
+    said = [read_request(tmp_path / name) for name in clips(tmp_path)]
+    assert [(clip["prompt"], clip["seed"]) for clip in said] == [
+        (prompt, seed) for prompt in ("a sea", "a sea", "-") for seed in (1, 2)
+    ]
+
+
+def test_a_prompt_from_stdin_for_several_seeds(told, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a sea\n"))
+    assert main(told("-p", "-", "--seed", "1", "2")) == 0
+    assert [read_request(tmp_path / name)["prompt"] for name in clips(tmp_path)] == ["a sea", "a sea"]
+
+
+def test_a_clip_that_fails_does_not_end_a_batch(told, tmp_path, monkeypatch, capsys):
+    fail(monkeypatch, "skyrun.media.video_writer.VideoWriter.finish", lambda: OSError(28, "No space left"), (1,))
+    assert main(told("-p", "a sea", "--seed", "1", "2", "3", "--json")) == 1
+    assert clips(tmp_path) == ["r2v-1.mp4", "r2v-3.mp4"]
+    out = capsys.readouterr()
+    assert "1 of 3 clips failed: r2v-2.mp4" in out.err
+    events = [json.loads(line) for line in out.out.splitlines()]
+    assert [event["event"] for event in events if event["event"] in ("result", "error")] == [
+        *("result", "error", "result")
+    ]
+    assert main(told("-p", "a sea", "--seed", "1", "2", "3")) == 0  # goes on with the one that failed
+    assert clips(tmp_path) == ["r2v-1.mp4", "r2v-2.mp4", "r2v-3.mp4"]
+
+
+OWN = ["x.skyrun.safetensors", "x.skyrun.0.safetensors", "x.SKYRUN.12.mkv", "other.skyrun.safetensors", "x.skyrun.lock"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_names_that_a_run_uses_itself_are_no_outputs(told, tmp_path, capsys, name):
+    for option in ("--save-latents", "--preview"):
+        assert main(told("-p", "a sea", "--seed", "1", "-o", "x.mp4", option, name)) == 2
+        assert f"{name} is a name that runs use for what is not finished" in capsys.readouterr().err
+    assert not clips(tmp_path)
+
+
+def test_latents_stay_when_the_clip_is_finished(told, tmp_path):
+    assert main(told("-p", "a sea", "--seed", "1", "-o", "x.mp4", "--save-latents", "x.safetensors")) == 0
+    assert (tmp_path / "x.safetensors").exists() and (tmp_path / "x.mp4").exists()
 
 
 def test_a_prompt_from_stdin(told, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line of a text file; empty lines do not count."""
     hint = "give a text file in UTF-8 with one prompt per line"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", hint, MODEL_MISSING) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -28,11 +27,12 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def prompt_or_stdin(prompt: str) -> str:
-    """The prompt, or for "-" all of stdin."""
-    if prompt != "-":
-        return prompt
-    text = sys.stdin.read().strip()
+def _prompt_of_stdin() -> str:
+    """All of stdin."""
+    try:
+        text = sys.stdin.read().removeprefix("\ufeff").strip() if sys.stdin is not None else ""
+    except (OSError, ValueError) as error:  # closed, or not text
+        raise SkyrunError(f"stdin cannot be read: {error}", "write a prompt in UTF-8, or say it with -p") from error
     if not text:
         raise SkyrunError("stdin has no prompt in it", "write one, or say it with -p")
     return text
@@ -62,10 +62,17 @@ def requests_of(arguments: Namespace) -> list[Request]:
     if not arguments.prompts and "prompt" not in values:
         raise SkyrunError("no prompt was given", "say with -p what the clip shows, or give a file with --prompts")
     prompts = list(read_prompts(arguments.prompts)) if arguments.prompts else [values["prompt"]]
-    seeds = arguments.seed or [values.get("seed")]
+    if arguments.prompt == "-":
+        prompts = [_prompt_of_stdin()]
+    seeds = list(dict.fromkeys(arguments.seed or [values.get("seed")]))
     values = {name: value for name, value in values.items() if name not in ("prompt", "seed")}
-    requests = [Request(**values, prompt=prompt_or_stdin(p), seed=seed) for p in prompts for seed in seeds]
-    return requests if len(requests) == 1 else list(_apart(requests, len(prompts) > 1, len(seeds) > 1))
+    digits = len(str(len(prompts)))
+    requests = []
+    for number, prompt in enumerate(prompts, 1):
+        for seed in seeds:
+            ending = f"-{number:0{digits}d}" * (len(prompts) > 1) + f"-{seed}" * (len(seeds) > 1)
+            requests.append(_named(Request(**values, prompt=prompt, seed=seed), ending))
+    return requests
 
 
 def _made_before(clip: Path) -> dict[str, Any]:
@@ -80,19 +87,16 @@ def _made_before(clip: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in said and name not in (*_MACHINE, "output")}
 
 
-def _apart(requests: list[Request], prompts: bool, seeds: bool) -> Iterator[Request]:
-    """Places that tell the clips apart: by the number of the prompt, by the seed, or by both."""
-    count = len({request.prompt for request in requests})
-    for index, request in enumerate(requests):
-        number = index // (len(requests) // count) + 1
-        ending = (f"-{number:0{len(str(count))}d}" if prompts else "") + (f"-{request.seed}" if seeds else "")
-        base = request.output or Path(f"{request.task}.mp4")
-        latents = request.save_latents
-        yield replace(
-            request,
-            output=base.with_name(f"{base.stem}{ending}{base.suffix}"),
-            save_latents=latents and latents.with_name(f"{latents.stem}{ending}{latents.suffix}"),
-        )
+def _named(request: Request, ending: str) -> Request:
+    """With names that tell its files from those of the other clips: by the prompt's number, the seed, or both."""
+    if not ending:
+        return request
+    base, latents = request.output or Path(f"{request.task}.mp4"), request.save_latents
+    return replace(
+        request,
+        output=base.with_name(f"{base.stem}{ending}{base.suffix}"),
+        save_latents=latents and latents.with_name(f"{latents.stem}{ending}{latents.suffix}"),
+    )
 
 
 def is_made(request: Request) -> bool:

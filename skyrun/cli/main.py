@@ -1,7 +1,6 @@
 """Arguments in, one command called, an exit code out. Nothing here imports torch."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,14 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from skyrun.cli.commands import all as commands
+    from skyrun.cli.console import show_error
     from skyrun.errors import FAILED, SkyrunError
 
     try:
         return int(getattr(commands, arguments.command)(arguments))
     except SkyrunError as error:
-        if arguments.json:
-            print(json.dumps({"event": "error", "message": error.message, "hint": error.hint, "code": error.code}))
-        print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        show_error(error, arguments.json)
         return error.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from skyrun.engine.output import check_outputs
 from skyrun.errors import SkyrunError
 from skyrun.models.identity import model_identity
 from skyrun.pipelines.state import Origin, RunState, clip_path, load_state, state_path
@@ -36,6 +37,7 @@ def continue_or_start(request: Request) -> tuple[Job, RunState | None]:
 
     SkyrunError if the state of another clip is in its place. One without a finished step is no loss and gives way.
     """
+    check_outputs(request)
     path = state_path(request.output) if request.output is not None else None
     if path is None or not path.exists():
         return prepare(request), None

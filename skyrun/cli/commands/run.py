@@ -13,74 +13,88 @@ import numpy as np
 from PIL.Image import Image
 
 from skyrun.cli.batch import free_name, is_made, requests_of
-from skyrun.cli.console import emit, say
+from skyrun.cli.console import emit, say, show_error
 from skyrun.cli.progress import progress
 from skyrun.cli.report import plan_text, result_text, state_text
 from skyrun.cli.signals import raise_if_asked
 from skyrun.engine.eta import Forecast
+from skyrun.engine.output import check_outputs
 from skyrun.engine.preview import Previewer
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import Result, run_job
-from skyrun.errors import SkyrunError
+from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
 from skyrun.hub.pull import located
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import suffix_problems, write_picture
+from skyrun.media.image import write_picture
 from skyrun.media.pixels import Frames
 from skyrun.pipelines.state import RunState, state_path
 from skyrun.planning.job import Job
-from skyrun.planning.request import Request, place_problems
+from skyrun.planning.request import Request
 from skyrun.presets.named import preset_limits
 
 
 def run_clips(arguments: Namespace) -> int:
-    """Make the clips of `skyrun run`, or say with --dry-run how they would be made."""
+    """Make the clips of `skyrun run`, or say with --dry-run how they would be made.
+
+    A clip that cannot be made does not keep the others from being made.
+    """
     _force_preset(arguments)
     requests = requests_of(arguments)
-    for index, request in enumerate(requests):
-        if len(requests) > 1:
-            say(f"clip {index + 1} of {len(requests)}: {request.output}")
-            if is_made(request):
-                say("it is there already")
-                continue
-        model = arguments.model or (str(request.model) if request.model else None)
-        request, missing = located(request, model, say, arguments.dry_run)
-        if missing is not None:
-            say("without --dry-run this is fetched first, then the clip is made")
-            if arguments.json:
-                emit({"event": "pull"} | missing.as_json())
-            return 0
-        _run_clip(request, arguments)
-    return 0
+    for request in requests:
+        check_outputs(request, _pictures(request, arguments))
+    if len(requests) == 1:
+        _run_clip(requests[0], arguments)
+        return 0
+    failed = []
+    for number, request in enumerate(requests, 1):
+        say(f"clip {number} of {len(requests)}: {request.output}")
+        if is_made(request):
+            say("it is there already")
+            continue
+        try:
+            if not _run_clip(request, arguments):
+                return 0
+        except SkyrunError as error:
+            show_error(error, arguments.json)
+            failed.append(request)
+    if failed:
+        names = ", ".join(str(request.output) for request in failed)
+        say(f"{len(failed)} of {len(requests)} clips failed: {names}; the same command makes what is missing")
+    return FAILED if failed else 0
 
 
-def _run_clip(request: Request, arguments: Namespace) -> None:
+def _pictures(request: Request, arguments: Namespace) -> list[Path]:
+    """Where pictures of the clip will be drawn, as far as its name is known."""
+    sheet = request.output.with_suffix(".png") if arguments.sheet and request.output is not None else None
+    return [place for place in (arguments.preview, sheet) if place is not None]
+
+
+def _run_clip(request: Request, arguments: Namespace) -> bool:
+    """Make one clip. False if its model would have to be fetched first, which a dry run does not do."""
+    model = arguments.model or (str(request.model) if request.model else None)
+    request, missing = located(request, model, say, arguments.dry_run)
+    if missing is not None:
+        say("without --dry-run this is fetched first, then the clip is made")
+        if arguments.json:
+            emit({"event": "pull"} | missing.as_json())
+        return False
     job, state = continue_or_start(request)
     if job.request.output is None:
         output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
+        check_outputs(job.request, _pictures(job.request, arguments))
     assert job.request.output is not None
-    sheet = job.request.output.with_suffix(".png") if arguments.sheet else None
-    _check_pictures(job.request, [place for place in (arguments.preview, sheet) if place is not None])
     _announce(job, state, arguments.json)
     if arguments.dry_run:
-        return
+        return True
     _made(job, state, arguments.json, arguments.preview)
-    if sheet is not None:
+    if arguments.sheet:
+        sheet = job.request.output.with_suffix(".png")
         write_picture(sheet, _sheet_of(job.request.output, job.frames))
         say(f"{sheet}: the clip at a glance")
-
-
-def _check_pictures(request: Request, places: list[Path]) -> None:
-    """Better before the run than after its first step, or when a picture of the clip's is gone."""
-    problems = [problem for place in places for problem in (*suffix_problems(place), *place_problems(place))]
-    inputs = {image.resolve() for image in request.images}
-    problems += [
-        f"{place} is what the clip is made from, it would be lost" for place in places if place.resolve() in inputs
-    ]
-    if problems:
-        raise SkyrunError.listing("pictures of the clip cannot be drawn", problems, "choose other names")
+    return True
 
 
 def resume_clip(arguments: Namespace) -> int:
