@@ -18,7 +18,7 @@ import psutil
 from environment import environment
 
 from skyrun import Request, run
-from skyrun.cli.demo import draw_reference
+from skyrun.cli.commands.demo import draw_reference
 from skyrun.quant import convert
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 

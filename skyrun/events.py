@@ -1,12 +1,16 @@
 """What a run says while it works. Pipelines yield these; whoever runs them shows, saves or ignores them."""
 
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
     from torch import Tensor
 
     from skyrun.presets import Plan
@@ -90,9 +94,13 @@ class LatentsReady:
 
 @dataclass(frozen=True)
 class Preview:
-    """A step is done. latents: what the clip will be as far as the model knows, [C, F', h, w] on the device."""
+    """A step is done. latents: x0 as far as the model knows it, [C, F', h, w] on the device.
+
+    image: what the clip will look like, where the caller of the run asked for it.
+    """
 
     latents: "Tensor"
+    image: "Image | None" = None
 
 
 @dataclass(frozen=True)
@@ -110,23 +118,70 @@ class FramesReady:
     frames: "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
-Event = StageStarted | Progress | BlockDone | StageEnded | Notice | LatentsReady | FramesReady | Preview | WindowDone
+@dataclass(frozen=True)
+class TimeLeft:
+    """Seconds until the clip is done, from the steps measured so far.
+
+    step_seconds: of a step, as measured. planned_step_seconds: what the plan expected.
+    """
+
+    seconds: float
+    step_seconds: float
+    planned_step_seconds: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is finished of a run that ended early. path: the file that holds it. command: goes on from there."""
+
+    path: Path
+    command: str
+
+
+Event = (
+    StageStarted
+    | Progress
+    | BlockDone
+    | StageEnded
+    | Notice
+    | LatentsReady
+    | FramesReady
+    | Preview
+    | WindowDone
+    | TimeLeft
+    | Kept
+)
+_WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 def as_json(event: Event) -> dict[str, Any]:
-    """The event as plain values; arrays become their shape."""
-    name = {"event": type(event).__name__}
+    """The event as plain values, named as "stage_started"; arrays become their shape."""
+    name = {"event": _WORD.sub("_", type(event).__name__).lower()}
     if isinstance(event, (LatentsReady, FramesReady, Preview)):
         field = fields(event)[0]
         return name | {field.name: list(getattr(event, field.name).shape)}
-    return name | asdict(event)
+    return name | {key: str(value) if isinstance(value, Path) else value for key, value in asdict(event).items()}
+
+
+def listen(events: Generator[Event, None, T], on: Callable[[Event], None]) -> T:
+    """Run to the end, hand every event to `on`, and return the value.
+
+    What `on` raises is raised inside the generator too, so that it can save what is finished.
+    """
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        try:
+            on(event)
+        except BaseException as error:
+            with suppress(BaseException):  # this one again, or what became of it
+                events.throw(error)
+            raise
 
 
 def drain(events: Generator[Event, None, T]) -> T:
     """Run to the end without looking at the events, and return the value."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
+    return listen(events, lambda event: None)

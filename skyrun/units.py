@@ -1,5 +1,6 @@
-"""Durations, sizes and tables as text."""
+"""Durations, sizes, tables, and what comes from outside as text."""
 
+import unicodedata
 from collections.abc import Sequence
 
 GIB = 1 << 30
@@ -28,4 +29,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+# Control characters, formats such as a change of direction, halves of characters, separators of lines.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_HARMLESS = "\n\u200c\u200d"  # line breaks, and what joins letters and emoji
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that could move a terminal's cursor, change its state, or hide other text."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _UNPRINTABLE and character not in _HARMLESS
+        else character
+        for character in text
     )

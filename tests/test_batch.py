@@ -47,7 +47,9 @@ def test_a_clip_for_every_seed(told, tmp_path, capsys):
     assert main(told("-p", "a sea", "--seed", "3", "4", "5")) == 0  # what is there is not made again
     assert capsys.readouterr().err.count("it is there already") == 2
     assert (tmp_path / "r2v-3.mp4").stat().st_mtime_ns == first
-    assert main(told("-p", "a lake", "--seed", "3", "4")) == 0  # but that is another clip
+    assert main(told("-p", "a lake", "--seed", "3", "4")) == 2  # but that is another clip
+    assert (tmp_path / "r2v-3.mp4").stat().st_mtime_ns == first
+    assert main(told("-p", "a lake", "--seed", "3", "4", "--overwrite")) == 0
     assert read_request(tmp_path / "r2v-3.mp4")["prompt"] == "a lake"
 
 
@@ -135,7 +137,7 @@ def test_what_can_be_seen_of_a_clip(told, tmp_path):
 
 
 MISTAKES = [
-    (["run"], "nothing was said to make"),
+    (["run"], "say which task to run"),
     (["run", "r2v", "--image", "x.png"], "no prompt was given"),
     (["run", "--from", "x.mp4"], "x.mp4 is not a readable video"),
     (["run", "r2v", "--prompts", "x.txt"], "x.txt does not exist"),
@@ -183,4 +185,5 @@ def test_events_for_scripts(told, capsys):
     assert main(told("-p", "a sea", "--seed", "1", "2", "--json")) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events].count("result") == 2
-    assert {"plan", "StageStarted", "StageEnded", "Progress", "Preview", "LatentsReady"} <= {e["event"] for e in events}
+    wanted = {"plan", "stage_started", "stage_ended", "progress", "preview", "latents_ready"}
+    assert wanted <= {e["event"] for e in events}

@@ -198,7 +198,7 @@ def test_it_lowers_the_error_that_counts(whole, converted):
 def test_progress_for_machines(places, capsys):
     assert calibrate(places, "--json") == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [event["event"] for event in events] == ["StageStarted", *["Progress"] * 8, "StageEnded", "result"]
+    assert [event["event"] for event in events] == ["stage_started", *["progress"] * 8, "stage_ended", "result"]
     assert [event["done"] for event in events[1:9]] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
     assert events[-1] == {"event": "result", "output": places["out"], "weights": 20, "clips": 4}
 

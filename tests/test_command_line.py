@@ -34,12 +34,17 @@ def filled(arguments, places):
     return [argument.format(**places) for argument in arguments]
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run", "fly"], ["run", "r2v", "-p", "x", "--frames", "x"]])
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "fly"], ["run", "r2v", "-p", "x", "--frames", "x"]])
 def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert "usage: skyrun" in capsys.readouterr().err
+
+
+def test_skyrun_alone_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "make a clip" in capsys.readouterr().out
 
 
 def test_an_error_can_be_read_by_machines(places, capsys):
@@ -104,7 +109,7 @@ def test_a_clip_that_was_there_survives_a_failure(places, tmp_path, monkeypatch)
 
     monkeypatch.setattr(pipeline, "decode", fail)
     (tmp_path / "out.mp4").write_text("the old clip")
-    assert main([*filled(GOOD, places), *SMALL, "-o", places["out"]]) == 1
+    assert main([*filled(GOOD, places), *SMALL, "-o", places["out"], "--overwrite"]) == 1
     assert (tmp_path / "out.mp4").read_text() == "the old clip"
     assert not list(tmp_path.glob(".*partial"))
 
@@ -119,7 +124,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(places, tmp_path, what):
         "clip": ([*GOOD, "--size", "256x384", "--frames", "5", "--steps", "1", "-o", "{out}"], 20_000),
         "latents": ([*GOOD, *SMALL, "-o", "{out}", "--save-latents", str(tmp_path / "latents")], 2_000),
         "conversion": (["convert", "{checkpoint}", "-o", str(tmp_path / "model")], 1_000_000),
-        "demo": (["demo", "-o", str(tmp_path / "demo")], 1_000_000),
+        "demo": (["demo", "-o", str(tmp_path / "demo.mp4")], 1_000_000),
     }[what]
     done = subprocess.run(
         [sys.executable, "-m", "skyrun", *filled(arguments, places)],
@@ -162,7 +167,7 @@ def test_interrupting_leaves_nothing_half_written(places, tmp_path, number):
     command += ["--seed", "1", "-o", places["out"]]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout:
-        if json.loads(line)["event"] == "BlockDone":
+        if json.loads(line)["event"] == "block_done":
             break
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -223,6 +228,6 @@ def test_quick_commands_do_not_import_torch(arguments, converted):
 
 
 def test_the_demo_runs_the_whole_chain(tmp_path):
-    assert main(["demo", "-o", str(tmp_path / "demo")]) == 0
-    assert (tmp_path / "demo" / "clip.mp4").stat().st_size > 10_000
+    assert main(["demo", "-o", str(tmp_path / "demo.mp4")]) == 0
+    assert (tmp_path / "demo.mp4").stat().st_size > 10_000
     assert len(list((tmp_path / "demo" / "model").iterdir())) == 3

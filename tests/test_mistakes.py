@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from skyrun.cli import main
-from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, WILL_NOT_FIT
+from skyrun.errors import BAD_INPUT, MODEL_MISSING, WILL_NOT_FIT
 
 
 def damaged(pattern, change):
@@ -167,7 +167,8 @@ MISTAKES = [
     (["info", "nowhere"], MODEL_MISSING, "nowhere does not exist", ""),
     (["info", "{picture}"], BAD_INPUT, "is no kind of file that skyrun knows", "GGUF, safetensors and video"),
     (["info", "{empty}"], BAD_INPUT, "is a folder", ""),
-    (["demo", "-o", "{file}"], FAILED, "Not a directory", "permissions"),
+    (["demo", "-o", "{file}"], BAD_INPUT, "file.mp4 exists, and is not a clip", "--overwrite"),
+    (["demo", "-o", "{file}/x.mp4"], BAD_INPUT, "x.mp4 cannot be written: .* is a file", ""),
 ]
 # fmt: on
 

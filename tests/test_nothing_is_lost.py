@@ -10,11 +10,12 @@ from small_run import STEPS, fail, followed, of_kind, small_request, stopped
 
 from skyrun.engine import checkpoint as keeper
 from skyrun.engine import recovery
+from skyrun.engine.checkpoint import load_state
+from skyrun.engine.output import state_path
 from skyrun.engine.resume import resume
 from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
 from skyrun.events import BlockDone, FramesReady, LatentsReady, Notice, Replanned, StageEnded, StageStarted, drain
-from skyrun.pipelines.state import load_state, state_path
 from skyrun.planning.job import prepare
 from skyrun.presets import Hardware, choose
 from skyrun.presets.memory import GIB
@@ -242,7 +243,7 @@ def test_a_state_that_cannot_be_saved_does_not_stop_the_run(job, undisturbed, mo
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(job, undisturbed, monkeypatch):
     """What was saved before stays when a later save fails."""
-    fail(monkeypatch, "skyrun.pipelines.state.save_file", no_space, range(3, 100))
+    fail(monkeypatch, "skyrun.engine.checkpoint.save_file", no_space, range(3, 100))
     stopped(job, "denoise", 3)
     kept = state_path(job.request.output)
     assert list(kept.parent.iterdir()) == [kept]
@@ -255,6 +256,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(job, undisturbed, monkeyp
     "place", ["skyrun.media.video_writer.VideoWriter.add", "skyrun.media.video_writer.VideoWriter.finish"]
 )
 def test_a_clip_that_cannot_be_written_can_be_written_later(job, undisturbed, monkeypatch, place):
+    job = dataclasses.replace(job, request=dataclasses.replace(job.request, overwrite=True))
     job.request.output.parent.mkdir()
     job.request.output.write_text("the old clip")
     fail(monkeypatch, place, no_space, (0,))
@@ -264,7 +266,7 @@ def test_a_clip_that_cannot_be_written_can_be_written_later(job, undisturbed, mo
     kept = state_path(job.request.output)
     assert sorted(kept.parent.iterdir()) == [job.request.output, kept]
     assert job.request.output.read_text() == "the old clip"
-    again, state = resume(job.request.output)
+    again, state = resume(job.request.output, overwrite=True)
     result, events = followed(run_job(again, state=state))
     assert [event.stage for event in of_kind(events, StageEnded)] == ["decode", "write"]
     same(result, undisturbed)
@@ -273,7 +275,7 @@ def test_a_clip_that_cannot_be_written_can_be_written_later(job, undisturbed, mo
 def test_latents_that_cannot_be_written_can_be_written_later(job, tmp_path, monkeypatch):
     place = tmp_path / "latents.safetensors"
     job = dataclasses.replace(job, request=dataclasses.replace(job.request, save_latents=place))
-    fail(monkeypatch, "skyrun.engine.run.save_file", no_space, (0,))
+    fail(monkeypatch, "skyrun.engine.clip.save_file", no_space, (0,))
     with pytest.raises(SkyrunError, match="cannot write .*latents.safetensors"):
         drain(run_job(job))
     assert job.request.output.exists() and not place.exists()

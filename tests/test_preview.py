@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from skyrun.engine.preview import Previewer
@@ -20,9 +19,9 @@ def vae(converted):
     return next(converted("F32").glob("*.safetensors"))
 
 
-def test_a_preview_resembles_what_is_decoded(vae, tmp_path):
+def test_a_preview_resembles_what_is_decoded(vae):
     """Smooth latents that the map was not fitted to. Random weights are far from linear: half of it is seen at most."""
-    previewer, alike = Previewer(vae, tmp_path / "p.png"), []
+    previewer, alike = Previewer(vae), []
     for seed in range(6):
         coarse = torch.randn(1, 16, 3, 3, generator=torch.Generator().manual_seed(100 + seed))
         latents = F.interpolate(coarse, size=(12, 12))[0]
@@ -35,12 +34,10 @@ def test_a_preview_resembles_what_is_decoded(vae, tmp_path):
     assert np.mean(alike) > 0.3
 
 
-def test_a_preview_is_a_sheet_of_frames(vae, tmp_path):
-    previewer = Previewer(vae, tmp_path / "p.png")
+def test_a_preview_is_a_sheet_of_frames(vae):
+    previewer = Previewer(vae)
     for frames, rows in ((1, 1), (5, 2), (33, 3)):
-        previewer.write(torch.randn(16, frames, 6, 8))
-        with Image.open(tmp_path / "p.png") as image:
-            assert image.size == (4 * 36 - 4, rows * 28 - 4)
+        assert previewer.image(torch.randn(16, frames, 6, 8)).size == (4 * 36 - 4, rows * 28 - 4)
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [0]), (3, [0, 1, 2]), (5000, None)])

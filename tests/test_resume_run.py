@@ -20,14 +20,15 @@ from small_run import STEPS, fail, small_request, stopped
 from skyrun import run
 from skyrun.cli import main
 from skyrun.engine import checkpoint as keeper
+from skyrun.engine import checkpoint as run_state
+from skyrun.engine.checkpoint import load_state
+from skyrun.engine.output import clip_path, state_path
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import run_job
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
 from skyrun.media.video_writer import VideoWriter
 from skyrun.models.umt5 import UMT5
-from skyrun.pipelines import state as run_state
-from skyrun.pipelines.state import clip_path, load_state, state_path
 from skyrun.planning.job import prepare
 from skyrun.presets import probe
 
@@ -294,8 +295,8 @@ def test_the_command_line_goes_on(begun, capsys):
     out = capsys.readouterr()
     assert "2 of 4 steps were finished before" in out.err
     events = [json.loads(line) for line in out.out.splitlines()]
-    assert [e["before"] for e in events if e["event"] == "StageStarted" and e["stage"] == "denoise"] == [2]
-    assert [e["stage"] for e in events if e["event"] == "StageEnded"] == ["load", "denoise", "decode", "write"]
+    assert [e["before"] for e in events if e["event"] == "stage_started" and e["stage"] == "denoise"] == [2]
+    assert [e["stage"] for e in events if e["event"] == "stage_ended"] == ["load", "denoise", "decode", "write"]
     assert events[-1]["event"] == "result" and events[-1]["output"] == str(request.output)
 
 
@@ -350,7 +351,7 @@ def test_a_process_that_is_ended(begun, how):
     path.unlink()
     request = dataclasses.replace(request, steps=500)
     running = process(request)
-    wait_for(running, lambda event: event["event"] == "Progress" and path.exists() and load_state(path)[0].steps > 0)
+    wait_for(running, lambda event: event["event"] == "progress" and path.exists() and load_state(path)[0].steps > 0)
     running.send_signal(getattr(signal, how))
     asked = time.monotonic()
     _, said = running.communicate(timeout=60)
@@ -381,7 +382,8 @@ def test_a_disk_that_gets_full_while_the_clip_is_written(begun, monkeypatch, cap
 
     monkeypatch.setattr(VideoWriter, "add", add)
     try:
-        assert main(["resume", str(path)]) == FAILED
+        assert main(["resume", str(path)]) == BAD_INPUT  # a clip that another request made is there
+        assert main(["resume", str(path), "--overwrite"]) == FAILED
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
@@ -389,7 +391,7 @@ def test_a_disk_that_gets_full_while_the_clip_is_written(begun, monkeypatch, cap
     assert request.output.read_text() == "the old clip"
     assert sorted(file.name for file in path.parent.iterdir()) == ["clip.mp4", path.name]
     monkeypatch.setattr(VideoWriter, "add", right)
-    assert main(["resume", str(path)]) == 0
+    assert main(["resume", str(path), "--overwrite"]) == 0
     assert request.output.stat().st_size > 2_000 and not path.exists()
 
 

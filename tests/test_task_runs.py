@@ -17,6 +17,8 @@ from test_tasks_end_to_end import CASES, request_of
 from skyrun import run
 from skyrun.cli import main
 from skyrun.engine import checkpoint as keeper
+from skyrun.engine.checkpoint import load_state
+from skyrun.engine.output import state_path
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import run_job
 from skyrun.errors import SkyrunError
@@ -24,7 +26,6 @@ from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowD
 from skyrun.media.video_writer import read_request
 from skyrun.models.clip import CLIPVision
 from skyrun.models.umt5 import UMT5
-from skyrun.pipelines.state import load_state, state_path
 from skyrun.planning.job import prepare
 
 LONG = ["v2v", "a2v"]  # of several windows

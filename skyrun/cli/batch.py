@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from skyrun.engine.output import request_of, state_path
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.media.video_writer import read_request
-from skyrun.pipelines.state import state_path
 from skyrun.planning.request import Request
 
 
@@ -40,7 +40,7 @@ def _prompt_of_stdin() -> str:
 
 # What says the same in another way: one that is given takes the place of those that a clip was made with.
 _INSTEAD = {"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)}
-_MACHINE = ("device", "max_vram", "max_ram", "save_latents")  # not of the clip
+_MACHINE = ("device", "devices", "max_vram", "max_ram", "save_latents", "overwrite")  # not of the clip
 
 
 def requests_of(arguments: Namespace) -> list[Request]:
@@ -52,13 +52,14 @@ def requests_of(arguments: Namespace) -> list[Request]:
     values = _made_before(arguments.source) if arguments.source else {}
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
     given |= {"images": tuple(arguments.image), "model": None, "seed": None, "join": arguments.join or None}
+    given["overwrite"] = arguments.overwrite or None
     for name, value in given.items():
         if value not in (None, ()):
             values[name] = value
             for other in _INSTEAD.get(name, ()):
                 values.pop(other, None)
     if "task" not in values:
-        raise SkyrunError("nothing was said to make", "say what: skyrun run r2v ..., or --from CLIP.mp4")
+        raise SkyrunError("say which task to run", "skyrun run r2v, v2v, shot or a2v; or --from CLIP.mp4")
     if not arguments.prompts and "prompt" not in values:
         raise SkyrunError("no prompt was given", "say with -p what the clip shows, or give a file with --prompts")
     prompts = list(read_prompts(arguments.prompts)) if arguments.prompts else [values["prompt"]]
@@ -72,7 +73,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
         for seed in seeds:
             ending = f"-{number:0{digits}d}" * (len(prompts) > 1) + f"-{seed}" * (len(seeds) > 1)
             requests.append(_named(Request(**values, prompt=prompt, seed=seed), ending))
-    return requests
+    return requests if len(requests) == 1 else [_with_seed(request) for request in requests]
 
 
 def _made_before(clip: Path) -> dict[str, Any]:
@@ -99,31 +100,12 @@ def _named(request: Request, ending: str) -> Request:
     )
 
 
-def is_made(request: Request) -> bool:
-    """Whether the clip of one of several requests is there, whole and made as it asks for."""
-    if request.output is None or not request.output.exists() or state_path(request.output).exists():
-        return False
-    try:
-        said = read_request(request.output) or {}
-    except SkyrunError:
-        return False
-    asked = request.as_json()
-    differing = {name for name in asked if said.get(name) != asked[name]}
-    return not differing - {"output", "resolution", "seconds", "frames", *_MACHINE, *_paths(asked, said)}
-
-
-def _paths(asked: dict[str, Any], said: dict[str, Any]) -> set[str]:
-    """Inputs that are the same files, said differently."""
-    same = set()
-    for name in ("images", "video", "audio"):
-        ours, theirs = ([Path(p).resolve() for p in _listed(values.get(name))] for values in (asked, said))
-        if ours == theirs:
-            same.add(name)
-    return same
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _with_seed(request: Request) -> Request:
+    """Of several clips without a seed, one that is there keeps its own: the same command makes what is missing."""
+    if request.seed is None and request.output is not None and request.output.exists():
+        seed = (request_of(request.output) or {}).get("seed")
+        return replace(request, seed=seed) if isinstance(seed, int) else request
+    return request
 
 
 def free_name(stem: str, suffix: str) -> Path:

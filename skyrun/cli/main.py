@@ -1,9 +1,9 @@
 """Arguments in, one command called, an exit code out. Nothing here imports torch."""
 
-import argparse
 import os
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
 
 from skyrun.cli.parser import parser
 from skyrun.cli.signals import Interrupted, interruptible
@@ -13,29 +13,56 @@ _INTERRUPTED = 130  # as skyrun.errors has it, which would import numpy
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, the code of the SkyrunError that ended it, or 130 if interrupted."""
+    from skyrun.cli.console import close_streams, open_streams, say
+
+    open_streams()
     arguments = parser().parse_args(argv)
+    if arguments.command is None:
+        parser().print_help()
+        return 0
     try:
         with interruptible():
             return _run(arguments)
     except Interrupted:
-        print("interrupted: no file was left half-written under its name", file=sys.stderr)
+        say("interrupted: no file was left half-written under its name")
         return _INTERRUPTED
+    finally:
+        close_streams()
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from skyrun.cli.commands import all as commands
-    from skyrun.cli.console import show_error
+def _run(arguments: Namespace) -> int:
+    from skyrun.cli.console import log_details, say, show_error
     from skyrun.errors import FAILED, SkyrunError
 
+    if arguments.verbose:
+        log_details()
     try:
-        return int(getattr(commands, arguments.command)(arguments))
+        _apply_config(arguments)
+        command = import_module(f"skyrun.cli.commands.{arguments.command}")
+        return int(command.execute(arguments))
     except SkyrunError as error:
         show_error(error, arguments.json)
         return error.code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("error: whoever read the output has gone", file=sys.stderr)
+        say("error: whoever read the output has gone")
         return FAILED
     except OSError as error:
-        print(f"error: {error}\nhint: check the path, its permissions and free space", file=sys.stderr)
+        show_error(SkyrunError(str(error), "check the path, its permissions and free space", FAILED), arguments.json)
         return FAILED
+
+
+def _apply_config(arguments: Namespace) -> None:
+    """The user's defaults, where options say nothing."""
+    from skyrun.planning.config import read_config
+    from skyrun.tasks.skyreels_v3 import TASKS
+
+    config = read_config()
+    if config.models is not None:
+        os.environ.setdefault("SKYRUN_MODELS", config.models)
+    if arguments.command == "pull" or (arguments.command == "run" and arguments.model is None):
+        arguments.quant = arguments.quant or config.quant
+    if arguments.command not in ("run", "plan") or arguments.task is None:  # a clip made before says it all
+        return
+    arguments.prefer = arguments.prefer or config.prefer
+    if arguments.resolution is arguments.size is None and config.resolution in TASKS[arguments.task].resolutions:
+        arguments.resolution = config.resolution

@@ -1,24 +1,98 @@
 """All commands and their options. Nothing here imports torch."""
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from skyrun.tasks.skyreels_v3 import TASKS, TRANSITIONS
 from skyrun.version import __version__
 
+# As skyrun.presets.named and skyrun.presets have them, which would import psutil.
+PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
+_PREFERENCES = ("quality", "speed", "memory")
+_DISTILLED = "the models are distilled, guidance is built in: leave it out"
+_STREAMED = "not needed, weights are streamed by themselves; --max-vram GiB sets a limit"
+# Options of other programs of this field, and what there is instead.
+_ELSEWHERE = {
+    **dict.fromkeys(("cfg", "cfg-scale", "guidance-scale", "guide-scale", "text-cfg"), _DISTILLED),
+    **dict.fromkeys(("negative-prompt", "neg-prompt", "n-prompt"), _DISTILLED),
+    **dict.fromkeys(("num-frames", "frame-num", "video-length", "length"), "use --frames N, 4 k + 1, or --seconds N"),
+    **dict.fromkeys(("duration", "video-seconds"), "use --seconds N"),
+    **dict.fromkeys(("num-inference-steps", "infer-steps", "sample-steps", "sampling-steps"), "use --steps N"),
+    **dict.fromkeys(("ref-imgs", "ref-images", "reference-image", "input-image", "image-path", "img"), "use --image F"),
+    **dict.fromkeys(("input-video", "video-path"), "use --video F"),
+    **dict.fromkeys(("input-audio", "audio-path"), "use --audio F"),
+    **dict.fromkeys(("output-path", "save-path", "save-file", "out"), "use -o OUT.mp4"),
+    **dict.fromkeys(("model-id", "model-path", "ckpt-dir", "ckpt", "dit"), "use --model DIR|FILE|NAME"),
+    **dict.fromkeys(("base-seed", "sample-seed"), "use --seed N"),
+    **dict.fromkeys(("video-size", "res"), "use --size HxW, height first, or --width W --height H"),
+    **dict.fromkeys(("torch-dtype", "precision"), "use --dtype TYPE, or --exact or --fast"),
+    **dict.fromkeys(("offload", "offload-model", "blocks-to-swap", "low-vram", "lowvram", "medvram"), _STREAMED),
+    **dict.fromkeys(("task", "task-type"), "say the task as a word, such as skyrun run r2v"),
+    **dict.fromkeys(("force", "yes", "y"), "use --overwrite"),
+}
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of a command, which says itself what it does not know: with its own usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Nothing unknown is passed on."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error("\n".join(f"unknown {argument}{self._instead(argument)}" for argument in unknown))
+        if problem := _join_sides(known):
+            self.error(problem)
+        return known, unknown
+
+    def _instead(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return ""
+        name = argument.partition("=")[0]
+        if found := _ELSEWHERE.get(name.lstrip("-").replace("_", "-").lower()):
+            return f": {found}"
+        near = get_close_matches(name.replace("_", "-"), self._option_string_actions, 1, 0.7)
+        return f": did you mean {near[0]}?" if near else ""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and message, escaped."""
+        from skyrun.units import printable
+
+        self.print_usage()
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+    def print_usage(self, file: Any = None) -> None:
+        """On stderr: it is only printed when something is wrong."""
+        import sys
+
+        super().print_usage(file or sys.stderr)
+
+
+def _join_sides(arguments: argparse.Namespace) -> str:
+    """--width and --height become the size. Returns what is wrong with them."""
+    sides = {name: arguments.__dict__.pop(name, None) for name in ("height", "width")}
+    if all(side is None for side in sides.values()):
+        return ""
+    if None in sides.values():
+        return "--width and --height go together"
+    if arguments.size is not None or arguments.resolution is not None:
+        return "--width and --height are a size: leave out --size and --resolution"
+    arguments.size = "x".join(str(side) for side in sides.values())
+    return ""
+
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False
-    )
+    parser = _Command(prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
+    _add_resume(commands)
     _add_plan(commands)
     _add_tune(commands)
-    _add_resume(commands)
     _add_demo(commands)
     _add_pull(commands)
     _add_convert(commands)
@@ -30,14 +104,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-# As skyrun.presets.named has them, which would import psutil.
-PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
 def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also say on stderr what happens inside")
     return parser
 
 
@@ -52,7 +122,7 @@ def _add_run(commands: Commands) -> None:
         "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, but for what else is said"
     )
     parser.add_argument(
-        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: pictures; a2v: a portrait"
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: images; a2v: a portrait"
     )
     parser.add_argument("--video", type=Path, metavar="F", help="v2v, shot: what the clip goes on from")
     parser.add_argument("--audio", type=Path, metavar="F", help="a2v: speech, or any file with speech in it")
@@ -70,11 +140,29 @@ def _add_run(commands: Commands) -> None:
     )
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
+    parser.add_argument("--prefer", choices=_PREFERENCES, help="what to choose types and plans for (quality)")
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
+    _add_pictures(parser)
+    _add_overwrite(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preview", type=Path, metavar="F.png", help="draw after every step what the clip will be")
     parser.add_argument("--sheet", action="store_true", help="also draw the clip at a glance, as OUT.png")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist, and make the clip again")
+
+
+def _add_size(parser: argparse.ArgumentParser, resolution: str) -> None:
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", metavar="HxW", help="height and width in pixels, height first, multiples of 16")
+    size.add_argument("--resolution", help=resolution)
+    parser.add_argument("--width", type=int, metavar="W", help="with --height, in place of --size")
+    parser.add_argument("--height", type=int, metavar="H", help="with --width, in place of --size")
 
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
@@ -84,22 +172,20 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         dest="precision",
         action="store_const",
         const="exact",
-        help="multiply in the activations' type (default: for Q8_0 and larger types, and where int8 is no quicker)",
+        help="multiply in the activations' type (default: for Q8_0 and larger types, and where int8 is not faster)",
     )
     precision.add_argument(
         "--fast",
         dest="precision",
         action="store_const",
         const="fast",
-        help="multiply in int8, about 1.4%% off (default: for smaller types, where this card is quicker so)",
+        help="multiply in int8, about 1.4%% off (default: for smaller types, on cards where that is faster)",
     )
 
 
 def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     """What a clip is to be like, and what may be used to make it."""
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--size", metavar="HxW", help="height and width in pixels, multiples of 16")
-    size.add_argument("--resolution", help="480P, 540P or 720P, shaped like the picture or video (480P)")
+    _add_size(parser, "480P, 540P or 720P, shaped like the image or video (480P)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
     length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
@@ -111,7 +197,7 @@ def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
+    parser.add_argument("--device", metavar="cuda[:N]|cpu", help="default: cuda where there is a GPU")
     parser.add_argument("--max-vram", type=float, metavar="GiB", help="use at most this much GPU memory")
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
 
@@ -125,11 +211,14 @@ def _add_plan(commands: Commands) -> None:
     machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
     machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
     machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
-    parser.add_argument("--resolution", default="480P", help="480P, 540P or 720P (480P)")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
+    _add_size(parser, "480P, 540P or 720P (480P)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, metavar="N", help="length of the clip (5)")
+    length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
-    parser.add_argument("--prefer", choices=["quality", "speed", "memory"], default="quality", help="(quality)")
+    parser.add_argument("--prefer", choices=_PREFERENCES, help="what to choose types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 
 
@@ -142,12 +231,21 @@ def _add_tune(commands: Commands) -> None:
 def _add_resume(commands: Commands) -> None:
     parser = _add(commands, "resume", "go on with a clip whose run ended early")
     parser.add_argument("file", type=Path, metavar="FILE", help="the clip that was to be, or its .skyrun.safetensors")
+    _add_pictures(parser)
+    _add_overwrite(parser)
     _add_limits(parser)
 
 
 def _add_demo(commands: Commands) -> None:
     parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
-    parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo"), metavar="DIR", help="(skyrun-demo)")
+    parser.add_argument("-p", "--prompt", help="what the clip shows (default: built in)")
+    parser.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="(drawn)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="start of the noise (1)")
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, height first (208x352)")
+    output = parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo.mp4"), metavar="OUT.mp4")
+    output.help = "the clip (skyrun-demo.mp4); what it is made with stays in a folder beside it"
+    _add_pictures(parser)
+    _add_overwrite(parser)
 
 
 def _add_pull(commands: Commands) -> None:
@@ -199,7 +297,7 @@ def _add_calibrate(commands: Commands) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE.txt", help="one prompt per line (default: built in)")
     parser.add_argument(
-        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="pictures (default: drawn)"
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="images (default: drawn)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the first clip's noise (0)")
     _add_clip(parser, "17 frames")
@@ -218,13 +316,13 @@ def _add_doctor(commands: Commands) -> None:
 def _add_bench(commands: Commands) -> None:
     whats = commands.add_parser("bench", help="measure this machine", description="measure this machine")
     parts = whats.add_subparsers(dest="what", required=True, metavar="WHAT")
-    parser = _add(parts, "kernels", "are the kernels right, and how quick is each")
+    parser = _add(parts, "kernels", "are the kernels right, and how fast is each")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all, on a CPU three)")
     parser.add_argument(
         "--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 1 and 64)"
     )
-    parser = _add(parts, "step", "how quick are denoising steps, streamed from this disk and from memory")
+    parser = _add(parts, "step", "how fast are denoising steps, streamed from this disk and from memory")
     parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="whose shapes (r2v-14b)")
     parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="of the transformer (Q8_0)")
     parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of the transformer (4)")

@@ -1,16 +1,19 @@
-"""Show a run while it works: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""Show work while it is done: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
+from skyrun.cli.console import emit, log, say
+from skyrun.cli.signals import raise_if_asked
+from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, TimeLeft, as_json, listen, now
 from skyrun.events import Progress as StageProgress
-from skyrun.units import duration, size
+from skyrun.units import duration, printable, size
+
+T = TypeVar("T")
 
 
 class Bar(Protocol):
@@ -28,9 +31,11 @@ class Display:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._name, self._unit = "", ""
-        self._total, self._done, self._partial, self._before = 1, 0.0, 0.0, 0.0
+        self._total, self._done, self._before = 1, 0.0, 0.0
+        self._blocks = (0, 1)  # of the unit at work that are done, and how many it has
         self._start = now()
         self._windows: list[tuple[int, float]] = []  # that were entered, and when
+        self._corrected = False
 
     def show(self, event: Event) -> None:
         """One event of a pipeline."""
@@ -42,11 +47,13 @@ class Display:
                 self.resume(event.before)
         elif isinstance(event, Notice):
             self._bar.note(event.text)
+        elif isinstance(event, TimeLeft):
+            self._correct(event)
         elif isinstance(event, BlockDone):
-            self._partial = (event.index + 1) / event.total
+            self._blocks = (event.index + 1, event.total)
             self._update()
         elif isinstance(event, StageProgress):
-            self._done, self._partial = event.done, 0.0
+            self._done, self._blocks = event.done, (0, 1)
             self._update()
         elif isinstance(event, StageEnded):
             read = f", read {size(event.bytes_read)}" if event.bytes_read else ""
@@ -63,10 +70,19 @@ class Display:
             left = f", about {duration((here - began) / (window - first) * (total - window + 1))} left in all"
         self._bar.note(f"window {window} of {total}{left}")
 
+    def _correct(self, left: TimeLeft) -> None:
+        """Said once: bars and windows show how it goes on."""
+        if not self._corrected:
+            self._corrected = True
+            self._bar.note(
+                f"a step takes {duration(left.step_seconds)}, {duration(left.planned_step_seconds)} were expected: "
+                f"about {duration(left.seconds)} left in all"
+            )
+
     def begin(self, name: str, total: int, unit: str) -> None:
         """A piece of work of `total` units."""
         self._name, self._total, self._unit = name, total, unit
-        self._done, self._partial, self._start, self._before = 0.0, 0.0, now(), 0.0
+        self._done, self._blocks, self._start, self._before = 0.0, (0, 1), now(), 0.0
         self._bar.start(name)
 
     def resume(self, units: float) -> None:
@@ -97,16 +113,19 @@ class Display:
         self._bar.finish(duration(now() - self._start))
 
     def _update(self) -> None:
-        position = min(self._done + self._partial, self._total)
+        block, blocks = self._blocks
+        position = min(self._done + block / blocks, self._total)
         elapsed = now() - self._start
         worked, ahead = position - self._before, self._total - position
         left = f", {duration(elapsed * ahead / worked)} left" if worked > 0 and ahead > 0 else ""
-        self._bar.update(position / self._total, f"{self._count()}{left}")
+        self._bar.update(position / self._total if self._total else 1.0, f"{self._count()}{left}")
 
     def _count(self) -> str:
         if self._unit == "bytes":
             return f"{size(self._done)} of {size(self._total)}"
-        return f"{int(self._done)} of {self._total} {self._unit}"
+        block, blocks = self._blocks
+        at_work = f", block {block} of {blocks}" if 0 < block < blocks else ""
+        return f"{int(self._done)} of {self._total} {self._unit}{at_work}"
 
 
 class _TerminalBar:
@@ -116,16 +135,16 @@ class _TerminalBar:
         self._bars = bars
 
     def start(self, name: str) -> None:
-        self._task = self._bars.add_task(name, total=1.0, text="")
+        self._task = self._bars.add_task(printable(name), total=None, text="")  # moves until something is known
 
     def update(self, fraction: float, text: str) -> None:
-        self._bars.update(self._task, completed=fraction, text=text)
+        self._bars.update(self._task, total=1.0, completed=fraction, text=text)
 
     def finish(self, text: str) -> None:
-        self._bars.update(self._task, completed=1.0, text=text)
+        self._bars.update(self._task, total=1.0, completed=1.0, text=text)
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)
 
 
 class _Lines:
@@ -140,13 +159,13 @@ class _Lines:
         tenth = int(fraction * 10)
         if self._tenth < tenth < 10 and now() - self._last > self._APART:
             self._tenth, self._last = tenth, now()
-            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+            say(f"{self._name}: {text}")
 
     def finish(self, text: str) -> None:
-        print(f"{self._name}: done in {text}", file=sys.stderr, flush=True)
+        say(f"{self._name}: done in {text}")
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
 
 @contextmanager
@@ -156,6 +175,34 @@ def progress() -> Iterator[Display]:
     if not console.is_terminal:
         yield Display(_Lines())
         return
-    columns = (TextColumn("{task.description:>10}"), BarColumn(32), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description:>10}", markup=False),
+        BarColumn(20),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
     with Progress(*columns, console=console) as bars:
         yield Display(_TerminalBar(bars))
+
+
+def shown(
+    events: Generator[Event, None, T], as_json_too: bool, act: Callable[[Event], dict[str, Any]] | None = None
+) -> T:
+    """Do the work of a generator of events, show them, and return its value.
+
+    Args:
+        events: What to run to its end.
+        as_json_too: Whether every event is also a line of JSON.
+        act: What else to do at an event; it returns values that the line of JSON gets.
+    """
+    with progress() as display:
+
+        def on(event: Event) -> None:
+            display.show(event)
+            values = as_json(event) | (act(event) if act is not None else {})
+            log.debug("%s", values)
+            if as_json_too:
+                emit(values)
+            raise_if_asked()
+
+        return listen(events, on)

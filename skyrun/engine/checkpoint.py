@@ -1,18 +1,50 @@
-"""Keeps the state of a run on disk while there is no clip yet, and the windows of a long clip that are finished."""
+"""Keeps what a run has finished on disk while there is no clip yet, and reads it back to go on from there.
 
-from collections.abc import Iterator
+The file lies beside the clip: safetensors, with a description as JSON in its metadata. It is written whole or not at
+all, and removed when the clip is finished. Frames of finished windows lie beside it.
+"""
 
+import json
+import shlex
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from skyrun.engine.output import clip_path, state_path
 from skyrun.engine.window_files import WindowStore
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.events import BlockDone, Event, FramesReady, LatentsReady, Notice, WindowDone, now
+from skyrun.events import BlockDone, Event, FramesReady, Kept, LatentsReady, Notice, WindowDone, now
+from skyrun.kernels.atomic import replacing
 from skyrun.media.pixels import Frames
 from skyrun.models.identity import model_identity
-from skyrun.pipelines.state import Origin, RunState, remove_state, save_state, state_path
+from skyrun.pipelines.samplers import restored
+from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
+from skyrun.planning.request import Request
+from skyrun.tasks.windows import latents, windows_of
 
 _SHARE = 0.05  # of the time that goes into saving, at most; a kill costs what was done since
+_VERSION = 2
+_START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
+_NEEDED = {"r2v": {"text", "pictures"}, "v2v": {"text"}, "shot": {"text", "video"}, "a2v": {"text"}}
+_ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a state was made from and how. model: identifies its files. device, dtype, precision: of the plan."""
+
+    request: Request
+    model: str
+    device: str
+    dtype: str
+    precision: str
 
 
 class Keeper:
@@ -57,7 +89,7 @@ class Keeper:
         return Notice(f"{error.message}; if the run ends early it is lost")
 
     def _keep(self, event: FramesReady | WindowDone) -> SkyrunError | None:
-        """Keep frames, or a finished window. Where that fails, the windows that were kept before stay what there is."""
+        """Keep frames, or a finished window. If that fails, windows saved earlier remain."""
         if self._store is None or self._path is None:
             return None
         try:
@@ -111,3 +143,98 @@ class Keeper:
 def _origin(job: Job) -> Origin:
     plan = job.plan
     return Origin(job.request, model_identity(job.files), plan.device, plan.dtype, plan.precision)
+
+
+def kept(request: Request) -> Kept | None:
+    """What is on disk of a request's clip that is not finished; None if nothing is."""
+    path = state_path(request.output) if request.output is not None else None
+    if path is None or not path.exists():
+        return None
+    replace = " --overwrite" if request.overwrite and request.output is not None and request.output.exists() else ""
+    return Kept(path, f"skyrun resume {shlex.quote(str(path))}{replace}")
+
+
+def save_state(path: Path, state: RunState, origin: Origin) -> None:
+    """Write the state. OSError if it cannot be written; what was there before stays then."""
+    tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
+    tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
+    if state.latents is not None:
+        tensors["latents"] = state.latents
+    described: dict[str, Any] = {**vars(origin), "request": origin.request.absolute().as_json(), "window": state.window}
+    if state.sampler is not None:
+        history, described["sampler"] = state.sampler.state()
+        tensors |= {f"{_SAMPLER}{name}": tensor for name, tensor in history.items()}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(described)
+    try:
+        with replacing(path) as partial:
+            save_file(whole, partial, {"version": str(_VERSION), "run": text, "crc32": _checksum(text, whole)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def load_state(path: Path) -> tuple[RunState, Origin]:
+    """Read a state and where it comes from. SkyrunError if it is damaged or from another version."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+        version, text = metadata["version"], metadata["run"]
+        if version == str(_VERSION):
+            if metadata["crc32"] != _checksum(text, tensors):
+                raise ValueError("its contents do not have the checksum that it says")
+            described = json.loads(text)
+            sampler, window = described.pop("sampler", None), int(described.pop("window"))
+            origin = Origin(**described | {"request": Request.from_json(described["request"])})
+            return _state(tensors, window, sampler, origin.request), origin
+    except FileNotFoundError as error:
+        clip = clip_path(path)
+        is_whole = f": {clip} is finished" if clip.exists() else ""
+        raise SkyrunError(f"there is no unfinished run in {path}{is_whole}", "start one with `skyrun run`") from error
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SkyrunError(f"{path} is not the state of a run, or is damaged: {error}", _START_ANEW) from error
+    message = f"{path} is a state of version {version}, this skyrun reads version {_VERSION}"
+    raise SkyrunError(message, f"use the skyrun that wrote it, or {_START_ANEW}")
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    checksum = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensors[name].numpy(), checksum)  # type: ignore[arg-type]
+    return f"{checksum:08x}"
+
+
+def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | None, request: Request) -> RunState:
+    """ValueError if the tensors are not those of this request."""
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    state = RunState(named(_ENCODED), window, named(_CARRIED), tensors.get("latents"))
+    if described is not None:
+        history = named(_SAMPLER)
+        state.sampler = restored(described, history)
+        assert isinstance(request.size, tuple)
+        shape = (_latent_frames(request, window), *(side // 8 for side in request.size))
+        clips = [*history.values(), *([] if state.latents is None else [state.latents])]
+        if state.latents is None or any(tuple(tensor.shape[1:]) != shape for tensor in clips):
+            raise ValueError(f"its tensors are not those of a clip of {shape} latents")
+        if missing := _NEEDED[request.task] - set(state.encoded):
+            raise ValueError(f"its {', '.join(sorted(missing))} is missing")
+        if described["steps"] != request.steps:
+            raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
+    return state
+
+
+def _latent_frames(request: Request, window: int) -> int:
+    """Noisy frames of a window; all of a talking avatar's are alike, however long it speaks."""
+    return latents(request.window_frames) if request.task == "a2v" else windows_of(request)[window].latents
+
+
+def remove_state(path: Path) -> None:
+    """The clip is finished."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SkyrunError(f"{path} is no longer needed, but cannot be removed: {error}", "remove it", FAILED) from error

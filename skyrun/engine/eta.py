@@ -1,35 +1,41 @@
-"""How long a run takes, corrected after its first step."""
+"""How long a run will still take, corrected by the steps that were measured."""
 
-from skyrun.events import Event, Notice, Progress, Replanned, StageStarted, now
+from skyrun.events import Event, Progress, Replanned, StageStarted, TimeLeft, now
 from skyrun.presets import Plan
 from skyrun.presets.timing import corrected
-from skyrun.units import duration
 
 
 class Forecast:
-    """Watches the events of a run and speaks once: when a step has been measured."""
+    """Watches the events of a run, and says after every measured step how much time is left.
+
+    The first step of a window is not measured: it compiles kernels and reads from a cold disk.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._start: float | None = None
-        self._spoken = False
+        self._plan = plan
+        self._times: list[float] = []
+        self._window, self._windows, self._steps = 1, 1, 0
+        self._start: float | None = None  # of the step at work, if it is measured
 
-    def after(self, event: Event) -> Notice | None:
-        """What to say after an event."""
+    def after(self, event: Event) -> TimeLeft | None:
+        """What is known after an event."""
         if isinstance(event, Replanned):
-            self.plan, self._start = event.plan, None
+            self._plan, self._times, self._start = event.plan, [], None
         elif isinstance(event, StageStarted) and event.stage == "denoise":
-            self._start = now()
-        elif isinstance(event, Progress) and event.stage == "denoise" and self._start is not None:
-            return self._correct(now() - self._start)
+            self._steps, self._start = event.total, None
+            self._window, self._windows = event.part or (1, 1)
+        elif isinstance(event, Progress) and event.stage == "denoise":
+            begun, self._start = self._start, now()
+            if begun is not None:
+                self._times.append(self._start - begun)
+                return self._left(self._steps - event.done)
         return None
 
-    def _correct(self, step_seconds: float) -> Notice | None:
-        if self._spoken:
-            return None
-        self._spoken = True
-        expected, self.plan = self.plan.step_seconds, corrected(self.plan, step_seconds)
-        return Notice(
-            f"the first step took {duration(step_seconds)}, {duration(expected)} were expected: "
-            f"the clip will take about {duration(self.plan.seconds)} in all"
-        )
+    def _left(self, steps: float) -> TimeLeft:
+        """steps: of this window that are left. Its images are encoded; all that is left of it is decoding."""
+        seconds, later = sum(self._times) / len(self._times), self._windows - self._window
+        ahead = (later * self._steps + steps) * seconds
+        for stage in corrected(self._plan, seconds).stages:
+            windows = {"images": later, "decode": later + 1}.get(stage.name, 0)
+            ahead += stage.seconds * windows / self._windows
+        return TimeLeft(ahead, seconds, self._plan.step_seconds)

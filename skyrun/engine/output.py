@@ -1,28 +1,48 @@
-"""What a clip's file is like: its rate and sound, the video that it may begin with, and the names beside it."""
+"""What a run writes, under which names, and whether it may: nothing that is there is lost, and one run makes a clip.
 
+Beside X.mp4 a run keeps X.skyrun.safetensors (its state), X.skyrun.N.safetensors and X.skyrun.N.mkv (latents and
+frames of finished windows) and X.skyrun.lock, and beside every file that it writes .NAME.PID.partial. It deletes all
+of these without asking, so no other file may have such a name.
+"""
+
+import json
+import os
 import re
+import socket
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from filelock import FileLock, Timeout
 
-from skyrun.errors import SkyrunError
+from skyrun.errors import BAD_INPUT, SkyrunError
+from skyrun.kernels.safetensors_header import read_safetensors_header
 from skyrun.media.image import suffix_problems
-from skyrun.media.pixels import Frames
-from skyrun.media.video_reader import read_frames, read_sound
-from skyrun.media.video_writer import Format, Sound
-from skyrun.planning.job import Job
+from skyrun.media.video_writer import read_request
 from skyrun.planning.request import Request, place_problems
-from skyrun.tasks.windows import RATE
 
-# Beside X.mp4: the state of its run, frames and latents of finished windows, its lock; beside any file that is being
-# written: the file before it is whole. A run writes and deletes all of these without asking.
+_SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
+# Where a clip was made and with what is not what it shows; `resolution` became a size.
+NOT_THE_CLIP = ("output", "save_latents", "overwrite", "resolution", "device", "devices", "max_vram", "max_ram")
+_DECIDED = ("size", "frames", "steps", "quant", "model")  # by the plan, where the request does not say
+_INPUTS = ("images", "video", "audio", "model")
+_MOST_SAID = 200  # characters of a lock file that are shown
+
+
+def state_path(output: Path) -> Path:
+    """Where the state of a clip is kept; of a state's own path, that path."""
+    return output if output.name.endswith(_SUFFIX) else output.with_name(f"{output.stem}{_SUFFIX}")
+
+
+def clip_path(state: Path, suffix: str = ".mp4") -> Path:
+    """The clip that a state belongs to."""
+    return state.with_name(f"{state.name.removesuffix(_SUFFIX)}{suffix}")
 
 
 def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
-    """SkyrunError if something would be lost: better before the run than when it is gone.
+    """SkyrunError if a file cannot be written, or if one would be lost: better before the run than after it.
 
     pictures: where pictures of the clip will be drawn.
     """
@@ -33,7 +53,7 @@ def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
         f"{path} is a name that runs use for what is not finished" for path in outputs if _OWN_NAME.fullmatch(path.name)
     ]
     problems += [
-        f"{path} is named as what is not finished of a clip, it would be lost: rename it"
+        f"{path} has a name that the run of {request.output} uses itself, it would be lost: rename it"
         for path in inputs
         if request.output is not None and _is_beside(path, request.output)
     ]
@@ -44,7 +64,17 @@ def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
     places = [path.resolve() for path in outputs]
     problems += [f"two outputs cannot both be {path}" for path in dict.fromkeys(places) if places.count(path) > 1]
     if problems:
-        raise SkyrunError.listing("files would be lost or cannot be written", problems, "choose other names")
+        raise SkyrunError.listing("the clip cannot be written", problems, "choose other names")
+    check_free(request, pictures)
+    if request.output is not None:
+        _check_owner(request.output)
+
+
+def check_free(request: Request, pictures: Sequence[Path] = ()) -> None:
+    """SkyrunError if a file would be replaced that this request did not make, unless it says to overwrite."""
+    if not request.overwrite and (there := [*_in_the_way(request, pictures)]):
+        hint = "choose another name, or replace it with --overwrite"
+        raise SkyrunError.listing("files of these names exist", there, hint)
 
 
 def _is_beside(path: Path, output: Path) -> bool:
@@ -53,22 +83,103 @@ def _is_beside(path: Path, output: Path) -> bool:
     return ours and path.resolve().parent == output.resolve().parent and bool(_OWN_NAME.fullmatch(path.name))
 
 
-def clip_format(job: Job) -> Format:
-    """A talking avatar carries its speech, at the level that the model heard it. A clip that is joined to its video has
-    that one's rate, which its motion goes on at, and its sound."""
-    fps, sound = Fraction(job.fps), None
-    if job.request.join:
-        assert job.inputs.footage is not None
-        fps, sound = job.inputs.footage.rate, read_sound(job.inputs.footage.path)
-    if job.inputs.speech is not None:
-        # Through 16 bits, as upstream's file has it: what is louder is cut off.
-        levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
-        sound = Sound(levels.astype(np.float32)[None], RATE)
-    return Format(job.height, job.width, fps, job.request.as_json(), sound)
+def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
+    """Files that the run would replace, and that no run of this very request has made."""
+    for path in (request.output, request.save_latents):
+        if path is not None and path.exists():
+            made_from = request_of(path)
+            if made_from is None:
+                yield f"{path} exists, and is not a clip or latents of skyrun"
+            elif differing := _differing(request, made_from):
+                yield f"{path} exists, made with another {', '.join(differing)}"
+    goes_on = request.output is not None and (request.output.exists() or state_path(request.output).exists())
+    yield from (f"{path} exists" for path in pictures if path.exists() and not goes_on)
 
 
-def source_frames(job: Job) -> Iterator[Frames]:
-    """Frames of the video that a clip begins with, in the clip's size; none if it is not joined."""
-    if job.request.join:
-        assert job.inputs.footage is not None
-        yield from read_frames(job.inputs.footage, job.height, job.width)
+def is_made(request: Request) -> bool:
+    """Whether everything that a prepared request asks for is there, whole, made by just such a request."""
+    outputs = [path for path in (request.output, request.save_latents) if path is not None]
+    if not outputs or request.output is None or state_path(request.output).exists():
+        return False
+    return all(
+        path.exists() and (made_from := request_of(path)) is not None and not _differing(request, made_from)
+        for path in outputs
+    )
+
+
+def request_of(path: Path) -> dict[str, Any] | None:
+    """The request that a clip or a file of latents says it was made from; None if it says none."""
+    try:
+        if path.suffix.lower() == ".mp4":
+            return read_request(path)
+        values = json.loads(read_safetensors_header(path).metadata.get("request", "null"))
+    except (SkyrunError, OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _differing(request: Request, made_from: dict[str, Any]) -> list[str]:
+    """Fields in which a request differs from the one that a file was made from."""
+    asked = request.as_json()
+    names = [name for name in {**asked, **made_from} if name not in NOT_THE_CLIP]
+    names = [name for name in names if name in asked or name not in _DECIDED]
+    if "frames" in made_from and "frames" not in asked:  # the plan turns seconds into frames
+        names = [name for name in names if name != "seconds"]
+    return [name for name in names if _comparable(name, asked.get(name)) != _comparable(name, made_from.get(name))]
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Paths of inputs are compared as places."""
+    if name not in _INPUTS or value is None:
+        return value
+    values = value if isinstance(value, list) else [value]
+    return [os.path.realpath(item) if isinstance(item, str) else item for item in values]
+
+
+@contextmanager
+def alone(output: Path | None) -> Iterator[None]:
+    """Keep other runs away from a clip. SkyrunError if one is making it."""
+    if output is None:
+        yield
+        return
+    path = output.with_name(f"{output.stem}.skyrun.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _acquired(path, output)
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            path.unlink()
+        lock.release()
+        with suppress(OSError):
+            if os.name == "nt":
+                path.unlink()
+
+
+def _check_owner(output: Path) -> None:
+    path = output.with_name(f"{output.stem}.skyrun.lock")
+    if path.exists():
+        with alone(output):  # of a run that was killed
+            pass
+
+
+def _acquired(path: Path, output: Path) -> FileLock:
+    while True:
+        owner = _owner(path)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            message = f"{output} is being made by {owner or 'another run'}"
+            raise SkyrunError(message, "wait for it, or choose another name with -o", BAD_INPUT) from error
+        if path.exists():
+            return lock
+        lock.release()  # whoever had it removed the file in this moment
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace").strip()[:_MOST_SAID]
+    except OSError:
+        return ""

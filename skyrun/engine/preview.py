@@ -4,11 +4,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
 from skyrun.media.pixels import Frames
 from skyrun.models.vae import LATENT_CHANNELS, WanVAE
 
@@ -18,15 +18,15 @@ _SCALE = 4  # pixels of a preview per latent
 
 
 class Previewer:
-    """Writes a picture after every step. The map is fitted once, to pictures that the autoencoder makes on the CPU."""
+    """Draws an image after every step. The map is fitted once, to pictures that the autoencoder makes on the CPU."""
 
-    def __init__(self, vae: Path, path: Path) -> None:
-        self._vae, self._path = vae, path
+    def __init__(self, vae: Path) -> None:
+        self._vae = vae
 
-    def write(self, latents: Tensor) -> None:
-        """Latents [16, F, h, w], as clean as they are known. SkyrunError if the picture cannot be written."""
+    def image(self, latents: Tensor) -> Image:
+        """Some frames of x0 [16, F, h, w], side by side."""
         chosen = [latents[:, place] for place in places(latents.shape[1])]
-        write_picture(self._path, contact_sheet([self.picture(frame.float().cpu()) for frame in chosen]))
+        return contact_sheet([self.picture(frame.float().cpu()) for frame in chosen])
 
     @torch.inference_mode()
     def picture(self, frame: Tensor) -> Frames:

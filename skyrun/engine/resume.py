@@ -1,43 +1,57 @@
 """Go on with a run that ended early."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.engine.output import check_outputs
+from skyrun.engine.checkpoint import Origin, load_state
+from skyrun.engine.output import NOT_THE_CLIP, check_free, check_outputs, clip_path, state_path
 from skyrun.errors import SkyrunError
 from skyrun.models.identity import model_identity
-from skyrun.pipelines.state import Origin, RunState, clip_path, load_state, state_path
+from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job, prepare
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
 
-# Where things are and what a run may use do not change what it makes.
-_NOT_THE_CLIP = ("output", "save_latents", "resolution", "device", "max_vram", "max_ram")
 
-
-def resume(path: Path, **limits: Any) -> tuple[Job, RunState]:
+def resume(path: Path, pictures: Sequence[Path] = (), **changes: Any) -> tuple[Job, RunState]:
     """The job whose state is in the file, or beside the clip, of that name, and what is finished of it.
 
-    limits: device, max_vram and max_ram, where they are to be others. The clip will be beside the file, wherever that
-    is now. SkyrunError if the state is damaged or the model is another by now.
+    The clip will be beside the file, wherever that is now. SkyrunError if the state is damaged or the model is another
+    by now, or if a file would be lost.
+
+    Args:
+        path: The state, or the clip.
+        pictures: Where pictures of the clip will be drawn.
+        changes: device, max_vram, max_ram and overwrite, where they are to be others; None leaves them.
     """
     path = state_path(path)
     state, origin = load_state(path)
-    changes = {name: value for name, value in limits.items() if value is not None}
-    request = replace(origin.request, output=clip_path(path).absolute(), **changes)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    made = origin.request.output
+    output = clip_path(path, made.suffix if made is not None else ".mp4").absolute()
+    request = replace(origin.request, output=output, **changes)
+    check_outputs(request, pictures)
     job = _prepared(request, origin)
     if (problem := _other_model(job, origin, path)) is not None:
         raise problem
     return job, state
 
 
-def continue_or_start(request: Request) -> tuple[Job, RunState | None]:
-    """The job of a request, and what an earlier run of it has finished.
+def continue_or_start(request: Request, pictures: Sequence[Path] = ()) -> tuple[Job, RunState | None]:
+    """The job of a request, and what an earlier run of it has finished. pictures: as for resume.
 
-    SkyrunError if the state of another clip is in its place. One without a finished step is no loss and gives way.
+    SkyrunError if another clip, finished or not, is in its place. The state of one without a finished step is no loss
+    and gives way.
     """
-    check_outputs(request)
+    check_outputs(request, pictures)
+    job, state = _continued(request)
+    check_free(job.request, pictures)  # again: now all of the request is known
+    return job, state
+
+
+def _continued(request: Request) -> tuple[Job, RunState | None]:
     path = state_path(request.output) if request.output is not None else None
     if path is None or not path.exists():
         return prepare(request), None
@@ -56,7 +70,7 @@ def continue_or_start(request: Request) -> tuple[Job, RunState | None]:
 
 
 def _prepared(request: Request, origin: Origin) -> Job:
-    """The job of the request; on the same kind of device with the numbers of before, whatever is chosen there now."""
+    """The job of the request; on the same device type with the saved dtype and precision."""
     request = replace(request, quant=request.quant or origin.request.quant)
     if choose_device(request.device).type != origin.device:
         return prepare(request)
@@ -67,7 +81,7 @@ def _prepared(request: Request, origin: Origin) -> Job:
 
 def _clip(request: Request) -> dict[str, Any]:
     values = request.absolute().as_json()
-    return {name: value for name, value in values.items() if name not in _NOT_THE_CLIP}
+    return {name: value for name, value in values.items() if name not in NOT_THE_CLIP}
 
 
 def _other_clip(origin: Origin, state: RunState, path: Path, different: list[str]) -> SkyrunError:

@@ -71,6 +71,7 @@ class Request:
     audio: Path | None = None
     transition: str | None = None
     join: bool = False
+    overwrite: bool = False  # files of these names
     condition_frames: int = None  # type: ignore[assignment]  # as upstream
     latent_rate: int = 6
     window_frames: int = WINDOW_FRAMES
@@ -137,7 +138,7 @@ class Request:
         values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or (field.name == "resolution" and self.size):
+            if value is None or field.name == "overwrite" or (field.name == "resolution" and self.size):
                 continue
             if field.name in _OPTIONS and (field.name not in TASKS[self.task].options or value == field.default):
                 continue

@@ -145,9 +145,10 @@ def plan_clip(clip: Clip, hardware: Hardware, prefer: str = "quality", **limits:
 
 def plan_from(arguments: Namespace) -> Planned:
     """What the command line asks for."""
-    clip = Clip(arguments.task, arguments.resolution, arguments.seconds, arguments.quant, arguments.model)
+    resolution, seconds = arguments.resolution or "480P", arguments.seconds or 5.0
+    clip = Clip(arguments.task, resolution, seconds, arguments.quant, arguments.model)
     parts = (arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
     if arguments.preset and any(part is not None for part in parts):
         raise SkyrunError("--preset is a whole machine", "leave out --gpu, --vram, --ram and --disk, or --preset")
     hardware = preset(arguments.preset) if arguments.preset else described_hardware(*parts, arguments.model)
-    return plan_clip(clip, hardware, arguments.prefer)
+    return plan_clip(clip, hardware, arguments.prefer or "quality")

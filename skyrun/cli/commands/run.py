@@ -1,61 +1,41 @@
-"""`skyrun run` and `skyrun resume`: clips one after the other, shown while they are made."""
+"""`skyrun run`: clips one after the other, shown while they are made."""
 
-import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
-import av
-import numpy as np
-from PIL.Image import Image
-
-from skyrun.cli.batch import free_name, is_made, requests_of
+from skyrun.cli.batch import free_name, requests_of
 from skyrun.cli.console import emit, say, show_error
-from skyrun.cli.progress import progress
-from skyrun.cli.report import plan_text, result_text, state_text
-from skyrun.cli.signals import raise_if_asked
-from skyrun.engine.eta import Forecast
-from skyrun.engine.output import check_outputs
-from skyrun.engine.preview import Previewer
-from skyrun.engine.resume import continue_or_start, resume
-from skyrun.engine.run import Result, run_job
+from skyrun.cli.making import announce, draw_sheet, make, pictures_of
+from skyrun.engine.output import check_outputs, is_made
+from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.events import Event, Preview
-from skyrun.events import as_json as event_json
 from skyrun.hub.pull import located
-from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
-from skyrun.media.pixels import Frames
-from skyrun.pipelines.state import RunState, state_path
-from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets.named import preset_limits
 
 
-def run_clips(arguments: Namespace) -> int:
-    """Make the clips of `skyrun run`, or say with --dry-run how they would be made.
+def execute(arguments: Namespace) -> int:
+    """Make the clips, or say with --dry-run how they would be made.
 
     A clip that cannot be made does not keep the others from being made.
     """
     _force_preset(arguments)
     requests = requests_of(arguments)
+    if len(requests) > 1 and arguments.preview is not None:
+        raise SkyrunError("--preview draws one clip", "leave it out, or make one clip: --sheet draws each of several")
     for request in requests:
-        check_outputs(request, _pictures(request, arguments))
+        check_outputs(request, pictures_of(request.output, arguments))
+    model = _model(requests[0], arguments)
+    if model is None:
+        return 0
     if len(requests) == 1:
-        _run_clip(requests[0], arguments)
+        _run_clip(replace(requests[0], **model), arguments)
         return 0
     failed = []
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
-        if is_made(request):
-            say("it is there already")
-            continue
         try:
-            if not _run_clip(request, arguments):
-                return 0
+            _run_clip(replace(request, **model), arguments)
         except SkyrunError as error:
             show_error(error, arguments.json)
             failed.append(request)
@@ -63,47 +43,6 @@ def run_clips(arguments: Namespace) -> int:
         names = ", ".join(str(request.output) for request in failed)
         say(f"{len(failed)} of {len(requests)} clips failed: {names}; the same command makes what is missing")
     return FAILED if failed else 0
-
-
-def _pictures(request: Request, arguments: Namespace) -> list[Path]:
-    """Where pictures of the clip will be drawn, as far as its name is known."""
-    sheet = request.output.with_suffix(".png") if arguments.sheet and request.output is not None else None
-    return [place for place in (arguments.preview, sheet) if place is not None]
-
-
-def _run_clip(request: Request, arguments: Namespace) -> bool:
-    """Make one clip. False if its model would have to be fetched first, which a dry run does not do."""
-    model = arguments.model or (str(request.model) if request.model else None)
-    request, missing = located(request, model, say, arguments.dry_run)
-    if missing is not None:
-        say("without --dry-run this is fetched first, then the clip is made")
-        if arguments.json:
-            emit({"event": "pull"} | missing.as_json())
-        return False
-    job, state = continue_or_start(request)
-    if job.request.output is None:
-        output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
-        job = replace(job, request=replace(job.request, output=output))
-        check_outputs(job.request, _pictures(job.request, arguments))
-    assert job.request.output is not None
-    _announce(job, state, arguments.json)
-    if arguments.dry_run:
-        return True
-    _made(job, state, arguments.json, arguments.preview)
-    if arguments.sheet:
-        sheet = job.request.output.with_suffix(".png")
-        write_picture(sheet, _sheet_of(job.request.output, job.frames))
-        say(f"{sheet}: the clip at a glance")
-    return True
-
-
-def resume_clip(arguments: Namespace) -> int:
-    """Go on with a clip whose run ended early."""
-    limits = {"device": arguments.device, "max_vram": arguments.max_vram, "max_ram": arguments.max_ram}
-    job, state = resume(arguments.file, **limits)
-    _announce(job, state, arguments.json)
-    _made(job, state, arguments.json)
-    return 0
 
 
 def _force_preset(arguments: Namespace) -> None:
@@ -116,78 +55,38 @@ def _force_preset(arguments: Namespace) -> None:
                 setattr(arguments, name, limit)
 
 
-def _announce(job: Job, state: RunState | None, as_json: bool) -> None:
-    """The plan, and what of the clip an earlier run has finished."""
-    say(plan_text(job))
-    if state is not None:
-        say(state_text(job, state))
-    if as_json:
-        emit({"event": "plan"} | job.as_json())
+def _model(request: Request, arguments: Namespace) -> dict[str, object] | None:
+    """Where the model of all clips is, as fields of a request; it is fetched if need be.
+
+    None if it would have to be fetched first, which a dry run does not do.
+    """
+    model = arguments.model or (str(request.model) if request.model else None)
+    request, missing = located(request, model, say, arguments.dry_run)
+    if missing is None:
+        return {"model": request.model, "quant": request.quant}
+    say("without --dry-run this is fetched first, then the clip is made")
+    if arguments.json:
+        emit({"event": "pull"} | missing.as_json())
+    return None
 
 
-def _made(job: Job, state: RunState | None, as_json: bool, preview: Path | None = None) -> Result:
-    """Make the clip, or what is missing of it, and say where it is."""
-    result = follow(job, as_json, state, preview)
-    say(result_text(result))
-    if as_json:
-        stages: dict[str, float] = {}
-        for stage in result.stages:
-            stages[stage.stage] = round(stages.get(stage.stage, 0.0) + stage.seconds, 3)
-        emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
-    return result
+def _run_clip(request: Request, arguments: Namespace) -> None:
+    job, state = continue_or_start(request, pictures_of(request.output, arguments))
+    if job.request.output is None:
+        output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
+        job = replace(job, request=replace(job.request, output=output))
+        check_outputs(job.request, pictures_of(output, arguments))
+    announce(job, state, arguments.json)
+    if is_made(job.request) and not job.request.overwrite:
+        _say_it_is_there(job.request, arguments)
+        sheets = pictures_of(job.request.output, arguments)[-1:] if arguments.sheet else []
+        if sheets and not arguments.dry_run and not sheets[0].exists():
+            draw_sheet(job)
+    elif not arguments.dry_run:
+        make(job, state, arguments)
 
 
-def follow(job: Job, as_json: bool, state: RunState | None = None, preview: Path | None = None) -> Result:
-    """Run a job, from its state on, and show its events. preview: where to draw what is known of the clip."""
-    events, forecast = run_job(job, keep_frames=False, state=state), Forecast(job.plan)
-    draw = _drawing(job, preview)
-    try:
-        with progress() as display:
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    result: Result = stop.value
-                    return result
-                display.show(event)
-                if (notice := forecast.after(event)) is not None:
-                    display.show(notice)
-                draw(event)
-                if as_json:
-                    emit(event_json(event))
-                raise_if_asked()
-    except BaseException as error:
-        with suppress(BaseException):  # this one again, or what became of it
-            events.throw(error)  # the run saves its state, unless the error came from there: then it has
-        _say_what_is_kept(job, error)
-        raise
-
-
-def _drawing(job: Job, path: Path | None) -> Callable[[Event], None]:
-    if path is None:
-        return lambda event: None
-    return partial(_draw, Previewer(job.files.vae, path))
-
-
-def _draw(previewer: Previewer, event: Event) -> None:
-    if isinstance(event, Preview):
-        previewer.write(event.latents)
-
-
-def _say_what_is_kept(job: Job, error: BaseException) -> None:
-    for note in getattr(error, "__notes__", ()):
-        say(note)
-    if job.request.output is not None and (kept := state_path(job.request.output)).exists():
-        say(f"what is finished is kept; go on with: skyrun resume {shlex.quote(str(kept))}")
-
-
-def _sheet_of(clip: Path, count: int) -> Image:
-    chosen = set(places(count))
-
-    def frames() -> Iterator[Frames]:
-        with av.open(str(clip)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in chosen:
-                    yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-    return contact_sheet(list(frames()))
+def _say_it_is_there(request: Request, arguments: Namespace) -> None:
+    say(f"{request.output}: it is there already (--overwrite makes it again)")
+    if arguments.json and not arguments.dry_run:
+        emit({"event": "result", "output": str(request.output), "seed": request.seed, "seconds": {}})

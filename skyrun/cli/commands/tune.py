@@ -1,8 +1,10 @@
-"""Run `skyrun tune`, and show what it changed."""
+"""`skyrun tune`: measure this machine, keep it, and show what plans were made with before and are made with now."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from skyrun.cli.console import display, emit
 from skyrun.cli.progress import progress
 from skyrun.planning.hardware import save_tuned, this_machine
 from skyrun.planning.what_if import Clip, plan_clip
@@ -26,17 +28,27 @@ _NAMES = {
 _CLIP = Clip("r2v")
 
 
-def tune_and_tell(device_name: str | None, model: Path | None) -> tuple[dict[str, Any], str]:
+def execute(arguments: Namespace) -> int:
+    """Measure this machine, and show the outcome."""
+    summary, text = _measure(arguments.device, arguments.model)
+    if arguments.json:
+        emit({"event": "result"} | summary)
+    else:
+        display(text)
+    return 0
+
+
+def _measure(device_name: str | None, model: Path | None) -> tuple[dict[str, Any], str]:
     """Measure and keep. Returns plain values and text: rates, and the time of a clip, before and after."""
     device = choose_device(device_name)
     before = this_machine(device.type, model)
     found: dict[str, float] = {}
-    with progress() as display:
-        display.begin("measuring", len(STEPS), "figures")
+    with progress() as shown:
+        shown.begin("measuring", len(STEPS), "figures")
         for name, rate in tune(device, model):
             found[name] = rate
-            display.advance(1)
-        display.end()
+            shown.advance(1)
+        shown.end()
     path = save_tuned(device.type, tuned(device, model, found))
     after = this_machine(device.type, model)
     summary: dict[str, Any] = {"file": str(path), "rates": {}, "seconds": {}}

@@ -1,10 +1,27 @@
-"""A plan as text: what would run, what it takes, and what every number rests on."""
+"""`skyrun plan`: what would run, what it takes, and what every number rests on."""
 
-from skyrun.planning.what_if import Planned
+from argparse import Namespace
+
+from skyrun.cli.console import display, emit, say
+from skyrun.errors import WILL_NOT_FIT
+from skyrun.planning.what_if import Planned, plan_from
 from skyrun.presets import Hardware, Plan
-from skyrun.units import duration, table
+from skyrun.units import GIB, duration, table
 
-_GIB = 1 << 30
+
+def execute(arguments: Namespace) -> int:
+    """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    planned = plan_from(arguments)
+    if arguments.plot:
+        from skyrun.cli.plan_chart import write_plan_picture
+
+        write_plan_picture(arguments.plot, planned)
+        say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
+    if arguments.json:
+        emit({"event": "plan"} | planned.as_json())
+    else:
+        display(planned_text(planned))
+    return WILL_NOT_FIT if planned.plan.problem else 0
 
 
 def planned_text(planned: Planned) -> str:
@@ -36,9 +53,9 @@ def hardware_text(hardware: Hardware) -> str:
     parts = [hardware.name]
     if hardware.device == "cuda":
         parts.append(
-            said("vram_free", f"{hardware.vram_free / _GIB:.1f} of {hardware.vram_total / _GIB:.1f} GiB VRAM free")
+            said("vram_free", f"{hardware.vram_free / GIB:.1f} of {hardware.vram_total / GIB:.1f} GiB VRAM free")
         )
-    parts.append(said("ram_free", f"{hardware.ram_free / _GIB:.1f} of {hardware.ram_total / _GIB:.1f} GiB RAM free"))
+    parts.append(said("ram_free", f"{hardware.ram_free / GIB:.1f} of {hardware.ram_total / GIB:.1f} GiB RAM free"))
     parts.append(said("disk_rate", f"disk {hardware.disk_rate / 1e9:.2f} GB/s"))
     if hardware.device == "cuda":
         parts.append(said("link_rate", f"link {hardware.link_rate / 1e9:.0f} GB/s"))
@@ -63,7 +80,7 @@ def stages_text(plan: Plan) -> str:
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if cuda else [stage.host_bytes]
         reads = f"{stage.hidden:.0%}" if stage.name in ("text", "denoise") else "-"
-        texts = [f"{nbytes / _GIB:.2f}" for nbytes in sizes]
+        texts = [f"{nbytes / GIB:.2f}" for nbytes in sizes]
         rows.append([f"  {stage.name}", *texts, duration(stage.seconds), stage.bound, reads])
     return table(rows)
 

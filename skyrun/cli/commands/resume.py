@@ -1,0 +1,18 @@
+"""`skyrun resume`: go on with a clip whose run ended early."""
+
+from argparse import Namespace
+
+from skyrun.cli.making import announce, make, pictures_of
+from skyrun.engine.output import clip_path, state_path
+from skyrun.engine.resume import resume
+
+
+def execute(arguments: Namespace) -> int:
+    """Make what is missing of the clip."""
+    names = ("device", "max_vram", "max_ram")
+    changes = {name: getattr(arguments, name) for name in names} | {"overwrite": arguments.overwrite or None}
+    output = clip_path(state_path(arguments.file))
+    job, state = resume(arguments.file, pictures_of(output, arguments), **changes)
+    announce(job, state, arguments.json)
+    make(job, state, arguments)
+    return 0

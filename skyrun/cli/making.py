@@ -1,0 +1,173 @@
+"""Make one clip and show how: the plan, the work, and where the clip is."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL.Image import Image
+
+from skyrun.cli.console import emit, say
+from skyrun.cli.progress import shown
+from skyrun.engine.checkpoint import kept
+from skyrun.engine.clip import Result
+from skyrun.engine.run import run_job
+from skyrun.events import Event, Preview, as_json
+from skyrun.media.contact_sheet import contact_sheet, places
+from skyrun.media.image import write_picture
+from skyrun.media.pixels import Frames
+from skyrun.models.umt5 import TEXT_LENGTH
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.presets import Plan
+from skyrun.units import GIB, duration, size, table
+
+
+def pictures_of(output: Path | None, arguments: Namespace) -> list[Path]:
+    """Where pictures of a clip will be drawn, as far as its name is known."""
+    sheet = output.with_suffix(".png") if arguments.sheet and output is not None else None
+    return [place for place in (arguments.preview, sheet) if place is not None]
+
+
+def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
+    """The plan, and what of the clip an earlier run has finished."""
+    say(plan_text(job))
+    if state is not None:
+        say(state_text(job, state))
+    if as_json_too:
+        emit({"event": "plan"} | job.as_json())
+
+
+def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
+    """Make the clip, or what is missing of it, show the work, and say where the clip is.
+
+    arguments: json, and preview and sheet: whether and where pictures are drawn.
+    """
+    drawn: Path | None = arguments.preview
+
+    def draw(event: Event) -> dict[str, Any]:
+        if drawn is None or not isinstance(event, Preview) or event.image is None:
+            return {}
+        write_picture(drawn, event.image)
+        return {"path": str(drawn)}
+
+    try:
+        result = shown(run_job(job, False, state, drawn is not None), arguments.json, draw)
+    except BaseException as error:
+        _say_what_is_kept(job, error, arguments.json)
+        raise
+    say(result_text(result))
+    if arguments.json:
+        stages: dict[str, float] = {}
+        for stage in result.stages:
+            stages[stage.stage] = round(stages.get(stage.stage, 0.0) + stage.seconds, 3)
+        emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
+    if arguments.sheet:
+        draw_sheet(job)
+    return result
+
+
+def draw_sheet(job: Job) -> None:
+    """The clip at a glance, beside it; not the video that it was joined to."""
+    clip = job.request.output
+    assert clip is not None
+    sheet = clip.with_suffix(".png")
+    write_picture(sheet, _sheet_of(clip, job.frames))
+    say(f"{sheet}: the clip at a glance")
+
+
+def _sheet_of(clip: Path, count: int) -> Image:
+    """Some of the last `count` frames of a clip."""
+    with av.open(str(clip)) as container:
+        before = container.streams.video[0].frames - count  # of the video that it was joined to
+    chosen = {before + place for place in places(count)}
+
+    def frames() -> Iterator[Frames]:
+        with av.open(str(clip)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in chosen:
+                    yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+
+    return contact_sheet(list(frames()))
+
+
+def _say_what_is_kept(job: Job, error: BaseException, as_json_too: bool) -> None:
+    for note in getattr(error, "__notes__", ()):
+        say(note)
+    if (what := kept(job.request)) is not None:
+        say(f"what is finished is kept; go on with: {what.command}")
+        if as_json_too:
+            emit(as_json(what))
+
+
+def plan_text(job: Job) -> str:
+    """What will run, and what each stage will take."""
+    plan, request = job.plan, job.request
+    length = job.frames / job.fps
+    windows = f" in {len(job.windows)} windows" if len(job.windows) > 1 else ""
+    head = [
+        f"{request.task}: {job.height}x{job.width} (height x width), {job.frames} frames ({length:.1f} s){windows}, "
+        f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
+        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.vae_dtype})",
+        blocks_text(plan.resident_blocks, job.workload.layers),
+        *_passing(plan),
+        f"estimated memory, {plan.limit_bytes / GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
+    ]
+    columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]
+    tokens = job.encoder.token_count(request.prompt)
+    if tokens > TEXT_LENGTH:
+        head.insert(1, f"the prompt has {tokens} tokens, the model reads {TEXT_LENGTH}: its end is cut off")
+    rows = [["  stage", *columns, "time"]]
+    for stage in plan.stages:
+        sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
+        rows.append([f"  {stage.name}", *(f"{nbytes / GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
+    return "\n".join([*head, table(rows)])
+
+
+def blocks_text(resident: int, layers: int) -> str:
+    """Where the transformer's blocks are while it runs."""
+    if resident == layers:
+        return "all blocks stay in memory"
+    if not resident:
+        return "all blocks are streamed from disk"
+    return f"{resident} of {layers} blocks stay in memory, the others are streamed from disk"
+
+
+def _passing(plan: Plan) -> list[str]:
+    if plan.token_rows is None:
+        return []
+    waiting = ", the others wait on the host" if plan.parked_tokens else ""
+    return [f"{plan.token_rows} tokens pass through a block at a time{waiting}"]
+
+
+def _dtypes(plan: Plan) -> str:
+    return f"{plan.dtype} and int8 (--exact does without)" if plan.precision == "fast" else plan.dtype
+
+
+def state_text(job: Job, state: RunState) -> str:
+    """What an earlier run has finished."""
+    windows = f"{state.window} of {len(job.windows)} windows" if state.window else ""
+    if windows and not state.steps:
+        return f"{windows} were finished before: going on from there"
+    if windows:
+        return f"{windows} and {state.steps} steps of the next were finished before: going on from there"
+    if state.steps >= job.request.steps:
+        return "denoising was finished before: what is left is decoding"
+    if state.steps:
+        return f"{state.steps} of {job.request.steps} steps were finished before: going on from there"
+    return "an earlier run finished no step: going on with its seed"
+
+
+def result_text(result: Result) -> str:
+    """Where the clip is, and where the time went."""
+    total = sum(stage.seconds for stage in result.stages)
+    lines = [f"{result.output} in {duration(total)}"]
+    denoising = [stage for stage in result.stages if stage.stage == "denoise"]
+    nbytes, seconds = (sum(getattr(s, name) for s in denoising) for name in ("bytes_read", "read_seconds"))
+    if seconds:
+        hidden = 1 - min(1.0, sum(stage.stall_seconds for stage in denoising) / seconds)
+        rate = f"{nbytes / seconds / 1e9:.2f} GB/s"
+        lines.append(f"streamed {size(nbytes)} of weights at {rate}, {hidden:.0%} hidden behind computing")
+    return "\n".join(lines)

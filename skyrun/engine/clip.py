@@ -1,0 +1,133 @@
+"""What has been made of a clip, on its way to files and to the result."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skyrun.errors import FAILED, SkyrunError
+from skyrun.events import Event, FramesReady, LatentsReady, StageEnded
+from skyrun.kernels.atomic import replacing
+from skyrun.media.pixels import Frames
+from skyrun.media.video_reader import read_frames, read_sound
+from skyrun.media.video_writer import Format, Sound, VideoWriter, writing_video
+from skyrun.planning.job import Job
+from skyrun.planning.request import Request
+from skyrun.presets import Plan
+from skyrun.tasks.windows import RATE
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished clip.
+
+    frames: uint8 [F, H, W, 3], empty if they were not kept. latents: float32 [C, F', h, w], normalised, before
+    decoding, of every window after the one before. request: with the seed that was used. stages: what each took.
+    """
+
+    frames: Frames
+    latents: Tensor
+    fps: int
+    request: Request
+    plan: Plan
+    stages: tuple[StageEnded, ...]
+
+    @property
+    def output(self) -> Path | None:
+        """The mp4, if one was written."""
+        return self.request.output
+
+
+class ClipWriter:
+    """Takes the events of a pipeline, and writes what is in them."""
+
+    def __init__(self, job: Job, keep_frames: bool) -> None:
+        self._job, self._keep_frames = job, keep_frames
+        self._frames: list[Frames] = []
+        self._stages: list[StageEnded] = []
+        self._failure: SkyrunError | None = None
+        self.latents: dict[int, Tensor] = {}  # by window
+        self.video: VideoWriter | None = None
+
+    def open(self, stack: ExitStack) -> None:
+        """Begin the mp4; with the video before it, if the clip is to be joined to that."""
+        if self._job.request.output is None:
+            return
+        self.video = stack.enter_context(writing_video(self._job.request.output, clip_format(self._job)))
+        for frames in source_frames(self._job):
+            self.video.add(frames)
+
+    def take(self, event: Event) -> None:
+        """An event of the pipeline."""
+        if isinstance(event, LatentsReady):
+            self.latents[event.window] = event.latents
+            if len(self._job.windows) == 1:
+                self._failure = self._save_latents()
+        elif isinstance(event, FramesReady):
+            self.add(event.frames)
+        elif isinstance(event, StageEnded):
+            self._stages.append(event)
+
+    def add(self, frames: Frames) -> None:
+        """Frames of the clip."""
+        if self.video is not None:
+            self.video.add(frames)
+        if self._keep_frames:
+            self._frames.append(frames)
+
+    def save_latents(self) -> None:
+        """SkyrunError if that failed, now or before: the clip itself could be made."""
+        if len(self._job.windows) > 1:
+            self._failure = self._save_latents()
+        if self._failure is not None:
+            raise self._failure
+
+    def _save_latents(self) -> SkyrunError | None:
+        """Save them if the request says where. Returns why it failed."""
+        request = self._job.request
+        if request.save_latents is None:
+            return None
+        try:
+            with replacing(request.save_latents) as partial:
+                metadata = {"request": json.dumps(request.as_json())}
+                save_file({"latents": torch.cat(list(self.latents.values()), 1).contiguous()}, partial, metadata)
+        except (OSError, SafetensorError) as error:
+            message = f"cannot write {request.save_latents}: {error}"
+            return SkyrunError(message, "check free space and permissions", FAILED)
+        return None
+
+    def result(self, plan: Plan) -> Result:
+        """All of it."""
+        job, empty = self._job, np.empty((0, self._job.height, self._job.width, 3), np.uint8)
+        frames = np.concatenate([empty, *self._frames])
+        latents = torch.cat(list(self.latents.values()), 1).clone()  # an ordinary tensor, not one of inference mode
+        return Result(frames, latents, job.fps, job.request, plan, tuple(self._stages))
+
+
+def clip_format(job: Job) -> Format:
+    """A talking avatar carries its speech, at the level that the model heard it. A clip that is joined to its video has
+    that one's rate, which its motion goes on at, and its sound."""
+    fps, sound = Fraction(job.fps), None
+    if job.request.join:
+        assert job.inputs.footage is not None
+        fps, sound = job.inputs.footage.rate, read_sound(job.inputs.footage.path)
+    if job.inputs.speech is not None:
+        # Through 16 bits, as upstream's file has it: what is louder is cut off.
+        levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
+        sound = Sound(levels.astype(np.float32)[None], RATE)
+    return Format(job.height, job.width, fps, job.request.as_json(), sound)
+
+
+def source_frames(job: Job) -> Iterator[Frames]:
+    """Frames of the video that a clip begins with, in the clip's size; none if it is not joined."""
+    if job.request.join:
+        assert job.inputs.footage is not None
+        yield from read_frames(job.inputs.footage, job.height, job.width)
