@@ -51,7 +51,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
     """
     values = _made_before(arguments.source) if arguments.source else {}
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
-    given |= {"images": tuple(arguments.image), "model": None, "seed": None, "join": arguments.join or None}
+    given |= {"images": tuple(arguments.image), "model": _path_of(arguments.model), "seed": None, "join": arguments.join or None}
     given["overwrite"] = arguments.overwrite or None
     for name, value in given.items():
         if value not in (None, ()):
@@ -74,6 +74,11 @@ def requests_of(arguments: Namespace) -> list[Request]:
             ending = f"-{number:0{digits}d}" * (len(prompts) > 1) + f"-{seed}" * (len(seeds) > 1)
             requests.append(_named(Request(**values, prompt=prompt, seed=seed), ending))
     return requests if len(requests) == 1 else [_with_seed(request) for request in requests]
+
+
+def _path_of(model: str | None) -> Path | None:
+    """The model where it is a file or folder; a name is looked up later."""
+    return Path(model) if model is not None and Path(model).exists() else None
 
 
 def _made_before(clip: Path) -> dict[str, Any]:

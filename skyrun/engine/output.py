@@ -88,12 +88,18 @@ def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
     for path in (request.output, request.save_latents):
         if path is not None and path.exists():
             made_from = request_of(path)
-            if made_from is None:
+            if made_from is None and request.model is not None and _is_in(path, request.model):
+                yield f"{path} is a file of the model, it would be lost"
+            elif made_from is None:
                 yield f"{path} exists, and is not a clip or latents of skyrun"
             elif differing := _differing(request, made_from):
                 yield f"{path} exists, made with another {', '.join(differing)}"
     goes_on = request.output is not None and (request.output.exists() or state_path(request.output).exists())
     yield from (f"{path} exists" for path in pictures if path.exists() and not goes_on)
+
+
+def _is_in(path: Path, model: Path) -> bool:
+    return path.resolve() == model.resolve() or path.resolve().parent == model.resolve()
 
 
 def is_made(request: Request) -> bool:
