@@ -81,6 +81,23 @@ def test_the_size_follows_the_first_picture(places, capsys):
     assert plan["frames"] == 49
 
 
+NOTES = [
+    (["--size", "64x32"], "the clip is high, 64 high and 32 wide, but what it is made from is wide"),
+    (["--width", "32", "--height", "64"], "--size 32x64 would be wide"),
+    (["--size", "32x64"], ""),
+    (["--size", "32x48", "--seconds", "8"], "the model was not made for 8.0 s at once"),
+    (["--size", "32x48", "--seconds", "5"], ""),
+]
+
+
+@pytest.mark.parametrize(("options", "note"), NOTES)
+def test_what_a_person_should_know_is_said(places, capsys, options, note):
+    assert main([*filled(GOOD, places), *options, "--dry-run", "--json"]) == 0
+    out = capsys.readouterr()
+    assert note in out.err and ("note: " in out.err) is bool(note)
+    assert [json.loads(line)["event"] for line in out.out.splitlines()] == ["notice"] * bool(note) + ["plan"]
+
+
 def test_of_several_transformers_the_best_or_the_one_named(places, converted, tmp_path, capsys):
     both = tmp_path / "both"
     both.mkdir()

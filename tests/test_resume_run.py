@@ -300,6 +300,15 @@ def test_the_command_line_goes_on(begun, capsys):
     assert events[-1]["event"] == "result" and events[-1]["output"] == str(request.output)
 
 
+def test_pictures_are_drawn_by_a_run_that_goes_on(begun, tmp_path, capsys):
+    request, path = begun
+    picture = tmp_path / "now.png"
+    assert main(["resume", str(path), "--sheet", "--preview", str(picture), "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["path"] for event in events if event["event"] == "preview"] == [str(picture)] * 2
+    assert picture.exists() and request.output.with_suffix(".png").exists()
+
+
 def test_a_dry_run_touches_nothing(begun, capsys):
     request, path = begun
     before = path.read_bytes()

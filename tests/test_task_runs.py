@@ -240,6 +240,19 @@ def test_a_film_that_goes_on(small, tmp_path):
     assert said["join"] is True and said["prompt"].startswith("[CUT_AWAY] ")
 
 
+def test_the_sheet_of_a_joined_clip_shows_the_clip(small, tmp_path):
+    source = video(tmp_path / "source.mp4", count=26)
+    shot = arguments_of(small("shot"), "--video", source, "--seconds", 2, "--join", "-o", tmp_path / "x.mp4", "--sheet")
+    assert main(shot) == 0
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 26 + 49
+    height, width = shown[0].shape[:2]
+    sheet = np.asarray(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(sheet[:height, :width], shown[26])
+    assert np.array_equal(sheet[-height:, -width:], shown[-1])
+
+
 def arguments_of(request, *more):
     told = [str(request.model), "--size", "32x32", "--steps", "1", "--device", "cpu", "--seed", "1"]
     return ["run", request.task, "-p", request.prompt, "--model", *told, *map(str, more)]

@@ -51,7 +51,12 @@ def requests_of(arguments: Namespace) -> list[Request]:
     """
     values = _made_before(arguments.source) if arguments.source else {}
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
-    given |= {"images": tuple(arguments.image), "model": _path_of(arguments.model), "seed": None, "join": arguments.join or None}
+    given |= {
+        "images": tuple(arguments.image),
+        "model": _path_of(arguments.model),
+        "seed": None,
+        "join": arguments.join or None,
+    }
     given["overwrite"] = arguments.overwrite or None
     for name, value in given.items():
         if value not in (None, ()):

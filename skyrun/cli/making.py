@@ -13,7 +13,7 @@ from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
-from skyrun.engine.run import run_job
+from skyrun.engine.run import notices, run_job
 from skyrun.events import Event, Preview, as_json
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import write_picture
@@ -36,6 +36,10 @@ def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
     say(plan_text(job))
     if state is not None:
         say(state_text(job, state))
+    for notice in notices(job):
+        say(f"note: {notice.text}")
+        if as_json_too:
+            emit(as_json(notice))
     if as_json_too:
         emit({"event": "plan"} | job.as_json())
 
