@@ -69,6 +69,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is measured and kept in tests is not the user's."""
     os.environ["SKYRUN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["SKYRUN_MODELS"] = str(tmp_path_factory.mktemp("models"))
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_a_clip_for_every_seed(told, tmp_path, capsys):
 
 
 def test_a_clip_for_every_prompt_and_seed(told, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a sea\n\n a lake \n")
+    (tmp_path / "prompts.txt").write_text("\ufeffa sea\n\n a lake \n", "utf-8")  # as Windows writes it
     assert main(told("--prompts", "prompts.txt", "--seed", "1", "2", "-o", "out/x.mp4")) == 0
     assert clips(tmp_path / "out") == ["x-1-1.mp4", "x-1-2.mp4", "x-2-1.mp4", "x-2-2.mp4"]
     said = [read_request(tmp_path / "out" / name) for name in clips(tmp_path / "out")]
@@ -109,7 +109,7 @@ def test_latents_stay_when_the_clip_is_finished(told, tmp_path):
 
 
 def test_a_prompt_from_stdin(told, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("a sea\nat night\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffa sea\nat night\n"))
     assert main(told("-p", "-", "--seed", "1")) == 0
     assert read_request(tmp_path / "r2v-1.mp4")["prompt"] == "a sea\nat night"
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))

@@ -60,7 +60,7 @@ def read_config() -> Config:
         with open(path, "rb") as file:
             text = file.read(_MOST + 1).decode("utf-8-sig")
         if len(text) > _MOST:
-            raise SkyrunError(f"{path} is longer than {_MOST} bytes", "expected a few lines")
+            raise ValueError(f"it is longer than {_MOST} bytes, expected a few lines")
         values = tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return Config(path)
