@@ -17,7 +17,7 @@ from skyrun.models.umt5 import UMT5
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Models that are known to be whole are not looked through again."""
-    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
+    monkeypatch.setattr("skyrun.planning.model.check_vae", lambda path: None)
     monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 

@@ -32,7 +32,7 @@ LINES = ["a sea", "two dogs run on a beach at noon", "a red city", "snow"]
 def quick():
     """What checks the shapes of text encoder and autoencoder takes longer than a clip of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skyrun.planning.job.check_vae", lambda path: None)
+        patch.setattr("skyrun.planning.model.check_vae", lambda path: None)
         patch.setattr("skyrun.models.umt5.UMT5.check", lambda encoder: None)
         yield
 

@@ -157,7 +157,7 @@ def test_a_sixteen_bit_picture_is_the_picture(goldens, converted, tmp_path):
 )
 def test_mistakes_from_python(goldens, changes, message):
     with pytest.raises(SkyrunError, match=message):
-        request_of(goldens("e2e/r2v_1img/golden"), None, **changes)
+        prepare(request_of(goldens("e2e/r2v_1img/golden"), None, **changes))
 
 
 def test_a_request_survives_json(goldens):

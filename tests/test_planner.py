@@ -6,8 +6,9 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import clip_of, plan_clip
 
-from skyrun.planning.what_if import Clip, clip_workload, plan_clip
+from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
@@ -23,7 +24,7 @@ def possible(clip):
 
 
 clips = st.builds(
-    Clip,
+    clip_of,
     st.sampled_from(["r2v", "v2v", "shot", "a2v"]),
     st.sampled_from(["480P", "540P", "720P"]),
     st.sampled_from([2, 3, 5, 20]),
@@ -69,7 +70,7 @@ def assert_no_worse(more, less, prefer):
 
 
 def size(type):
-    return clip_workload(Clip("r2v", quant=type)).block_bytes
+    return request_workload(clip_of("r2v", quant=type)).block_bytes
 
 
 @given(cards, ram, disks, clips, preferences)
@@ -151,7 +152,7 @@ def test_preferences_do_what_they_say(card, disk, clip):
 
 def test_the_quantization_follows_the_disk_and_not_the_card():
     """Five seconds of 720P hide any disk; one frame hides none, but memory that holds the file does."""
-    long, short = Clip("r2v", "720P"), Clip("r2v", "480P", 0.05)
+    long, short = clip_of("r2v", "720P"), clip_of("r2v", "480P", 0.05)
     for name in ("RTX 3060 Laptop", "RTX 4070"):
         hardware = stated(find_card(name), 16, 0.5)
         assert plan_clip(long, hardware).plan.weight_type == "Q8_0"
@@ -162,14 +163,14 @@ def test_the_quantization_follows_the_disk_and_not_the_card():
 @pytest.mark.parametrize(("vram", "remedy"), [(4, "540P or"), (3.5, "480P or"), (3, "256x448 would")])
 def test_what_does_not_fit_says_what_would(vram, remedy):
     hardware = stated(find_card("RTX 3060"), 16, 0.5, vram)
-    plan = plan_clip(Clip("r2v", "720P"), hardware).plan
+    plan = plan_clip(clip_of("r2v", "720P"), hardware).plan
     assert plan.problem and remedy in plan.remedy and "would fit" in plan.remedy
     if "480P" in plan.remedy:
-        assert not plan_clip(Clip("r2v", "480P"), hardware).plan.problem
+        assert not plan_clip(clip_of("r2v", "480P"), hardware).plan.problem
     if " frames" not in plan.remedy:
         return
     frames = int(plan.remedy.split(" frames")[0].split()[-1])
-    work = clip_workload(Clip("r2v", "720P"))
+    work = request_workload(clip_of("r2v", "720P"))
     for count, problem in ((frames, False), (frames + 4, True)):
         shorter = dataclasses.replace(work, frames=count, latent_frames=5 + (count - 1) // 4)
         assert bool(choose(hardware, shorter).problem) is problem

@@ -29,7 +29,7 @@ def held():
 @pytest.mark.parametrize("fails", [False, True])
 def test_runs_leave_nothing_behind(converted, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(
-        "skyrun.planning.job.check_vae", lambda path: None
+        "skyrun.planning.model.check_vae", lambda path: None
     )  # takes longer than the rest, and allocates nothing
     request = small_request(tmp_path, converted("Q8_0"), steps=2)
     run(request)  # what is loaded once

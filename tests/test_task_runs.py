@@ -34,7 +34,7 @@ LONG = ["v2v", "a2v"]  # of several windows
 def quick(monkeypatch):
     """A state after every step; models that are known to be whole are not looked through again."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
+    monkeypatch.setattr("skyrun.planning.model.check_vae", lambda path: None)
     monkeypatch.setattr(UMT5, "check", lambda self: None)
     monkeypatch.setattr(CLIPVision, "check", lambda self: None)
 

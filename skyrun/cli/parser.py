@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from skyrun.tasks.skyreels_v3 import TASKS, TRANSITIONS
+from skyrun.tasks import TASKS
+from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
 
 

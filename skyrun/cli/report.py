@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrun.kernels.formats import FORMATS
-from skyrun.planning.request import TEXT_LENGTH
+from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.units import duration, size, table
 
 if TYPE_CHECKING:

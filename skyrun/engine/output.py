@@ -9,7 +9,7 @@ from skyrun.media.pixels import Frames
 from skyrun.media.video_reader import read_frames, read_sound
 from skyrun.media.video_writer import Format, Sound
 from skyrun.planning.job import Job
-from skyrun.tasks.windows import RATE
+from skyrun.tasks.windows import SPEECH_RATE
 
 
 def clip_format(job: Job) -> Format:
@@ -22,7 +22,7 @@ def clip_format(job: Job) -> Format:
     if job.inputs.speech is not None:
         # Through 16 bits, as upstream's file has it: what is louder is cut off.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
-        sound = Sound(levels.astype(np.float32)[None], RATE)
+        sound = Sound(levels.astype(np.float32)[None], SPEECH_RATE)
     return Format(job.height, job.width, fps, job.request.as_json(), sound)
 
 

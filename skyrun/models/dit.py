@@ -18,7 +18,7 @@ from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
-from skyrun.planning.request import TEXT_LENGTH
+from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.weights import Weights, load_weights
 

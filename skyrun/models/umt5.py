@@ -18,11 +18,11 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.elementwise import rms_norm
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.planning.request import TEXT_LENGTH
 from skyrun.streaming.layout import lay_out_blocks
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.weights import Weights, load_weights, read_rows, shapes_only
 
+TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"

@@ -20,12 +20,10 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 from skyrun.pipelines.samplers import Sampler, restored
 from skyrun.planning.request import Request
-from skyrun.tasks.windows import latents, windows_of
 
 _VERSION = 2
 _SUFFIX = ".skyrun.safetensors"
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
-_NEEDED = {"r2v": {"text", "pictures"}, "v2v": {"text"}, "shot": {"text", "video"}, "a2v": {"text"}}
 _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 _CPU = torch.device("cpu")
 
@@ -153,7 +151,7 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
         clips = [*history.values(), *([] if state.latents is None else [state.latents])]
         if state.latents is None or any(tuple(tensor.shape[1:]) != shape for tensor in clips):
             raise ValueError(f"its tensors are not those of a clip of {shape} latents")
-        if missing := _NEEDED[request.task] - set(state.encoded):
+        if missing := request.spec.encoded - set(state.encoded):
             raise ValueError(f"its {', '.join(sorted(missing))} is missing")
         if described["steps"] != request.steps:
             raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
@@ -161,8 +159,9 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
 
 
 def _latent_frames(request: Request, window: int) -> int:
-    """Noisy frames of a window; all of a talking avatar's are alike, however long it speaks."""
-    return latents(request.window_frames) if request.task == "a2v" else windows_of(request)[window].latents
+    """Noisy frames of a window. Those of speech are alike, however long it is, which a request does not say."""
+    windows = request.windows()
+    return windows[min(window, len(windows) - 1) if request.spec.audio else window].latents
 
 
 def remove_state(path: Path) -> None:

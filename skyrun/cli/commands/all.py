@@ -19,9 +19,20 @@ def run(arguments: Namespace) -> int:
 def plan(arguments: Namespace) -> int:
     """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
     from skyrun.cli.plan_report import planned_text
-    from skyrun.planning.what_if import plan_from
+    from skyrun.planning.request import Request
+    from skyrun.planning.what_if import plan_request, stated_hardware
 
-    planned = plan_from(arguments)
+    request = Request(
+        arguments.task,
+        "",
+        model=arguments.model,
+        quant=arguments.quant,
+        resolution=arguments.resolution,
+        seconds=arguments.seconds,
+        prefer=arguments.prefer,
+    )
+    parts = (arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
+    planned = plan_request(request, stated_hardware(arguments.preset, *parts, arguments.model))
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_picture
 
@@ -113,7 +124,7 @@ def convert(arguments: Namespace) -> int:
 
 def _check_report(report: Path, dry_run: bool) -> None:
     """Better before the conversion than after it."""
-    from skyrun.planning.request import place_problems
+    from skyrun.planning.problems import place_problems
     from skyrun.quant.error_map import check_suffix
 
     check_suffix(report)

@@ -30,7 +30,8 @@ from skyrun.media.image import suffix_problems, write_picture
 from skyrun.media.pixels import Frames
 from skyrun.pipelines.state import RunState, state_path
 from skyrun.planning.job import Job
-from skyrun.planning.request import Request, place_problems
+from skyrun.planning.problems import place_problems
+from skyrun.planning.request import Request
 from skyrun.presets.named import preset_limits
 
 
