@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 from skyrun.tasks import TASKS
 from skyrun.tasks.windows import (
@@ -104,4 +105,4 @@ def test_steps_are_those_of_the_task(tmp_path, task):
         audio=files["audio"] if known.audio else None,
     )
     assert request.steps == known.steps == (4 if task == "a2v" else 8)
-    assert Request.from_json(request.as_json()) == request
+    assert parse_request(request.as_json()) == request

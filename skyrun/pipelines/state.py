@@ -19,6 +19,7 @@ from torch import Tensor
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 from skyrun.pipelines.samplers import Sampler, restored
+from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
 _VERSION = 2
@@ -116,7 +117,7 @@ def load_state(path: Path) -> tuple[RunState, Origin]:
                 raise ValueError("its contents do not have the checksum that it says")
             described = json.loads(text)
             sampler, window = described.pop("sampler", None), int(described.pop("window"))
-            origin = Origin(**described | {"request": Request.from_json(described["request"])})
+            origin = Origin(**described | {"request": parse_request(described["request"])})
             return _state(tensors, window, sampler, origin.request), origin
     except FileNotFoundError as error:
         clip = clip_path(path)

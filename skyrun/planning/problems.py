@@ -1,20 +1,19 @@
-"""What can be wrong with a request: types, values, and the world that it names. All problems are found at once."""
+"""What can be wrong with a request: its values, and the world that it names. All problems are found at once."""
 
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.disk import existing_folder
+from skyrun.planning.request import Request
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
-
-if TYPE_CHECKING:
-    from skyrun.planning.request import Request
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("exact", "fast")
@@ -22,50 +21,27 @@ _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
 _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
-_WHOLE, _NUMBER, _TEXT, _PATH, _FLAG = (int,), (int, float), (str,), (str, Path), (bool,)
-_EXPECTED: dict[tuple[type, ...], str] = {
-    _WHOLE: "a whole number",
-    _NUMBER: "a number",
-    _TEXT: "text",
-    _PATH: "a path",
-    _FLAG: "True or False",
-}
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames"), _WHOLE),
-    **dict.fromkeys(("seconds", "max_vram", "max_ram"), _NUMBER),
-    **dict.fromkeys(("quant", "device", "dtype", "precision", "prefer", "transition"), _TEXT),
-    **dict.fromkeys(("task", "prompt", "resolution"), _TEXT),
-    **dict.fromkeys(("join", "overwrite"), _FLAG),
-    **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
-}
-_REQUIRED = ("task", "prompt", "resolution", "latent_rate", "window_frames", "join", "overwrite")
 
 
-def check(request: "Request") -> None:
+def check(request: Request) -> None:
     """SkyrunError that lists everything that is wrong with a request, and with the files and places it names."""
-    problems = request.problems() or [*_world_problems(request)]
+    problems = request.type_problems() or [*value_problems(request), *_world_problems(request)]
     if problems:
         raise SkyrunError.listing("this cannot be run", problems, "see `skyrun run --help`")
 
 
-def type_problems(request: "Request") -> list[str]:
-    """Values of the wrong type, which cannot be compared with anything."""
-    values = [(name, getattr(request, name), kind) for name, kind in _KINDS.items()]
-    values = [(name, value, kind) for name, value, kind in values if value is not None or name in _REQUIRED]
-    images: Any = request.images
-    values += [("image", image, _PATH) for image in (images if isinstance(images, (list, tuple)) else (images,))]
-    size: Any = request.size
-    if size is not None and not isinstance(size, str):
-        pair = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else (size,)
-        values += [("size", size if len(pair) == 1 else side, _WHOLE) for side in pair]
-    return [
-        f"{name} is {value!r}, expected {_EXPECTED[kind]}"
-        for name, value, kind in values
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not _FLAG)
-    ]
+def parse_request(values: Any) -> Request:
+    """The request whose `as_json` these values are. SkyrunError if they are something else."""
+    known = {field.name for field in fields(Request)}
+    if not isinstance(values, dict) or not {"task", "prompt"} <= set(values) <= known:
+        raise SkyrunError("these values are not a request", f"expected task, prompt, and of {', '.join(sorted(known))}")
+    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    if problems := request.type_problems() or value_problems(request):
+        raise SkyrunError.listing("these values are not a request", problems, "see `skyrun run --help`")
+    return request
 
 
-def value_problems(request: "Request") -> list[str]:
+def value_problems(request: Request) -> list[str]:
     """Values that no clip can have."""
     if request.task not in TASKS:
         return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *_shape_problems(request)]
@@ -110,7 +86,7 @@ def place_problems(path: Path) -> list[str]:
     return [] if os.access(folder, os.W_OK) else [f"{path} cannot be written: {folder} is read-only"]
 
 
-def _input_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
+def _input_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if not request.prompt.strip():
         yield "the prompt is empty: say with -p what the clip shows"
     fewest, most = spec.images
@@ -126,7 +102,7 @@ def _input_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
             yield f"{spec.name} takes {f'a --{name} file' if wanted else f'no --{name}'}"
 
 
-def _transition_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
+def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if request.join and "join" not in spec.options:
         yield f"{spec.name} has no --join"
     if "transition" not in spec.options:
@@ -141,7 +117,7 @@ def _transition_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
         yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
 
 
-def _shape_problems(request: "Request") -> Iterator[str]:
+def _shape_problems(request: Request) -> Iterator[str]:
     size = request.size
     if isinstance(size, str):
         yield f"size {size!r} is not HxW, height and width in pixels, such as 480x832"
@@ -150,7 +126,7 @@ def _shape_problems(request: "Request") -> Iterator[str]:
         yield f"size {size[0]}x{size[1]} is not on the grid of {GRID} pixels; the nearest is {near}"
 
 
-def _resolution_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
+def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if request.size is None and request.resolution not in spec.resolutions:
         yield f"unknown resolution {request.resolution!r}, expected {', '.join(spec.resolutions)}"
     for name, least in (("condition_frames", 1), ("window_frames", 21)):
@@ -160,7 +136,7 @@ def _resolution_problems(request: "Request", spec: TaskSpec) -> Iterator[str]:
         yield f"latent_rate = {request.latent_rate}, expected at least 1"
 
 
-def _choice_problems(request: "Request") -> Iterator[str]:
+def _choice_problems(request: Request) -> Iterator[str]:
     if not 1 <= request.steps <= _MAX_STEPS:
         yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
     if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
@@ -181,7 +157,7 @@ def _choice_problems(request: "Request") -> Iterator[str]:
         yield f"{request.output} does not end in .mp4"
 
 
-def _world_problems(request: "Request") -> Iterator[str]:
+def _world_problems(request: Request) -> Iterator[str]:
     """Inputs that are not there, and outputs that cannot be written or would replace an input."""
     files = [file for file in (*request.images, request.video, request.audio) if file is not None]
     for file in files:

@@ -1,18 +1,35 @@
 """What a user asks for, as a value. Making one looks at nothing but its own fields."""
 
 import re
+import reprlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.errors import SkyrunError
-from skyrun.planning.problems import type_problems, value_problems
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.windows import Length, Window, latents
 
 SECONDS = 5.0  # of a clip whose length is not said
 PLACES = ("video", "audio", "output", "model", "save_latents")
 _OPTIONS = frozenset().union(*(spec.options for spec in TASKS.values()))
+_TOO_LARGE = 1 << 64
+_WHOLE, _NUMBER, _TEXT, _PATH, _FLAG = (int,), (int, float), (str,), (str, Path), (bool,)
+_EXPECTED: dict[tuple[type, ...], str] = {
+    _WHOLE: "a whole number",
+    _NUMBER: "a number",
+    _TEXT: "text",
+    _PATH: "a path",
+    _FLAG: "True or False",
+}
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames"), _WHOLE),
+    **dict.fromkeys(("seconds", "max_vram", "max_ram"), _NUMBER),
+    **dict.fromkeys(("quant", "device", "dtype", "precision", "prefer", "transition"), _TEXT),
+    **dict.fromkeys(("task", "prompt", "resolution"), _TEXT),
+    **dict.fromkeys(("join", "overwrite"), _FLAG),
+    **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
+}
+_REQUIRED = ("task", "prompt", "resolution", "latent_rate", "window_frames", "join", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Request:
     video. How windows are cut, which only tests change: condition_frames of the video are seen, latent_rate latent
     frames are made for a second, window_frames for a stretch of speech.
 
-    Values that no clip can have are kept as they are; `problems` lists them.
+    Values that no clip can have are kept as they are; `skyrun.planning.problems` lists them.
     """
 
     task: str
@@ -64,7 +81,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Give every value the one form that the rest of the code expects, as far as its type allows that."""
-        if type_problems(self):
+        if self.type_problems():
             return
 
         def put(name: str, value: Any) -> None:
@@ -124,9 +141,17 @@ class Request:
         )
         return self.spec.windows(length)
 
-    def problems(self) -> list[str]:
-        """What is wrong with its values, whatever the world is like."""
-        return type_problems(self) or value_problems(self)
+    def type_problems(self) -> list[str]:
+        """Values of the wrong type, which cannot be compared with anything."""
+        values = [(name, getattr(self, name), kind) for name, kind in _KINDS.items()]
+        values = [(name, value, kind) for name, value, kind in values if value is not None or name in _REQUIRED]
+        images: Any = self.images
+        values += [("image", image, _PATH) for image in (images if isinstance(images, (list, tuple)) else (images,))]
+        size: Any = self.size
+        if size is not None and not isinstance(size, str):
+            pair = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else (size,)
+            values += [("size", size if len(pair) == 1 else side, _WHOLE) for side in pair]
+        return [problem for name, value, kind in values if (problem := _type_problem(name, value, kind))]
 
     def absolute(self) -> "Request":
         """The same request, with paths that hold in every folder."""
@@ -150,21 +175,15 @@ class Request:
             values[field.name] = value
         return values
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Request":
-        """The request whose `as_json` these values are. SkyrunError if they are something else."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not {"task", "prompt"} <= set(values) <= known:
-            raise SkyrunError(
-                "these values are not a request", f"expected task, prompt, and of {', '.join(sorted(known))}"
-            )
-        listed: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        request = cls(**listed)
-        if problems := request.problems():
-            raise SkyrunError.listing("these values are not a request", problems, "see `skyrun run --help`")
-        return request
+
+def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+        return f"{name} is a number of more than 19 digits"
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not _FLAG):
+        return f"{name} is {reprlib.repr(value)}, expected {_EXPECTED[kind]}"
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        return f"{name} has a NUL character in it"
+    return ""
 
 
 def _parse_size(text: str) -> tuple[int, int] | str:
