@@ -294,7 +294,7 @@ def test_mistakes(small, tmp_path, capsys, task, arguments, message):
 
 def test_an_unknown_tag_lists_the_known_ones(small):
     with pytest.raises(SkyrunError, match=r"unknown tag \[SIDEWAYS\] in the prompt, expected \[ZOOM_IN_CUT\], "):
-        dataclasses.replace(small("shot"), prompt="[SIDEWAYS] a street")
+        prepare(dataclasses.replace(small("shot"), prompt="[SIDEWAYS] a street"))
 
 
 @pytest.mark.parametrize(("task", "model"), [("r2v", "v2v"), ("a2v", "v2v"), ("v2v", "a2v"), ("shot", "r2v")])

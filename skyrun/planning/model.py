@@ -46,9 +46,9 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     A file that says its task is taken for that, one that does not where its shapes fit. SkyrunError (exit code 4) says
     which parts are missing; whatever is wrong with the tensors of what was chosen is an error too.
     """
-    _check_complete(folder, spec)
     passed_over: list[str] = []
-    fitting = _for_task(folder, spec, passed_over)
+    fitting = _for_task(folder, spec, passed_over) if folder.transformers else []
+    _check_complete(folder, spec)
     transformer = fitting[0] if quant is None else _of_type(fitting, quant, folder.path)
     dims = read_dims(transformer)
     encoder = _first(folder.ggufs["text encoder"], lambda file: _text_encoder(file, dims), passed_over)
