@@ -38,11 +38,6 @@ def as_weight(data: Tensor, info: TensorInfo, planar: bool = False, fast: bool =
     return QuantizedWeight(blocks, info.format.name, planar and has_planes(info), rotates)
 
 
-def shapes_only(owner: str, infos: Mapping[str, TensorInfo]) -> "Weights":
-    """Weights without numbers, to run a model on shapes alone."""
-    return Weights(owner, {name: torch.empty(info.shape, device="meta") for name, info in infos.items()})
-
-
 class Weights:
     """Weights of one block, or of what lies outside the blocks, by name. fast: speed may cost some accuracy."""
 
