@@ -10,15 +10,7 @@ from small_run import small_request
 
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
-from skyrun.models.umt5 import UMT5
 from skyrun.video import read_request
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Models that are known to be whole are not looked through again."""
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
 @pytest.fixture

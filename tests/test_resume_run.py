@@ -22,7 +22,6 @@ from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
 from skyrun.job import prepare
-from skyrun.models.umt5 import UMT5
 from skyrun.presets import probe
 from skyrun.resume import continue_or_start, resume
 from skyrun.run_state import clip_path, load_state, state_path
@@ -39,10 +38,8 @@ def undisturbed(converted, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from skyrun.cli import main
 from skyrun.errors import SkyrunError
 from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowDone, drain
 from skyrun.job import prepare
-from skyrun.models.clip import CLIPVision
-from skyrun.models.umt5 import UMT5
 from skyrun.resume import continue_or_start, resume
 from skyrun.run_state import load_state, state_path
 from skyrun.runner import run_job
@@ -31,11 +29,8 @@ LONG = ["v2v", "a2v"]  # of several windows
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
-    monkeypatch.setattr(CLIPVision, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")
