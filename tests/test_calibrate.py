@@ -28,15 +28,6 @@ LAYERS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for
 LINES = ["a sea", "two dogs run on a beach at noon", "a red city", "snow"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """What checks the shapes of text encoder and autoencoder takes longer than a clip of this size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skyrun.planning.model.check_vae", lambda path: None)
-        patch.setattr("skyrun.models.umt5.UMT5.check", lambda encoder: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, converted):
     """What arguments can name."""

@@ -25,7 +25,6 @@ from skyrun.engine.run import run_job
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
 from skyrun.media.video_writer import VideoWriter
-from skyrun.models.umt5 import UMT5
 from skyrun.pipelines import state as run_state
 from skyrun.pipelines.state import clip_path, load_state, state_path
 from skyrun.planning.job import prepare
@@ -41,10 +40,8 @@ def undisturbed(converted, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.planning.model.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")

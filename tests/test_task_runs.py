@@ -22,8 +22,6 @@ from skyrun.engine.run import run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowDone, drain
 from skyrun.media.video_writer import read_request
-from skyrun.models.clip import CLIPVision
-from skyrun.models.umt5 import UMT5
 from skyrun.pipelines.state import load_state, state_path
 from skyrun.planning.job import prepare
 
@@ -32,11 +30,8 @@ LONG = ["v2v", "a2v"]  # of several windows
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.planning.model.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
-    monkeypatch.setattr(CLIPVision, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")
