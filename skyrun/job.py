@@ -19,6 +19,7 @@ from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.presets import Candidate, Plan, Workload, choose
 from skyrun.presets.plan import EXACT_TYPES
+from skyrun.presets.workload import AREAS
 from skyrun.request import TEXT_LENGTH, Request
 from skyrun.sizes import bucket
 from skyrun.speech_frames import frame_count
@@ -205,8 +206,11 @@ def _workload(
         text_layers=encoder.layers,
         text_dim=encoder.dim,
         text_block_bytes=encoder.block_bytes,
+        token_matrices=2 if dims.audio_dim else 0,
+        context_matrices=2 if dims.audio_dim else 0,
         image_layers=vision.layers if vision else 0,
         image_block_bytes=vision.block_bytes if vision else 0,
+        areas=tuple(area for area in AREAS if area[0] in TASKS[request.task].resolutions),
         context_tokens=TEXT_LENGTH + (vision.tokens if vision else 0),
         vae_base_dim=vae_base_dim,
         vae_weights=vae_weights,

@@ -9,6 +9,8 @@ from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.names import Table
 from skyrun.presets import Candidate, Workload
+from skyrun.presets.workload import AREAS
+from skyrun.tasks import TASKS
 
 Dims = Mapping[str, int]
 
@@ -65,6 +67,9 @@ def _published(task: str, type: str | None) -> Workload:
         text_block_bytes=sum(_stored(name, shape, "Q8_0") for name, shape in text if "rel_b" not in name),
         vae_base_dim=VAE["base"],
         vae_weights=sum(prod(shape) for shape in WAN_VAE.shapes("original", VAE).values()),
+        token_matrices=2 if avatar else 0,
+        context_matrices=2 if avatar else 0,
+        areas=tuple(area for area in AREAS if area[0] in TASKS[task].resolutions),
         image_layers=_CLIP_LAYERS if avatar else 0,
         image_block_bytes=2 * 12 * _CLIP_DIM**2 if avatar else 0,
         context_tokens=512 + (_CLIP_TOKENS if avatar else 0),

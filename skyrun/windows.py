@@ -63,6 +63,7 @@ def amounts(
         "windows": len(windows),
         "encoded_frames": encoded,
         "decoded_frames": decoded.get(task, frames),
+        "windowed": task in ("v2v", "a2v"),
     }
 
 
