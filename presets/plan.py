@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import Any
 
 from skyrun.presets.advice import PATIENCE, USUAL_CARD, gain, without_card
@@ -11,7 +13,7 @@ from skyrun.presets.budget import Budget, budget_of
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated
 from skyrun.presets.memory import GIB, RING_SLOTS, text_bytes
-from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, best, options
+from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, Option, best, options
 from skyrun.presets.timing import Time, decode_time, images_time, text_time
 from skyrun.presets.workload import Workload
 
@@ -103,8 +105,13 @@ def choose(
     budget = budget_of(hardware, max_vram, max_ram)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
 
-    def decide(work: Workload, prefer: str = prefer) -> Plan:
-        return _decide(hardware, work, budget, precision, kind, prefer)
+    @cache
+    def found(work: Workload, keep: bool) -> list[Option]:
+        return [*options(hardware, work, budget, precision, kind, keep)]
+
+    def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
+        ways = [way for way in found(work, prefer != "memory") if type in (None, way.work.weight_type)]
+        return _plan(hardware, best(ways, prefer), budget, kind, prefer)
 
     plan = decide(workload)
     if plan.problem:
@@ -113,12 +120,14 @@ def choose(
 
 
 def _notes(plan: Plan, workload: Workload, prefer: str, decide: Callable[..., Plan]) -> Iterator[str]:
-    quicker = [("--prefer speed", lambda: decide(workload, "speed"), "memory" if prefer == "memory" else "quality")]
-    for work in workload.offers() if plan.weight_type not in POOR_TYPES else ():
-        if work.weight_type in POOR_TYPES:
-            quicker.append((f"--quant {work.weight_type}", lambda work=work: decide(work), "quality"))
-    gains = (gain(plan, other(), option, what_for) for option, other, what_for in quicker)
-    if note := next((text for text in gains if text), ""):
+    types = {work.weight_type for work in workload.offers()}
+    poor = [type for type in POOR_TYPES if type in types and plan.weight_type not in POOR_TYPES]
+    quicker = chain(
+        [("--prefer speed", decide(workload, "speed"), "memory" if prefer == "memory" else "quality")],
+        ((f"--quant {type}", decide(workload, type=type), "quality") for type in poor),
+    )
+    gains = (gain(plan, other, option, what_for) for option, other, what_for in quicker)
+    if note := next(filter(None, gains), ""):
         yield note
     if plan.device == "cpu" and plan.seconds > PATIENCE:
         card = find_card(USUAL_CARD)
@@ -128,10 +137,8 @@ def _notes(plan: Plan, workload: Workload, prefer: str, decide: Callable[..., Pl
         yield without_card(plan, there, smaller, decide(smaller))
 
 
-def _decide(
-    hardware: Hardware, workload: Workload, budget: Budget, precision: str | None, dtype: str, prefer: str
-) -> Plan:
-    option = best([*options(hardware, workload, budget, precision, dtype, keep=prefer != "memory")], prefer)
+def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer: str) -> Plan:
+    """The stages around the steps, and all of it together."""
     work, (rows, parked) = option.work, option.way
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
