@@ -10,7 +10,7 @@ from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_file import block_layouts
 from skyrun.quant import quantize
-from skyrun.stream import BlockStream
+from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16

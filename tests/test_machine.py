@@ -1,6 +1,7 @@
 """What is found out about the machine, and kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 from plans import clip_of, plan_clip
@@ -38,6 +39,16 @@ def test_a_disk_is_measured_where_a_file_is_large_enough(tmp_path):
     assert probe("cpu", small).origin("disk_rate") == "assumed"
     assert probe("cpu", large).origin("disk_rate") == "measured"
     assert probe("cpu", large, measure=False).origin("disk_rate") == "assumed"
+
+
+def test_a_folder_that_is_not_there_yet_has_the_space_of_its_nearest_parent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    for folder in (tmp_path / "a" / "b" / "c", Path("a/b"), tmp_path / "gone"):
+        assert host.nearest_existing(folder).resolve() == tmp_path.resolve()
+        assert host.free_space(folder) > 0
+        assert probe("cpu", folder / "model.gguf", measure=False).origin("disk_free") == "reported"
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

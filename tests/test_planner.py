@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ clips = st.builds(
     st.sampled_from([None, None, "Q8_0", "Q4_K", "BF16"]),
 ).filter(possible)
 cards, ram, disks = st.sampled_from(CARDS), st.sampled_from([8, 12, 16, 24, 32, 64, 128]), st.floats(0.1, 12)
-preferences = st.sampled_from(PREFERENCES)
+preferences, vrams = st.sampled_from(PREFERENCES), st.sampled_from([3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 80])
 
 
 def assert_fits(plan, hardware, max_vram=None, max_ram=None):
@@ -148,6 +149,62 @@ def test_preferences_do_what_they_say(card, disk, clip):
     assert speed.step_seconds <= quality.step_seconds * 1.03
     assert size(quality.weight_type) >= size(memory.weight_type)
     assert memory.stages[2].device_bytes <= min(quality.stages[2].device_bytes, speed.stages[2].device_bytes)
+
+
+@given(cards, vrams, vrams, ram, disks, clips, preferences)
+@settings(max_examples=200, deadline=None)
+def test_more_vram_takes_no_longer_or_says_what_for(card, one, other, ram, disk, clip, prefer):
+    assert_no_longer(*(stated(card, ram, disk, vram) for vram in sorted((one, other))), clip, prefer)
+
+
+@given(cards, st.floats(4, 130), st.floats(4, 130), disks, clips, preferences)
+@settings(max_examples=100, deadline=None)
+def test_more_ram_takes_no_longer_or_says_what_for(card, one, other, disk, clip, prefer):
+    assert_no_longer(*(stated(card, ram, disk) for ram in sorted((one, other))), clip, prefer)
+
+
+def assert_no_longer(less, more, clip, prefer):
+    """At most 3 % longer with more memory, or the plan says how to have it sooner, and it is as it says."""
+    before, after = (plan_clip(clip, hardware, prefer).plan for hardware in (less, more))
+    if before.problem:
+        return
+    longer = after.seconds > 1.03 * before.seconds or after.step_seconds > 1.03 * before.step_seconds
+    option = re.search(r"--(prefer|quant) (\w+) takes (\d+)% less time", " ".join(after.notes))
+    assert option or not longer
+    assert prefer != "speed" or not longer or before.weight_type in POOR_TYPES
+    if option:
+        kind, value, percent = option.groups()
+        asked = dataclasses.replace(clip, quant=value) if kind == "quant" else clip
+        sooner = plan_clip(asked, more, value if kind == "prefer" else prefer).plan
+        assert not sooner.problem and f"{1 - sooner.seconds / after.seconds:.0%}" == f"{percent}%"
+
+
+@pytest.mark.parametrize(
+    ("name", "clip", "prefer", "note"),
+    [
+        ("RTX 3060", Clip("r2v"), "quality", r"time for quality: --prefer speed takes \d\d% less .* Q6_K .* int8"),
+        ("RTX 3060", Clip("r2v", quant="Q8_0"), "quality", r"the autoencoder in bfloat16"),
+        ("RTX 3060", Clip("r2v"), "memory", r"time for memory: --prefer speed .* GiB of memory"),
+        ("RTX 4090", Clip("r2v", "480P", 0.05), "speed", r"time for quality: --quant Q3_K .* visible errors"),
+    ],
+)
+def test_a_plan_says_what_it_takes_more_time_for(name, clip, prefer, note):
+    (said,) = plan_clip(clip, stated(find_card(name), 16, 0.5), prefer).plan.notes
+    assert re.search(note, said)
+
+
+def test_the_quickest_plan_says_nothing():
+    assert plan_clip(Clip("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes == ()
+
+
+def test_days_on_a_cpu_are_said_and_what_to_do():
+    plan = plan_clip(Clip("r2v", "720P"), stated_cpu(32, 0.5)).plan
+    note = plan.notes[-1]
+    hours = int(re.search(r"about (\d+) hours for this clip", note)[1])
+    assert hours == round(plan.seconds / 3600) > 100
+    assert "an RTX 3060 would take about 2 hours" in note and "256x448 with 25 frames would take" in note
+    talking = plan_clip(Clip("a2v"), stated_cpu(32, 0.5)).plan.notes[-1]
+    assert "with 125 frames" in talking  # its length is that of the speech
 
 
 def test_the_quantization_follows_the_disk_and_not_the_card():

@@ -90,13 +90,13 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
-    workload = with_clip(model_workload(spec, model), size, request.steps, windows)
+    workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # what was chosen now stays chosen when the run goes on
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file of the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), size, request.steps, windows)
+            workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(

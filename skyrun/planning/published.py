@@ -9,6 +9,7 @@ from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.names import Table
 from skyrun.presets import Candidate, Workload
+from skyrun.presets.workload import AREAS
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.windows import Window, amounts
 
@@ -20,9 +21,19 @@ _TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
 
-def with_clip(workload: Workload, size: tuple[int, int], steps: int, windows: Sequence[Window]) -> Workload:
+def with_clip(
+    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window]
+) -> Workload:
     """A model's workload with the numbers of a clip. size: (height, width) in pixels."""
-    return replace(workload, height=size[0], width=size[1], steps=steps, **amounts(windows))  # type: ignore[arg-type]
+    return replace(
+        workload,
+        height=size[0],
+        width=size[1],
+        steps=steps,
+        windowed=spec.windowed,
+        areas=tuple(area for area in AREAS if area[0] in spec.resolutions),
+        **amounts(windows),  # type: ignore[arg-type]
+    )
 
 
 @cache
@@ -35,6 +46,7 @@ def block_bytes(task: str, type: str) -> int:
 def published_workload(task: str, type: str | None = None) -> Workload:
     """A task's published model, no clip yet. type: of its weights, None: whichever of those on offer is best."""
     spec = TASKS[task]
+    avatar = _table(spec) is WAN_AUDIO_TRANSFORMER
     outer = _table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     return Workload(
@@ -51,6 +63,8 @@ def published_workload(task: str, type: str | None = None) -> Workload:
         text_block_bytes=sum(_stored(name, shape, "Q8_0") for name, shape in text if "rel_b" not in name),
         vae_base_dim=VAE["base"],
         vae_weights=sum(prod(shape) for shape in WAN_VAE.shapes("original", VAE).values()),
+        token_matrices=2 if avatar else 0,
+        context_matrices=2 if avatar else 0,
         image_layers=_CLIP_LAYERS if spec.sees_image else 0,
         image_block_bytes=2 * 12 * _CLIP_DIM**2 if spec.sees_image else 0,
         context_tokens=_TEXT_LENGTH + (_CLIP_TOKENS if spec.sees_image else 0),

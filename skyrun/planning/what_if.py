@@ -62,7 +62,7 @@ def request_workload(request: Request) -> Workload:
     seconds = SECONDS if request.seconds is None else request.seconds
     windows = request.windows(speech_frame_count(round(seconds * SPEECH_RATE)))
     work = published_workload(spec.name, request.quant) if request.model is None else _model_workload(request)
-    return with_clip(work, size, request.steps, windows)
+    return with_clip(work, spec, size, request.steps, windows)
 
 
 def _model_workload(request: Request) -> Workload:

@@ -27,6 +27,8 @@ def model_workload(spec: TaskSpec, model: Model) -> Workload:
         text_layers=model.encoder.layers,
         text_dim=model.encoder.dim,
         text_block_bytes=model.encoder.block_bytes,
+        token_matrices=2 if model.dims.audio_dim else 0,
+        context_matrices=2 if model.dims.audio_dim else 0,
         image_layers=vision.layers if vision else 0,
         image_block_bytes=vision.block_bytes if vision else 0,
         context_tokens=TEXT_LENGTH + (vision.tokens if vision else 0),

@@ -104,6 +104,7 @@ VIDEO_EXTENSION = TaskSpec(
     condition_frames=_condition_frames,
     video=True,
     whole_seconds=True,
+    windowed=True,
     options=frozenset({"join", "condition_frames", "latent_rate"}),
 )
 
@@ -146,6 +147,7 @@ TALKING_AVATAR = TaskSpec(
     images=(1, 1),
     image_name="portraits",
     audio=True,
+    windowed=True,
     options=frozenset({"window_frames"}),
     parts=(*ENCODERS, "image encoder", "audio encoder"),
 )

@@ -23,7 +23,8 @@ class TaskSpec:
     by resolution.
 
     How clips are made. fps; steps that the model was distilled for; shift of the sigmas; sampler: a name of
-    `skyrun.pipelines.samplers`. windows: the windows of a clip of some length. condition_frames: how many frames of
+    `skyrun.pipelines.samplers`. windows: the windows of a clip of some length; windowed: a longer clip has more of them,
+    not larger ones. condition_frames: how many frames of
     the video are seen, for a clip of so many frames.
 
     What it needs. dims: of the published transformer, by the names of `skyrun.kernels.name_tables`. parts: files of a
@@ -49,6 +50,7 @@ class TaskSpec:
     audio: bool = False
     whole_seconds: bool = False
     takes_frames: bool = False
+    windowed: bool = False
     most_frames: int | None = None
     options: frozenset[str] = frozenset()
     transitions: Mapping[str, str] = field(default_factory=dict)
