@@ -29,6 +29,7 @@ from skyrun.quant.recipes import (
     find_recipe,
     is_quantizable,
     keep_type,
+    label_of,
     parse_rule,
 )
 from skyrun.quant.sampled_error import sampled_errors
@@ -149,7 +150,9 @@ class _Planner:
             with one_thread():
                 errors[tensor.name] = sampled_errors(tensor, types, weights.get(tensor.name))
             on_measured()
-        label = quant if target is None else size_text(target)
+        label = size_text(target) if target is not None else quant
+        if quant and target is None and not any(self._ruled(tensor) for tensor in self.matrices(family)):
+            label = label_of(quant, self.matrices(family), choices)
         if target is not None:
             choices |= self._fit(family, choices, errors, label, target)
         chosen = {name: row[choices[name].type] for name, row in errors.items()}
