@@ -6,7 +6,8 @@ A SentencePiece unigram model is pieces with log probabilities and types; llama.
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,9 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
     where = f"the tokenizer in {file.path}"
     if isinstance(text, str):
         return load_tokenizer(where, text, rows)
-    try:
+    with guarded(where, _CONVERT):
         tokenizer = from_gguf(file, rows).tokenizer()
-    except SkyrunError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise SkyrunError(f"{where} cannot be used: {error}", _CONVERT) from error
-    _check_sample(where, tokenizer, _CONVERT)
+        tokenizer.encode(_SAMPLE)
     return tokenizer
 
 
@@ -109,14 +106,24 @@ def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> To
 
     where: what to call it. hint: what to do about one that is damaged.
     """
-    try:
+    with guarded(where, hint):
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise SkyrunError(f"{where} is not a tokenizer: {error}", hint) from error
-    tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
+        tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
+        tokenizer.encode(_SAMPLE)
     _check_size(where, tokenizer.get_vocab_size(with_added_tokens=True), rows)
-    _check_sample(where, tokenizer, hint)
     return tokenizer
+
+
+@contextmanager
+def guarded(where: str, hint: str) -> Iterator[None]:
+    """What the tokenizers library raises becomes a SkyrunError: plain Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except (SkyrunError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SkyrunError(f"{where} is not a tokenizer that works: {reason}", hint) from error
 
 
 def _check_size(where: str, tokens: int, rows: int, least: int = 0) -> None:
@@ -125,17 +132,6 @@ def _check_size(where: str, tokens: int, rows: int, least: int = 0) -> None:
             f"{where} has {tokens} tokens, the embedding {rows} rows: they belong to different models",
             "take tokenizer and text encoder from one model, for example umt5-xxl",
         )
-
-
-def _check_sample(where: str, tokenizer: Tokenizer, hint: str) -> None:
-    """Encode a sample. SkyrunError if that fails: the library finds some damage only then."""
-    try:
-        tokenizer.encode(_SAMPLE)
-    except BaseException as error:  # a panic of the library is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SkyrunError(f"{where} is not a tokenizer that works: {reason}", hint) from error
 
 
 def from_gguf(file: GGUFFile, rows: int) -> Unigram:
@@ -172,7 +168,7 @@ def from_json(text: str) -> Unigram | None:
         added = {token["id"]: token["content"] for token in said["added_tokens"]}
         steps = _steps(said["normalizer"])
         spaces = [step for step in _steps(said["pre_tokenizer"]) if step["type"] == "Metaspace"]
-        maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+        maps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps if step["type"] == "Precompiled"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     for place in sorted(added):
@@ -184,7 +180,7 @@ def from_json(text: str) -> Unigram | None:
     return Unigram(
         pieces=pieces,
         types=_types(texts, unknown, set(added.values())),
-        charsmap=base64.b64decode(maps[0]) if maps else b"",
+        charsmap=maps[0] if maps else b"",
         end=texts.index("</s>"),
         prefix_space=bool(spaces) and spaces[0].get("prepend_scheme", "always") != "never",
         squeeze_spaces=any(step["type"] == "Replace" and step.get("content") == _SPACE for step in steps),

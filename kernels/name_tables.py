@@ -1,6 +1,8 @@
 """The families: every tensor of the published models with its shape, and its name in every naming in use."""
 
-from skyrun.kernels.names import Row, Table
+from collections.abc import Collection
+
+from skyrun.kernels.names import Row, Table, recognise
 
 
 def _layer(shape: str, *names: str) -> list[Row]:
@@ -291,3 +293,8 @@ WAV2VEC2 = Table(
 )
 
 TABLES = (*TRANSFORMERS, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
+
+
+def role_of(names: Collection[str]) -> str:
+    """What a file does in a pipeline, by the names of its tensors, whatever it says of itself; "" if none is known."""
+    return next((match.table.role for match in recognise(names, TABLES)), "")

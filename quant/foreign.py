@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from skyrun.kernels.errors import BAD_INPUT, SkyrunError
-from skyrun.kernels.name_tables import TABLES
-from skyrun.kernels.names import recognise
+from skyrun.kernels.name_tables import role_of
 from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.quant.arrange import NOTE
 from skyrun.quant.source import SourceTensor
@@ -114,14 +113,10 @@ def check_known(label: str, tensors: Mapping[str, SourceTensor], texts: Mapping[
     """Unsupported if these are the tensors of a known format or model that is not read. texts: of the file's header."""
     if format := _unread_format(tensors, texts):
         kept = {"convrot": "int8 with rotated weights (ConvRot)"}.get(format, format)
-        raise Unsupported(f"{label} is in {kept}, which skyrun does not read", _OTHER_COPY, _role(tensors))
+        raise Unsupported(f"{label} is in {kept}, which skyrun does not read", _OTHER_COPY, role_of(tensors))
     for kind in _KINDS:
         if any(re.search(kind.pattern, name) for name in tensors) and kind.also(tensors):
-            raise Unsupported(f"{label} {kind.what}", kind.hint, _role(tensors) if kind.role is None else kind.role)
-
-
-def _role(tensors: Mapping[str, SourceTensor]) -> str:
-    return next((match.table.role for match in recognise(tensors, TABLES)), "")
+            raise Unsupported(f"{label} {kind.what}", kind.hint, role_of(tensors) if kind.role is None else kind.role)
 
 
 def _unread_format(tensors: Mapping[str, SourceTensor], texts: Mapping[str, str]) -> str:

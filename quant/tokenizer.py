@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.ggml_tokenizer import JSON_KEY, from_gguf, from_json, has_tokenizer, load_tokenizer
+from skyrun.kernels.ggml_tokenizer import JSON_KEY, from_gguf, from_json, guarded, has_tokenizer, load_tokenizer
 from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.quant import sentencepiece
 from skyrun.quant.checkpoint import Part, folders
@@ -23,12 +23,8 @@ def tokenizer_keys(source: Path, part: Part, rows: int) -> dict[str, Any]:
     rows: of the embedding. SkyrunError if there is no tokenizer, or one that cannot be used.
     """
     where, read = _place(source, part, rows)
-    try:
+    with guarded(where, _HINT):
         text = read()
-    except SkyrunError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise SkyrunError(f"{where} is not a tokenizer: {error}", _HINT) from error
     load_tokenizer(where, text, rows, _HINT)
     model = from_json(text)
     return {JSON_KEY: text} | (model.metadata(rows) if model else {})
