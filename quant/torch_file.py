@@ -35,7 +35,14 @@ _DTYPES = {
     **{name: (name, 8) for name in ("int64", "uint64", "float64")},
 }
 _STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Char": "int8", "Byte": "uint8"}
-_STORAGES |= {"Bool": "bool", "Short": "int16", "Int": "int32", "Long": "int64", "Double": "float64", "Untyped": "uint8"}
+_STORAGES |= {
+    "Bool": "bool",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Double": "float64",
+    "Untyped": "uint8",
+}
 # Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
 _WRAPPERS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema")
 _WRAPPERS += ("shadow_params", "state_dict", "model", "module", "model_state", "model_state_dict", "generator")

@@ -182,10 +182,10 @@ def assert_no_longer(less, more, clip, prefer):
 @pytest.mark.parametrize(
     ("name", "clip", "prefer", "note"),
     [
-        ("RTX 3060", Clip("r2v"), "quality", r"time for quality: --prefer speed takes \d\d% less .* Q6_K .* int8"),
-        ("RTX 3060", Clip("r2v", quant="Q8_0"), "quality", r"the autoencoder in bfloat16"),
-        ("RTX 3060", Clip("r2v"), "memory", r"time for memory: --prefer speed .* GiB of memory"),
-        ("RTX 4090", Clip("r2v", "480P", 0.05), "speed", r"time for quality: --quant Q3_K .* visible errors"),
+        ("RTX 3060", clip_of("r2v"), "quality", r"time for quality: --prefer speed takes \d\d% less .* Q6_K .* int8"),
+        ("RTX 3060", clip_of("r2v", quant="Q8_0"), "quality", r"the autoencoder in bfloat16"),
+        ("RTX 3060", clip_of("r2v"), "memory", r"time for memory: --prefer speed .* GiB of memory"),
+        ("RTX 4090", clip_of("r2v", "480P", 0.05), "speed", r"time for quality: --quant Q3_K .* visible errors"),
     ],
 )
 def test_a_plan_says_what_it_takes_more_time_for(name, clip, prefer, note):
@@ -194,16 +194,16 @@ def test_a_plan_says_what_it_takes_more_time_for(name, clip, prefer, note):
 
 
 def test_the_quickest_plan_says_nothing():
-    assert plan_clip(Clip("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes == ()
+    assert plan_clip(clip_of("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes == ()
 
 
 def test_days_on_a_cpu_are_said_and_what_to_do():
-    plan = plan_clip(Clip("r2v", "720P"), stated_cpu(32, 0.5)).plan
+    plan = plan_clip(clip_of("r2v", "720P"), stated_cpu(32, 0.5)).plan
     note = plan.notes[-1]
     hours = int(re.search(r"about (\d+) hours for this clip", note)[1])
     assert hours == round(plan.seconds / 3600) > 100
     assert "an RTX 3060 would take about 2 hours" in note and "256x448 with 25 frames would take" in note
-    talking = plan_clip(Clip("a2v"), stated_cpu(32, 0.5)).plan.notes[-1]
+    talking = plan_clip(clip_of("a2v"), stated_cpu(32, 0.5)).plan.notes[-1]
     assert "with 125 frames" in talking  # its length is that of the speech
 
 

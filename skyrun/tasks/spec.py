@@ -23,9 +23,8 @@ class TaskSpec:
     by resolution.
 
     How clips are made. fps; steps that the model was distilled for; shift of the sigmas; sampler: a name of
-    `skyrun.pipelines.samplers`. windows: the windows of a clip of some length; windowed: a longer clip has more of them,
-    not larger ones. condition_frames: how many frames of
-    the video are seen, for a clip of so many frames.
+    `skyrun.pipelines.samplers`. windows: the windows of a clip of some length; windowed: a longer clip has more of
+    them, not larger ones. condition_frames: how many frames of the video are seen, for a clip of so many frames.
 
     What it needs. dims: of the published transformer, by the names of `skyrun.kernels.name_tables`. parts: files of a
     model besides the transformer. encoded: what denoising needs of the inputs, by the names in a run's state.
