@@ -1,6 +1,7 @@
 """The plan for ten cards, as the table in docs/presets.md: predictions from the table of cards, nothing is measured."""
 
-from skyrun.planning.what_if import Clip, plan_clip
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import plan_request
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import stated
 from skyrun.presets.memory import GIB
@@ -24,8 +25,8 @@ def main() -> None:
         assert card is not None
         for size in ("480P", "720P"):
             hardware = stated(card, RAM, DISK)
-            plan = plan_clip(Clip("r2v", size), hardware).plan
-            quick = plan_clip(Clip("r2v", size), hardware, "speed").plan
+            plan = plan_request(Request("r2v", "", resolution=size), hardware).plan
+            quick = plan_request(Request("r2v", "", resolution=size, prefer="speed"), hardware).plan
             rows = f"{plan.token_rows:,}" + (", parked" if plan.parked_tokens else "") if plan.token_rows else "all"
             host = max(stage.host_bytes for stage in plan.stages)
             cells = [f"{name} {vram} GB", size, plan.weight_type, f"{plan.precision}, {plan.dtype}", rows]

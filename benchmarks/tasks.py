@@ -23,7 +23,7 @@ from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import write_picture
 from skyrun.media.speech import read_speech
 from skyrun.quant import convert
-from skyrun.tasks.windows import RATE
+from skyrun.tasks.windows import SPEECH_RATE
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 TYPES = ("F32", "Q8_0", "Q4_K")
@@ -67,14 +67,14 @@ def sync(clip: Path, speech: Path) -> None:
         frames = sum(1 for _ in container.decode(video=0))
         container.seek(0)
         heard = [(frame.time, frame.to_ndarray()[0]) for frame in container.decode(audio=0)]
-    samples, start = np.concatenate([piece for _, piece in heard]), round(heard[0][0] * RATE)
+    samples, start = np.concatenate([piece for _, piece in heard]), round(heard[0][0] * SPEECH_RATE)
     said = read_speech(speech)
     middle = slice(len(said) // 4, len(said) * 3 // 4)
     lags = range(-800, 801)
     scores = [np.dot(samples[middle.start - start + lag : middle.stop - start + lag], said[middle]) for lag in lags]
-    late = lags[int(np.argmax(scores))] / RATE
+    late = lags[int(np.argmax(scores))] / SPEECH_RATE
     print(
-        f"\nspeech: {len(said) / RATE:.2f} s, pictures: {frames} frames or {frames / 25:.2f} s; "
+        f"\nspeech: {len(said) / SPEECH_RATE:.2f} s, pictures: {frames} frames or {frames / 25:.2f} s; "
         f"sound is {1000 * late:+.2f} ms late"
     )
 

@@ -1,22 +1,29 @@
 """Files appear whole or not at all."""
 
+import hashlib
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+_PID_NAMESPACE = "/proc/self/ns/pid"  # of a container; Linux only
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is flushed and renamed over `path`, on failure removed.
 
-    What a killed process left of the same file is removed too.
+    What a killed process of this machine left of the same file is removed too. On a folder that machines share, those
+    of another machine are not: whether their process is alive cannot be seen from here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove_abandoned(path)
+    ours = f".{path.name}.{_machine()}-"
+    partial = path.with_name(f"{ours}{os.getpid()}.partial")
+    _remove_abandoned(path.parent, ours)
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -29,10 +36,19 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _remove_abandoned(path: Path) -> None:
-    prefix, suffix = f".{path.name}.", ".partial"
-    for file in path.parent.iterdir():
-        if file.name.startswith(prefix) and file.name.endswith(suffix):
-            owner = file.name[len(prefix) : -len(suffix)]
+def _machine() -> str:
+    """What tells apart places whose process ids do not mean the same: hosts, systems on a host, containers."""
+    try:
+        namespace = os.readlink(_PID_NAMESPACE)
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {sys.platform} {namespace}".encode()).hexdigest()[:8]
+
+
+def _remove_abandoned(folder: Path, ours: str) -> None:
+    suffix = ".partial"
+    for file in folder.iterdir():
+        if file.name.startswith(ours) and file.name.endswith(suffix):
+            owner = file.name[len(ours) : -len(suffix)]
             if owner.isdecimal() and not psutil.pid_exists(int(owner)):
                 file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.file_kind import kind_of
 from skyrun.kernels.formats import BY_ID, Format
 from skyrun.kernels.reading import open_unbuffered, read_into
 
@@ -21,6 +22,11 @@ _MAX_ENTRIES = 1 << 16  # tensors, or metadata keys
 _MAX_DIMS = 8
 _MAX_NESTING = 4
 _STRING, _ARRAY = 8, 9
+_WALK = 1 << 13  # bytes of an array of texts that are looked at in one go
+# Types that other programs write and that are not decoded here, by GGUF's number.
+_OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S"}
+_OTHER_TYPES |= {22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"}
+_OTHER_TYPES |= {35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
@@ -58,6 +64,13 @@ class GGUFFile:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which file this is of how many that a model was split into; (1, 1) of a whole one."""
+        number, count = self.metadata.get("split.no"), self.metadata.get("split.count")
+        known = isinstance(number, int) and isinstance(count, int) and 0 <= number < count
+        return (number + 1, count) if known else (1, 1)
+
     def number(self, key: str, default: float) -> float:
         """A number of the metadata. SkyrunError if it is something else."""
         value = self.metadata.get(key, default)
@@ -88,7 +101,8 @@ class GGUFFile:
                 at = end
             return texts
         except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise SkyrunError(f"{self.path} has a {key} that cannot be read: {error}", "download it again") from error
+            hint = "convert the published checkpoint, or take the file from another source"
+            raise SkyrunError(f"{self.path} has a {key} that cannot be read: {error}", hint) from error
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -102,13 +116,22 @@ def open_gguf(path: Path) -> GGUFFile:
     except OSError as error:
         raise SkyrunError(f"cannot read {path}: {error}", "check the path and its permissions") from error
     except _Malformed as error:
-        raise SkyrunError(
-            f"{path} is not a usable GGUF file: {error}", "download or convert it again: it is cut or damaged"
-        ) from error
+        raise SkyrunError(f"{path} is not a usable GGUF file: {error}", error.hint) from error
 
 
 class _Malformed(Exception):
     """What is wrong with a header, before the path is known."""
+
+    def __init__(self, message: str, hint: str = "it is damaged: take it from another source, or convert it") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class _Cut(_Malformed):
+    """The file is shorter than its header says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "it is cut: download or convert it again")
 
 
 class _Header:
@@ -121,11 +144,14 @@ class _Header:
     def parse(self, path: Path) -> GGUFFile:
         magic = self._take(4)
         if magic != b"GGUF":
-            raise _Malformed(f"it starts with {magic!r}, expected b'GGUF'")
+            kind = kind_of(path)
+            message = f"it starts with {magic!r}, expected b'GGUF'"
+            raise _Malformed(f"{message}: {kind.what}", kind.hint) if kind else _Malformed(message)
         version = self._scalar("<I")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            raise _Malformed("it is big-endian" if swapped in (2, 3) else f"version {version}, expected 2 or 3")
+            message = "it is big-endian" if swapped in (2, 3) else f"version {version}, expected 2 or 3"
+            raise _Malformed(message, "get it as little-endian GGUF of version 3")
         tensor_count = self._count(24, _MAX_ENTRIES)
         metadata = self._metadata(self._count(12, _MAX_ENTRIES))
         tensors: dict[str, TensorInfo] = {}
@@ -147,7 +173,7 @@ class _Header:
                 raise _Malformed(f"{info.name} starts at {info.offset}, expected a multiple of {alignment}")
             end = data + info.offset + info.nbytes
             if end > self._size:
-                raise _Malformed(f"{info.name} ends at byte {end}, the file at {self._size}")
+                raise _Cut(f"{info.name} ends at byte {end}, the file at {self._size}")
             placed[info.name] = TensorInfo(info.name, info.shape, info.format, data + info.offset, info.nbytes)
         last = 0
         for info in sorted(placed.values(), key=lambda info: info.offset):
@@ -158,16 +184,16 @@ class _Header:
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:
-            raise _Malformed(f"{count} bytes expected at {self._at}, the file has {self._size}")
+            raise _Cut(f"{count} bytes expected at {self._at}, the file has {self._size}")
         self._at += count
         taken = self._file.read(count)
         if len(taken) != count:
-            raise _Malformed("it was cut while it was read")
+            raise _Cut("it was cut while it was read")
         return taken
 
     def _skip(self, count: int) -> None:
         if count > self._size - self._at:
-            raise _Malformed(f"an array of {count} bytes at {self._at}, the file has {self._size}")
+            raise _Cut(f"an array of {count} bytes at {self._at}, the file has {self._size}")
         self._at += count
         self._file.seek(self._at)
 
@@ -180,7 +206,7 @@ class _Header:
         if most is not None and count > most:
             raise _Malformed(f"{count} entries cannot fit a header, expected at most {most}")
         if count * smallest > self._size - self._at:
-            raise _Malformed(f"{count} entries cannot fit in {self._size - self._at} bytes")
+            raise _Cut(f"{count} entries cannot fit in {self._size - self._at} bytes")
         return count
 
     def _string(self, limit: int) -> str:
@@ -221,11 +247,23 @@ class _Header:
             for _ in range(count):
                 self._skip_array(depth + 1)
         elif kind == _STRING:
-            for _ in range(count):
-                self._skip(int(self._scalar("<Q")))
+            self._skip_texts(count)
         else:
             self._skip(count * width)
         return ArrayInfo(kind, count, start, self._at - start)
+
+    def _skip_texts(self, count: int) -> None:
+        """Walk over the lengths of texts; a vocabulary has a quarter of a million."""
+        while count:
+            self._file.seek(self._at)
+            window = self._file.read(min(_WALK, self._size - self._at))
+            at = 0
+            while count and at + 8 <= len(window):
+                at += 8 + int.from_bytes(window[at : at + 8], "little")
+                count -= 1
+            if not at:
+                raise _Cut(f"a text expected at {self._at}, the file has {self._size} bytes")
+            self._skip(at)
 
     def _tensor(self) -> TensorInfo:
         """A tensor whose offset still counts from the start of the data."""
@@ -237,11 +275,13 @@ class _Header:
         kind, offset = self._scalar("<I"), self._scalar("<Q")
         if kind not in BY_ID:
             known = ", ".join(format.name for format in BY_ID.values())
-            raise _Malformed(f"{name} has type number {kind}; skyrun reads {known}")
+            type = f"type number {kind}" + (f", {_OTHER_TYPES[kind]}" if kind in _OTHER_TYPES else "")
+            hint = "take a file of the same model in one of these types, or convert the published checkpoint"
+            raise _Malformed(f"{name} has {type}; skyrun reads {known}", hint)
         format = BY_ID[kind]
         if not all(shape) or shape[-1] % format.block_size:
             raise _Malformed(f"{name} has shape {list(shape)}, expected rows of whole {format.name} blocks")
         nbytes = prod(shape) // format.block_size * format.block_bytes
         if nbytes > self._size:
-            raise _Malformed(f"{name} would take {nbytes} bytes, the file has {self._size}")
+            raise _Cut(f"{name} would take {nbytes} bytes, the file has {self._size}")
         return TensorInfo(name, shape, format, offset, nbytes)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels import elementwise, torch_int8
+from skyrun.kernels import elementwise, float16_sums, torch_int8
 from skyrun.kernels.choice import bucket, fastest, seconds
-from skyrun.kernels.device import float16_accumulation, uses_triton
+from skyrun.kernels.device import uses_triton
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.synthetic import random_weight
@@ -45,7 +45,7 @@ def linear(
         return product.view(*x.shape[:-1], -1)
     assert isinstance(x, Tensor), "rotated rows are for fast weights"
     if isinstance(weight, QuantizedWeight):
-        product = _exact(x, weight, bias)
+        product = float16_sums.within_range(_exact, x, weight, bias)
     else:
         product = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return product if residual is None else elementwise.add_gated(residual, product, gate)
@@ -56,7 +56,8 @@ def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     ways: dict[str, Way] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
     if x.device.type != "cpu" and x.dtype != torch.float32:
         if len(flat) > FEW_ROWS:
-            ways["decode, float16 sums"] = lambda part: _float16_sums(flat[part], weight, bias)
+            if not float16_sums.may_overflow(weight):
+                ways["decode, float16 sums"] = lambda part: float16_sums.multiply(flat[part], weight, bias)
         elif uses_triton(x.device):
             ways["fused"] = lambda part: _fused(flat[part], weight, bias)
     way = _choose(f"linear {weight.type}", len(flat), weight, x.dtype, x.device, ways)
@@ -81,20 +82,6 @@ def _fused(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     from skyrun.kernels import triton_few_rows
 
     return triton_few_rows.multiply(x, weight, bias)
-
-
-def _float16_sums(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """Where a number leaves float16's range, which ends at 65504, it becomes infinite or NaN and stays so: then the
-    product is made again in x's dtype."""
-    with float16_accumulation():
-        bias16 = None if bias is None else bias.to(torch.float16)
-        product = F.linear(x.to(torch.float16), weight.dense(torch.float16), bias16)
-    if uses_triton(x.device):
-        from skyrun.kernels.triton_cast import cast_checked
-    else:
-        from skyrun.kernels.torch_cast import cast_checked
-    result, finite = cast_checked(product, x.dtype)
-    return result if finite else _decoded(x, weight, bias)
 
 
 def _fast(

@@ -1,6 +1,8 @@
 """The families: every tensor of the published models with its shape, and its name in every naming in use."""
 
-from skyrun.kernels.names import Row, Table
+from collections.abc import Collection
+
+from skyrun.kernels.names import Row, Table, recognise
 
 
 def _layer(shape: str, *names: str) -> list[Row]:
@@ -49,6 +51,8 @@ WAN_TRANSFORMER = Table(
     ("original", "diffusers"),
     (*_BEFORE, *_ATTENTION, *_FEED_FORWARD, *_AFTER),
     ignored=r"blocks\.\d+\.attn\d\.norm_added_[qk]\.weight",
+    tasks=("r2v", "v2v", "shot"),
+    needs=("text_encoder", "vae"),
 )
 
 # The talking-avatar transformer: image tokens as in Wan's image-to-video, audio tokens per latent frame.
@@ -79,7 +83,21 @@ WAN_AUDIO_TRANSFORMER = Table(
         *_FEED_FORWARD,
         *_AFTER,
     ),
+    tasks=("a2v",),
+    needs=("text_encoder", "vae", "image_encoder", "audio_encoder"),
 )
+
+TRANSFORMERS = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
+TASKS = tuple(task for table in TRANSFORMERS for task in table.tasks)
+# What tells tasks apart whose tensors are the same: the class that the config of diffusers' layout names, and the
+# folders of the repository that has two transformers.
+CLASS_TASKS = {"SkyReelsC1WanI2v3DModel": "r2v", "SkyReelsA2WanI2v3DModel": "r2v"}
+FOLDER_TASKS = {"transformer": "v2v", "shot_transformer": "shot"}
+
+
+def needed_roles(task: str) -> tuple[str, ...]:
+    """Roles of the models that a task takes beside its transformer; of any task those that all take."""
+    return next((table.needs for table in TRANSFORMERS if task in table.tasks), WAN_TRANSFORMER.needs)
 
 
 def _umt5_block() -> list[Row]:
@@ -205,25 +223,38 @@ WAN_VAE = Table(
     ),
 )
 
-# The vision tower of CLIP ViT-H/14, whose file holds a text tower too.
+_VISION, _LAYER = "vision_model", "vision_model.encoder.layers.{n}"
+# The vision tower of CLIP ViT-H/14, whose file holds a text tower too. Transformers keeps q, k and v apart and the
+# projection transposed: its readers put them as the table has them.
 CLIP_VISION = Table(
     "image_encoder",
-    ("gguf", "original"),
+    ("gguf", "original", "transformers"),
     (
-        Row("dim", ("v.class_embd", "visual.cls_embedding")),
-        Row("dim 3 patch patch", ("v.patch_embd.weight", "visual.patch_embedding.weight")),
-        Row("positions dim", ("v.position_embd.weight", "visual.pos_embedding")),
-        *_layer("dim", "v.pre_ln", "visual.pre_norm"),
-        *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1"),
-        *_layer("3*dim dim", "v.blk.{n}.attn_qkv", "visual.transformer.{n}.attn.to_qkv"),
-        *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj"),
-        *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2"),
-        *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0"),
-        *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2"),
-        *_layer("dim", "v.post_ln", "visual.post_norm"),
-        Row("dim projection", ("v.head", "visual.head")),
+        Row("dim", ("v.class_embd", "visual.cls_embedding", f"{_VISION}.embeddings.class_embedding")),
+        Row(
+            "dim 3 patch patch",
+            ("v.patch_embd.weight", "visual.patch_embedding.weight", f"{_VISION}.embeddings.patch_embedding.weight"),
+        ),
+        Row(
+            "positions dim",
+            ("v.position_embd.weight", "visual.pos_embedding", f"{_VISION}.embeddings.position_embedding.weight"),
+        ),
+        *_layer("dim", "v.pre_ln", "visual.pre_norm", f"{_VISION}.pre_layrnorm"),
+        *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1", f"{_LAYER}.layer_norm1"),
+        *_layer(
+            "3*dim dim",
+            "v.blk.{n}.attn_qkv",
+            "visual.transformer.{n}.attn.to_qkv",
+            f"{_LAYER}.self_attn.qkv_proj",
+        ),
+        *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
+        *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
+        *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
+        *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),
+        *_layer("dim", "v.post_ln", "visual.post_norm", f"{_VISION}.post_layernorm"),
+        Row("dim projection", ("v.head", "visual.head", "visual_projection.weight"), optional=True),
     ),
-    ignored=r"textual\..*|log_scale",
+    ignored=r"textual\..*|text_model\..*|text_projection\.weight|log(it)?_scale|.*\.position_ids",
 )
 
 
@@ -258,3 +289,10 @@ WAV2VEC2 = Table(
     tuple(_wav2vec2()),
     ignored=r"(project_hid|project_q|quantizer|lm_head|projector|classifier)\..*|masked_spec_embed",
 )
+
+TABLES = (*TRANSFORMERS, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
+
+
+def role_of(names: Collection[str]) -> str:
+    """What a file does in a pipeline, by the names of its tensors, whatever it says of itself; "" if none is known."""
+    return next((match.table.role for match in recognise(names, TABLES)), "")

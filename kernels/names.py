@@ -7,28 +7,33 @@ is in use. The first naming is the one that skyrun writes and runs.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
 Shape = tuple[int, ...]
 
+_MOST_LINES = 6  # about problems of one kind
 _LEAST_SHARE = 0.3  # of a table's rows that a file must hold to be taken for that family
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. shape: words such as "6*dim dim". `{n}` in the names is the index of the block."""
+    """One tensor. shape: words such as "6*dim dim". `{n}` in the names is the index of the block.
+
+    optional: files may leave it out, no model that runs here reads it.
+    """
 
     shape: str
     names: tuple[str, ...]
+    optional: bool = False
 
     def name(self, naming: int = 0) -> str:
         """Its name in a naming; the written one where the naming has no name of its own."""
         return self.names[naming] if naming < len(self.names) else self.names[0]
 
     def for_block(self, index: int) -> "Row":
-        return Row(self.shape, tuple(name.replace("{n}", str(index)) for name in self.names))
+        return replace(self, names=tuple(name.replace("{n}", str(index)) for name in self.names))
 
     def sizes(self, dims: Mapping[str, int]) -> Shape | None:
         """The shape, or None where it depends on a dim that is not known."""
@@ -42,13 +47,16 @@ class Row:
 class Table:
     """All tensors of a family in the order they are written. ignored: what its files may hold and no model reads.
 
-    role: what the family does in a pipeline; several may have the same.
+    role: what the family does in a pipeline; several may have the same. tasks: that a transformer may have been
+    trained for. needs: roles of the other models that these tasks take.
     """
 
     role: str
     namings: tuple[str, ...]
     rows: tuple[Row, ...]
     ignored: str = "(?!)"
+    tasks: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def expand(self, layers: int = 0) -> list[Row]:
         """Every tensor: before the blocks, block after block, after the blocks."""
@@ -126,15 +134,24 @@ class Match:
         rows = self.table.expand(max(1, self.layers))  # of a model without blocks the first is missing
         present = [(row, shapes[self.file_name(row)]) for row in rows if self.file_name(row) in shapes]
         dims = solve(present, {**known, "layers": self.layers})
-        problems = []
+        missing, misshapen = [], []
         for row in rows:
             name, expected = self.file_name(row), row.sizes(dims)
             wanted = list(expected) if expected else row.shape
             if name not in shapes:
-                problems.append(f"{name} is missing (expected shape {wanted})")
+                if not row.optional:
+                    missing.append(f"{name} is missing (expected shape {wanted})")
             elif expected is None or not fits(shapes[name], expected):
-                problems.append(f"{name} has shape {list(shapes[name])}, expected {wanted}")
-        return dims, problems
+                misshapen.append(f"{name} has shape {list(shapes[name])}, expected {wanted}")
+        return dims, [*brief(missing, "are missing"), *brief(misshapen, "have other shapes")]
+
+
+def brief(problems: list[str], what: str) -> list[str]:
+    """Problems of one kind, of more than a few only some and the number of the others. what: "are missing"."""
+    if len(problems) <= _MOST_LINES:
+        return problems
+    shown = _MOST_LINES // 2
+    return [*problems[:shown], f"and {len(problems) - shown} other tensors {what}"]
 
 
 def recognise(names: Collection[str], tables: Collection[Table]) -> list[Match]:

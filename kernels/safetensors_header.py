@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.file_kind import kind_of
 
 _MAX_HEADER = 100 << 20  # the limit of the format
+_MAX_ITEMS = 1 << 21  # of the header's JSON, those in metadata included; a tensor has about eight
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
@@ -40,32 +42,67 @@ def read_safetensors_header(path: Path, nbytes: int | None = None) -> Safetensor
         size = path.stat().st_size if nbytes is None else nbytes
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            if not 2 <= length <= _MAX_HEADER:
+                raise _AnotherKind(f"a header of {length} bytes in a file of {size}")
+            if length > size - 8:
+                raise _Cut(f"a header of {length} bytes in a file of {size}")
+            header = _parse(file.read(length))
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
         data_bytes = size - 8 - length
-        tensors = {name: _checked(name, entry, 8 + length, data_bytes) for name, entry in header.items()}
-        if sum(tensor.nbytes for tensor in tensors.values()) != data_bytes:
-            raise ValueError(f"its tensors do not cover the {data_bytes} bytes of data")
+        tensors = {name: _checked(name, entry, 8 + length) for name, entry in header.items()}
+        _check_places(tensors, 8 + length, data_bytes)
         return SafetensorsHeader(tensors, metadata)
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", "check the path", MODEL_MISSING) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except _Cut as error:
         raise SkyrunError(
-            f"{path} is not a usable safetensors file: {error}", "convert or download it again"
+            f"{path} is not a usable safetensors file: {error}", "it is cut: download it again"
         ) from error
+    except (_AnotherKind, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        kind = kind_of(path) if isinstance(error, _AnotherKind) else None
+        message = f"{path} is not a usable safetensors file: {kind.what if kind else error}"
+        hint = kind.hint if kind else "it is damaged: take it from another source, or download the published one"
+        raise SkyrunError(message, hint) from error
 
 
-def _checked(name: str, entry: dict[str, Any], data: int, data_bytes: int) -> StoredTensor:
+class _AnotherKind(Exception):
+    """The file does not begin with the length of a header."""
+
+
+class _Cut(Exception):
+    """The file is shorter than its header says."""
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise ValueError(f"its header starts with {text[:8]!r}, expected an object")
+    if sum(text.count(sign) for sign in (b",", b"[", b"{")) > _MAX_ITEMS:
+        raise ValueError(f"a header of more than {_MAX_ITEMS} items")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _check_places(tensors: dict[str, StoredTensor], start: int, data_bytes: int) -> None:
+    """ValueError unless tensors lie one after the other, and _Cut if the data ends before they do."""
+    last, end = "", start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < end:
+            raise ValueError(f"{name} overlaps {last}")
+        if tensor.offset > end:
+            raise ValueError(f"there is a gap of {tensor.offset - end} bytes before {name}")
+        last, end = name, tensor.offset + tensor.nbytes
+    if end > start + data_bytes:
+        raise _Cut(f"{last} ends at byte {end - start}, the data at {data_bytes}")
+    if end < start + data_bytes:
+        raise ValueError(f"its tensors do not cover the {data_bytes} bytes of data")
+
+
+def _checked(name: str, entry: dict[str, Any], data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
-    if not all(isinstance(side, int) and side >= 0 for side in (*shape, start, end)):
+    if not all(isinstance(side, int) and side >= 0 for side in (*shape, start, end)) or end < start:
         raise ValueError(f"{name} has shape {list(shape)} from {start} to {end}")
-    if not start <= end <= data_bytes:
-        raise ValueError(f"{name} ends at byte {end}, the data at {data_bytes}")
     if dtype in _WIDTHS and prod(shape) * _WIDTHS[dtype] != end - start:
         raise ValueError(f"{name} has shape {list(shape)} in {end - start} bytes of {dtype}")
     return StoredTensor(dtype, shape, data + start, end - start)

@@ -13,13 +13,15 @@ from skyrun.kernels.formats import block_format
 class QuantizedWeight:
     """A matrix in block form: data uint8 [rows, row_bytes] of GGUF type `type`.
 
-    planar: the blocks' fields lie apart, see `planes`. fast: multiply in rotated int8, see `linear`.
+    planar: the blocks' fields lie apart, see `planes`. fast: multiply in rotated int8, see `linear`. name: the
+    tensor's in its file.
     """
 
     data: Tensor
     type: str
     planar: bool = False
     fast: bool = False
+    name: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,8 +6,7 @@ from dataclasses import replace
 from skyrun.presets.workload import Workload
 
 _GRID = 16
-_AREAS = {"540P": 544 * 960, "480P": 480 * 848}
-_SMALLEST = 256 * 448
+_SMALLEST, _FEWEST = 256 * 448, 25  # pixels, and frames: a second
 
 
 def what_fits(workload: Workload, fits: Callable[[Workload], bool]) -> str:
@@ -19,12 +18,17 @@ def what_fits(workload: Workload, fits: Callable[[Workload], bool]) -> str:
 
 def largest_size(workload: Workload, fits: Callable[[Workload], bool]) -> str:
     """A resolution below the workload's, or height x width; empty if none fits."""
-    areas = {name: area for name, area in _AREAS.items() if (workload.task, name) != ("a2v", "540P")}
-    for name, area in areas.items():
+    for name, area in workload.areas:
         if area < _area(workload) and fits(_scaled(workload, area)):
             return name
     smallest = _scaled(workload, _SMALLEST)
     return f"{smallest.height}x{smallest.width}" if _area(workload) > _SMALLEST and fits(smallest) else ""
+
+
+def smallest(workload: Workload) -> Workload:
+    """A small picture for a second, or as long as the clip is where windows make it."""
+    small = _scaled(workload, min(_SMALLEST, _area(workload)))
+    return small if workload.windowed or workload.frames <= _FEWEST else _shorter(small, _FEWEST)
 
 
 def _area(workload: Workload) -> int:
@@ -43,7 +47,7 @@ def most_frames(workload: Workload, fits: Callable[[Workload], bool]) -> int:
 
     Of a clip made in windows the length does not matter.
     """
-    if workload.task in ("v2v", "a2v"):
+    if workload.windowed:
         return 0
     low, high = 0, (workload.frames - 1) // 4
     while low < high:

@@ -8,7 +8,9 @@ from typing import Any
 
 import psutil
 
-from skyrun.presets.cards import Card, Rates, find_card, link_rate
+from skyrun.presets.card import Card, Rates, link_rate
+from skyrun.presets.card_table import AMPERE, B200, GA100, HOPPER, VOLTA
+from skyrun.presets.cards import find_card
 from skyrun.presets.host import ASSUMED_DISK_RATE, cpu_name, disk_rate, free_space, memory, where
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.nvidia_smi import query
@@ -18,6 +20,7 @@ _CORE_RATE = 25e9  # operations per second of a core, float32
 _CORE_DECODE = 0.4e9  # bytes per second that a core decodes blocks from and to
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
+_KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # that are not as GeForce cards are
 _DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the system and a desktop use
 
 
@@ -100,9 +103,8 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
 
 def unknown_card(name: str, capability: tuple[int, int], vram: int, processors: int) -> Card:
     """A card that is in no table: as quick for each of its multiprocessors as others of its kind, 1.7 GHz."""
-    peak = round(processors * 512 * 1.7e9 * (4 if capability == (9, 0) else 1) / 1e12)
-    doubled = 1 if capability in ((8, 0), (9, 0), (10, 0)) else 2
-    return Card(name, capability, vram >> 30, 15 * processors, (3, 8), peak, doubled * peak, 2 * doubled * peak)
+    kind = _KINDS.get(capability, AMPERE)
+    return Card(name, capability, vram >> 30, 15 * processors, (3, 8), *kind.peaks(processors, 1700))
 
 
 def measure_link() -> float:

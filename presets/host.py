@@ -74,8 +74,13 @@ def cpu_name() -> str:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the file system of a folder."""
-    return shutil.disk_usage(folder).free
+    """Bytes free on the file system that holds a folder, or will hold it."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists: whose disk it will be on."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def disk_rate(path: Path) -> float:

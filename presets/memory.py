@@ -16,6 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of the stream of blocks. Pieces wait for the device in page-locked memory, 256 MiB at most; Windows and WSL lock
 # little more. Every loader has a piece under way: one is read, others are laid out for the kernels or wait for room.
 STAGING_PIECES, LOADERS = 8, 4
+RING_SLOTS = 3  # the block in use, the next one, and the one being read
 _PIECE, _PAGE = 32 << 20, 4096
 
 _HEAD_DIM = 128  # numbers per token of the rotary table

@@ -6,7 +6,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from skyrun.presets.autoencoder import Autoencoder
-from skyrun.presets.cards import Rates, find_card
+from skyrun.presets.card import Rates
+from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.memory import BYTES, parked_bytes
 from skyrun.presets.workload import Workload
@@ -141,15 +142,15 @@ def _bound(plan: "Plan") -> str:
 
 
 def block_weights(workload: Workload) -> int:
-    """Weights of a block's matrices: two attentions and the feed-forward, and of an avatar what sees and hears."""
+    """Weights of a block's matrices: two attentions and the feed-forward, and what the workload has beside them."""
     dim, ffn = workload.dim, workload.ffn_dim
-    return 8 * dim**2 + 2 * dim * ffn + (4 * dim**2 if workload.task == "a2v" else 0)
+    return (8 + workload.token_matrices + workload.context_matrices) * dim**2 + 2 * dim * ffn
 
 
 def step_operations(workload: Workload) -> tuple[float, float]:
     """Operations of a step: in products with weights, and in attention."""
     dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
-    per_token = 6 * dim**2 + 2 * dim * workload.ffn_dim + (2 * dim**2 if workload.task == "a2v" else 0)
+    per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
     linear = 2 * (tokens * per_token + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 

@@ -1,6 +1,7 @@
 """What lies in a folder: files of tensors, which of them belong together as one part, and the config beside them."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,14 +10,18 @@ from typing import Any
 
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.names import brief
 from skyrun.kernels.safetensors_header import read_safetensors_header
-from skyrun.quant.source import SourceTensor, apply_scales
+from skyrun.quant.arrange import apply_scales, join, unwrap
+from skyrun.quant.foreign import check_known
+from skyrun.quant.source import SourceTensor
 from skyrun.quant.torch_file import read_torch_file
 
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin")  # of a part that is there twice the first of these is taken
 _NAMED_ONLY = (".pt", ".ckpt")  # trainers' own files: read when they are asked for
 _DEPTH = 2  # google/umt5-xxl
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+_LINKS = (*SUFFIXES, ".json", ".model", "")  # what a model is made of; "" of a folder
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], li
     if not source.exists():
         raise SkyrunError(f"{source} does not exist", "give a downloaded checkpoint", MODEL_MISSING)
     if source.is_dir():
+        _check_links(source)
         groups = [group for folder in folders(source) for group in _groups(folder)]
     else:
         if source.suffix not in SUFFIXES + _NAMED_ONLY:
@@ -69,6 +75,34 @@ def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], li
         except SkyrunError as error:
             errors.append(error)
     return parts, errors
+
+
+def snapshot(source: Path) -> Path:
+    """The revision in a folder of Hugging Face's cache, which is meant with it; any other source itself."""
+    revisions = source / "snapshots"
+    if not (revisions.is_dir() and (source / "blobs").is_dir()):
+        return source
+    there = sorted(path for path in revisions.iterdir() if path.is_dir())
+    main = source / "refs" / "main"
+    named = revisions / main.read_text().strip() if main.is_file() else None
+    if named in there:
+        return revisions / named.name
+    if len(there) != 1:
+        said = ", ".join(path.name for path in there) or "none"
+        raise SkyrunError(f"{source} is a folder of Hugging Face's cache with snapshots: {said}", "give one of them")
+    return there[0]
+
+
+def _check_links(source: Path) -> None:
+    broken = [
+        f"{path} is a link to {os.readlink(path)}, which is not there"
+        for folder in folders(source)
+        for path in sorted(folder.iterdir())
+        if path.is_symlink() and not path.exists() and path.suffix in _LINKS and not path.name.startswith(".")
+    ]
+    if broken:
+        hint = "download what the links lead to (hf download), or give a folder without them"
+        raise SkyrunError.listing(f"{source} is not whole", brief(broken, "are not there"), hint, MODEL_MISSING)
 
 
 def folders(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
@@ -109,7 +143,7 @@ def _check_whole(group: _Group) -> None:
     if group.index:
         read_json(group.index)
         if not group.files:
-            raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download it again")
+            raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download the published one")
         title = f"{group.index.name} names shards that are not there"
         missing = [f"{path} is missing" for path in group.files if not path.is_file()]
     else:
@@ -121,36 +155,49 @@ def _check_whole(group: _Group) -> None:
         names = [f"{numbered[1]}-{n + 1:05}-of-{numbered[3]}{numbered[4]}" for n in range(int(numbered[3]))]
         missing = [f"{group.files[0].parent / name} is missing" for name in names if name not in there]
     if missing:
-        raise SkyrunError.listing(title, missing, "download them again")
+        raise SkyrunError.listing(title, missing, "download them too")
 
 
 def _part(group: _Group, source: Path, coming: Mapping[Path, int]) -> Part:
     _check_whole(group)
     tensors: dict[str, SourceTensor] = {}
-    problems = []
+    twice = []
     texts: dict[str, Any] = {}
     gguf = None
     for file in group.files:
         if file.suffix == ".gguf":
-            gguf = open_gguf(file)
-            found = _gguf_tensors(gguf)
+            opened = open_gguf(file)
+            gguf = gguf or opened  # of a file in parts the first has the metadata
+            found = _gguf_tensors(opened)
         elif file.suffix == ".safetensors":
             header = read_safetensors_header(file, coming.get(file))
             texts |= header.metadata
             found = {n: SourceTensor(n, t.shape, t.dtype, file, t.offset) for n, t in header.tensors.items()}
         else:
             found = read_torch_file(file)
-        problems += [f"{n} is in both {tensors[n].file.name} and {file.name}" for n in found if n in tensors]
+        twice += [f"{n} is in both {tensors[n].file.name} and {file.name}" for n in found if n in tensors]
         tensors |= found
-    tensors, scale_problems = apply_scales(tensors)
     name = group.files[0] if len(group.files) == 1 else group.files[0].parent
     label = str(name.relative_to(source)) if name != source else str(source)
-    if problems or scale_problems:
-        raise SkyrunError.listing(f"cannot use {name}", problems + scale_problems, "download it again")
+    tensors, problems = _arranged(label, tensors, texts)
+    if problems or twice:
+        hint = "compare them with the published files, or download those"
+        raise SkyrunError.listing(f"cannot use {name}", [*brief(twice, "are there twice"), *problems], hint)
     if own := _own_words(gguf, texts):
         return Part(label, tuple(group.files), tensors, own, f"the header of {group.files[0]}", gguf)
     config = group.files[0].parent / "config.json"
     return Part(label, tuple(group.files), tensors, read_json(config), str(config), gguf)
+
+
+def _arranged(
+    label: str, tensors: dict[str, SourceTensor], texts: Mapping[str, Any]
+) -> tuple[dict[str, SourceTensor], list[str]]:
+    """As the tables of names have them; and what is wrong. Unsupported if they are of a kind that is not read."""
+    tensors, wrapped = unwrap(tensors)
+    check_known(label, tensors, texts)
+    tensors, unscaled = apply_scales(tensors)
+    tensors, apart = join(tensors)
+    return tensors, [*wrapped, *unscaled, *apart]
 
 
 def _gguf_tensors(file: GGUFFile) -> dict[str, SourceTensor]:
@@ -179,7 +226,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise SkyrunError(f"{path} is not JSON: {error}", "download it again") from error
+        raise SkyrunError(f"{path} is not JSON: {error}", "it is damaged: download it again") from error
     if not isinstance(content, dict):
-        raise SkyrunError(f"{path} holds a {type(content).__name__}, expected an object", "download it again")
+        raise SkyrunError(f"{path} holds a {type(content).__name__}, expected an object", "download the published one")
     return content

@@ -10,6 +10,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 
+# What metadata holds: a scalar, a text, or an array of one kind of them; bytes are an array of numbers.
+Value = str | int | float | bytes | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
+
+
 class Entry(NamedTuple):
     """A tensor as a header lists it."""
 
@@ -38,7 +42,7 @@ def _placed(header: bytes, entries: Sequence[Entry], alignment: int) -> Layout:
     return Layout(header, tuple(offsets), at)
 
 
-def gguf_layout(architecture: str, metadata: Mapping[str, str | int | float], entries: Sequence[Entry]) -> Layout:
+def gguf_layout(architecture: str, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> Layout:
     """A GGUF v3 file with tensors in the order given, each at a multiple of 32 bytes."""
     with tempfile.TemporaryDirectory() as folder:  # gguf's writer only writes to paths
         path = Path(folder) / "header"
@@ -57,11 +61,13 @@ def gguf_layout(architecture: str, metadata: Mapping[str, str | int | float], en
     return _placed(header + bytes(-len(header) % _ALIGNMENT), entries, _ALIGNMENT)
 
 
-def _add_value(writer: GGUFWriter, key: str, value: str | int | float) -> None:
+def _add_value(writer: GGUFWriter, key: str, value: Value) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, (tuple, bytes)):
+        writer.add_array(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     else:

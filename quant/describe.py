@@ -9,13 +9,13 @@ from math import isqrt
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER
+from skyrun.kernels.name_tables import CLASS_TASKS, FOLDER_TASKS, TASKS, WAN_AUDIO_TRANSFORMER
 from skyrun.kernels.names import Match
 from skyrun.quant.checkpoint import Part, read_json
 
 Dims = Mapping[str, int]
 
-TASKS = ("r2v", "v2v", "shot", "a2v")
+_PUBLISHED = "compare it with the published checkpoint, or download that"
 _HEAD_DIM = 128  # of every Wan transformer
 _CLIP_HEAD_DIM, _AUDIO_HEAD_DIM = 80, 64
 _AUDIO_WINDOW = 5  # frames of audio around a video frame
@@ -63,7 +63,7 @@ class Said:
             if self._config.get(key) not in (None, value)
         ]
         if problems:
-            raise SkyrunError.listing(f"{self._where} and the tensors differ", problems, "download it again")
+            raise SkyrunError.listing(f"{self._where} and the tensors differ", problems, _PUBLISHED)
 
 
 def _is_number(value: Any) -> bool:
@@ -72,14 +72,22 @@ def _is_number(value: Any) -> bool:
 
 def task_of(part: Part, match: Match) -> str:
     """What a transformer was trained for, "" where nothing tells: its tensors are the same for several tasks."""
-    said = Said(part, "ffn_dim", "task").text("task")
-    if said in TASKS:
-        return said
+    said = Said(part, "ffn_dim", "task")
+    if said.text("task") in TASKS:
+        return said.text("task")
     if match.table is WAN_AUDIO_TRANSFORMER:
         return "a2v"
     if match.table.namings[match.naming] == "diffusers":
-        return "r2v"
-    return {"transformer": "v2v", "shot_transformer": "shot"}.get(part.folder.name, "") if part.gguf is None else ""
+        return CLASS_TASKS.get(said.text("_class_name"), "") if said.text("_class_name") else "r2v"
+    return FOLDER_TASKS.get(part.folder.name, "") if part.gguf is None else ""
+
+
+def unknown_class(part: Part, match: Match) -> str:
+    """A sentence about a transformer whose config names a class that is no SkyReels-V3; "" for others."""
+    name = Said(part, "ffn_dim").text("_class_name")
+    if task_of(part, match) or not name or match.table.namings[match.naming] != "diffusers":
+        return ""
+    return f"{part.config_source} says {name}, which is no class of SkyReels-V3: {part.label} is taken for no task"
 
 
 def known_dims(part: Part) -> dict[str, int]:
@@ -92,7 +100,7 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
     if dims["dim"] % _HEAD_DIM:
         raise SkyrunError(
             f"{part.label} is {dims['dim']} wide, expected a multiple of the {_HEAD_DIM} of a head",
-            "download it again",
+            _PUBLISHED,
         )
     said = Said(part, "ffn_dim")
     values = {
@@ -122,7 +130,7 @@ def _audio(part: Part, dims: Dims) -> dict[str, int]:
     """Sizes of the modules that only the talking-avatar transformer has."""
     if dims["audio_features"] % _AUDIO_LAYERS:
         features = f"{dims['audio_features']} numbers per frame of audio"
-        raise SkyrunError(f"{part.label} takes {features}, expected a multiple of {_AUDIO_LAYERS}", "download it again")
+        raise SkyrunError(f"{part.label} takes {features}, expected a multiple of {_AUDIO_LAYERS}", _PUBLISHED)
     return {
         "image_dim": dims["image"],
         "audio_window": dims["audio_window"],
@@ -135,8 +143,8 @@ def _audio(part: Part, dims: Dims) -> dict[str, int]:
     }
 
 
-def text_encoder(part: Part, dims: Dims, tokenizer: str) -> dict[str, Any]:
-    """The keys of GGUF's t5encoder, and the tokenizer."""
+def text_encoder(part: Part, dims: Dims, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The keys of GGUF's t5encoder, and those of the tokenizer."""
     said = Said(part, "d_model", "embedding_length")
     values = {
         "block_count num_layers": dims["layers"],
@@ -152,7 +160,7 @@ def text_encoder(part: Part, dims: Dims, tokenizer: str) -> dict[str, Any]:
     eps = said.number("attention.layer_norm_rms_epsilon", said.number("layer_norm_epsilon", 1e-6))
     keys: dict[str, Any] = {"general.type": "model", "t5encoder.context_length": 512}
     keys |= {f"t5encoder.{names.split()[0]}": value for names, value in values.items()}
-    return keys | {"t5encoder.attention.layer_norm_rms_epsilon": eps, "tokenizer.huggingface.json": tokenizer}
+    return keys | {"t5encoder.attention.layer_norm_rms_epsilon": eps} | tokenizer
 
 
 def vae(part: Part, dims: Dims) -> dict[str, Any]:
@@ -171,24 +179,27 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     side = isqrt(dims["positions"] - 1)
     if side * side + 1 != dims["positions"]:
         raise SkyrunError(
-            f"{part.label} has {dims['positions']} positions, expected a square of patches and one", "download it again"
+            f"{part.label} has {dims['positions']} positions, expected a square of patches and one", _PUBLISHED
         )
     reduced = read_json(part.folder / _REDUCED).get("clip_visual")
     usual = reduced.get("num_heads") if isinstance(reduced, dict) else dims["dim"] // _CLIP_HEAD_DIM
     said = Said(part, "embedding_length")
-    heads = said.count("attention.head_count", usual if isinstance(usual, int) else 0)
+    usual = usual if isinstance(usual, int) else dims["dim"] // _CLIP_HEAD_DIM
+    key = "num_attention_heads" if said.text("num_attention_heads") else "attention.head_count"
+    heads = said.count(key, usual)
     if dims["dim"] % heads:
         raise SkyrunError(f"{part.label} is {dims['dim']} wide: unknown number of heads", "expected CLIP ViT-H/14")
     values = {
         "block_count": dims["layers"],
         "embedding_length": dims["dim"],
         "feed_forward_length": dims["ffn"],
-        "projection_dim": dims["projection"],
+        "projection_dim": dims.get("projection"),
         "patch_size": dims["patch"],
         "image_size": side * dims["patch"],
     }
+    values = {key: value for key, value in values.items() if value is not None}
     said.agree(values)
-    keys: dict[str, Any] = {"general.type": "model", "clip.has_vision_encoder": True}
+    keys: dict[str, Any] = {"general.type": "clip-vision", "clip.has_vision_encoder": True}
     keys |= {f"clip.vision.{key}": value for key, value in values.items()}
     keys["clip.vision.attention.head_count"] = heads
     return keys | {"clip.vision.attention.layer_norm_epsilon": said.number("attention.layer_norm_epsilon", 1e-5)}
@@ -196,6 +207,11 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
 
 def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     """One entry of JSON, in the words of wav2vec2's config.json."""
+    if dims["layers"] != _AUDIO_LAYERS:
+        raise SkyrunError(
+            f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base model with {_AUDIO_LAYERS}",
+            "get chinese-wav2vec2-base from the repository of SkyReels-V3-A2V, or download that",
+        )
     config = Said(part, "conv_kernel")
     values: dict[str, Any] = {
         "hidden_size": dims["dim"],
@@ -211,7 +227,7 @@ def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     config.agree({"feat_extract_activation": "gelu"})
     heads = config.count("num_attention_heads", max(1, dims["dim"] // _AUDIO_HEAD_DIM))
     if dims["dim"] % heads:
-        raise SkyrunError(f"{part.label} is {dims['dim']} wide with {heads} heads", "download it again")
+        raise SkyrunError(f"{part.label} is {dims['dim']} wide with {heads} heads", _PUBLISHED)
     values |= {
         "conv_stride": config.numbers("conv_stride", 7) or [5, 2, 2, 2, 2, 2, 2],
         "num_attention_heads": heads,

@@ -22,6 +22,10 @@ from skyrun.quant.encode_iq4 import IQ4_NL, IQ4_XS
 from skyrun.quant.encode_plain import encode_q4_0_plain, encode_q5_0_plain, encode_q8_0
 from skyrun.quant.encode_symmetric import Q3_K, Q4_0, Q5_0, Q6_K, encode_symmetric
 
+# Of the bytes that encoders write, and readers of sources decode: a conversion that was interrupted goes on only with
+# the version that began it. Raise it whenever the test of the encoders' bytes has to be changed.
+ENCODER_VERSION = 1
+
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
 # importance of row i % k, which is positive and at most 1.
 Encode = Callable[[Tensor, Tensor | None], Tensor]

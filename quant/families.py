@@ -8,22 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.name_tables import (
-    CLIP_VISION,
-    UMT5_ENCODER,
-    WAN_AUDIO_TRANSFORMER,
-    WAN_TRANSFORMER,
-    WAN_VAE,
-    WAV2VEC2,
-)
-from skyrun.kernels.names import Match, recognise, strays
+from skyrun.kernels.name_tables import TABLES, TASKS
+from skyrun.kernels.names import Match, brief, recognise, strays
 from skyrun.quant import describe
-from skyrun.quant.checkpoint import SUFFIXES, Part, open_parts
+from skyrun.quant.checkpoint import SUFFIXES, Part, open_parts, snapshot
+from skyrun.quant.foreign import Unsupported
 from skyrun.quant.source import READABLE, SourceTensor
-from skyrun.quant.tokenizer import find_tokenizer
+from skyrun.quant.tokenizer import tokenizer_keys
 
 NOTHING_COMING: Mapping[Path, int] = MappingProxyType({})
-_AGAIN = "download the checkpoint again, or check that it is a SkyReels-V3 repository"
+_AGAIN = "check that this is a SkyReels-V3 model; skyrun pull TASK downloads the published one"
 
 
 @dataclass(frozen=True)
@@ -61,17 +55,17 @@ class Found:
     notes: tuple[str, ...]
 
 
-_TASKS = ("", "r2v", "v2v", "shot", "a2v")
-_TABLES = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
-_ROLES = [table.role for table in _TABLES]
+_TASKS = ("", *TASKS)
+_ROLES = [table.role for table in TABLES]
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A family that was recognised in a part."""
+    """A family that was recognised in a part. unknown: tensors that are under its names and that it does not know."""
 
     part: Part
     match: Match
+    unknown: tuple[str, ...] = ()
 
     @property
     def role(self) -> str:
@@ -92,30 +86,36 @@ def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> 
 
     coming: bytes that files will have of which only the header is there yet.
     """
+    source = snapshot(source)
     parts, errors = open_parts(source, coming)
     notes: list[str] = []
-    models: list[_Model] = []
+    groups: dict[tuple[str, str], list[_Model]] = defaultdict(list)
     for part in parts:
-        matches = recognise(part.tensors, _TABLES)
-        models += [_Model(part, match) for match in matches]
+        matches = recognise(part.tensors, TABLES)
         unknown, others = strays(part.tensors, matches)
-        errors += [
-            SkyrunError(f"{part.label}: {name} {list(part.tensors[name].shape)} is not a tensor of this model", _AGAIN)
-            for name in unknown
-        ]
+        for match in matches:
+            model = _Model(part, match, tuple(unknown))
+            groups[model.role, model.task].append(model)
+            unknown = []  # said with the first
         if others:
             notes.append(f"not used: {_some(others)} in {part.label}")
-    if not models and not errors:
+    if not groups and not errors:
         raise _nothing(source, notes)
     families = []
-    for model in _choose(models, notes, errors):
-        try:
-            families.append(_family(source, model))
-        except SkyrunError as error:
-            errors.append(error)
+    for (_, task), models in sorted(groups.items(), key=lambda group: _place(*group[0])):
+        families += _choose(source, task, models, notes, errors)
+    there = {family.role for family in families}
+    for error in [error for error in errors if isinstance(error, Unsupported)]:
+        if families and (not error.role or error.role in there):
+            errors.remove(error)
+            notes.append(f"not used: {error.message}")
     if errors:
         raise _all(source, errors)
     return Found(source, tuple(families), tuple(notes))
+
+
+def _place(role: str, task: str) -> tuple[int, int]:
+    return _ROLES.index(role), _TASKS.index(task)
 
 
 def _some(names: list[str]) -> str:
@@ -145,48 +145,67 @@ def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
     return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints))
 
 
-def _choose(models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[_Model]:
-    """One model for each role and task. Where a folder has one in several formats, the best of them."""
-    groups = defaultdict(list)
-    for model in models:
-        groups[model.role, model.task].append(model)
-    chosen = []
-    for (role, task), group in groups.items():
-        group.sort(key=lambda model: model.preference)
-        best, *others = group
-        for other in others:
-            if other.part.folder == best.part.folder and other.preference > best.preference:
-                notes.append(f"not used: {other.part.label}, the same {role} is in {best.part.label}")
-            else:
-                what = f"two {task} {role}s" if task else f"two {role}s"
-                errors.append(
-                    SkyrunError(
-                        f"there are {what}: {best.part.label} and {other.part.label}",
-                        "move one of them away, or give the file to convert",
-                    )
-                )
-        chosen.append(best)
-    return sorted(chosen, key=lambda model: (_ROLES.index(model.role), _TASKS.index(model.task)))
+def _choose(source: Path, task: str, models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[Family]:
+    """One model of a role and a task: of those that can be used, where there are several formats, the best.
+
+    Adds to the notes what is passed over, and to the errors what is wrong if none can be used, or if two can.
+    """
+    usable: list[tuple[_Model, Family]] = []
+    failed: list[tuple[_Model, SkyrunError]] = []
+    for model in sorted(models, key=lambda model: model.preference):
+        try:
+            usable.append((model, _family(source, model)))
+        except SkyrunError as error:
+            failed.append((model, error))
+    if not usable:
+        errors += [error for _, error in failed]
+        return []
+    (best, family), *others = usable
+    for other, _ in others:
+        if other.part.folder == best.part.folder and other.preference > best.preference:
+            notes.append(f"not used: {other.part.label}, the same {best.role} is in {best.part.label}")
+        else:
+            what = f"two {task} {best.role}s" if task else f"two {best.role}s"
+            message = f"there are {what}: {best.part.label} and {other.part.label}"
+            errors.append(SkyrunError(message, "move one of them away, or give the file to convert"))
+    notes += [f"not used: {model.part.label}, {error.message.splitlines()[0]}" for model, error in failed]
+    if best.role == "transformer" and (said := describe.unknown_class(best.part, best.match)):
+        notes.append(said)
+    return [family]
 
 
 def _family(source: Path, model: _Model) -> Family:
     part, match = model.part, model.match
     shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
     dims, problems = match.check(shapes, describe.known_dims(part))
-    problems = [f"{part.label}: {problem}" for problem in problems]
-    problems += [
-        f"{tensor.name} in {tensor.file} is {tensor.dtype}, expected {', '.join(READABLE)}"
-        for tensor in (part.tensors[name] for name in match.names.values())
-        if tensor.dtype not in READABLE
-    ]
+    strange = [f"{name} {list(shapes[name])} is not a tensor of this model" for name in model.unknown]
+    problems = [f"{part.label}: {problem}" for problem in (*brief(strange, "are not of this model"), *problems)]
+    problems += _unreadable([part.tensors[name] for name in match.names.values()])
     if problems:
         raise SkyrunError.listing(f"{part.label} does not match its model", problems, _AGAIN)
     tensors = tuple(
-        ModelTensor(row.name(), row.sizes(dims) or (), part.tensors[match.file_name(row)])
+        ModelTensor(row.name(), row.sizes(dims) or (), part.tensors[name])
         for row in match.table.expand(match.layers)
+        if (name := match.file_name(row)) in part.tensors
     )
     basename, architecture, metadata = _described(source, model, dims)
     return Family(model.role, model.task, basename, architecture, tensors, metadata)
+
+
+def _unreadable(tensors: list[SourceTensor]) -> list[str]:
+    """A line for each type that is not read; of int8 only with the scales that make numbers of it."""
+    kinds: dict[str, list[SourceTensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.dtype not in READABLE or (tensor.dtype == "I8" and tensor.scale is None):
+            kinds[tensor.dtype].append(tensor)
+    lines = []
+    for dtype, (first, *more) in kinds.items():
+        known = f"expected {', '.join(READABLE)}" + " with scales" * (dtype == "I8")
+        if more:
+            lines.append(f"{len(more) + 1} tensors are {dtype}, such as {first.name} in {first.file}; {known}")
+        else:
+            lines.append(f"{first.name} in {first.file} is {dtype}, {known}")
+    return lines
 
 
 def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[str, str, dict[str, Any]]:
@@ -197,7 +216,11 @@ def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[st
             basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
             return basename, "wan", describe.transformer(part, dims, model.task)
         case "text_encoder":
-            return "umt5-encoder", "t5encoder", describe.text_encoder(part, dims, find_tokenizer(source, part))
+            return (
+                "umt5-encoder",
+                "t5encoder",
+                describe.text_encoder(part, dims, tokenizer_keys(source, part, dims["vocab"])),
+            )
         case "image_encoder":
             return "clip-vision", "clip", describe.image_encoder(part, dims)
         case "audio_encoder":

@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
-import skyrun.kernels
 from skyrun.kernels.errors import FAILED, SkyrunError
+from skyrun.quant.encode import ENCODER_VERSION
 from skyrun.quant.plan import PlannedFile, PlannedTensor
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 _SYNC_SECONDS = 2.0  # how much work a power failure may cost
 
@@ -73,7 +69,7 @@ def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
     SkyrunError if another conversion is writing it.
     """
     path, journal_path = partial_path(file.path), _journal_path(file.path)
-    with _locked(journal_path) as journal:
+    with _alone(file.path), open(journal_path, "a+b") as journal:
         partial = PartialFile(path, set(), journal)
         keep = False
         try:
@@ -97,25 +93,21 @@ def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
 
 
 @contextmanager
-def _locked(journal_path: Path) -> Iterator[BinaryIO]:
-    """The journal, open and for this conversion alone."""
-    journal_path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with open(journal_path, "a+b") as journal:
-            try:
-                if sys.platform == "win32":
-                    msvcrt.locking(journal.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                name = journal_path.name.removesuffix(".partial.journal")
-                hint = "wait for it, or choose another folder with -o"
-                raise SkyrunError(f"another conversion is writing {name} in {journal_path.parent}", hint) from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(journal.fileno()), journal_path.stat()):
-                    yield journal
-                    return
-            # It was removed between opening and locking, by one that has just ended.
+def _alone(path: Path) -> Iterator[None]:
+    """No other process writes this file. SkyrunError if one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.partial.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        hint = "wait for it, or choose another folder with -o"
+        raise SkyrunError(f"another conversion is writing {path.name} in {path.parent}", hint) from error
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":  # where a file that is open cannot go, and one that is free may be taken by others
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
@@ -161,16 +153,13 @@ def _line(entry: dict[str, str]) -> bytes:
 
 
 def _fingerprint(file: PlannedFile, device: str) -> str:
-    """Everything that decides the bytes of a file: what is read, what it becomes, and the code that does it."""
+    """Everything that decides the bytes of a file: what is read, what it becomes, and the encoders that do it."""
     digest = hashlib.sha256(file.header)
-    digest.update(f"{device} {torch.__version__}".encode())
-    for package in (Path(__file__).parent, Path(skyrun.kernels.__path__[0])):
-        for code in sorted(package.glob("*.py")):
-            digest.update(code.read_bytes())
+    digest.update(f"{device} {torch.__version__} {ENCODER_VERSION}".encode())
     for source, stamp in file.sources.items():
         digest.update(f"{source.resolve()} {stamp}".encode())
     for tensor in file.tensors:
-        digest.update(f"{tensor.name} {tensor.source.name} {tensor.source.offset} {tensor.type}".encode())
+        digest.update(f"{tensor.name} {json.dumps(tensor.source.as_json())} {tensor.type}".encode())
         if tensor.importance is not None:
             digest.update(tensor.importance.numpy().tobytes())
     return digest.hexdigest()

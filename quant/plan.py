@@ -46,7 +46,8 @@ class PlannedFile:
     """An output file.
 
     errors: noise over signal in the output of each matrix that a recipe or a rule gives its type, by name, as sampled.
-    sources: the files that are read, and their stamps when they were looked at.
+    sources: the files that are read, and their stamps when they were looked at. matrices: how many tensors a recipe or
+    a rule gives a type.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class PlannedFile:
     tensors: tuple[PlannedTensor, ...]
     errors: dict[str, float]
     sources: dict[Path, Stamp]
+    matrices: int = 0
 
     @property
     def error(self) -> float:
@@ -85,12 +87,18 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Conversion:
-    """All files that a conversion writes. notes: what a person should know before it begins."""
+    """All files that a conversion writes.
+
+    notes: what a person should know before it begins. missing: roles of models that the transformers need and that
+    are neither among the files nor in their folder.
+    """
 
     source: Path
     files: tuple[PlannedFile, ...]
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         files = [file.summary() for file in self.files]
-        return {"source": str(self.source), "files": files, "notes": list(self.notes)}
+        lists = {"notes": list(self.notes), "missing": list(self.missing)}
+        return {"source": str(self.source), "files": files} | lists

@@ -17,6 +17,7 @@ from skyrun.kernels.errors import SkyrunError
 from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
 from skyrun.quant.families import NOTHING_COMING, Family, ModelTensor, find_families
 from skyrun.quant.importance import Importance, read_importance
+from skyrun.quant.missing import missing_roles, missing_text
 from skyrun.quant.partial import partial_path
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
 from skyrun.quant.recipes import (
@@ -29,6 +30,7 @@ from skyrun.quant.recipes import (
     find_recipe,
     is_quantizable,
     keep_type,
+    label_of,
     parse_rule,
 )
 from skyrun.quant.sampled_error import sampled_errors
@@ -71,7 +73,10 @@ def plan_conversion(
         for family in found.families
     )
     _check_paths(files)
-    return Conversion(source, files, (*found.notes, *_notes(out, files, settings)))
+    missing = missing_roles(files, out)
+    about_missing = missing_text(files, source, missing)
+    notes = (*found.notes, *_notes(out, files, settings), *([about_missing] if about_missing else []))
+    return Conversion(source, files, notes, missing)
 
 
 def _check_out(source: Path, out: Path) -> None:
@@ -118,6 +123,10 @@ def _notes(out: Path, files: tuple[PlannedFile, ...], settings: Settings) -> Ite
             yield f"the source of {file.path.name} is itself {', '.join(sorted(lossy))}: errors are counted from there"
         if file.weighted and all(t.type in (*KEPT, "Q8_0") for t in file.tensors):
             yield f"{file.path.name} has only types that importance does not change"
+        weighed = sum(tensor.importance is not None for tensor in file.tensors)
+        if settings.imatrix and 0 < weighed < file.matrices:
+            rest = f"the other {file.matrices - weighed} are encoded as without it"
+            yield f"{settings.imatrix} covers {weighed} of {file.matrices} matrices of {file.path.name}: {rest}"
     mine = {partial_path(file.path) for file in files}
     for path in sorted(out.glob("*.partial")):
         if path not in mine:
@@ -149,7 +158,9 @@ class _Planner:
             with one_thread():
                 errors[tensor.name] = sampled_errors(tensor, types, weights.get(tensor.name))
             on_measured()
-        label = quant if target is None else size_text(target)
+        label = size_text(target) if target is not None else quant
+        if quant and target is None and not any(self._ruled(tensor) for tensor in self.matrices(family)):
+            label = label_of(quant, self.matrices(family), choices)
         if target is not None:
             choices |= self._fit(family, choices, errors, label, target)
         chosen = {name: row[choices[name].type] for name, row in errors.items()}
@@ -209,7 +220,8 @@ class _Planner:
         name = naming_convention(None, family.basename, None, None, _size_label(family), label or None) + suffix
         sources = {file: stamp(file) for file in sorted({tensor.source.file for tensor in family.tensors})}
         facts = (family.role, family.task, layout.header, layout.nbytes)
-        return PlannedFile(self.out / name, *facts, tuple(planned), errors, sources)
+        count = len(self.matrices(family))
+        return PlannedFile(self.out / name, *facts, tuple(planned), errors, sources, count)
 
     def _layout(self, family: Family, label: str, choices: dict[str, Choice]) -> Layout:
         types = [choices[tensor.name].type for tensor in family.tensors]

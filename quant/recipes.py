@@ -1,6 +1,8 @@
 """Which type each tensor gets: the mix that a file's type stands for, and rules on top of it."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gguf.constants import LlamaFileType
@@ -58,6 +60,9 @@ RECIPES = {
     "Q3_K": _pure("Q3_K", _F.MOSTLY_Q3_K_S),
     "Q2_K": Recipe(_F.MOSTLY_Q2_K, "Q2_K", "Q3_K", "Q2_K"),
 }
+
+# What llama.cpp takes for rows that are not whole blocks of 256: a type with blocks of 32 that loses no more.
+_FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
 
 _BLOCK = re.compile(r"(blocks|enc\.blk|v\.blk)\.\d+\.")
 _VALUE = re.compile(r"\.v\.weight$|\.attn_v\.weight$")
@@ -157,6 +162,22 @@ def _kept(tensor: ModelTensor, recipe: Recipe | None) -> str:
     return "BF16" if kept == "F32" and tensor.source.dtype != "F32" else kept
 
 
+def _fallback(type: str, cols: int) -> str:
+    """The type of rows that `type` cannot hold."""
+    smaller = _FALLBACKS.get(type, "F16")
+    return "F16" if cols % block_format(smaller).block_size else smaller
+
+
+def label_of(quant: str, tensors: Iterable[ModelTensor], choices: Mapping[str, "Choice"]) -> str:
+    """The recipe that a file is named after: the one asked for, or the type that most weights fell back to."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[choices[tensor.name].type] += tensor.source.numel
+    recipe = find_recipe(quant)
+    main = weights.most_common(1)[0][0] if weights else recipe.base
+    return quant if main in (recipe.base, recipe.value, recipe.down, recipe.early_value) else main
+
+
 def choose_types(
     tensors: tuple[ModelTensor, ...], role: str, quant: str, rules: tuple[TypeRule, ...] = ()
 ) -> dict[str, Choice]:
@@ -171,11 +192,10 @@ def choose_types(
     for tensor in tensors:
         rule = next((rule for rule in rules if rule.matches(tensor)), None)
         type = rule.type if rule else wanted.get(tensor.name) or _kept(tensor, recipe)
-        format = block_format(type)
         choice = Choice(type)
-        if tensor.shape and tensor.shape[-1] % format.block_size:
-            why = f"rows of {tensor.shape[-1]} are not a multiple of {type}'s {format.block_size}"
-            choice = Choice("F16", why)
+        if tensor.shape and tensor.shape[-1] % block_format(type).block_size:
+            why = f"rows of {tensor.shape[-1]} are not a multiple of {type}'s {block_format(type).block_size}"
+            choice = Choice(_fallback(type, tensor.shape[-1]), why)
             if rule:
                 problems.append(f"{tensor.name}: {why}")
         choices[tensor.name] = choice

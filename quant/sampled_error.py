@@ -41,7 +41,7 @@ def sampled_errors(tensor: ModelTensor, types: Iterable[str], importance: Tensor
     x = sample_rows(tensor.source)
     errors = {}
     for type in types:
-        if type == tensor.source.dtype and tensor.source.scale is None:
+        if tensor.source.is_stored_as(type):
             errors[type] = 0.0
             continue
         try:

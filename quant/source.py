@@ -1,9 +1,10 @@
 """A tensor that lies in a file of any format: where, and how to read rows of it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,12 @@ PLAIN = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
 }
 
 READABLE = tuple(dict.fromkeys((*PLAIN, *FORMATS)))
+
+_BLOCK_SIDES = (128, 64, 32, 16, 256, 512)  # of scales per block, the usual one first
 
 Stamp = tuple[int, int, int]
 
@@ -38,8 +42,9 @@ def stamp(file: Path) -> Stamp:
 class SourceTensor:
     """A tensor, not read yet.
 
-    dtype: F32, F16, BF16, F8_E4M3, F8_E5M2 or a type of GGUF such as Q8_0. offset: of its first byte in the file.
-    scale: what the stored numbers are multiplied by, one number or one per row.
+    dtype: F32, F16, BF16, F8_E4M3, F8_E5M2, I8 or a type of GGUF such as Q8_0. offset: of its first byte in the file.
+    scale: what the stored numbers are multiplied by: one number, one per row, or a grid [rows, cols] of one per block.
+    parts: tensors of the same file whose rows follow each other in this one. transposed: rows are columns in the file.
     """
 
     name: str
@@ -48,6 +53,8 @@ class SourceTensor:
     file: Path
     offset: int
     scale: "SourceTensor | None" = None
+    parts: "tuple[SourceTensor, ...]" = ()
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -79,49 +86,95 @@ class SourceTensor:
         stop = self.rows if stop is None else stop
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of {self.name}, which has {self.rows}")
-        data = torch.empty(stop - start, self.row_bytes, dtype=torch.uint8)
-        with open_unbuffered(self.file) as file:
-            read_into(file, data.view(-1).numpy().data, self.offset + start * self.row_bytes)
+        if self.parts:
+            return torch.cat([part.read(first, last) for part, first, last in self._split(start, stop)])
+        if self.transposed:
+            stored = replace(self, shape=self.shape[::-1], transposed=False).read()
+            return stored.t()[start:stop].contiguous()
+        data = self._bytes(start, stop).view(stop - start, self.row_bytes)
         weights = data.view(PLAIN[self.dtype]).float() if self.dtype in PLAIN else dequantize(data, self.dtype)
         if self.scale is None:
             return weights
-        scale = self.scale.read().view(-1, 1)
-        return weights.mul_(scale if len(scale) == 1 else scale[start:stop])
+        return weights.mul_(self._scales(self.scale, start, stop))
+
+    def is_stored_as(self, type: str) -> bool:
+        """Whether the file has the bytes that its rows have in a type of GGUF."""
+        if self.parts:
+            return all(part.is_stored_as(type) for part in self.parts)
+        return self.dtype == type and self.scale is None and not self.transposed
+
+    def stored_rows(self, start: int, stop: int) -> memoryview:
+        """The bytes of rows in the file, of a tensor that is stored as it will be written."""
+        if self.parts:
+            pieces = [part.stored_rows(first, last) for part, first, last in self._split(start, stop)]
+            return memoryview(b"".join(pieces))
+        return self._bytes(start, stop).numpy().data
+
+    def _bytes(self, start: int, stop: int) -> Tensor:
+        data = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)
+        with open_unbuffered(self.file) as file:
+            read_into(file, data.numpy().data, self.offset + start * self.row_bytes)
+        return data
+
+    def _split(self, start: int, stop: int) -> "Iterator[tuple[SourceTensor, int, int]]":
+        """Which rows of which part make up rows `start` to `stop`."""
+        before = 0
+        for part in self.parts:
+            first, last = max(start - before, 0), min(stop - before, part.rows)
+            if first < last:
+                yield part, first, last
+            before += part.rows
+
+    def _scales(self, scale: "SourceTensor", start: int, stop: int) -> Tensor:
+        """What rows are multiplied by, [stop - start, 1 or cols]."""
+        blocks = scale_blocks(self, scale)
+        assert blocks, f"{scale.name} was checked"
+        grid = scale.read().view(blocks.rows, blocks.cols)[torch.arange(start, stop) // blocks.height]
+        return grid if blocks.cols == 1 else grid.repeat_interleave(blocks.width, 1)[:, : self.cols]
 
     def as_json(self) -> dict[str, Any]:
         """Enough for another process to read it."""
-        scale = self.scale.as_json() if self.scale else None
-        place = {"file": str(self.file), "offset": self.offset, "scale": scale}
+        place = {"file": str(self.file), "offset": self.offset, "transposed": self.transposed}
+        place |= {"scale": self.scale.as_json() if self.scale else None}
+        place |= {"parts": [part.as_json() for part in self.parts]}
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype} | place
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> "SourceTensor":
         scale = cls.from_json(said["scale"]) if said["scale"] else None
-        return cls(said["name"], tuple(said["shape"]), said["dtype"], Path(said["file"]), said["offset"], scale)
+        fields = {"scale": scale, "parts": tuple(map(cls.from_json, said["parts"])), "file": Path(said["file"])}
+        return cls(**said | fields | {"shape": tuple(said["shape"])})
 
 
-_WEIGHT_SCALES = (".scale_weight", ".weight_scale")
-_INPUT_SCALES = (".scale_input", ".input_scale", ".comfy_quant")  # of activations, or notes for one program
+class Blocks(NamedTuple):
+    """A grid of scales, and how many rows and columns of the weight each is for."""
+
+    rows: int
+    cols: int
+    height: int
+    width: int
 
 
-def apply_scales(tensors: dict[str, SourceTensor]) -> tuple[dict[str, SourceTensor], list[str]]:
-    """Give weights the scales that lie beside them (`fp8_scaled`); also what is wrong with scales.
+def scale_blocks(weight: SourceTensor, scale: SourceTensor) -> Blocks | None:
+    """How scales lie over a weight; None if they do not fit it."""
+    sides = [*scale.shape]
+    while len(sides) > 2 and sides[-1] == 1:  # some keep an axis for the numbers of a block
+        sides.pop()
+    if scale.numel == 1:
+        sides = [1, 1]
+    elif len(sides) == 1:
+        sides = [sides[0], 1]
+    if len(scale.shape) == 1 < scale.numel != weight.rows:
+        return None
+    if len(sides) != 2 or sides[0] == 1 < sides[1] == weight.rows:  # a row of scales is a column
+        sides = [scale.numel, 1]
+    height, width = _block_side(weight.rows, sides[0]), _block_side(weight.cols, sides[1])
+    return Blocks(sides[0], sides[1], height, width) if height and width else None
 
-    The tensors that come back are the weights alone.
-    """
-    plain = dict(tensors)
-    problems = []
-    for name, scale in tensors.items():
-        if name.split(".")[-1] == "scaled_fp8" or name.endswith(_INPUT_SCALES):
-            del plain[name]
-        elif name.endswith(_WEIGHT_SCALES):
-            del plain[name]
-            weight = plain.get(f"{name.rsplit('.', 1)[0]}.weight")
-            if weight is None:
-                problems.append(f"{name} in {scale.file.name} belongs to no weight")
-            elif scale.numel not in (1, weight.rows) or scale.dtype not in ("F32", "F16", "BF16"):
-                expected = f"expected one number or {weight.rows}"
-                problems.append(f"{name} in {scale.file.name} is {scale.dtype} {list(scale.shape)}, {expected}")
-            else:
-                plain[weight.name] = replace(weight, scale=scale)
-    return plain, problems
+
+def _block_side(size: int, count: int) -> int:
+    """Rows or columns of a block of which `count` cover `size`, 0 if none do. The last block may be cut."""
+    if count in (1, size):
+        return size // count
+    usual = next((side for side in _BLOCK_SIDES if -(-size // side) == count), 0)
+    return usual or (size // count if count and size % count == 0 else 0)

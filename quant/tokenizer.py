@@ -3,40 +3,41 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.ggml_tokenizer import JSON_KEY, from_gguf, from_json, guarded, has_tokenizer, load_tokenizer
 from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.quant import sentencepiece
 from skyrun.quant.checkpoint import Part, folders
 
 _JSON, _SENTENCEPIECE = "tokenizer.json", "spiece.model"
-_KEY, _ARRAYS = "tokenizer.huggingface.json", "tokenizer.ggml.tokens"
 _TENSOR = "spiece_model"  # ComfyUI keeps the bytes of a spiece.model as a tensor
+_HINT = "download it again"
 _PLACES = (".", "tokenizer", "google/umt5-xxl")
 
 
-def find_tokenizer(source: Path, part: Part) -> str:
-    """The text of a tokenizer.json. SkyrunError if there is none, or one that cannot be used."""
-    where, read = _place(source, part)
-    try:
+def tokenizer_keys(source: Path, part: Part, rows: int) -> dict[str, Any]:
+    """What a text encoder's file says of its tokenizer: its JSON, and the arrays that other programs read.
+
+    rows: of the embedding. SkyrunError if there is no tokenizer, or one that cannot be used.
+    """
+    where, read = _place(source, part, rows)
+    with guarded(where, _HINT):
         text = read()
-        Tokenizer.from_str(text)
-    except SkyrunError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise SkyrunError(f"{where} is not a tokenizer: {error}", "download it again") from error
-    return text
+    load_tokenizer(where, text, rows, _HINT)
+    model = from_json(text)
+    return {JSON_KEY: text} | (model.metadata(rows) if model else {})
 
 
-def _place(source: Path, part: Part) -> tuple[str, Callable[[], str]]:
+def _place(source: Path, part: Part, rows: int) -> tuple[str, Callable[[], str]]:
     """What to call it, and how to read it. A tokenizer.json is the authority; other forms are put into its words."""
     gguf = part.gguf
-    if gguf and isinstance(inside := gguf.metadata.get(_KEY), str):
-        return f"{_KEY} in {part.label}", lambda: inside
-    if gguf and _ARRAYS in gguf.arrays:
-        return f"{_ARRAYS} in {part.label}", lambda: sentencepiece.from_gguf(gguf).tokenizer_json()
+    if gguf and has_tokenizer(gguf):
+        inside = gguf.metadata.get(JSON_KEY)
+        if isinstance(inside, str):
+            return f"the tokenizer in {part.label}", lambda: inside
+        return f"the tokenizer in {part.label}", lambda: from_gguf(gguf, rows).tokenizer_json()
     if beside := _beside(source, part.folder, _JSON):
         return str(beside), partial(beside.read_text, encoding="utf-8")
     if tensor := next((name for name in part.tensors if name.split(".")[-1] == _TENSOR), None):

@@ -1,114 +1,251 @@
-"""Where the tensors of a `.pth` file lie, found without building one object of it.
+"""Where the tensors of a `.pth` file lie, found without torch and without building one object of its choice.
 
-torch's restricted unpickler runs over fake tensors, which have shapes and the places of their storages but no memory.
-Every place is then checked against the zip file's own directory.
+The pickle in the file is read by Python's own unpickler, which here knows a handful of names and stands them in for by
+records of shapes and places. Its opcodes are looked through first, and every place is checked against the zip file's
+directory.
 """
 
 import pickle
+import pickletools
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
+from io import BytesIO
+from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from typing import Any, BinaryIO, NamedTuple
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.quant.source import PLAIN, SourceTensor
+from skyrun.kernels.file_kind import kind_of
+from skyrun.kernels.names import brief
+from skyrun.quant.source import SourceTensor
 
-_NAMES = {dtype: name for name, dtype in PLAIN.items()}
-_WRAPPERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
+# torch's names of storages and dtypes, what they are called here, and bytes per number. int8 keeps torch's name: no
+# program writes the scales that it would need into such files.
+_DTYPES = {
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    **{name: (name, 1) for name in ("int8", "uint8", "bool")},
+    **{name: (name, 2) for name in ("int16", "uint16")},
+    **{name: (name, 4) for name in ("int32", "uint32")},
+    **{name: (name, 8) for name in ("int64", "uint64", "float64")},
+}
+_STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Char": "int8", "Byte": "uint8"}
+_STORAGES |= {
+    "Bool": "bool",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Double": "float64",
+    "Untyped": "uint8",
+}
+# Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
+_WRAPPERS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema")
+_WRAPPERS += ("shadow_params", "state_dict", "model", "module", "model_state", "model_state_dict", "generator")
+_WRAPPERS += ("params", "net", "network", "dit", "weights")
 _MOST_WRAPPERS = 4  # a dictionary may hold itself
+_MOST_AXES, _LARGEST = 16, 1 << 48
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
-_MOST_OBJECTS = 64 << 20  # bytes of the pickle: names and shapes, no weights
+_MOST_OBJECTS = 8 << 20  # bytes of the pickle: names and shapes, no weights
+
+
+# Tuples: the pickle may ask to change what it made, and these cannot be changed.
+class _Storage(NamedTuple):
+    """Where the numbers of tensors lie. dtype: torch's name."""
+
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+class _Stored(NamedTuple):
+    """A tensor of the pickle. layout: torch's name for one that is no plain run of numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage: _Storage | None
+    skipped: int = 0
+    layout: str = ""
+
+
+class _Refused(Exception):
+    """A name that the pickle wants and that is not one of a state dict."""
 
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
     """The tensors of a state dict. SkyrunError if it is damaged, of torch before 1.6, or holds more than tensors."""
-    entries = _entries(path)
+    objects, storages = _open(path)
     try:
-        with FakeTensorMode():
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:
+        _check_opcodes(objects)
+        loaded = _Unpickler(objects, storages).load()
+    except _Refused as error:
         raise SkyrunError(
-            f"{path} holds more than tensors, and skyrun runs no code from files",
+            f"{path} holds more than tensors, and skyrun runs no code from files: it wants {error}",
             "get the model as .safetensors, or save only its state_dict()",
         ) from error
     except Exception as error:  # the unpickler meets whatever a damaged file makes of its stack
         raise SkyrunError(f"{path} is damaged: {error}", "download it again") from error
-    return _located(path, _state_dict(path, loaded), entries)
+    return _located(path, _state_dict(path, loaded))
 
 
-def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
+def _check_opcodes(objects: bytes) -> None:
+    """ValueError for a place in the unpickler's memory far beyond what was put there: it would be allocated."""
+    count = 0
+    for opcode, argument, _ in pickletools.genops(objects):
+        count += 1
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > count):
+            raise ValueError(f"object number {argument} after {count} opcodes")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors, their dtypes and dictionaries. Nothing it makes is larger than what the pickle spells out."""
+
+    def __init__(self, objects: bytes, storages: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(BytesIO(objects), encoding="utf-8")
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) in _REBUILDERS:
+            return _REBUILDERS[module, name]
+        if module in ("torch", "torch.storage") and (storage := _STORAGES.get(name.removesuffix("Storage"))):
+            return storage
+        if module == "torch" and name in _DTYPES:
+            return name
+        raise _Refused(f"{module}.{name}"[:80])
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, dtype, key, _, _ = pid
+        offset, nbytes = self._storages[key]
+        return _Storage(dtype, offset, nbytes)
+
+
+def _tensor(storage: _Storage, skipped: int, shape: Any, strides: Any, *more: Any) -> _Stored:
+    """Stands for torch's _rebuild_tensor_v2 and _v3, of which the latter says a dtype last."""
+    dtype = more[2] if len(more) > 2 and isinstance(more[2], str) else storage.dtype
+    sides, steps = tuple(map(int, shape)), tuple(map(int, strides))
+    known = isinstance(storage, _Storage) and dtype in _DTYPES and len(sides) == len(steps) <= _MOST_AXES
+    if not known or not all(0 <= number < _LARGEST for number in (*sides, *steps, skipped)):
+        raise ValueError("a tensor of an unknown type, shape or place")
+    return _Stored(dtype, sides, steps, storage, int(skipped))
+
+
+def _sparse(layout: str, *_: Any) -> _Stored:
+    return _Stored("float32", (), (), None, layout=str(layout)[:40])
+
+
+_REBUILDERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_sparse_tensor"): _sparse,
+    ("torch.serialization", "_get_layout"): lambda name: str(name),
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *_: None,
+}
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[str, _Stored]:
     """The tensors by name, out of the dictionaries that trainers wrap around them."""
     for _ in range(_MOST_WRAPPERS):
         if not isinstance(loaded, Mapping):
             break
-        tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-        if tensors:
-            return {str(name): value for name, value in tensors.items()}
-        loaded = next((loaded[key] for key in _WRAPPERS if key in loaded), None)
+        inside = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
+        if inside is None:
+            tensors = {str(name): value for name, value in loaded.items() if isinstance(value, _Stored)}
+            if tensors:
+                return tensors
+            break
+        loaded = inside
     raise SkyrunError(f"{path} holds no tensors by name", "expected a state_dict saved by torch.save")
 
 
-def _located(path: Path, tensors: dict[str, Tensor], entries: dict[int, int]) -> dict[str, SourceTensor]:
+def _located(path: Path, tensors: dict[str, _Stored]) -> dict[str, SourceTensor]:
     found, problems = {}, []
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided:
+        dtype, width = _DTYPES[tensor.dtype]
+        if tensor.storage is None:
             problems.append(f"{name} in {path.name} is {tensor.layout}, expected plain numbers")
             continue
-        storage = tensor.untyped_storage()
-        start = getattr(storage, "_checkpoint_offset", None)
-        skipped, nbytes = int(tensor.storage_offset()) * tensor.itemsize, tensor.numel() * tensor.itemsize
-        if not isinstance(start, int) or start not in entries:
-            problems.append(f"{name} in {path.name} has no place in the file")
-        elif not tensor.is_contiguous():
-            problems.append(f"{name} in {path.name} is stored with strides {list(tensor.stride())}, not row after row")
-        elif skipped + nbytes > entries[start]:
-            problems.append(f"{name} in {path.name} takes {skipped + nbytes} bytes, its storage has {entries[start]}")
+        needed = width * (tensor.skipped + prod(tensor.shape))
+        if not _contiguous(tensor):
+            problems.append(f"{name} in {path.name} is stored with strides {list(tensor.strides)}, not row after row")
+        elif needed > tensor.storage.nbytes:
+            problems.append(f"{name} in {path.name} takes {needed} bytes, its storage has {tensor.storage.nbytes}")
         else:
-            dtype = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-            found[name] = SourceTensor(name, tuple(tensor.shape), dtype, path, start + skipped)
+            offset = tensor.storage.offset + width * tensor.skipped
+            found[name] = SourceTensor(name, tensor.shape, dtype, path, offset)
     if problems:
-        hint = "download it again, or save it anew with contiguous tensors"
-        raise SkyrunError.listing(f"cannot use {path}", problems, hint)
+        hint = "save it again with contiguous tensors, or download the published one"
+        raise SkyrunError.listing(f"cannot use {path}", brief(problems, "cannot be read"), hint)
     return found
 
 
-def _entries(path: Path) -> dict[int, int]:
-    """Where the data of each storage begins, and its bytes. SkyrunError for anything but torch's kind of zip file."""
-    again = f"{path} is damaged", "download it again"
+def _contiguous(tensor: _Stored) -> bool:
+    """Whether numbers follow each other in the order of the axes, as they do of an empty tensor."""
+    step = 1
+    for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if side != 1 and stride != step:
+            return not prod(tensor.shape)
+        step *= side
+    return True
+
+
+def _open(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The pickle, and where the data of each storage begins with its bytes.
+
+    SkyrunError for anything but torch's kind of zip file.
+    """
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
-                raise SkyrunError(
-                    f"{path} is no zip file: it was not saved by torch 1.6 or newer, or is something else",
-                    "get the model as .safetensors, or save it again with a newer torch",
-                )
+                kind = kind_of(path)
+                what = kind.what if kind else "it was not saved by torch 1.6 or newer, or is something else"
+                hint = kind.hint if kind else "get the model as .safetensors, or save it again with a newer torch"
+                raise SkyrunError(f"{path} is no zip file: {what}", hint)
             with zipfile.ZipFile(file) as archive:
-                infos = archive.infolist()
-            packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                raise SkyrunError(
-                    f"{path} is compressed ({packed[0]}), which torch never does", "get it from its publisher"
-                )
-            places = {}
-            for info in infos:
-                if info.filename.endswith("data.pkl") and info.file_size > _MOST_OBJECTS:
-                    raise SkyrunError(f"{path} has {info.file_size} bytes of objects", "expected weights and names")
-                file.seek(info.header_offset)
-                signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-                start = info.header_offset + _LOCAL_HEADER.size + name + extra
-                if signature != b"PK\x03\x04" or start + info.file_size > archive.start_dir:
-                    raise SkyrunError(*again)
-                places[start] = info.file_size
-                file.seek(start)
-                if info.filename.endswith("/byteorder") and file.read(6) != b"little":
-                    raise SkyrunError(f"{path} was saved by a big-endian machine", "get the model as .safetensors")
-            return places
+                places = _places(path, file, archive)
+                pickles = [name for name in places if name.endswith("data.pkl")]
+                if len(pickles) != 1:
+                    raise SkyrunError(f"{path} is no file of torch.save", "expected weights saved by torch.save")
+                (name,) = pickles
+                start, nbytes = places[name]
+                if nbytes > _MOST_OBJECTS:
+                    raise SkyrunError(f"{path} has {nbytes} bytes of objects", "expected weights and names")
+            root = name.removesuffix("data.pkl")
+            if (order := places.get(f"{root}byteorder")) and _read(file, order) != b"little":
+                raise SkyrunError(f"{path} was saved by a big-endian machine", "get the model as .safetensors")
+            data = f"{root}data/"
+            storages = {key.removeprefix(data): place for key, place in places.items() if key.startswith(data)}
+            return _read(file, (start, nbytes)), storages
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
-        raise SkyrunError(f"{again[0]}: {error}", again[1]) from error
+        raise SkyrunError(f"{path} is damaged: {error}", "download it again") from error
     except OSError as error:
         raise SkyrunError(f"cannot read {path}: {error}", "check the path and its permissions") from error
+
+
+def _read(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _places(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
+    """Where the contents of each file of an archive begin, and their bytes."""
+    infos = archive.infolist()
+    if packed := [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]:
+        raise SkyrunError(f"{path} is compressed ({packed[0]}), which torch never does", "get it from its publisher")
+    places = {}
+    for info in infos:
+        file.seek(info.header_offset)
+        signature, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        start = info.header_offset + _LOCAL_HEADER.size + name + extra
+        if signature != b"PK\x03\x04" or start + info.file_size > archive.start_dir:
+            raise ValueError(f"{info.filename[:80]} does not lie in it")
+        places[info.filename] = start, info.file_size
+    return places

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import FAILED, SkyrunError
-from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.quant.encode import quantize
 from skyrun.quant.source import SourceTensor
 from skyrun.quant.threads import one_thread
@@ -80,9 +79,9 @@ def encode_piece(piece: Piece) -> None:
     try:
         weights = source.read(piece.start, piece.stop).to(piece.device)
         importance = None if piece.importance is None else piece.importance.to(piece.device)
-        if source.dtype == piece.type and source.scale is None:
+        if source.is_stored_as(piece.type):  # encoding it again could only lose
             _check_finite(weights)
-            encoded = _stored_rows(source, piece)
+            encoded = source.stored_rows(piece.start, piece.stop)
         else:
             encoded = quantize(weights, piece.type, importance).cpu().numpy().data.cast("B")
     except SkyrunError as error:
@@ -103,15 +102,6 @@ def _check_finite(weights: Tensor) -> None:
     if not torch.isfinite(weights).all():
         count = int((~torch.isfinite(weights)).sum())
         raise SkyrunError(f"{count} weights are NaN or infinite", "download or make the source again")
-
-
-def _stored_rows(source: SourceTensor, piece: Piece) -> memoryview:
-    """The rows' own bytes: encoding again what is in that type already could only lose."""
-    row_bytes = block_format(source.dtype).row_bytes(source.cols)
-    data = memoryview(bytearray((piece.stop - piece.start) * row_bytes))
-    with open_unbuffered(source.file) as file:
-        read_into(file, data, source.offset + piece.start * row_bytes)
-    return data
 
 
 class _Process:

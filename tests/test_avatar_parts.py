@@ -18,7 +18,7 @@ from skyrun.models import wav2vec2
 from skyrun.models.clip import CLIPVision
 from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.samplers import Euler
-from skyrun.tasks.sizes import bucket
+from skyrun.tasks.sizes import PORTRAIT_BUCKETS, nearest_bucket
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")
@@ -149,4 +149,5 @@ def test_sizes_of_portraits(request):
     rows = json.loads((request.path.parent / "data/goldens/size_buckets/table.json").read_text())["rows"]
     for row in rows:
         for resolution in ("480P", "720P"):
-            assert list(bucket(resolution, row["height"], row["width"], True)) == row[f"a2v_{resolution}"]
+            found = nearest_bucket(PORTRAIT_BUCKETS, resolution, row["height"], row["width"])
+            assert list(found) == row[f"a2v_{resolution}"]

@@ -11,14 +11,6 @@ from small_run import fail, small_request
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
 from skyrun.media.video_writer import read_request
-from skyrun.models.umt5 import UMT5
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Models that are known to be whole are not looked through again."""
-    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, MODEL_MISSING, WILL_NOT_FIT, SkyrunError
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.models.folder import find_model
+from skyrun.models.folder import open_folder
 from skyrun.quant import quantize
 from skyrun.quant.importance import read_importance
 from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
@@ -26,15 +26,6 @@ from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]
 LAYERS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
 LINES = ["a sea", "two dogs run on a beach at noon", "a red city", "snow"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """What checks the shapes of text encoder and autoencoder takes longer than a clip of this size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skyrun.planning.job.check_vae", lambda path: None)
-        patch.setattr("skyrun.models.umt5.UMT5.check", lambda encoder: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +219,8 @@ def test_clips_have_one_to_four_pictures(converted, tmp_path):
 def test_in_the_models_folder_it_is_not_taken_for_a_model(whole, converted, tmp_path):
     shutil.copytree(converted("BF16"), tmp_path / "model")
     shutil.copy(whole, tmp_path / "model" / "importance.gguf")
-    assert find_model(tmp_path / "model", None).transformer.path.name.startswith("SkyReels")
+    (transformer,) = open_folder(tmp_path / "model").transformers
+    assert transformer.path.name.startswith("SkyReels")
 
 
 @pytest.mark.gpu

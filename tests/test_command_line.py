@@ -1,7 +1,6 @@
 """The command line: what a user types wrong, what machines read, and how fast it answers."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -155,18 +154,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(places, tmp_path, what):
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "latents").exists()
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]
-
-
-def test_what_a_killed_run_left_is_removed(places, tmp_path):
-    finished = subprocess.Popen([sys.executable, "-c", ""])
-    finished.wait()
-    abandoned = tmp_path / f".out.mp4.{finished.pid}.partial"
-    of_others = tmp_path / f".out.mp4.{os.getppid()}.partial"
-    abandoned.touch()
-    of_others.touch()
-    assert main([*filled(GOOD, places), *SMALL, "--steps", "1", "-o", places["out"]]) == 0
-    assert not abandoned.exists()
-    assert of_others.exists()
 
 
 def test_files_have_the_users_permissions(places, tmp_path, converted):

@@ -19,6 +19,7 @@ from skyrun.media.image import open_image
 from skyrun.media.video_writer import read_request
 from skyrun.pipelines.reference import draw_noise
 from skyrun.planning.job import prepare
+from skyrun.planning.problems import parse_request
 from skyrun.quant import convert
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
@@ -114,7 +115,7 @@ def test_bfloat16_activations_stay_near(goldens, converted):
 def test_a_clip_can_be_made_again_from_what_it_says(goldens, converted, tmp_path):
     golden = goldens("e2e/r2v_1img/golden")
     first = run(request_of(golden, converted("Q8_0"), output=tmp_path / "a.mp4", seed=None))
-    again = Request.from_json(read_request(tmp_path / "a.mp4"))
+    again = parse_request(read_request(tmp_path / "a.mp4"))
     assert again == first.request
     assert torch.equal(run(again).latents, first.latents)
 
@@ -157,18 +158,16 @@ def test_a_sixteen_bit_picture_is_the_picture(goldens, converted, tmp_path):
 )
 def test_mistakes_from_python(goldens, changes, message):
     with pytest.raises(SkyrunError, match=message):
-        request_of(goldens("e2e/r2v_1img/golden"), None, **changes)
+        prepare(request_of(goldens("e2e/r2v_1img/golden"), None, **changes))
 
 
 def test_a_request_survives_json(goldens):
     request = request_of(goldens("e2e/r2v_2img/golden"), "models", quant="q8_0", resolution="720p")
     assert request.quant == "Q8_0"
-    assert Request.from_json(json.loads(json.dumps(request.as_json()))) == dataclasses.replace(
-        request, resolution="480P"
-    )
+    assert parse_request(json.loads(json.dumps(request.as_json()))) == dataclasses.replace(request, resolution="480P")
     for damaged in ({}, {"task": "r2v"}, request.as_json() | {"fps": 3}, [1]):
         with pytest.raises(SkyrunError, match="are not a request"):
-            Request.from_json(damaged)
+            parse_request(damaged)
 
 
 def test_a_size_may_be_text_and_a_picture_alone(goldens):

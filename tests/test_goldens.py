@@ -19,7 +19,7 @@ from skyrun.models.umt5 import UMT5, clean_prompt
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.samplers import UniPC
 from skyrun.streaming.stream import BlockStream
-from skyrun.tasks.sizes import bucket
+from skyrun.tasks.sizes import BUCKETS, nearest_bucket
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")
@@ -176,7 +176,7 @@ def test_size_buckets(goldens, request):
     assert len(rows) > 10
     for row in rows:
         for resolution in ("480P", "540P", "720P"):
-            assert list(bucket(resolution, row["height"], row["width"])) == row[resolution]
+            assert list(nearest_bucket(BUCKETS, resolution, row["height"], row["width"])) == row[resolution]
 
 
 def test_letterbox(goldens, tmp_path):

@@ -1,14 +1,15 @@
 """What is found out about the machine, and kept."""
 
 import json
+from pathlib import Path
 
 import pytest
+from plans import clip_of, plan_clip
 
 from skyrun.cli import main
 from skyrun.engine.eta import Forecast
 from skyrun.events import Progress, StageStarted
 from skyrun.planning.hardware import Tuned, disk_number, load_tuned, save_tuned, this_machine
-from skyrun.planning.what_if import Clip, plan_clip
 from skyrun.presets import host, probe
 from skyrun.presets.cards import CARDS, Rates
 from skyrun.presets.hardware import unknown_card
@@ -38,6 +39,16 @@ def test_a_disk_is_measured_where_a_file_is_large_enough(tmp_path):
     assert probe("cpu", small).origin("disk_rate") == "assumed"
     assert probe("cpu", large).origin("disk_rate") == "measured"
     assert probe("cpu", large, measure=False).origin("disk_rate") == "assumed"
+
+
+def test_a_folder_that_is_not_there_yet_has_the_space_of_its_nearest_parent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    for folder in (tmp_path / "a" / "b" / "c", Path("a/b"), tmp_path / "gone"):
+        assert host.nearest_existing(folder).resolve() == tmp_path.resolve()
+        assert host.free_space(folder) > 0
+        assert probe("cpu", folder / "model.gguf", measure=False).origin("disk_free") == "reported"
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +127,7 @@ def test_presets_are_plans_for_stated_machines():
     for name in PRESETS:
         for size in ("480P", "720P"):
             if (name, size) != ("6gb", "720P"):
-                assert not plan_clip(Clip("r2v", size), preset(name)).plan.problem
+                assert not plan_clip(clip_of("r2v", size), preset(name)).plan.problem
     assert preset("cpu").device == "cpu" and "max_vram" not in preset_limits("cpu")
     assert preset_limits("12gb")["max_vram"] < 12
 
@@ -134,7 +145,7 @@ def test_a_card_in_no_table_is_as_quick_as_its_kind():
 
 
 def test_the_first_step_corrects_the_forecast_once():
-    plan = plan_clip(Clip("r2v"), preset("12gb")).plan
+    plan = plan_clip(clip_of("r2v"), preset("12gb")).plan
     forecast = Forecast(plan)
     assert forecast.after(StageStarted("denoise", 8, "steps")) is None
     notice = forecast.after(Progress("denoise", 1))
@@ -161,7 +172,7 @@ def test_plan_does_not_import_torch(tmp_path):
         (["--gpu", "RTX 3066"], 2, "such as RTX 3060"),
         (["--vram", "4"], 2, "--vram says nothing without --gpu"),
         (["--ram", "-1"], 2, "expected a number above 0"),
-        (["--seconds", "900"], 2, "r2v makes 0 to 169"),
+        (["--seconds", "900"], 2, "expected more than 0 and at most 169"),
         (["--resolution", "999P"], 2, "no resolution"),
         (["--quant", "Q9"], 2, "unknown type"),
         (["--preset", "12gb", "--plot", "plan.jpg"], 2, "does not end in .png"),
@@ -181,11 +192,10 @@ def test_files_are_planned_for_as_a_run_plans_them(converted, tmp_path, capsys):
     from small_run import small_request
 
     from skyrun.planning.job import prepare
-    from skyrun.planning.what_if import clip_workload
-    from skyrun.planning.workload import with_model
+    from skyrun.planning.what_if import request_workload
 
     for quant in ("Q4_K", "F32"):
-        work = with_model(clip_workload(Clip("r2v")), converted(quant), None)
+        work = request_workload(clip_of("r2v", model=converted(quant)))
         job = prepare(small_request(tmp_path, converted(quant), output=None))
         same = ("layers", "dim", "ffn_dim", "weight_type", "block_bytes", "outer_bytes", "text_layers", "vae_base_dim")
         assert {name: getattr(work, name) for name in same} == {name: getattr(job.workload, name) for name in same}

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrun.presets import Hardware, Workload, choose, probe
+from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import PROCESS_BYTES, vae_memory_bytes
 from skyrun.presets.plan import GIB
+from skyrun.presets.timing import block_weights, step_operations
 
 REAL = Workload(
     task="r2v",
@@ -62,6 +64,22 @@ def test_more_memory_never_makes_a_worse_plan(less, more, limit, frames):
         if not plan.problem:
             assert plan.peak_bytes <= plan.limit_bytes
             assert plan.peak_bytes <= limit * GIB
+
+
+def test_what_a_workload_has_beside_the_usual_is_counted():
+    more = dataclasses.replace(REAL, token_matrices=2, context_matrices=1)
+    square = REAL.dim**2
+    assert block_weights(more) - block_weights(REAL) == 3 * square
+    assert step_operations(more)[0] - step_operations(REAL)[0] == 40 * 2 * REAL.tokens * 2 * square
+
+
+def test_smaller_clips_that_are_suggested_are_those_of_the_workload():
+    def is_short(work):
+        return work.frames < 100 or work.height < 720
+
+    assert (largest_size(REAL, is_short), most_frames(REAL, is_short)) == ("540P", 97)
+    other = dataclasses.replace(REAL, areas=(("480P", 480 * 848),), windowed=True)
+    assert (largest_size(other, is_short), most_frames(other, is_short)) == ("480P", 0)
 
 
 @given(st.floats(0.1, 100), st.floats(0.1, 100))

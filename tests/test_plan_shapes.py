@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 
 import pytest
+from plans import clip_of
 from small_run import small_request
 
 from skyrun.engine.run import run_job
 from skyrun.events import drain
 from skyrun.planning.job import prepare
-from skyrun.planning.what_if import Clip, clip_workload
+from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
@@ -36,10 +37,10 @@ def shapes():
     sizes = sorted({3, 4, 5, *(card.vram for card in CARDS)})
     machines = [stated(card, ram, 0.5, vram) for card in kinds for ram in (8, 64) for vram in sizes]
     machines += [stated_cpu(ram, disk) for ram in (8, 16, 32, 128) for disk in (0.1, 5)]
-    clips = [Clip(task, size) for task in ("r2v", "v2v") for size in ("480P", "720P")] + [Clip("r2v", "720P", 12)]
+    clips = [clip_of(task, size) for task in ("r2v", "v2v") for size in ("480P", "720P")] + [clip_of("r2v", "720P", 12)]
     steps, vaes = set(), set()
     for clip in clips:
-        work = clip_workload(clip)
+        work = request_workload(clip)
         for hardware, prefer in itertools.product(machines, PREFERENCES):
             plan = choose(hardware, work, prefer=prefer)
             if not plan.problem:

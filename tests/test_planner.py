@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import clip_of, plan_clip
 
-from skyrun.planning.what_if import Clip, clip_workload, plan_clip
+from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
@@ -23,14 +25,14 @@ def possible(clip):
 
 
 clips = st.builds(
-    Clip,
+    clip_of,
     st.sampled_from(["r2v", "v2v", "shot", "a2v"]),
     st.sampled_from(["480P", "540P", "720P"]),
     st.sampled_from([2, 3, 5, 20]),
     st.sampled_from([None, None, "Q8_0", "Q4_K", "BF16"]),
 ).filter(possible)
 cards, ram, disks = st.sampled_from(CARDS), st.sampled_from([8, 12, 16, 24, 32, 64, 128]), st.floats(0.1, 12)
-preferences = st.sampled_from(PREFERENCES)
+preferences, vrams = st.sampled_from(PREFERENCES), st.sampled_from([3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 80])
 
 
 def assert_fits(plan, hardware, max_vram=None, max_ram=None):
@@ -69,7 +71,7 @@ def assert_no_worse(more, less, prefer):
 
 
 def size(type):
-    return clip_workload(Clip("r2v", quant=type)).block_bytes
+    return request_workload(clip_of("r2v", quant=type)).block_bytes
 
 
 @given(cards, ram, disks, clips, preferences)
@@ -149,9 +151,65 @@ def test_preferences_do_what_they_say(card, disk, clip):
     assert memory.stages[2].device_bytes <= min(quality.stages[2].device_bytes, speed.stages[2].device_bytes)
 
 
+@given(cards, vrams, vrams, ram, disks, clips, preferences)
+@settings(max_examples=200, deadline=None)
+def test_more_vram_takes_no_longer_or_says_what_for(card, one, other, ram, disk, clip, prefer):
+    assert_no_longer(*(stated(card, ram, disk, vram) for vram in sorted((one, other))), clip, prefer)
+
+
+@given(cards, st.floats(4, 130), st.floats(4, 130), disks, clips, preferences)
+@settings(max_examples=100, deadline=None)
+def test_more_ram_takes_no_longer_or_says_what_for(card, one, other, disk, clip, prefer):
+    assert_no_longer(*(stated(card, ram, disk) for ram in sorted((one, other))), clip, prefer)
+
+
+def assert_no_longer(less, more, clip, prefer):
+    """At most 3 % longer with more memory, or the plan says how to have it sooner, and it is as it says."""
+    before, after = (plan_clip(clip, hardware, prefer).plan for hardware in (less, more))
+    if before.problem:
+        return
+    longer = after.seconds > 1.03 * before.seconds or after.step_seconds > 1.03 * before.step_seconds
+    option = re.search(r"--(prefer|quant) (\w+) takes (\d+)% less time", " ".join(after.notes))
+    assert option or not longer
+    assert prefer != "speed" or not longer or before.weight_type in POOR_TYPES
+    if option:
+        kind, value, percent = option.groups()
+        asked = dataclasses.replace(clip, quant=value) if kind == "quant" else clip
+        sooner = plan_clip(asked, more, value if kind == "prefer" else prefer).plan
+        assert not sooner.problem and f"{1 - sooner.seconds / after.seconds:.0%}" == f"{percent}%"
+
+
+@pytest.mark.parametrize(
+    ("name", "clip", "prefer", "note"),
+    [
+        ("RTX 3060", clip_of("r2v"), "quality", r"time for quality: --prefer speed takes \d\d% less .* Q6_K .* int8"),
+        ("RTX 3060", clip_of("r2v", quant="Q8_0"), "quality", r"the autoencoder in bfloat16"),
+        ("RTX 3060", clip_of("r2v"), "memory", r"time for memory: --prefer speed .* GiB of memory"),
+        ("RTX 4090", clip_of("r2v", "480P", 0.05), "speed", r"time for quality: --quant Q3_K .* visible errors"),
+    ],
+)
+def test_a_plan_says_what_it_takes_more_time_for(name, clip, prefer, note):
+    (said,) = plan_clip(clip, stated(find_card(name), 16, 0.5), prefer).plan.notes
+    assert re.search(note, said)
+
+
+def test_the_quickest_plan_says_nothing():
+    assert plan_clip(clip_of("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes == ()
+
+
+def test_days_on_a_cpu_are_said_and_what_to_do():
+    plan = plan_clip(clip_of("r2v", "720P"), stated_cpu(32, 0.5)).plan
+    note = plan.notes[-1]
+    hours = int(re.search(r"about (\d+) hours for this clip", note)[1])
+    assert hours == round(plan.seconds / 3600) > 100
+    assert "an RTX 3060 would take about 2 hours" in note and "256x448 with 25 frames would take" in note
+    talking = plan_clip(clip_of("a2v"), stated_cpu(32, 0.5)).plan.notes[-1]
+    assert "with 125 frames" in talking  # its length is that of the speech
+
+
 def test_the_quantization_follows_the_disk_and_not_the_card():
     """Five seconds of 720P hide any disk; one frame hides none, but memory that holds the file does."""
-    long, short = Clip("r2v", "720P"), Clip("r2v", "480P", 0.05)
+    long, short = clip_of("r2v", "720P"), clip_of("r2v", "480P", 0.05)
     for name in ("RTX 3060 Laptop", "RTX 4070"):
         hardware = stated(find_card(name), 16, 0.5)
         assert plan_clip(long, hardware).plan.weight_type == "Q8_0"
@@ -162,14 +220,14 @@ def test_the_quantization_follows_the_disk_and_not_the_card():
 @pytest.mark.parametrize(("vram", "remedy"), [(4, "540P or"), (3.5, "480P or"), (3, "256x448 would")])
 def test_what_does_not_fit_says_what_would(vram, remedy):
     hardware = stated(find_card("RTX 3060"), 16, 0.5, vram)
-    plan = plan_clip(Clip("r2v", "720P"), hardware).plan
+    plan = plan_clip(clip_of("r2v", "720P"), hardware).plan
     assert plan.problem and remedy in plan.remedy and "would fit" in plan.remedy
     if "480P" in plan.remedy:
-        assert not plan_clip(Clip("r2v", "480P"), hardware).plan.problem
+        assert not plan_clip(clip_of("r2v", "480P"), hardware).plan.problem
     if " frames" not in plan.remedy:
         return
     frames = int(plan.remedy.split(" frames")[0].split()[-1])
-    work = clip_workload(Clip("r2v", "720P"))
+    work = request_workload(clip_of("r2v", "720P"))
     for count, problem in ((frames, False), (frames + 4, True)):
         shorter = dataclasses.replace(work, frames=count, latent_frames=5 + (count - 1) // 4)
         assert bool(choose(hardware, shorter).problem) is problem

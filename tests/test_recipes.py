@@ -125,7 +125,7 @@ def test_what_is_no_rule_is_refused(rule, message):
 def test_a_rule_that_cannot_be_kept_is_an_error_and_a_recipe_falls_back():
     odd = (tensor("blocks.0.ffn.0.weight", 64, 96), tensor("blocks.0.ffn.2.weight", 64, 256))
     choices = choose_types(odd, "transformer", "Q4_K_M")
-    assert choices["blocks.0.ffn.0.weight"].type == "F16"
+    assert choices["blocks.0.ffn.0.weight"].type == "Q5_0"  # as llama.cpp does
     assert choices["blocks.0.ffn.0.weight"].fallback == "rows of 96 are not a multiple of Q4_K's 256"
     assert choices["blocks.0.ffn.2.weight"].type == "Q6_K"
     with pytest.raises(SkyrunError, match="ffn.0.weight: rows of 96"):

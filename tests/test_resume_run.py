@@ -28,7 +28,6 @@ from skyrun.engine.run import run_job
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import drain
 from skyrun.media.video_writer import VideoWriter
-from skyrun.models.umt5 import UMT5
 from skyrun.planning.job import prepare
 from skyrun.presets import probe
 
@@ -42,10 +41,8 @@ def undisturbed(converted, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,6 @@ def held():
 @pytest.mark.skipif(not hasattr(psutil.Process, "num_fds"), reason="counts file descriptors")
 @pytest.mark.parametrize("fails", [False, True])
 def test_runs_leave_nothing_behind(converted, tmp_path, monkeypatch, fails):
-    monkeypatch.setattr(
-        "skyrun.planning.job.check_vae", lambda path: None
-    )  # takes longer than the rest, and allocates nothing
     request = small_request(tmp_path, converted("Q8_0"), steps=2)
     run(request)  # what is loaded once
     if fails:

@@ -9,7 +9,7 @@ import pytest
 from skyrun.errors import SkyrunError
 from skyrun.media.loudness import loudness
 from skyrun.media.speech import read_speech
-from skyrun.tasks.windows import RATE
+from skyrun.tasks.windows import SPEECH_RATE
 
 
 def tone(rate, seconds=1.5, channels=1, amplitude=0.2):
@@ -48,9 +48,9 @@ KINDS = [
 def test_any_recording(tmp_path, name, codec, format, rate, channels):
     path = recording(tmp_path / name, tone(rate, channels=channels), rate, codec, format)
     speech = read_speech(path)
-    assert len(speech) == pytest.approx(1.5 * RATE, abs=2500)  # codecs pad
-    assert loudness(speech, RATE) == pytest.approx(-23, abs=1e-6)
-    expected = tone(RATE)[0]
+    assert len(speech) == pytest.approx(1.5 * SPEECH_RATE, abs=2500)  # codecs pad
+    assert loudness(speech, SPEECH_RATE) == pytest.approx(-23, abs=1e-6)
+    expected = tone(SPEECH_RATE)[0]
     got = speech[4000:16000]
     best = max(abs(np.corrcoef(got, expected[4000 + shift : 16000 + shift])[0, 1]) for shift in range(-1400, 1400))
     assert best > 0.99

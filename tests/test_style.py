@@ -15,19 +15,9 @@ ALLOWED = {
     "kernels": {"kernels"},
     "presets": {"presets"},
     "quant": {"quant", "kernels"},
-    "skyrun": {"skyrun", "quant", "kernels", "presets"},
+    "skyrun": {"skyrun", "quant", "kernels", "presets"},  # its rooms have rules of their own
 }
-# Only commands that convert, or that make something to convert, may reach for the quantizer.
-QUANT_USERS = {
-    "arriving.py",
-    "calibration.py",
-    "choosing.py",
-    "commands.py",
-    "demo.py",
-    "demo_checkpoint.py",
-    "report.py",
-}
-CUDA_USERS = {"device.py", "hardware.py"}
+CUDA_USERS = {"skyrun/streaming/device.py", "skyrun/streaming/ring.py", "presets/hardware.py", "kernels/device.py"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60
 
@@ -54,14 +44,13 @@ def test_a_source_file(path):
     package, text = path.relative_to(ROOT).parts[0], path.read_text()
     for imported in imports(path):
         assert imported in ALLOWED[package], f"{package} must not import {imported}"
-        assert imported != "quant" or package == "quant" or path.name in QUANT_USERS
     assert len(text.splitlines()) <= MAX_FILE
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < MAX_FUNCTION, node.name
             public = not node.name.startswith("_") and node.col_offset == 0
             assert not public or ast.get_docstring(node), f"{node.name} has no docstring"
-    assert "torch.cuda" not in text or path.name in CUDA_USERS
+    assert "torch.cuda" not in text or str(path.relative_to(ROOT)) in CUDA_USERS
 
 
 def test_every_package_is_in_the_wheel():
@@ -72,26 +61,17 @@ def test_every_package_is_in_the_wheel():
 
 
 def tool(*command):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ruff():
-    tool("ruff", "check", ".")
-    tool("ruff", "format", "--check", ".")
+    tool("-m", "ruff", "check", ".")
+    tool("-m", "ruff", "format", "--check", ".")
 
 
-def test_mypy(tmp_path):
-    """Type checkers do not follow the mapped folders, so they get a tree as it is installed."""
-    package = tmp_path / "skyrun"
-    package.mkdir()
-    for path in (ROOT / "skyrun").iterdir():
-        (package / path.name).symlink_to(path)
-    for name in PACKAGES[1:]:
-        (package / name).symlink_to(ROOT / name)
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "skyrun"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_mypy():
+    tool("scripts/mypy")
 
 
 def test_readme_commands_are_those_of_ci():

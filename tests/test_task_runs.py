@@ -24,8 +24,6 @@ from skyrun.engine.run import run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import LatentsReady, Progress, Replanned, StageEnded, WindowDone, drain
 from skyrun.media.video_writer import read_request
-from skyrun.models.clip import CLIPVision
-from skyrun.models.umt5 import UMT5
 from skyrun.planning.job import prepare
 
 LONG = ["v2v", "a2v"]  # of several windows
@@ -33,11 +31,8 @@ LONG = ["v2v", "a2v"]  # of several windows
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A state after every step; models that are known to be whole are not looked through again."""
+    """A state after every step."""
     monkeypatch.setattr(keeper, "_SHARE", float("inf"))
-    monkeypatch.setattr("skyrun.planning.job.check_vae", lambda path: None)
-    monkeypatch.setattr(UMT5, "check", lambda self: None)
-    monkeypatch.setattr(CLIPVision, "check", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +303,7 @@ def test_mistakes(small, tmp_path, capsys, task, arguments, message):
 
 def test_an_unknown_tag_lists_the_known_ones(small):
     with pytest.raises(SkyrunError, match=r"unknown tag \[SIDEWAYS\] in the prompt, expected \[ZOOM_IN_CUT\], "):
-        dataclasses.replace(small("shot"), prompt="[SIDEWAYS] a street")
+        prepare(dataclasses.replace(small("shot"), prompt="[SIDEWAYS] a street"))
 
 
 @pytest.mark.parametrize(("task", "model"), [("r2v", "v2v"), ("a2v", "v2v"), ("v2v", "a2v"), ("shot", "r2v")])

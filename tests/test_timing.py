@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from plans import clip_of, plan_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-from skyrun.planning.what_if import Clip, clip_workload, plan_clip
+from skyrun.planning.what_if import request_workload
 from skyrun.presets.cards import Rates, find_card
 from skyrun.presets.hardware import stated
 from skyrun.presets.timing import break_even_tokens, corrected, step_operations, step_time, with_tokens
 
-WORK = clip_workload(Clip("r2v", "720P", quant="Q8_0"))
+WORK = request_workload(clip_of("r2v", "720P", quant="Q8_0"))
 CARD = find_card("RTX 3060")
 
 
@@ -68,7 +69,7 @@ def test_tokens_from_which_reading_is_hidden():
 
 
 def test_a_measured_step_corrects_what_is_to_come():
-    plan = plan_clip(Clip("r2v"), stated(CARD, 16, 0.5)).plan
+    plan = plan_clip(clip_of("r2v"), stated(CARD, 16, 0.5)).plan
     twice = corrected(plan, 2 * plan.step_seconds)
     assert twice.step_seconds == 2 * plan.step_seconds
     for before, after in zip(plan.stages, twice.stages, strict=True):
@@ -80,10 +81,10 @@ def test_a_measured_step_corrects_what_is_to_come():
 def test_times_agree_with_published_measurements():
     """Seconds of a step, within the 30 % that rates of cards are good to: 81 frames of 480P on an RTX 4090 took 7.9 s
     with int8 attention; 121 frames on an RTX 3060 take three to four minutes."""
-    work = dataclasses.replace(clip_workload(Clip("r2v", quant="Q4_K")), latent_frames=21)
+    work = dataclasses.replace(request_workload(clip_of("r2v", quant="Q4_K")), latent_frames=21)
     hardware = stated(find_card("RTX 4090"), 32, 2.5)
     assert 0.7 < step_time(hardware, work, fast=True).compute / 7.9 < 1.3
-    assert 160 < step_time(stated(CARD, 16, 0.5), clip_workload(Clip("r2v"))).seconds < 260
+    assert 160 < step_time(stated(CARD, 16, 0.5), request_workload(clip_of("r2v"))).seconds < 260
 
 
 def test_the_autoencoder_counts_as_many_operations(tmp_path):

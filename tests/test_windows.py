@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
-from skyrun.tasks.skyreels_v3 import TASKS
+from skyrun.tasks import TASKS
 from skyrun.tasks.windows import (
-    FPS,
     MOTION,
-    RATE,
+    SPEECH_FPS,
+    SPEECH_RATE,
     extension_windows,
-    frame_count,
     latents,
     padded_frames,
+    speech_frame_count,
     speech_windows,
-    windows_of,
 )
 
 
@@ -75,10 +75,10 @@ def test_upstreams_windows_of_speech():
     assert padded_frames(windows, 41) == 89
 
 
-@given(st.integers(int(0.4 * RATE), 200 * RATE))
+@given(st.integers(int(0.4 * SPEECH_RATE), 200 * SPEECH_RATE))
 def test_frames_of_speech(samples):
-    count = frame_count(samples)
-    assert (count - 1) / FPS < samples / RATE <= count / FPS + 1e-9
+    count = speech_frame_count(samples)
+    assert (count - 1) / SPEECH_FPS < samples / SPEECH_RATE <= count / SPEECH_FPS + 1e-9
 
 
 @pytest.mark.parametrize(("seconds", "condition", "frames"), [(2, 9, 49), (3, 17, 73), (4, 25, 97), (5, 33, 121)])
@@ -87,7 +87,7 @@ def test_shots(tmp_path, seconds, condition, frames):
     video.touch()
     request = Request("shot", "[CUT_AWAY] a street", video=video, seconds=seconds)
     assert request.condition_frames == condition
-    (window,) = windows_of(request)
+    (window,) = request.windows()
     assert (window.frames, window.latents, window.others) == (frames, latents(frames), latents(condition))
 
 
@@ -105,4 +105,4 @@ def test_steps_are_those_of_the_task(tmp_path, task):
         audio=files["audio"] if known.audio else None,
     )
     assert request.steps == known.steps == (4 if task == "a2v" else 8)
-    assert Request.from_json(request.as_json()) == request
+    assert parse_request(request.as_json()) == request

@@ -9,6 +9,7 @@ from typing import Any
 from skyrun.engine.output import request_of, state_path
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.media.video_writer import read_request
+from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
 
@@ -91,7 +92,7 @@ def _made_before(clip: Path) -> dict[str, Any]:
     said = read_request(clip)
     if said is None:
         raise SkyrunError(f"{clip} does not say how it was made", "--from takes a clip that skyrun has made")
-    request = Request.from_json(said)  # checks it as a whole
+    request = parse_request(said)  # checks it as a whole
     values = {field.name: getattr(request, field.name) for field in fields(Request)}
     if request.model is not None and not request.model.exists():
         del values["model"]  # wherever it is now: as if none was named

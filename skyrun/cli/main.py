@@ -54,7 +54,7 @@ def _run(arguments: Namespace) -> int:
 def _apply_config(arguments: Namespace) -> None:
     """The user's defaults, where options say nothing."""
     from skyrun.planning.config import read_config
-    from skyrun.tasks.skyreels_v3 import TASKS
+    from skyrun.tasks import TASKS
 
     config = read_config()
     if config.models is not None:

@@ -5,7 +5,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from skyrun.tasks.skyreels_v3 import TASKS, TRANSITIONS
+from skyrun.tasks import TASKS
+from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
 
 # As skyrun.presets.named and skyrun.presets have them, which would import psutil.

@@ -26,13 +26,12 @@ from skyrun.models.identity import model_identity
 from skyrun.pipelines.samplers import restored
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
+from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
-from skyrun.tasks.windows import latents, windows_of
 
 _SHARE = 0.05  # of the time that goes into saving, at most; a kill costs what was done since
 _VERSION = 2
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
-_NEEDED = {"r2v": {"text", "pictures"}, "v2v": {"text"}, "shot": {"text", "video"}, "a2v": {"text"}}
 _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 
 
@@ -185,7 +184,7 @@ def load_state(path: Path) -> tuple[RunState, Origin]:
                 raise ValueError("its contents do not have the checksum that it says")
             described = json.loads(text)
             sampler, window = described.pop("sampler", None), int(described.pop("window"))
-            origin = Origin(**described | {"request": Request.from_json(described["request"])})
+            origin = Origin(**described | {"request": parse_request(described["request"])})
             return _state(tensors, window, sampler, origin.request), origin
     except FileNotFoundError as error:
         clip = clip_path(path)
@@ -220,7 +219,7 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
         clips = [*history.values(), *([] if state.latents is None else [state.latents])]
         if state.latents is None or any(tuple(tensor.shape[1:]) != shape for tensor in clips):
             raise ValueError(f"its tensors are not those of a clip of {shape} latents")
-        if missing := _NEEDED[request.task] - set(state.encoded):
+        if missing := request.spec.encoded - set(state.encoded):
             raise ValueError(f"its {', '.join(sorted(missing))} is missing")
         if described["steps"] != request.steps:
             raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
@@ -228,8 +227,9 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
 
 
 def _latent_frames(request: Request, window: int) -> int:
-    """Noisy frames of a window; all of a talking avatar's are alike, however long it speaks."""
-    return latents(request.window_frames) if request.task == "a2v" else windows_of(request)[window].latents
+    """Noisy frames of a window. Those of speech are alike, however long it is, which a request does not say."""
+    windows = request.windows()
+    return windows[min(window, len(windows) - 1) if request.spec.audio else window].latents
 
 
 def remove_state(path: Path) -> None:

@@ -22,7 +22,7 @@ from skyrun.media.video_writer import Format, Sound, VideoWriter, writing_video
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
-from skyrun.tasks.windows import RATE
+from skyrun.tasks.windows import SPEECH_RATE
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def clip_format(job: Job) -> Format:
     if job.inputs.speech is not None:
         # Through 16 bits, as upstream's file has it: what is louder is cut off.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
-        sound = Sound(levels.astype(np.float32)[None], RATE)
+        sound = Sound(levels.astype(np.float32)[None], SPEECH_RATE)
     return Format(job.height, job.width, fps, job.request.as_json(), sound)
 
 

@@ -20,7 +20,8 @@ from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.kernels.safetensors_header import read_safetensors_header
 from skyrun.media.image import suffix_problems
 from skyrun.media.video_writer import read_request
-from skyrun.planning.request import Request, place_problems
+from skyrun.planning.problems import lost_inputs, place_problems
+from skyrun.planning.request import Request
 
 _SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
@@ -57,10 +58,7 @@ def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
         for path in inputs
         if request.output is not None and _is_beside(path, request.output)
     ]
-    taken = {path.resolve() for path in inputs}
-    problems += [
-        f"{path} is what the clip is made from, it would be lost" for path in outputs if path.resolve() in taken
-    ]
+    problems += lost_inputs(outputs, inputs)
     places = [path.resolve() for path in outputs]
     problems += [f"two outputs cannot both be {path}" for path in dict.fromkeys(places) if places.count(path) > 1]
     if problems:

@@ -1,52 +1,50 @@
-"""A look at a clip while it is being made: latents to small pictures by the best linear map."""
+"""A look at a clip while it is being made: latents to small images by a linear map, without the autoencoder."""
 
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.pixels import Frames
-from skyrun.models.vae import LATENT_CHANNELS, WanVAE
 
-_SIDE, _SAMPLES = 16, 8  # latents of a picture, pictures that the map is fitted to
-_COARSE = 4  # their colours change over so many latents
+RGBMap = Sequence[Sequence[float]]  # red, green and blue in [-1, 1] per latent channel; the last row is the offset
+
+# The published map of Wan 2.1's autoencoder, which all models here share, for latents as the transformer sees them.
+WAN_RGB_MAP: RGBMap = (
+    (-0.1299, -0.1692, 0.2932),
+    (0.0671, 0.0406, 0.0442),
+    (0.3568, 0.2548, 0.1747),
+    (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328),
+    (0.0296, -0.0956, -0.0665),
+    (-0.3477, -0.4059, -0.2925),
+    (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364),
+    (-0.1293, 0.0740, 0.1636),
+    (0.0680, 0.3019, 0.1128),
+    (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699),
+    (0.0060, -0.0633, 0.0005),
+    (0.3477, 0.2275, 0.2950),
+    (0.1984, 0.0913, 0.1861),
+    (-0.1835, -0.0868, -0.3360),
+)
 _SCALE = 4  # pixels of a preview per latent
 
 
-class Previewer:
-    """Draws an image after every step. The map is fitted once, to pictures that the autoencoder makes on the CPU."""
+def preview_image(latents: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Image.Image:
+    """Latents [16, F, h, w], as clean as they are known -> a sheet of some of their frames."""
+    chosen = [latents[:, place] for place in places(latents.shape[1])]
+    return contact_sheet([preview_frame(frame.float().cpu(), rgb_map) for frame in chosen])
 
-    def __init__(self, vae: Path) -> None:
-        self._vae = vae
 
-    def image(self, latents: Tensor) -> Image:
-        """Some frames of x0 [16, F, h, w], side by side."""
-        chosen = [latents[:, place] for place in places(latents.shape[1])]
-        return contact_sheet([self.picture(frame.float().cpu()) for frame in chosen])
-
-    @torch.inference_mode()
-    def picture(self, frame: Tensor) -> Frames:
-        """Latents [16, h, w] -> uint8 [4 h, 4 w, 3]."""
-        matrix, offset = self._map
-        colours = torch.einsum("cl,lhw->chw", matrix, frame) + offset[:, None, None]
-        large = F.interpolate(colours.unsqueeze(0), scale_factor=_SCALE, mode="bilinear").squeeze(0)
-        levels: Frames = ((large / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
-        return levels
-
-    @cached_property
-    @torch.inference_mode()
-    def _map(self) -> tuple[Tensor, Tensor]:
-        """Colours [3] of a latent [16]: least squares over smooth random latents and the mean of their pixels."""
-        vae = WanVAE(self._vae, torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        coarse = torch.randn(_SAMPLES, LATENT_CHANNELS, _SIDE // _COARSE, _SIDE // _COARSE, generator=generator)
-        latents = F.interpolate(coarse, size=(_SIDE, _SIDE), mode="bilinear")
-        pixels = torch.stack([next(vae.decode(sample.unsqueeze(1)))[:, 0] for sample in latents])
-        means = F.avg_pool2d(pixels, 8)
-        inputs = F.pad(latents.transpose(0, 1).flatten(1).T, (0, 1), value=1.0)
-        solution = torch.linalg.lstsq(inputs, means.transpose(0, 1).flatten(1).T).solution
-        return solution[:-1].T, solution[-1]
+def preview_frame(frame: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Frames:
+    """Latents [16, h, w] -> uint8 [4 h, 4 w, 3]."""
+    table = torch.tensor(rgb_map)
+    colours = torch.einsum("lc,lhw->chw", table[:-1], frame) + table[-1][:, None, None]
+    large = F.interpolate(colours.unsqueeze(0), scale_factor=_SCALE, mode="bilinear").squeeze(0)
+    levels: Frames = ((large / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+    return levels

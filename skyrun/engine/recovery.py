@@ -13,7 +13,6 @@ from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import GIB
 from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory
-from skyrun.tasks.skyreels_v3 import TASKS
 
 _SHRINK = 0.85  # of what was too much, for the next plan
 
@@ -27,7 +26,7 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
     while True:
         finished = state.mark
         try:
-            for event in PIPELINES[job.request.task](job, state):
+            for event in PIPELINES[job.request.spec.pipeline](job, state):
                 stage = event.stage if isinstance(event, StageStarted) else stage
                 yield event
             return
@@ -95,6 +94,6 @@ def _what_fits(job: Job, limit: float) -> str:
         return not _choose(replace(job, workload=workload), limit).problem
 
     frames, size = most_frames(job.workload, fits), largest_size(job.workload, fits)
-    named = "resolution" if size in TASKS[job.request.task].resolutions else "size"
+    named = "resolution" if size in job.request.spec.resolutions else "size"
     options = [f"--frames {frames}"] * bool(frames) + [f"--{named} {size}"] * bool(size)
     return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""

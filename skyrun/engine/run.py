@@ -8,7 +8,7 @@ from skyrun.engine.checkpoint import Keeper
 from skyrun.engine.clip import ClipWriter, Result
 from skyrun.engine.eta import Forecast
 from skyrun.engine.output import alone, check_free
-from skyrun.engine.preview import Previewer
+from skyrun.engine.preview import preview_image
 from skyrun.engine.recovery import recovering
 from skyrun.engine.resume import continue_or_start
 from skyrun.events import Event, Notice, Preview, Replanned, StageEnded, StageStarted, drain, now
@@ -64,7 +64,7 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
     plan = job.plan
     state.groups = 0  # frames are this run's own
     keeper, clip = Keeper(job, state), ClipWriter(job, keep_frames)
-    forecast, previewer = Forecast(plan), Previewer(job.files.vae) if previews else None
+    forecast = Forecast(plan)
     try:
         with vram_limited(job.device, plan.limit_bytes - CONTEXT_BYTES), ExitStack() as stack:
             clip.open(stack)
@@ -78,8 +78,8 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
                 clip.take(event)
                 if (notice := keeper.after(event)) is not None:
                     yield notice
-                if isinstance(event, Preview) and previewer is not None:
-                    event = replace(event, image=previewer.image(event.latents))
+                if isinstance(event, Preview) and previews:
+                    event = replace(event, image=preview_image(event.latents))
                 yield event
                 if (left := forecast.after(event)) is not None:
                     yield left

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.hub.client import RemoteFile, Repository, read_start
-from skyrun.tasks.skyreels_v3 import TASKS
+from skyrun.tasks import TASKS
 
 _HEAD = 1 << 16  # bytes in which everything stands that decides; a tokenizer comes after it
 _ROLES = {"wan": "transformer", "t5encoder": "text_encoder", "t5": "text_encoder", "clip": "image_encoder"}

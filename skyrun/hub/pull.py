@@ -18,6 +18,7 @@ from skyrun.hub.resolve import Chooser, Part, default_quant
 from skyrun.hub.store import Manifest, Name, folder_of, is_complete, parse_name, pulled
 from skyrun.kernels.disk import allocated, existing_folder
 from skyrun.planning.inputs import open_inputs
+from skyrun.planning.problems import check
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
 from skyrun.tasks.sources import SOURCES
@@ -207,6 +208,7 @@ def located(request: Request, model: str | None, say: Say, dry_run: bool = False
 
     A model that is not there is fetched; of a dry run the second value is then what would be.
     """
+    check(request)
     if model is not None and (Path(model).exists() or not _is_name(model)):
         return replace(request, model=Path(model)), None
     name = parse_name(model or request.task, request.quant)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from skyrun.errors import SkyrunError
 from skyrun.media.loudness import normalised
-from skyrun.tasks.skyreels_v3 import TASKS
-from skyrun.tasks.windows import RATE
+from skyrun.tasks import TASKS
+from skyrun.tasks.windows import SPEECH_RATE
 
 _SHORTEST, _LONGEST = TASKS["a2v"].seconds
 
@@ -29,14 +29,14 @@ def read_speech(path: Path, seconds: float | None = None) -> NDArray[np.float64]
     except (av.FFmpegError, OSError) as error:
         raise SkyrunError(f"{path} is no readable recording: {error}", "use WAV, MP3, M4A or a video") from error
     if seconds is not None:
-        samples = samples[: int(seconds * RATE)]
-    length = len(samples) / RATE
+        samples = samples[: int(seconds * SPEECH_RATE)]
+    length = len(samples) / SPEECH_RATE
     if not _SHORTEST <= length <= _LONGEST:
         hint = f"--seconds {_LONGEST:g} takes the beginning" if length > _LONGEST else "give a longer recording"
         raise SkyrunError(f"{path} has {length:.1f} s of sound, expected {_SHORTEST:g} to {_LONGEST:g} s", hint)
     if not np.isfinite(samples).all():
         raise SkyrunError(f"{path} has samples that are no numbers", "save it again as 16-bit WAV")
-    return normalised(samples.astype(np.float64), RATE)
+    return normalised(samples.astype(np.float64), SPEECH_RATE)
 
 
 def _mono(container: Any, seconds: float | None) -> Iterator[NDArray[np.float32]]:
@@ -47,12 +47,12 @@ def _mono(container: Any, seconds: float | None) -> Iterator[NDArray[np.float32]
         if resampler is None:
             if frame is None:
                 return
-            resampler = av.AudioResampler(format="fltp", layout=frame.layout.name, rate=RATE)
+            resampler = av.AudioResampler(format="fltp", layout=frame.layout.name, rate=SPEECH_RATE)
         for piece in resampler.resample(frame):
             mixed = piece.to_ndarray().mean(0, dtype=np.float64).astype(np.float32)
             got += len(mixed)
             yield mixed
-        if got > (most + 1) * RATE:  # enough to know that it is too long, or to cut
+        if got > (most + 1) * SPEECH_RATE:  # enough to know that it is too long, or to cut
             return
 
 

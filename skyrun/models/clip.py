@@ -4,6 +4,7 @@ Blocks are streamed. Weights have the names of GGUF's clip architecture.
 """
 
 from collections.abc import Generator
+from dataclasses import replace
 from math import isqrt
 
 import torch
@@ -12,13 +13,18 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
+from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.name_tables import CLIP_VISION
 from skyrun.streaming.layout import lay_out_blocks
 from skyrun.streaming.stream import BlockStream
-from skyrun.streaming.weights import Weights, load_weights, shapes_only
+from skyrun.streaming.weights import Weights, load_weights
 
 _BLOCK = "v.blk."
 _OUTER = ("v.class_embd", "v.patch_embd.weight", "v.position_embd.weight", "v.pre_ln.weight", "v.pre_ln.bias")
+_USED = replace(
+    CLIP_VISION, rows=tuple(row for row in CLIP_VISION.rows if row.name() in _OUTER or row.name().startswith(_BLOCK))
+)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
@@ -58,17 +64,10 @@ class CLIPVision:
         return max(block.nbytes for block in self._blocks)
 
     def check(self) -> None:
-        """Run every block on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
-        x = torch.empty(2, self.dim, device="meta")
-        try:
-            for index, block in enumerate(self._blocks):
-                infos = {name: info for name, info, _ in block.tensors}
-                x = clip_block(x, shapes_only(f"block {index} of {self.file.path}", infos), self._heads, self._eps)
-        except (RuntimeError, ValueError) as error:
-            raise SkyrunError(
-                f"block {index} of {self.file.path} has tensors that do not fit each other: {error}",
-                "convert or download the image encoder again",
-            ) from error
+        """SkyrunError if a tensor that is used is missing or does not fit the others."""
+        shapes = {name: info.shape for name, info in self.file.tensors.items()}
+        hint = "convert or download the image encoder again"
+        check_tensors(self.file.path, _USED, shapes, hint, self.layers, dim=self.dim)
 
     def open_stream(self, device: torch.device) -> BlockStream:
         """A stream for one pass over the blocks that are used."""

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from skyrun.events import Event
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
+from skyrun.kernels.float16_sums import within_range
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
-from skyrun.planning.request import TEXT_LENGTH
+from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.weights import Weights, load_weights
 
@@ -174,13 +175,18 @@ def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, ro
     where times and context do not.
     """
     modulation = w.dense("modulation").view(6, -1)
-    keys = _keys(x, modulation, w, spans, rope, dims)
-    text_keys, image_keys, audio_keys = _text_keys(context.text, w, dims), None, None
-    if context.image is not None:
-        image_keys = _text_keys(context.image, w, dims, "_img")
-    if context.audio is not None:
-        audio_keys = _audio_keys(context.audio, w, dims)
-    for span in spans:
+
+    def all_keys() -> tuple[Keys, Keys, Keys | None, list[Keys] | None]:
+        return (
+            _keys(x, modulation, w, spans, rope, dims),
+            _text_keys(context.text, w, dims),
+            None if context.image is None else _text_keys(context.image, w, dims, "_img"),
+            None if context.audio is None else _audio_keys(context.audio, w, dims),
+        )
+
+    keys, text_keys, image_keys, audio_keys = within_range(all_keys)
+
+    def through(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
         h = x[span.rows].to(context.text.device)
         mixed = _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims)
@@ -189,7 +195,10 @@ def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, ro
         if audio_keys is not None:
             heard = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
             h = w.linear("audio_cross_attn.proj", heard, residual=h)
-        x[span.rows] = w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
+        return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
+
+    for span in spans:
+        x[span.rows] = within_range(through, span)
 
 
 def _self_attention(

@@ -1,4 +1,4 @@
-"""The files that make up a model: found in a folder by what they say of themselves, never by their names."""
+"""The files of a model: found in a folder by what their headers say, never by their names. Each is opened once."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -7,21 +7,29 @@ from math import prod
 from pathlib import Path
 from typing import TypeVar
 
-from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
+from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.name_tables import CLIP_VISION, UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.names import recognise
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 
-_CONVERT = "skyrun pull TASK, or skyrun convert CHECKPOINT -o DIR and then --model DIR"
-_TELLING = {"vae": "decoder.conv1.weight", "audio encoder": "feature_projection.projection.weight"}
+CONVERT = "skyrun pull TASK, or skyrun convert CHECKPOINT -o DIR and then --model DIR"
+_ROLES = {"wan": "transformer", "t5encoder": "text encoder", "clip": "image encoder"}
+_TABLES = {
+    "transformer": (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER),
+    "text encoder": (UMT5_ENCODER,),
+    "image encoder": (CLIP_VISION,),
+}
+_TELLING = {"decoder.conv1.weight": "autoencoder", "feature_projection.projection.weight": "audio encoder"}
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model. Encoders of pictures and of speech belong to the talking avatar only."""
+    """The files of a model. Encoders of images and of speech belong to the talking avatar only."""
 
     transformer: GGUFFile
     text_encoder: GGUFFile
@@ -40,82 +48,98 @@ class ModelFiles:
         return there | {name: path for name, path in encoders.items() if path is not None}
 
 
-def find_model(model: Path | None, task: str | None, quant: str | None = None) -> ModelFiles:
-    """Look into a folder, or beside a transformer file. task: None takes a model for any.
+@dataclass(frozen=True)
+class ModelFolder:
+    """What is in a folder, or beside a transformer file.
 
-    Of several transformers the one with the most bits is taken, unless `quant` names another. SkyrunError (exit code
-    4) says which parts are missing.
+    ggufs: by role, those with the most bits first. safetensors: likewise, by name. named: the transformer file that
+    was asked for by its path, if one was. unreadable: what is wrong with the other files.
     """
+
+    path: Path
+    ggufs: dict[str, tuple[GGUFFile, ...]]
+    safetensors: dict[str, tuple[Path, ...]]
+    named: GGUFFile | None = None
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def transformers(self) -> tuple[GGUFFile, ...]:
+        """The file that was named, or all that there are."""
+        return (self.named,) if self.named is not None else self.ggufs.get("transformer", ())
+
+    def has(self, role: str) -> bool:
+        """Whether there is a file for a role."""
+        return bool(self.transformers if role == "transformer" else self.ggufs.get(role) or self.safetensors.get(role))
+
+
+def open_folder(model: Path | None) -> ModelFolder:
+    """Read every header in a folder, or beside a transformer file. SkyrunError (exit code 4) if it is not there."""
     if model is None:
-        raise SkyrunError("no model was given", _CONVERT, MODEL_MISSING)
+        raise SkyrunError("no model was given", CONVERT, MODEL_MISSING)
     if not model.exists():
-        raise SkyrunError(f"the model {model} does not exist", _CONVERT, MODEL_MISSING)
-    folder = model if model.is_dir() else model.parent
+        raise SkyrunError(f"the model {model} does not exist", CONVERT, MODEL_MISSING)
+    named = _open_whole(model) if model.is_file() else None
+    folder = model.parent if named else model
     unreadable: list[str] = []
-    headers = _readable(open_gguf, folder.glob("*.gguf"), unreadable)
-    encoders = [header for header in headers if header.architecture == "t5encoder"]
-    visions = [header for header in headers if header.architecture == "clip"]
-    named = dict(reversed([found for found in _readable(_named, folder.glob("*.safetensors"), unreadable) if found]))
-    transformers = [open_gguf(model)] if model.is_file() else [h for h in headers if h.architecture == "wan"]
-    fitting = _for_task(transformers, task) if task and transformers else transformers
-    parts = {"transformer": transformers, "text encoder": encoders, "autoencoder": named.get("vae")}
-    if task == "a2v":
-        parts |= {"image encoder": visions, "audio encoder": named.get("audio encoder")}
-    missing = [f"{folder} has no {name}" for name, found in parts.items() if not found]
-    if missing:
-        code = BAD_INPUT if unreadable else MODEL_MISSING
-        if (folder / "transformer").is_dir():
-            missing.append(f"{folder} is a published checkpoint, which has to be converted first")
-        raise SkyrunError.listing("the model is not complete", [*unreadable, *missing], _CONVERT, code)
-    transformer = _select(fitting, quant)
-    encoder = max(encoders, key=bits_per_weight)
-    if task != "a2v":
-        return ModelFiles(transformer, encoder, named["vae"])
-    return ModelFiles(transformer, encoder, named["vae"], max(visions, key=bits_per_weight), named["audio encoder"])
+    ggufs: dict[str, list[GGUFFile]] = {}
+    for file in _readable(_open_whole, folder.glob("*.gguf"), unreadable):
+        if role := gguf_role(file):
+            ggufs.setdefault(role, []).append(file)
+        else:
+            word = file.metadata.get("general.architecture")
+            unreadable.append(f"{file.path} has the architecture {word!r} and tensors that skyrun does not know")
+    safetensors: dict[str, list[Path]] = {}
+    for path, role in _readable(_telling, folder.glob("*.safetensors"), unreadable):
+        if role:
+            safetensors.setdefault(role, []).append(path)
+    return ModelFolder(
+        folder,
+        {role: tuple(sorted(files, key=bits_per_weight, reverse=True)) for role, files in ggufs.items()},
+        {role: tuple(paths) for role, paths in safetensors.items()},
+        named,
+        tuple(unreadable),
+    )
 
 
-def transformers_in(folder: Path, task: str) -> list[GGUFFile]:
-    """Every transformer of a task in a folder, those that say no task among them; damaged files are left out."""
-    headers = _readable(open_gguf, folder.glob("*.gguf"), [])
-    found = [header for header in headers if header.architecture == "wan"]
-    return [file for file in found if file.metadata.get("skyrun.task", task) == task]
+def gguf_role(file: GGUFFile) -> str:
+    """What a file is of a model: by its architecture, or by its tensors where that is another program's word."""
+    if role := _ROLES.get(file.architecture):
+        return role
+    tables = {table.role: role for role, own in _TABLES.items() for table in own}
+    matches = recognise(file.tensors, [table for own in _TABLES.values() for table in own])
+    return tables[matches[0].table.role] if matches else ""
+
+
+def _open_whole(path: Path) -> GGUFFile:
+    """SkyrunError for one part of a model that is split over several files."""
+    file = open_gguf(path)
+    count, number = file.metadata.get("split.count", 1), file.metadata.get("split.no", 0)
+    if isinstance(count, int) and isinstance(number, int) and count > 1:
+        raise SkyrunError(
+            f"{path} is part {number + 1} of {count} of a split GGUF",
+            "join them with skyrun convert PART-1 -o DIR, or with llama-gguf-split --merge",
+        )
+    return file
 
 
 def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list[str]) -> list[T]:
     """What `read` makes of each path; one that it refuses matters only if something is missing in the end."""
     found = []
-    for path in sorted(path for path in paths if path.is_file()):
-        try:
-            found.append(read(path))
-        except SkyrunError as error:
-            unreadable.append(error.message)
+    for path in sorted(paths):
+        if path.is_symlink() and not path.exists():
+            unreadable.append(f"{path} is a link to {path.readlink()}, which does not exist")
+        elif path.is_file():
+            try:
+                found.append(read(path))
+            except SkyrunError as error:
+                unreadable.append(error.message)
     return found
 
 
-def _named(path: Path) -> tuple[str, Path] | None:
-    """What a file of safetensors is, if it is known."""
+def _telling(path: Path) -> tuple[Path, str]:
+    """A safetensors file and what it is, "" if that is not known."""
     tensors = read_safetensors_header(path).tensors
-    return next(((name, path) for name, tensor in _TELLING.items() if tensor in tensors), None)
-
-
-def _for_task(transformers: list[GGUFFile], task: str) -> list[GGUFFile]:
-    fitting = [file for file in transformers if file.metadata.get("skyrun.task", task) == task]
-    if not fitting:
-        other = transformers[0]
-        said = other.metadata["skyrun.task"]
-        raise SkyrunError(f"{other.path} is a model for {said}, not for {task}", f"use it with `skyrun run {said}`")
-    return fitting
-
-
-def _select(transformers: list[GGUFFile], quant: str | None) -> GGUFFile:
-    if quant is None:
-        return max(transformers, key=bits_per_weight)
-    by_recipe = {str(file.metadata.get("skyrun.quant", main_type(file))): file for file in transformers}
-    there = {main_type(file): file for file in transformers} | by_recipe
-    if quant.upper() not in there:
-        folder = transformers[0].path.parent
-        raise SkyrunError(f"{folder} has no {quant} transformer", f"it has {', '.join(by_recipe)}", MODEL_MISSING)
-    return there[quant.upper()]
+    return path, next((role for name, role in _TELLING.items() if name in tensors), "")
 
 
 def _block_weights(file: GGUFFile) -> dict[str, int]:

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.elementwise import rms_norm
+from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.planning.request import TEXT_LENGTH
+from skyrun.kernels.name_tables import UMT5_ENCODER
 from skyrun.streaming.layout import lay_out_blocks
 from skyrun.streaming.stream import BlockStream
-from skyrun.streaming.weights import Weights, load_weights, read_rows, shapes_only
+from skyrun.streaming.weights import Weights, load_weights, read_rows
 
+TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
@@ -68,21 +70,12 @@ class UMT5:
         return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
 
     def check(self) -> None:
-        """Run every block on shapes alone. SkyrunError if a tensor is missing or does not fit the others."""
-        meta = torch.device("meta")
-        x = torch.empty(2, self.dim, device=meta)
-        buckets = torch.zeros(2, 2, dtype=torch.int64, device=meta)
-        self._tensor("enc.output_norm.weight", 1)
-        try:
-            for index, block in enumerate(self._blocks):
-                infos = {name: info for name, info, _ in block.tensors}
-                weights = shapes_only(f"block {index} of {self.file.path}", infos)
-                x = umt5_block(x, weights, buckets, self.heads, self._eps)
-        except (RuntimeError, ValueError) as error:
-            raise SkyrunError(
-                f"block {index} of {self.file.path} has tensors that do not fit each other: {error}",
-                "convert or download the text encoder again",
-            ) from error
+        """SkyrunError if a tensor is missing or does not fit the others."""
+        shapes = {name: info.shape for name, info in self.file.tensors.items()}
+        hint = "convert or download the text encoder again"
+        inner = check_tensors(self.file.path, UMT5_ENCODER, shapes, hint, self.layers, heads=self.heads)["inner"]
+        if inner % self.heads:
+            raise SkyrunError(f"{self.file.path} cannot divide {inner} channels among {self.heads} heads", hint)
 
     def open_stream(self, device: torch.device) -> BlockStream:
         """A stream for one pass over the blocks."""

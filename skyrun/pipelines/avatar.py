@@ -19,17 +19,15 @@ from skyrun.models.audio_projection import windows as audio_windows
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.conditioning import Condition, Motion
-from skyrun.pipelines.samplers import Euler
+from skyrun.pipelines.samplers import new_sampler
 from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
 from skyrun.tasks.skyreels_v3 import CONNECTION
-from skyrun.tasks.windows import GUIDES, MOTION, Window, frame_count, padded_frames
+from skyrun.tasks.windows import FRAMES_PER_LATENT, GUIDES, MOTION, Window, padded_frames, speech_frame_count
 from skyrun.tasks.windows import latents as latents_of
 
-_SHIFT = 11.0  # of the noise levels that the model was distilled with
-_GROUP = 4  # frames of a latent frame, after the first
 _MOTION_LATENTS = latents_of(MOTION)
 
 Events = Generator[Event, None, None]
@@ -89,7 +87,7 @@ def _encode_speech(job: Job) -> Generator[Event, None, Tensor]:
     stage = Stage("speech", encoder.layers, "layers", job.device)
     yield stage.started()
     layers = []
-    for layer in encoder.encode(torch.from_numpy(speech), frame_count(len(speech))):
+    for layer in encoder.encode(torch.from_numpy(speech), speech_frame_count(len(speech))):
         layers.append(layer.cpu())
         yield stage.done(len(layers))
     features = torch.stack(layers, 1)
@@ -145,7 +143,7 @@ class _Pass:
         if motion_noise is not None:
             motion = Motion(channels[-LATENT_CHANNELS:, :_MOTION_LATENTS], motion_noise)
         if state.sampler is None:
-            state.sampler = Euler(job.request.steps, _SHIFT)
+            state.sampler = new_sampler(job.request.spec, job.request.steps)
             state.latents = start if motion is None else motion.held(start, 0, state.sampler.sigmas[0])
         condition = Condition(
             state.encoded["text" if window.guide is None else "connection"],
@@ -179,7 +177,7 @@ class _Pass:
             mask[-GUIDES:] = 1
         clip = (torch.cat(frames[group], 1) for group in groups_of(count))
         latents = yield from encode_clip(job.files.vae, clip, job.plan, job.device, job.part(self.index))
-        given = torch.cat((mask[:1].expand(_GROUP - 1), mask)).view(-1, _GROUP).T
+        given = torch.cat((mask[:1].expand(FRAMES_PER_LATENT - 1), mask)).view(-1, FRAMES_PER_LATENT).T
         return torch.cat((given[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
 
     def _decoded(self, window: Window) -> Events:

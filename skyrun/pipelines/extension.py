@@ -12,13 +12,11 @@ from skyrun.media.pixels import Frames, from_uint8, truncated
 from skyrun.media.video_reader import nearest
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.pipelines.conditioning import Condition
-from skyrun.pipelines.samplers import UniPC
+from skyrun.pipelines.samplers import new_sampler
 from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
-
-_SHIFT = 8.0  # of the noise levels that the model was distilled with
 
 
 @torch.inference_mode()
@@ -65,7 +63,8 @@ def begin(job: Job, state: RunState, index: int) -> None:
         assert job.request.seed is not None
         generator = torch.Generator("cpu").manual_seed(job.request.seed)
         shape = (LATENT_CHANNELS, job.windows[index].latents, job.height // 8, job.width // 8)
-        state.sampler, state.latents = UniPC(job.request.steps, _SHIFT), torch.randn(shape, generator=generator)
+        state.sampler = new_sampler(job.request.spec, job.request.steps)
+        state.latents = torch.randn(shape, generator=generator)
 
 
 def _before(job: Job, state: RunState) -> Frames:

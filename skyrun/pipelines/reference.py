@@ -9,15 +9,13 @@ from skyrun.events import Event, LatentsReady
 from skyrun.media.pixels import letterbox, to_pixels
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.conditioning import Condition
-from skyrun.pipelines.samplers import UniPC
+from skyrun.pipelines.samplers import new_sampler
 from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.streaming.stream import ObserveBlock
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
-
-_SHIFT = 5.0  # of the noise levels that the model was distilled with
 
 
 def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
@@ -42,7 +40,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
         empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
         state.encoded["pictures"] = torch.cat((*pictures, *empty), 1).cpu()
     if state.sampler is None:
-        state.sampler, state.latents = UniPC(request.steps, _SHIFT), noise
+        state.sampler, state.latents = new_sampler(request.spec, request.steps), noise
     condition = Condition(state.encoded["text"], after=state.encoded["pictures"])
     yield from denoise(files.transformer, plan, state, condition, device, observe)
     assert state.latents is not None

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrun.tasks import TaskSpec
+
 _TRAIN_STEPS = 1000
 _TOP = 0.999  # the highest noise level before the shift
 
@@ -166,6 +168,11 @@ class Sampler(Protocol):
 
     def on(self, device: torch.device) -> "Sampler":
         """One that goes on from here with what it remembers on the device; this one stays where it is."""
+
+
+def new_sampler(spec: TaskSpec, steps: int) -> Sampler:
+    """The beginning of a trajectory, as the task's model was distilled."""
+    return _KINDS[spec.sampler](steps, spec.shift)
 
 
 def restored(values: dict[str, Any], tensors: dict[str, Tensor]) -> Sampler:

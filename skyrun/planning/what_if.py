@@ -1,6 +1,5 @@
-"""`skyrun plan`: what would run, on this machine or on another, with a model or without."""
+"""What would run, on this machine or on another, with a model or without. No input has to exist."""
 
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -10,44 +9,32 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.published import published_workload
-from skyrun.planning.workload import with_model
+from skyrun.planning.problems import length_problems
+from skyrun.planning.published import published_workload, with_clip
+from skyrun.planning.request import SECONDS, Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
-from skyrun.tasks.sizes import bucket
-from skyrun.tasks.skyreels_v3 import TASKS, WINDOW_FRAMES, frames_of, usual_condition_frames
-from skyrun.tasks.windows import RATE, amounts, extension_windows, frame_count, single_window, speech_windows
+from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
-_WIDE = (9, 16)  # the shape of a picture that is not there
+_WIDE = (9, 16)  # the shape of an image that is not there
 _RAM, _DISK = 16.0, 0.5  # GiB and GB/s of a machine of which nothing is said
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip to plan for. model: its files, None: the published ones, which need not be there."""
-
-    task: str
-    resolution: str = "480P"
-    seconds: float = 5.0
-    quant: str | None = None
-    model: Path | None = None
 
 
 @dataclass(frozen=True)
 class Planned:
     """A plan, with what it is for."""
 
-    clip: Clip
+    request: Request
     hardware: Hardware
     workload: Workload
     plan: Plan
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"task": self.clip.task, "size": [self.workload.height, self.workload.width]} | {
+        return {"task": self.request.task, "size": [self.workload.height, self.workload.width]} | {
             "frames": self.workload.frames,
             "tokens": self.workload.tokens,
             "hardware": hardware_json(self.hardware),
@@ -62,47 +49,37 @@ def hardware_json(hardware: Hardware) -> dict[str, Any]:
     return {name: {"value": value, "origin": origins.get(name, ASSUMED)} for name, value in values.items()}
 
 
-def clip_workload(clip: Clip) -> Workload:
-    """The numbers of a clip by the published model of its task, or by the clip's files; wide as most screens.
+def request_workload(request: Request) -> Workload:
+    """The workload of a request whose inputs need not exist, by its model or else by the published one.
 
-    SkyrunError for what no model makes.
+    Without a size the clip is as wide as most screens. SkyrunError for what no model makes.
     """
-    if problems := [*_problems(clip)]:
+    if problems := [*_problems(request)]:
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
-    height, width = bucket(clip.resolution.upper(), *_WIDE, portrait=clip.task == "a2v")
-    numbers = clip_numbers(clip.task, clip.seconds)
-    type = clip.quant.upper() if clip.quant else None
-    if clip.model is None:
-        return published_workload(clip.task, type, height=height, width=width, steps=TASKS[clip.task].steps, **numbers)
-    work = published_workload(clip.task, None, height=height, width=width, steps=TASKS[clip.task].steps, **numbers)
-    return with_model(work, clip.model, type)
+    spec = request.spec
+    size = request.size or spec.size(request.resolution, *_WIDE)
+    assert not isinstance(size, str)
+    seconds = SECONDS if request.seconds is None else request.seconds
+    windows = request.windows(speech_frame_count(round(seconds * SPEECH_RATE)))
+    work = published_workload(spec.name, request.quant) if request.model is None else _model_workload(request)
+    return with_clip(work, spec, size, request.steps, windows)
 
 
-def _problems(clip: Clip) -> Iterator[str]:
-    task = TASKS[clip.task]
-    shortest, longest = task.seconds
-    if not (clip.seconds > 0 and shortest <= clip.seconds <= longest):
-        yield f"got {clip.seconds:g} seconds, {clip.task} makes {shortest:g} to {longest:g}"
-    elif task.whole and clip.seconds != int(clip.seconds):
-        yield f"got {clip.seconds:g} seconds, {clip.task} makes whole seconds"
-    if clip.resolution.upper() not in task.resolutions:
-        yield f"{clip.task} has no resolution {clip.resolution!r}, it has {', '.join(task.resolutions)}"
-    if clip.quant is not None and clip.model is None and clip.quant.upper() not in FORMATS:
-        yield f"unknown type {clip.quant!r}, known are {', '.join(FORMATS)}"
+def _model_workload(request: Request) -> Workload:
+    from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
+    from skyrun.planning.model import choose_model
+    from skyrun.planning.workload import model_workload
+
+    return model_workload(request.spec, choose_model(open_folder(request.model), request.spec, request.quant))
 
 
-def clip_numbers(task: str, seconds: float) -> dict[str, int]:
-    """Frames and windows of a clip, from one picture where it takes pictures."""
-    frames = frames_of(seconds)
-    condition_frames = usual_condition_frames(task, frames)
-    match task:
-        case "v2v":
-            windows = extension_windows(int(seconds), 6, condition_frames)
-        case "a2v":
-            windows = speech_windows(frame_count(round(seconds * RATE)), WINDOW_FRAMES)
-        case _:
-            windows = (single_window(task, frames, condition_frames),)
-    return amounts(task, windows, condition_frames)
+def _problems(request: Request) -> Iterator[str]:
+    spec = request.spec
+    yield from length_problems(spec, request.frames, request.seconds)
+    if request.size is None and request.resolution not in spec.resolutions:
+        yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
+    if request.quant is not None and request.model is None and request.quant not in FORMATS:
+        yield f"unknown type {request.quant!r}, known are {', '.join(FORMATS)}"
 
 
 def described_hardware(
@@ -135,20 +112,25 @@ def described_hardware(
     return replace(found, origins=found.origins | {name: STATED for name, value in given.items() if value is not None})
 
 
-def plan_clip(clip: Clip, hardware: Hardware, prefer: str = "quality", **limits: Any) -> Planned:
-    """The plan for a clip by the published model."""
-    workload = clip_workload(clip)
-    plan = choose(hardware, workload, prefer=prefer, **limits)
+def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
+    """The plan for a request whose inputs need not exist. limits: what else `choose` takes."""
+    workload = request_workload(request)
+    plan = choose(hardware, workload, prefer=request.prefer or "quality", **limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
-    return Planned(clip, hardware, chosen, plan)
+    return Planned(request, hardware, chosen, plan)
 
 
-def plan_from(arguments: Namespace) -> Planned:
-    """What the command line asks for."""
-    resolution, seconds = arguments.resolution or "480P", arguments.seconds or 5.0
-    clip = Clip(arguments.task, resolution, seconds, arguments.quant, arguments.model)
-    parts = (arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
-    if arguments.preset and any(part is not None for part in parts):
+def stated_hardware(
+    preset_name: str | None,
+    gpu: str | None,
+    vram: float | None,
+    ram: float | None,
+    disk: float | None,
+    model: Path | None = None,
+) -> Hardware:
+    """A machine by the name of a preset, or as `described_hardware` has it. SkyrunError if both are given."""
+    if preset_name is None:
+        return described_hardware(gpu, vram, ram, disk, model)
+    if any(part is not None for part in (gpu, vram, ram, disk)):
         raise SkyrunError("--preset is a whole machine", "leave out --gpu, --vram, --ram and --disk, or --preset")
-    hardware = preset(arguments.preset) if arguments.preset else described_hardware(*parts, arguments.model)
-    return plan_clip(clip, hardware, arguments.prefer or "quality")
+    return preset(preset_name)

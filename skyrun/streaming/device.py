@@ -18,13 +18,18 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory",
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or CUDA where torch finds one, or the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
+    if name is not None and name != "cpu" and not torch.cuda.is_available():
         built = torch.version.cuda
         cause = f"torch {torch.__version__} finds no NVIDIA GPU" if built else f"torch {torch.__version__} has no CUDA"
-        raise SkyrunError(f"--device cuda: {cause}", "run `skyrun doctor`, or use --device cpu")
-    if (name or "cuda") == "cuda" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())  # with its index: other threads have another default
-    return torch.device("cpu")
+        raise SkyrunError(f"--device {name}: {cause}", "run `skyrun doctor`, or use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = torch.device(name or "cuda").index, torch.cuda.device_count()
+    if index is not None and index >= count:
+        found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
+    # With its index: other threads have another default.
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
 @contextmanager

@@ -35,12 +35,7 @@ def as_weight(data: Tensor, info: TensorInfo, planar: bool = False, fast: bool =
     if len(info.shape) != 2:
         return dequantize(data, info.format.name).view(info.shape)
     blocks = data.view(-1, info.format.row_bytes(info.shape[-1]))
-    return QuantizedWeight(blocks, info.format.name, planar and has_planes(info), rotates)
-
-
-def shapes_only(owner: str, infos: Mapping[str, TensorInfo]) -> "Weights":
-    """Weights without numbers, to run a model on shapes alone."""
-    return Weights(owner, {name: torch.empty(info.shape, device="meta") for name, info in infos.items()})
+    return QuantizedWeight(blocks, info.format.name, planar and has_planes(info), rotates, info.name)
 
 
 class Weights:

@@ -1,11 +1,15 @@
 """Size buckets: which height and width a resolution means for a picture's shape."""
 
+from collections.abc import Mapping
+
 from skyrun.errors import SkyrunError
 
 GRID = 16  # 8 pixels per latent, 2 latents per token
 
+Buckets = Mapping[str, Mapping[str, tuple[int, int]]]
+
 # Per resolution: height / width of a bucket -> (height, width), as the models were trained. The order decides ties.
-_BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
+BUCKETS: Buckets = {
     "480P": {
         "0.38": (392, 1046),
         "0.43": (420, 980),
@@ -74,8 +78,7 @@ _BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
         "2.08": (1386, 666),
     },
 }
-# Of the talking avatar, likewise.
-_PORTRAIT_BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
+PORTRAIT_BUCKETS: Buckets = {  # of the talking avatar
     "480P": {
         "0.26": (320, 1216),
         "0.38": (384, 1024),
@@ -121,15 +124,13 @@ _PORTRAIT_BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
         "3.75": (1920, 512),
     },
 }
-RESOLUTIONS = tuple(_BUCKETS)
 
 
-def bucket(resolution: str, height: int, width: int, portrait: bool = False) -> tuple[int, int]:
-    """(height, width) of the resolution's bucket that is nearest in shape to a picture, cut down to the grid.
+def nearest_bucket(buckets: Buckets, resolution: str, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the resolution's bucket that is nearest in shape to an image, cut down to the grid.
 
-    portrait: of the talking avatar, which has buckets of its own.
+    SkyrunError for a resolution that is not among them.
     """
-    buckets = _PORTRAIT_BUCKETS if portrait else _BUCKETS
     if resolution not in buckets:
         raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(buckets)}, or --size HxW")
     shape = height / width

@@ -1,83 +1,90 @@
 """Clips longer than the models make at once are made window by window. The arithmetic is upstream's."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from skyrun.planning.request import Request
-from skyrun.tasks.skyreels_v3 import MAX_REFERENCES, TASKS, WINDOW_FRAMES
-
-RATE = 16000  # samples per second
-FPS = TASKS["a2v"].fps
-
-
-def frame_count(samples: int) -> int:
-    """Frames of video that so many samples take; the last may have less sound than the others."""
-    return math.ceil(samples / RATE * FPS)
-
-
-_SPLIT = 5  # seconds of a window of an extension
-_MULTIPLE = 8  # the frames of its sequence
+FRAMES_PER_LATENT = 4  # after the first, which is one frame
+SPEECH_RATE = 16000  # samples per second
+SPEECH_FPS = 25
 MOTION, _DROP = 5, 12  # frames of a talking avatar's window: shared with the one before, and thrown away at its end
 GUIDES = 5  # frames at its end that show where it is to arrive
+_SPLIT = 5  # seconds of a window of an extension
+_MULTIPLE = 8  # the latent frames of its sequence
+
+
+@dataclass(frozen=True)
+class Length:
+    """What decides the windows of a clip; each task looks at some of it.
+
+    frames: of the clip. seconds: whole ones. images: that it is made from. condition_frames: of the video that are
+    seen. latent_rate: latent frames per second. window_frames: of a talking avatar's windows. speech_frames: frames
+    that its speech takes.
+    """
+
+    frames: int = 0
+    seconds: int = 0
+    images: int = 1
+    condition_frames: int = 0
+    latent_rate: int = 6
+    window_frames: int = 81
+    speech_frames: int = 0
 
 
 @dataclass(frozen=True)
 class Window:
-    """latents: frames of noise. others: latent frames that stand beside them. frames: of the clip that it makes.
+    """latents: latent frames of noise. others: latent frames beside them. frames: of the clip that it makes.
 
-    Of a talking avatar: start: the first frame of speech. skip, drop: frames at its beginning that the window before
-    has made, and at its end that are worse than the others. guide: the frame of the first window that shows where this
-    one is to arrive, None in the first.
+    encoded, decoded: frames that pass through the autoencoder. Of a talking avatar: start: the first frame of speech.
+    skip, drop: frames at its beginning that the window before has made, and at its end that are worse than the others.
+    guide: the frame of the first window that shows where this one is to arrive, None in the first.
     """
 
     latents: int
     others: int
     frames: int
+    encoded: int
+    decoded: int
     start: int = 0
     skip: int = 0
     drop: int = 0
     guide: int | None = None
 
 
-def windows_of(request: Request, speech_frames: int = 0) -> tuple[Window, ...]:
-    """The windows of a request, in order. speech_frames: of a talking avatar, as long as its speech is."""
-    match request.task:
-        case "v2v":
-            return extension_windows(request.whole_seconds, request.latent_rate, request.condition_frames)
-        case "a2v":
-            return speech_windows(speech_frames, request.window_frames)
-        case _:
-            return (single_window(request.task, request.frame_count, request.condition_frames),)
+def latents(frames: int) -> int:
+    """Latent frames of so many frames: one for the first, one for every four after it."""
+    return 1 + (frames - 1) // FRAMES_PER_LATENT
 
 
-def single_window(task: str, frames: int, condition_frames: int) -> Window:
-    """Of a clip that is made at once, beside its references or what is before the cut."""
-    return Window(latents(frames), MAX_REFERENCES if task == "r2v" else latents(condition_frames), frames)
+def frames_of(latent_frames: int) -> int:
+    """Frames that so many latent frames decode to."""
+    return 1 + FRAMES_PER_LATENT * (latent_frames - 1)
 
 
-def amounts(
-    task: str, windows: tuple[Window, ...], condition_frames: int, pictures: int = 1, size: int = WINDOW_FRAMES
-) -> dict[str, int]:
-    """What a workload says of a clip: frames, windows, and how many frames the autoencoder encodes and decodes.
+def speech_frame_count(samples: int) -> int:
+    """Frames of video that so many samples of speech take; the last may have less sound than the others."""
+    return math.ceil(samples / SPEECH_RATE * SPEECH_FPS)
 
-    size: frames of a talking avatar's windows.
-    """
-    encoded = {"r2v": pictures, "a2v": len(windows) * size}.get(task, len(windows) * condition_frames)
-    sequences = [window.latents + window.others for window in windows]
-    decoded = {"v2v": sum(1 + 4 * (count - 1) for count in sequences), "a2v": len(windows) * size}
-    frames = sum(window.frames for window in windows)
+
+def amounts(windows: Sequence[Window]) -> dict[str, int]:
+    """What a workload says of a clip: frames, windows, and how many frames the autoencoder encodes and decodes."""
     return {
-        "frames": frames,
-        "latent_frames": max(sequences),
+        "frames": sum(window.frames for window in windows),
+        "latent_frames": max(window.latents + window.others for window in windows),
         "windows": len(windows),
-        "encoded_frames": encoded,
-        "decoded_frames": decoded.get(task, frames),
+        "encoded_frames": sum(window.encoded for window in windows),
+        "decoded_frames": sum(window.decoded for window in windows),
     }
 
 
-def latents(frames: int) -> int:
-    """Latent frames of so many frames: one for the first, one for every four after it."""
-    return 1 + (frames - 1) // 4
+def reference_window(frames: int, images: int, references: int) -> tuple[Window, ...]:
+    """Of a clip that is made at once, beside `references` latent frames of which `images` hold an image."""
+    return (Window(latents(frames), references, frames, images, frames),)
+
+
+def shot_window(frames: int, condition_frames: int) -> tuple[Window, ...]:
+    """Of a clip that is made at once, beside the frames before the cut."""
+    return (Window(latents(frames), latents(condition_frames), frames, condition_frames, frames),)
 
 
 def extension_windows(seconds: int, rate: int, condition_frames: int) -> tuple[Window, ...]:
@@ -92,7 +99,8 @@ def extension_windows(seconds: int, rate: int, condition_frames: int) -> tuple[W
         over = (count + before) % _MULTIPLE
         change = _MULTIPLE - over if over > spare else -over
         count, spare = count + change, spare + change
-        windows.append(Window(count, before, 4 * count))
+        decoded = frames_of(count + before)
+        windows.append(Window(count, before, FRAMES_PER_LATENT * count, condition_frames, decoded))
     return tuple(windows)
 
 
@@ -103,19 +111,19 @@ def speech_windows(frames: int, size: int) -> tuple[Window, ...]:
     share five frames with the one before and throw away twelve at the end, all but the last.
     """
     if frames < size:
-        return (Window(latents(size), 0, frames, drop=size - frames),)
+        return (Window(latents(size), 0, frames, size, size, drop=size - frames),)
     stride = size - MOTION - _DROP
     count = math.ceil((frames - size) / stride) + 1
     end = (count - 1) * stride + size - 1  # the last frame, with speech or after it
-    windows = [Window(latents(size), 0, 0)]
+    windows = [Window(latents(size), 0, 0, size, size)]
     for index in range(count):
         start, last = index * stride, index == count - 1
         skip, drop = MOTION if index else 0, end + 1 - frames if last else _DROP
         guide = round((start + size - 1) * (size - 1) / end)  # halves to even
-        windows.append(Window(latents(size), 0, size - skip - drop, start, skip, drop, guide))
+        windows.append(Window(latents(size), 0, size - skip - drop, size, size, start, skip, drop, guide))
     return tuple(windows)
 
 
-def padded_frames(windows: tuple[Window, ...], size: int) -> int:
+def padded_frames(windows: Sequence[Window], size: int) -> int:
     """Frames of speech that windows of a talking avatar see, with those after its end."""
     return windows[-1].start + size

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
 from skyrun.events import Event, LatentsReady, Progress, StageEnded, StageStarted, now
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.media.image import open_image
-from skyrun.models.folder import find_model, main_type
+from skyrun.models.folder import CONVERT, main_type, open_folder
 from skyrun.models.identity import fingerprint
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
-from skyrun.planning.request import Request, place_problems
+from skyrun.planning.problems import place_problems
+from skyrun.planning.request import Request
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.quant.importance import Importance, read_importance, write_importance
 from skyrun.streaming.device import choose_device, out_of_memory_explained, peak_bytes, vram_limited
@@ -73,7 +74,10 @@ def plan_calibration(
         )
     if problems:
         raise SkyrunError.listing("importance cannot be collected", problems, "choose another -o, or give prompts")
-    file = find_model(model, None).transformer
+    transformers = open_folder(model).transformers
+    if not transformers:
+        raise SkyrunError(f"{model} has no transformer", CONVERT, MODEL_MISSING)
+    file = transformers[0]
     task = str(file.metadata.get("skyrun.task", "r2v"))
     if task not in _TASKS:
         known = " and ".join(_TASKS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import progress
 from skyrun.errors import SkyrunError
-from skyrun.planning.request import place_problems
+from skyrun.planning.problems import place_problems
 from skyrun.quant.compare import compare
 from skyrun.quant.conversion import check_device, check_space, write_file
 from skyrun.quant.error_map import check_suffix, error_map, write_error_map

@@ -4,14 +4,28 @@ from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
 from skyrun.errors import WILL_NOT_FIT
-from skyrun.planning.what_if import Planned, plan_from
+from skyrun.planning.request import SECONDS, Request
+from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.units import GIB, duration, table
 
 
 def execute(arguments: Namespace) -> int:
     """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
-    planned = plan_from(arguments)
+    request = Request(
+        arguments.task,
+        "",
+        model=arguments.model,
+        quant=arguments.quant,
+        size=arguments.size,
+        resolution=arguments.resolution or Request.resolution,
+        frames=arguments.frames,
+        seconds=arguments.seconds if arguments.frames is not None else arguments.seconds or SECONDS,
+        steps=arguments.steps,
+        prefer=arguments.prefer,
+    )
+    parts = (arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
+    planned = plan_request(request, stated_hardware(arguments.preset, *parts, arguments.model))
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_picture
 

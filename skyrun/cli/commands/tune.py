@@ -7,11 +7,13 @@ from typing import Any
 from skyrun.cli.console import display, emit
 from skyrun.cli.progress import progress
 from skyrun.planning.hardware import save_tuned, this_machine
-from skyrun.planning.what_if import Clip, plan_clip
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import plan_request
 from skyrun.presets import Hardware
 from skyrun.presets.cards import Rates
 from skyrun.presets.timing import rates_of
 from skyrun.streaming.device import choose_device
+from skyrun.tasks import TASKS
 from skyrun.tools.tune import STEPS, tune, tuned
 from skyrun.units import duration, table
 
@@ -25,7 +27,7 @@ _NAMES = {
     "fast_attention": "attention in int8, TOP/s",
     "convolution": "convolutions, TFLOP/s",
 }
-_CLIP = Clip("r2v")
+_CLIP = Request(next(iter(TASKS)), "")
 
 
 def execute(arguments: Namespace) -> int:
@@ -59,7 +61,7 @@ def _measure(device_name: str | None, model: Path | None) -> tuple[dict[str, Any
             unit = 1e9 if name in ("disk", "link", "decode") else 1e12
             rows.append([_NAMES[name], f"{old / unit:.3g}", origin, f"{new / unit:.3g}"])
             summary["rates"][name] = {"before": old, "origin": origin, "now": new}
-    times = [plan_clip(_CLIP, hardware).plan.seconds for hardware in (before, after)]
+    times = [plan_request(_CLIP, hardware).plan.seconds for hardware in (before, after)]
     summary["seconds"] = {"before": times[0], "now": times[1]}
     rows.append(["r2v, 5 s at 480P, as published", duration(times[0]), "", duration(times[1])])
     return summary, f"{table(rows)}\nkept in {path}: `skyrun plan` and `skyrun run` use it"

@@ -14,7 +14,7 @@ from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.models.dit import Context, Span, dit_block
 from skyrun.models.dit_header import DiTDims
 from skyrun.models.rope import rope_table
-from skyrun.planning.request import TEXT_LENGTH
+from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.device import choose_device
 from skyrun.streaming.weights import Weight, Weights
 from skyrun.tools.bench.measurement import Clock, Measurement

@@ -19,6 +19,7 @@ import torch
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Progress, StageEnded, now
 from skyrun.kernels.formats import FORMATS
+from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.models.vae import LATENT_CHANNELS
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.reference import reference_to_video
@@ -26,7 +27,7 @@ from skyrun.pipelines.samplers import UniPC
 from skyrun.pipelines.stages import denoise
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job, prepare
-from skyrun.planning.request import TEXT_LENGTH, Request
+from skyrun.planning.request import Request
 from skyrun.presets import Plan
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.streaming.device import out_of_memory_explained, vram_limited

@@ -14,7 +14,8 @@ from torch import Tensor
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.synthetic import random_blocks
-from skyrun.planning.published import TEXT_LAYERS, UMT5_XXL, VAE, WAN_14B
+from skyrun.planning.published import TEXT_LAYERS, UMT5_XXL, VAE
+from skyrun.tasks.skyreels_v3 import WAN_14B
 from skyrun.tools.tiny_checkpoint import demo_tokenizer
 
 Dims = Mapping[str, int]

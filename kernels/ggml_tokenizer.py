@@ -1,0 +1,209 @@
+"""Tokenizers of text encoder files: the JSON of the tokenizers library, or the arrays that ggml's programs keep.
+
+A SentencePiece unigram model is pieces with log probabilities and types; llama.cpp and ComfyUI-GGUF read it from
+`tokenizer.ggml.*`. Files that skyrun writes have both; where there is JSON, it is the authority.
+"""
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.gguf_file import GGUFFile
+
+JSON_KEY, _GGML = "tokenizer.huggingface.json", "tokenizer.ggml."
+_NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_CONTROLS = ("<pad>", "</s>", "<s>")  # other special tokens stand for themselves in a text
+_PAD_SCORE = -10000.0  # of rows of the embedding that no piece belongs to
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+_SAMPLE = "A cat, 猫, on the Sea: é ﬁ 🙂\t1/2  </s>"
+_CONVERT = "convert the published checkpoint: skyrun convert puts the tokenizer in"
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """A model's pieces with their log probabilities and types, and how text is prepared for it."""
+
+    pieces: list[tuple[str, float]]
+    types: list[int]
+    charsmap: bytes
+    end: int
+    prefix_space: bool
+    squeeze_spaces: bool
+
+    def tokenizer(self) -> Tokenizer:
+        """The same model in the tokenizers library. Whatever the library raises if it cannot be."""
+        unknown = self.types.index(UNKNOWN)
+        tokenizer = Tokenizer(models.Unigram(self.pieces, unk_id=unknown, byte_fallback=BYTE in self.types))
+        steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
+        if self.squeeze_spaces:
+            steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), _SPACE)]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if self.prefix_space else "never")
+        end = self.pieces[self.end][0]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, self.end)])
+        special = (UNKNOWN, CONTROL, USER_DEFINED)
+        names = [piece for (piece, _), type in zip(self.pieces, self.types, strict=True) if type in special]
+        tokenizer.add_special_tokens(names)
+        return tokenizer
+
+    def tokenizer_json(self) -> str:
+        """The same model as text that the tokenizers library reads."""
+        text: str = self.tokenizer().to_str()
+        return text
+
+    def metadata(self, rows: int) -> dict[str, Any]:
+        """The keys that ggml's programs read, with a piece for each of the embedding's rows."""
+        texts = [piece for piece, _ in self.pieces]
+        fill = range(len(texts), rows)
+        keys: dict[str, Any] = {
+            "model": "t5",
+            "pre": "default",
+            "tokens": (*texts, *(f"[PAD{row}]" for row in fill)),
+            "scores": (*(score for _, score in self.pieces), *(_PAD_SCORE for _ in fill)),
+            "token_type": (*self.types, *(UNUSED for _ in fill)),
+            "unknown_token_id": self.types.index(UNKNOWN),
+            "eos_token_id": self.end,
+            "padding_token_id": texts.index("<pad>") if "<pad>" in texts else 0,
+            "add_space_prefix": self.prefix_space,
+            "remove_extra_whitespaces": self.squeeze_spaces,
+        }
+        if self.charsmap:
+            keys["precompiled_charsmap"] = self.charsmap
+        return {f"{_GGML}{key}": value for key, value in keys.items()}
+
+
+def has_tokenizer(file: GGUFFile) -> bool:
+    """Whether a text encoder file has a tokenizer inside, of either kind."""
+    return isinstance(file.metadata.get(JSON_KEY), str) or f"{_GGML}tokens" in file.arrays
+
+
+def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
+    """The tokenizer in a text encoder file. rows: of its embedding.
+
+    SkyrunError if there is none, if it cannot be used, or if it belongs to another embedding.
+    """
+    if not has_tokenizer(file):
+        raise SkyrunError(f"{file.path} has no tokenizer inside ({JSON_KEY} or {_GGML}tokens)", _CONVERT)
+    text = file.metadata.get(JSON_KEY)
+    where = f"the tokenizer in {file.path}"
+    if isinstance(text, str):
+        return load_tokenizer(where, text, rows)
+    with guarded(where, _CONVERT):
+        tokenizer = from_gguf(file, rows).tokenizer()
+        tokenizer.encode(_SAMPLE)
+    return tokenizer
+
+
+def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> Tokenizer:
+    """A tokenizer out of the text of its JSON. SkyrunError if it cannot be used for an embedding of `rows` rows.
+
+    where: what to call it. hint: what to do about one that is damaged.
+    """
+    with guarded(where, hint):
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
+        tokenizer.encode(_SAMPLE)
+    _check_size(where, tokenizer.get_vocab_size(with_added_tokens=True), rows)
+    return tokenizer
+
+
+@contextmanager
+def guarded(where: str, hint: str) -> Iterator[None]:
+    """What the tokenizers library raises becomes a SkyrunError: plain Exceptions, and panics, which are not even that."""
+    try:
+        yield
+    except (SkyrunError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SkyrunError(f"{where} is not a tokenizer that works: {reason}", hint) from error
+
+
+def _check_size(where: str, tokens: int, rows: int, least: int = 0) -> None:
+    if not least <= tokens <= rows:
+        raise SkyrunError(
+            f"{where} has {tokens} tokens, the embedding {rows} rows: they belong to different models",
+            "take tokenizer and text encoder from one model, for example umt5-xxl",
+        )
+
+
+def from_gguf(file: GGUFFile, rows: int) -> Unigram:
+    """The model that ggml's programs keep in arrays, for an embedding of `rows` rows, which their writers fill up.
+
+    ValueError if they are not such a model, SkyrunError if they belong to another embedding.
+    """
+    _check_size(f"the tokenizer in {file.path}", file.arrays[f"{_GGML}tokens"].count, rows, least=-(-rows // 2))
+    said = {key: file.metadata.get(f"{_GGML}{key}") for key in ("model", "eos_token_id")}
+    tokens, scores, types = (file.array(f"{_GGML}{name}") for name in ("tokens", "scores", "token_type"))
+    if said["model"] != "t5" or not len(tokens) == len(scores) == len(types):
+        counts = f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types"
+        raise ValueError(f"a tokenizer {said['model']!r} of {counts}, expected 't5' with as many of each")
+    used = max((place for place, type in enumerate(types) if type != UNUSED), default=-1) + 1  # then rows without piece
+    end = said["eos_token_id"]
+    return Unigram(
+        pieces=list(zip(tokens[:used], scores[:used], strict=True)),
+        types=types[:used],
+        charsmap=bytes(value & 0xFF for value in file.array(f"{_GGML}precompiled_charsmap")),
+        end=end if isinstance(end, int) else tokens.index("</s>"),
+        prefix_space=bool(file.metadata.get(f"{_GGML}add_space_prefix", True)),
+        squeeze_spaces=bool(file.metadata.get(f"{_GGML}remove_extra_whitespaces", True)),
+    )
+
+
+def from_json(text: str) -> Unigram | None:
+    """The model in a tokenizer.json; None if it is of another kind than SentencePiece's unigram."""
+    try:
+        said = json.loads(text)
+        vocabulary, unknown = said["model"]["vocab"], said["model"]["unk_id"]
+        if said["model"]["type"] != "Unigram" or not isinstance(unknown, int):
+            return None
+        pieces = [(str(piece), float(score)) for piece, score in vocabulary]
+        added = {token["id"]: token["content"] for token in said["added_tokens"]}
+        steps = _steps(said["normalizer"])
+        spaces = [step for step in _steps(said["pre_tokenizer"]) if step["type"] == "Metaspace"]
+        maps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps if step["type"] == "Precompiled"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    for place in sorted(added):
+        if place == len(pieces):
+            pieces.append((added[place], 0.0))
+    texts = [piece for piece, _ in pieces]
+    if not 0 <= unknown < len(texts) or "</s>" not in texts or len(set(texts)) != len(texts):
+        return None
+    return Unigram(
+        pieces=pieces,
+        types=_types(texts, unknown, set(added.values())),
+        charsmap=maps[0] if maps else b"",
+        end=texts.index("</s>"),
+        prefix_space=bool(spaces) and spaces[0].get("prepend_scheme", "always") != "never",
+        squeeze_spaces=any(step["type"] == "Replace" and step.get("content") == _SPACE for step in steps),
+    )
+
+
+def _steps(said: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be one, several or none."""
+    if not said:
+        return []
+    return list(said.get("normalizers") or said.get("pretokenizers") or [said])
+
+
+def _types(texts: Sequence[str], unknown: int, added: set[str]) -> list[int]:
+    bytes_of = set(_BYTES) if set(_BYTES) <= set(texts) else set()
+    types = []
+    for place, text in enumerate(texts):
+        if place == unknown:
+            types.append(UNKNOWN)
+        elif text in _CONTROLS:
+            types.append(CONTROL)
+        elif text in added:
+            types.append(USER_DEFINED)
+        else:
+            types.append(BYTE if text in bytes_of else _NORMAL)
+    return types

@@ -1,0 +1,52 @@
+"""How much memory a plan may use, and what a stage takes of it."""
+
+from dataclasses import dataclass
+
+from skyrun.presets.hardware import Hardware
+from skyrun.presets.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    PROCESS_BYTES,
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    RING_SLOTS,
+    staging_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that may be used. usable: of the device, with something to spare. base: taken before the first tensor."""
+
+    cuda: bool
+    limit: int
+    usable: int
+    host: int
+    base: int
+
+    def fits(self, device_bytes: int, host_bytes: int) -> bool:
+        """Whether a stage that takes so much may run."""
+        if self.cuda:
+            return device_bytes <= self.limit and host_bytes <= self.host
+        return host_bytes <= self.limit
+
+    def taken(self, block_bytes: int, working_bytes: int, waiting: int = 0) -> tuple[int, int]:
+        """Bytes of the device and of the host that a stage takes.
+
+        Args:
+            block_bytes: the largest block of weights that passes, of which a few are there at a time.
+            working_bytes: what the stage works in.
+            waiting: what waits on the host for its turn.
+        """
+        total = RING_SLOTS * block_bytes + working_bytes + self.base
+        return (total, staging_bytes(block_bytes) + PROCESS_BYTES + waiting) if self.cuda else (0, total)
+
+
+def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None) -> Budget:
+    """What is free, or less where a limit in GiB says so."""
+    host = hardware.ram_free if max_ram is None else min(int(max_ram * GIB), hardware.ram_free)
+    if hardware.device != "cuda":
+        return Budget(False, host, host, host, PROCESS_BYTES)
+    free = hardware.vram_free + CONTEXT_BYTES
+    limit = free if max_vram is None else min(int(max_vram * GIB), free)
+    return Budget(True, limit, limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit)), host, CONTEXT_BYTES)

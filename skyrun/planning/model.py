@@ -1,0 +1,205 @@
+"""Which files of a folder make up the model of a task. The one place that chooses among them."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
+from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.models.clip import CLIPVision
+from skyrun.models.dit_header import DiTDims, read_dims
+from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
+from skyrun.models.umt5 import UMT5
+from skyrun.models.vae import check_vae, read_vae_dims
+from skyrun.tasks import TASKS, TaskSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The files of a model for a task, their headers checked.
+
+    others: transformers of the folder that could be taken instead. passed_over: files that do not fit, and why.
+    """
+
+    files: ModelFiles
+    encoder: UMT5
+    vision: CLIPVision | None
+    dims: DiTDims
+    others: tuple[GGUFFile, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    def with_type(self, spec: TaskSpec, weight_type: str) -> "Model":
+        """The same model with another of its transformers, checked likewise."""
+        transformer = next(file for file in self.others if main_type(file) == weight_type)
+        dims = _checked_transformer(transformer, spec, self.encoder, self.vision)
+        others = (self.files.transformer, *(file for file in self.others if file is not transformer))
+        return replace(self, files=replace(self.files, transformer=transformer), dims=dims, others=others)
+
+
+def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) -> Model:
+    """The model of a task: of several transformers the one with the most bits, unless `quant` names another.
+
+    A file that says its task is taken for that, one that does not where its shapes fit. SkyrunError (exit code 4) says
+    which parts are missing; whatever is wrong with the tensors of what was chosen is an error too.
+    """
+    passed_over: list[str] = []
+    fitting = _for_task(folder, spec, passed_over) if folder.transformers else []
+    _check_complete(folder, spec)
+    transformer = fitting[0] if quant is None else _of_type(fitting, quant, folder.path)
+    dims = read_dims(transformer)
+    encoder = _first(folder.ggufs["text encoder"], lambda file: _text_encoder(file, dims), passed_over)
+    vision, audio = None, None
+    if "image encoder" in spec.parts:
+        vision = _first(folder.ggufs["image encoder"], lambda file: _image_encoder(file, dims), passed_over)
+    if "audio encoder" in spec.parts:
+        audio = folder.safetensors["audio encoder"][0]
+    vae = _first(folder.safetensors["autoencoder"], _autoencoder, passed_over)
+    dims = _checked_transformer(transformer, spec, encoder, vision)
+    encoder.check()
+    check_vae(vae)
+    if vision is not None:
+        vision.check()
+    files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
+    others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
+    return Model(files, encoder, vision, dims, others, tuple(passed_over))
+
+
+def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:
+    missing = [f"{folder.path} has no {role}" for role in ("transformer", *spec.parts) if not folder.has(role)]
+    if not missing:
+        return
+    code = BAD_INPUT if folder.unreadable else MODEL_MISSING
+    if (folder.path / "transformer").is_dir():
+        missing.append(f"{folder.path} is a published checkpoint, which has to be converted first")
+    raise SkyrunError.listing("the model is not complete", [*folder.unreadable, *missing], CONVERT, code)
+
+
+def _for_task(folder: ModelFolder, spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
+    """Transformers for the task: those that say it, or else those that say nothing and fit."""
+    said = {file: str(file.metadata.get("skyrun.task", "")) for file in folder.transformers}
+    stated = [file for file, task in said.items() if task == spec.name]
+    silent = [file for file, task in said.items() if not task]
+    for file, task in said.items():
+        if task and task != spec.name and (stated or silent):
+            passed_over.append(f"{file.path.name} is a model for {task}")
+    if stated:
+        passed_over += [f"{file.path.name} does not say its task" for file in silent]
+        return stated
+    if not silent:
+        file, task = next(iter(said.items()))
+        raise SkyrunError(f"{file.path} is a model for {task}, not for {spec.name}", f"use it with `skyrun run {task}`")
+    if folder.named is not None:
+        return silent
+    reasons = {file: _misfit(file, spec) for file in silent}
+    fitting = [file for file, reason in reasons.items() if not reason]
+    if fitting:
+        passed_over += [reason for reason in reasons.values() if reason]
+        return fitting
+    raise SkyrunError.listing(
+        f"{folder.path} has no transformer for {spec.name}",
+        [reason for reason in reasons.values() if reason],
+        "use a model for this task, or name the file itself with --model",
+    )
+
+
+def _misfit(file: GGUFFile, spec: TaskSpec) -> str:
+    """Why a file that does not say its task is none for this one: by its shapes, and by its name where these agree."""
+    try:
+        dims = read_dims(file)
+    except SkyrunError:
+        return ""  # said in full if it is the one that is taken
+    if problem := _shape_problem(dims, spec):
+        return f"{file.path.name} {problem}"
+    named = task_in_words(file.path.name)
+    return f"{file.path.name} is a model for {named}, by its name" if named not in ("", spec.name) else ""
+
+
+def task_in_words(text: str) -> str:
+    """The task that words of a path name, "" if none does: of models of one shape nothing else tells them apart."""
+    words = {word.lower() for word in re.split(r"[^A-Za-z0-9]+", text)}
+    return next((name for name in reversed(TASKS) if name in words), "")
+
+
+def _of_type(transformers: Sequence[GGUFFile], quant: str, folder: Path) -> GGUFFile:
+    by_recipe = {str(file.metadata.get("skyrun.quant", main_type(file))): file for file in reversed(transformers)}
+    there = {main_type(file): file for file in reversed(transformers)} | by_recipe
+    if quant.upper() not in there:
+        raise SkyrunError(f"{folder} has no {quant} transformer", f"it has {', '.join(by_recipe)}", MODEL_MISSING)
+    return there[quant.upper()]
+
+
+def _first(files: Sequence[T], use: Callable[[T], "Used"], passed_over: list[str]) -> "Used":
+    """What `use` makes of the first file that it does not refuse; the first refusal where it refuses all."""
+    refusals: list[SkyrunError] = []
+    for file in files:
+        try:
+            used = use(file)
+        except SkyrunError as error:
+            refusals.append(error)
+            continue
+        passed_over += [refusal.message for refusal in refusals]
+        return used
+    raise refusals[0]
+
+
+Used = TypeVar("Used")
+
+
+def _text_encoder(file: GGUFFile, dims: DiTDims) -> UMT5:
+    encoder = UMT5(file)
+    if encoder.dim != dims.text_dim:
+        raise SkyrunError(
+            f"{file.path} makes embeddings of {encoder.dim}, the transformer expects {dims.text_dim}",
+            "use the text encoder that was converted with this model",
+        )
+    return encoder
+
+
+def _image_encoder(file: GGUFFile, dims: DiTDims) -> CLIPVision:
+    vision = CLIPVision(file)
+    if vision.dim != dims.image_dim:
+        raise SkyrunError(
+            f"{file.path} makes tokens of {vision.dim}, the transformer expects {dims.image_dim}",
+            "use the image encoder that was converted with this model",
+        )
+    return vision
+
+
+def _autoencoder(path: Path) -> Path:
+    read_vae_dims(path)
+    return path
+
+
+def _checked_transformer(file: GGUFFile, spec: TaskSpec, encoder: UMT5, vision: CLIPVision | None) -> DiTDims:
+    dims = read_dims(file)
+    if problem := _shape_problem(dims, spec):
+        raise SkyrunError(f"{file.path} {problem}", f"use a SkyReels-V3 model for {spec.name}")
+    made = [("text", encoder.dim, dims.text_dim)]
+    if vision is not None:
+        made.append(("image", vision.dim, dims.image_dim))
+    for name, encoder_dim, own in made:
+        if encoder_dim != own:
+            raise SkyrunError(
+                f"{file.path} expects {name} embeddings of {own}, the {name} encoder makes {encoder_dim}",
+                f"use the {name} encoder that was converted with this model",
+            )
+    return dims
+
+
+def _shape_problem(dims: DiTDims, spec: TaskSpec) -> str:
+    wanted = spec.dims["in"]
+    if dims.in_channels != wanted:
+        return f"takes {dims.in_channels} channels, {spec.name} has {wanted}"
+    if bool(dims.image_dim) != spec.sees_image:
+        has, needs = ("an", "none") if dims.image_dim else ("no", "one")
+        return f"has {has} image input, {spec.name} needs {needs}"
+    return ""
+
+
+def missing_parts(folder: ModelFolder, spec: TaskSpec) -> Iterator[str]:
+    """Roles of the task's files that a folder has no file for."""
+    yield from (role for role in ("transformer", *spec.parts) if not folder.has(role))

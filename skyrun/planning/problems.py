@@ -1,0 +1,179 @@
+"""What can be wrong with a request: its values, and the world that it names. All problems are found at once."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from skyrun.errors import SkyrunError
+from skyrun.kernels.disk import existing_folder
+from skyrun.planning.request import Request
+from skyrun.presets.plan import PREFERENCES
+from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks.sizes import GRID
+
+DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("exact", "fast")
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+_MAX_SEED = (1 << 63) - 1
+_MAX_STEPS = 1000
+_TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
+
+
+def check(request: Request) -> None:
+    """SkyrunError that lists everything that is wrong with a request, and with the files and places it names."""
+    problems = request.type_problems() or [*value_problems(request), *_world_problems(request)]
+    if problems:
+        raise SkyrunError.listing("this cannot be run", problems, "see `skyrun run --help`")
+
+
+def parse_request(values: Any) -> Request:
+    """The request whose `as_json` these values are. SkyrunError if they are something else."""
+    known = {field.name for field in fields(Request)}
+    if not isinstance(values, dict) or not {"task", "prompt"} <= set(values) <= known:
+        raise SkyrunError("these values are not a request", f"expected task, prompt, and of {', '.join(sorted(known))}")
+    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    if problems := request.type_problems() or value_problems(request):
+        raise SkyrunError.listing("these values are not a request", problems, "see `skyrun run --help`")
+    return request
+
+
+def value_problems(request: Request) -> list[str]:
+    """Values that no clip can have."""
+    if request.task not in TASKS:
+        return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *_shape_problems(request)]
+    spec = request.spec
+    return [
+        *_input_problems(request, spec),
+        *_transition_problems(request, spec),
+        *_shape_problems(request),
+        *_resolution_problems(request, spec),
+        *length_problems(spec, request.frames, request.seconds),
+        *_choice_problems(request),
+    ]
+
+
+def length_problems(spec: TaskSpec, frames: int | None, seconds: float | None) -> list[str]:
+    """Why the task makes no clip of that many frames or seconds."""
+    shortest, longest = spec.seconds
+    if frames is not None and not spec.takes_frames:
+        return [f"{spec.name} has no --frames: use --seconds"]
+    if frames is not None and seconds is not None:
+        return [f"got {frames} frames and {seconds:g} seconds, expected one of them"]
+    if frames is not None and (frames < 1 or frames % 4 != 1):
+        nearest = max(0, round((frames - 1) / 4)) * 4 + 1
+        return [f"{frames} frames are not 4 k + 1; the nearest is {nearest}"]
+    if seconds is not None and not (seconds > 0 and shortest <= seconds <= longest):
+        least = f"at least {shortest:g}" if shortest else "more than 0"
+        return [f"got {seconds:g} seconds, expected {least} and at most {longest:g}"]
+    if seconds is not None and spec.whole_seconds and seconds != int(seconds):
+        return [f"got {seconds:g} seconds, {spec.name} makes clips of whole seconds"]
+    if frames is not None and spec.most_frames is not None and frames > spec.most_frames:
+        return [f"{frames} frames are too many, the model has positions for {spec.most_frames}"]
+    return []
+
+
+def place_problems(path: Path) -> list[str]:
+    """Why a file cannot be written there; better known before the work than after it."""
+    if path.is_dir():
+        return [f"{path} is a folder, expected the name of a file"]
+    folder = existing_folder(path.parent)
+    if not folder.is_dir():
+        return [f"{path} cannot be written: {folder} is a file"]
+    return [] if os.access(folder, os.W_OK) else [f"{path} cannot be written: {folder} is read-only"]
+
+
+def _input_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    if not request.prompt.strip():
+        yield "the prompt is empty: say with -p what the clip shows"
+    fewest, most = spec.images
+    if not fewest <= len(request.images) <= most:
+        count = f"{fewest} to {most}" if fewest < most else str(most)
+        yield (
+            f"got {len(request.images)} {spec.image_name}, expected {count}"
+            if most
+            else f"{spec.name} takes no --image"
+        )
+    for name, file, wanted in (("video", request.video, spec.video), ("audio", request.audio, spec.audio)):
+        if wanted is not (file is not None):
+            yield f"{spec.name} takes {f'a --{name} file' if wanted else f'no --{name}'}"
+
+
+def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    if request.join and "join" not in spec.options:
+        yield f"{spec.name} has no --join"
+    if "transition" not in spec.options:
+        if request.transition is not None:
+            yield f"{spec.name} has no --transition"
+        return
+    if request.transition is not None and request.transition not in spec.transitions:
+        yield f"unknown transition {request.transition!r}, expected {', '.join(spec.transitions)}"
+        return
+    tags = spec.transitions.values()
+    if (found := _TAG.match(request.prompt)) and found[1] not in tags:
+        yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
+
+
+def _shape_problems(request: Request) -> Iterator[str]:
+    size = request.size
+    if isinstance(size, str):
+        yield f"size {size!r} is not HxW, height and width in pixels, such as 480x832"
+    elif size is not None and not (min(size) >= GRID and all(side % GRID == 0 for side in size)):
+        near = "x".join(str(max(GRID, round(side / GRID) * GRID)) for side in size)
+        yield f"size {size[0]}x{size[1]} is not on the grid of {GRID} pixels; the nearest is {near}"
+
+
+def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    if request.size is None and request.resolution not in spec.resolutions:
+        yield f"unknown resolution {request.resolution!r}, expected {', '.join(spec.resolutions)}"
+    for name, least in (("condition_frames", 1), ("window_frames", 21)):
+        if (count := getattr(request, name)) < least or count % 4 != 1:
+            yield f"{name} = {count}, expected 4 k + 1 and at least {least}"
+    if request.latent_rate < 1:
+        yield f"latent_rate = {request.latent_rate}, expected at least 1"
+
+
+def _choice_problems(request: Request) -> Iterator[str]:
+    if not 1 <= request.steps <= _MAX_STEPS:
+        yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
+    if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
+        yield f"seed {request.seed} is not between 0 and {_MAX_SEED}"
+    if request.device is not None and not _DEVICE.fullmatch(request.device):
+        yield f"unknown device {request.device!r}, expected cuda, cuda:N or cpu"
+    for name, value, known in (
+        ("dtype", request.dtype, DTYPES),
+        ("precision", request.precision, PRECISIONS),
+        ("preference", request.prefer, PREFERENCES),
+    ):
+        if value is not None and value not in known:
+            yield f"unknown {name} {value!r}, expected {', '.join(known[:-1])} or {known[-1]}"
+    for option, limit in (("--max-vram", request.max_vram), ("--max-ram", request.max_ram)):
+        if limit is not None and not 0 < limit < math.inf:
+            yield f"{option} {limit:g} GiB is not a limit, expected a number above 0"
+    if request.output is not None and request.output.suffix.lower() != ".mp4":
+        yield f"{request.output} does not end in .mp4"
+
+
+def _world_problems(request: Request) -> Iterator[str]:
+    """Inputs that are not there, and outputs that cannot be written or would replace an input."""
+    files = [file for file in (*request.images, request.video, request.audio) if file is not None]
+    for file in files:
+        if not file.is_file():
+            yield f"{file} is a folder" if file.is_dir() else f"{file} does not exist"
+    places = [path for path in (request.output, request.save_latents) if path is not None]
+    for path in places:
+        yield from place_problems(path)
+    if len({path.resolve() for path in places}) < len(places):
+        yield f"the clip and the latents cannot both be {places[0]}"
+    yield from lost_inputs(places, files)
+
+
+def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]:
+    """Places in which what a clip is made from would be replaced."""
+    taken = {file.resolve() for file in inputs}
+    for place in places:
+        if place.resolve() in taken:
+            yield f"{place} is what the clip is made from, it would be lost"
