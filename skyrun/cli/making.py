@@ -9,6 +9,7 @@ import av
 import numpy as np
 from PIL.Image import Image
 
+from skyrun.cli.commands.plan import blocks_text
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
 from skyrun.engine.checkpoint import kept
@@ -128,15 +129,6 @@ def plan_text(job: Job) -> str:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
     return "\n".join([*head, table(rows)])
-
-
-def blocks_text(resident: int, layers: int) -> str:
-    """Where the transformer's blocks are while it runs."""
-    if resident == layers:
-        return "all blocks stay in memory"
-    if not resident:
-        return "all blocks are streamed from disk"
-    return f"{resident} of {layers} blocks stay in memory, the others are streamed from disk"
 
 
 def _passing(plan: Plan) -> list[str]:

@@ -205,10 +205,11 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(commands: Commands) -> None:
     parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
-    parser.add_argument("task", choices=list(TASKS), help="as `skyrun run` has them")
+    parser.add_argument("task", nargs="?", choices=list(TASKS), help="as `skyrun run` has them")
     machine = parser.add_argument_group("another machine than this one")
     machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
-    machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"')
+    machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"; "list" lists those that skyrun knows')
+    machine.add_argument("--like", metavar="NAME", help="a card as quick as that one, with --vram")
     machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
     machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
     machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")

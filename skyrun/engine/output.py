@@ -20,7 +20,7 @@ from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.kernels.safetensors_header import read_safetensors_header
 from skyrun.media.image import suffix_problems
 from skyrun.media.video_writer import read_request
-from skyrun.planning.problems import lost_inputs, place_problems
+from skyrun.planning.problems import check, lost_inputs, place_problems
 from skyrun.planning.request import Request
 
 _SUFFIX = ".skyrun.safetensors"
@@ -43,10 +43,11 @@ def clip_path(state: Path, suffix: str = ".mp4") -> Path:
 
 
 def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
-    """SkyrunError if a file cannot be written, or if one would be lost: better before the run than after it.
+    """SkyrunError if a request is wrong, a file cannot be written, or one would be lost: better before the run.
 
     pictures: where pictures of the clip will be drawn.
     """
+    check(request)
     inputs = [path for path in (*request.images, request.video, request.audio) if path is not None]
     outputs = [path for path in (request.output, request.save_latents, *pictures) if path is not None]
     problems = [problem for place in pictures for problem in (*suffix_problems(place), *place_problems(place))]
@@ -58,7 +59,7 @@ def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
         for path in inputs
         if request.output is not None and _is_beside(path, request.output)
     ]
-    problems += lost_inputs(outputs, inputs)
+    problems += lost_inputs(pictures, inputs)
     places = [path.resolve() for path in outputs]
     problems += [f"two outputs cannot both be {path}" for path in dict.fromkeys(places) if places.count(path) > 1]
     if problems:

@@ -44,15 +44,15 @@ def parse_request(values: Any) -> Request:
 def value_problems(request: Request) -> list[str]:
     """Values that no clip can have."""
     if request.task not in TASKS:
-        return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *_shape_problems(request)]
+        return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *shape_problems(request)]
     spec = request.spec
     return [
         *_input_problems(request, spec),
         *_transition_problems(request, spec),
-        *_shape_problems(request),
+        *shape_problems(request),
         *_resolution_problems(request, spec),
         *length_problems(spec, request.frames, request.seconds),
-        *_choice_problems(request),
+        *choice_problems(request),
     ]
 
 
@@ -117,7 +117,7 @@ def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
 
 
-def _shape_problems(request: Request) -> Iterator[str]:
+def shape_problems(request: Request) -> Iterator[str]:
     size = request.size
     if isinstance(size, str):
         yield f"size {size!r} is not HxW, height and width in pixels, such as 480x832"
@@ -136,7 +136,7 @@ def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"latent_rate = {request.latent_rate}, expected at least 1"
 
 
-def _choice_problems(request: Request) -> Iterator[str]:
+def choice_problems(request: Request) -> Iterator[str]:
     if not 1 <= request.steps <= _MAX_STEPS:
         yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
     if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:

@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import length_problems
+from skyrun.planning.problems import choice_problems, length_problems, shape_problems
 from skyrun.planning.published import published_workload, with_clip
 from skyrun.planning.request import SECONDS, Request
 from skyrun.presets import Hardware, Plan, Workload, choose
-from skyrun.presets.cards import CARDS, find_card
+from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
@@ -32,11 +31,17 @@ class Planned:
     workload: Workload
     plan: Plan
 
+    @property
+    def transformer_bytes(self) -> int:
+        """What the file of the transformer takes on a disk, but for its header."""
+        return self.workload.layers * self.workload.block_bytes + self.workload.outer_bytes
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"task": self.request.task, "size": [self.workload.height, self.workload.width]} | {
             "frames": self.workload.frames,
             "tokens": self.workload.tokens,
+            "transformer_bytes": self.transformer_bytes,
             "hardware": hardware_json(self.hardware),
             "plan": self.plan.as_json(),
         }
@@ -75,7 +80,9 @@ def _model_workload(request: Request) -> Workload:
 
 def _problems(request: Request) -> Iterator[str]:
     spec = request.spec
+    yield from shape_problems(request)
     yield from length_problems(spec, request.frames, request.seconds)
+    yield from choice_problems(request)
     if request.size is None and request.resolution not in spec.resolutions:
         yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
     if request.quant is not None and request.model is None and request.quant not in FORMATS:
@@ -83,24 +90,41 @@ def _problems(request: Request) -> Iterator[str]:
 
 
 def described_hardware(
-    gpu: str | None, vram: float | None, ram: float | None, disk: float | None, model: Path | None = None
+    gpu: str | None = None,
+    like: str | None = None,
+    vram: float | None = None,
+    ram: float | None = None,
+    disk: float | None = None,
+    model: Path | None = None,
 ) -> Hardware:
     """The machine that options describe; without a card it is this one, with other numbers where they are given.
 
     SkyrunError for a card that is in no table.
+
+    Args:
+        gpu: The name of a card.
+        like: In place of it, a card as quick as that one, with `vram`.
+        vram: Its GiB.
+        ram: GiB of the machine, in all.
+        disk: GB/s of the disk that the model is on.
+        model: A model whose disk is measured where `disk` is not given.
     """
     problems = [
         f"--{name} {value:g} is no size, expected a number above 0"
         for name, value in (("vram", vram), ("ram", ram), ("disk", disk))
         if value is not None and not 0 < value < float("inf")
     ]
-    if vram is not None and gpu is None:
-        problems.append("--vram says nothing without --gpu")
-    card = find_card(gpu, vram) if gpu is not None else None
-    if gpu is not None and card is None:
-        names = list(dict.fromkeys(card.name for card in CARDS))
-        near = get_close_matches(gpu.upper(), names, 3, 0.5) or ["RTX 3060", "RTX 4070 Ti SUPER"]
-        problems.append(f"{gpu!r} is no card that skyrun knows, such as {', '.join(near)}")
+    if gpu is not None and like is not None:
+        problems.append("--gpu and --like both name a card")
+    if vram is not None and gpu is like is None:
+        problems.append("--vram says nothing without --gpu or --like")
+    if like is not None and vram is None:
+        problems.append("--like needs --vram, the GiB of the card that is meant")
+    name, card = gpu or like, None
+    if name is not None:
+        card = card_like(name, vram) if like is not None and vram is not None else find_card(name, vram)
+        if card is None:
+            problems.append(why_unknown(name))
     if problems:
         raise SkyrunError.listing("this machine cannot be planned for", problems, "see `skyrun plan --help`")
     found = stated(card, ram or _RAM, disk or _DISK, vram) if card else this_machine(model=model)
@@ -108,7 +132,7 @@ def described_hardware(
         found = found.knowing(STATED, ram_total=int(ram * GIB), ram_free=free_ram(ram))
     if disk is not None:
         found = found.knowing(STATED, disk_rate=disk * 1e9)
-    given = {"name": gpu, "vram_free": vram, "ram_free": ram}
+    given = {"name": name, "vram_free": vram, "ram_free": ram}
     return replace(found, origins=found.origins | {name: STATED for name, value in given.items() if value is not None})
 
 
@@ -120,17 +144,11 @@ def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned
     return Planned(request, hardware, chosen, plan)
 
 
-def stated_hardware(
-    preset_name: str | None,
-    gpu: str | None,
-    vram: float | None,
-    ram: float | None,
-    disk: float | None,
-    model: Path | None = None,
-) -> Hardware:
+def stated_hardware(preset_name: str | None, model: Path | None = None, **parts: Any) -> Hardware:
     """A machine by the name of a preset, or as `described_hardware` has it. SkyrunError if both are given."""
     if preset_name is None:
-        return described_hardware(gpu, vram, ram, disk, model)
-    if any(part is not None for part in (gpu, vram, ram, disk)):
-        raise SkyrunError("--preset is a whole machine", "leave out --gpu, --vram, --ram and --disk, or --preset")
+        return described_hardware(**parts, model=model)
+    if any(part is not None for part in parts.values()):
+        hint = "leave out --gpu, --like, --vram, --ram and --disk, or --preset"
+        raise SkyrunError("--preset is a whole machine", hint)
     return preset(preset_name)

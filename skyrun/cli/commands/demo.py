@@ -10,10 +10,11 @@ from PIL import Image, ImageDraw
 
 from skyrun.cli.console import emit, say
 from skyrun.cli.making import announce, make
-from skyrun.engine.output import check_outputs, is_made
+from skyrun.engine.output import check_free, is_made
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
+from skyrun.planning.problems import place_problems
 from skyrun.planning.request import Request
 from skyrun.quant.conversion import convert
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
@@ -53,7 +54,9 @@ def _run(arguments: Namespace, clip: Path, folder: Path) -> dict[str, Any]:
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )
-    check_outputs(request)
+    if problems := place_problems(clip):
+        raise SkyrunError.listing("the clip cannot be written", problems, "choose another -o")
+    check_free(request)
     say("1. building a small checkpoint: the architecture of SkyReels-V3 R2V, random weights")
     write_checkpoint(checkpoint, CheckpointDims())
     say(f"2. converting it to {_QUANT}")

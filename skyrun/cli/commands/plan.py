@@ -3,15 +3,22 @@
 from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
-from skyrun.errors import WILL_NOT_FIT
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.planning.request import SECONDS, Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
-from skyrun.units import GIB, duration, table
+from skyrun.presets.cards import card_rows
+from skyrun.tasks import TASKS
+from skyrun.units import GIB, duration, size, table
 
 
 def execute(arguments: Namespace) -> int:
     """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    if arguments.gpu == "list":
+        display(table(card_rows()))
+        return 0
+    if arguments.task is None:
+        raise SkyrunError("say which task to plan for", f"skyrun plan {', '.join(TASKS)}; --gpu list lists cards")
     request = Request(
         arguments.task,
         "",
@@ -24,8 +31,8 @@ def execute(arguments: Namespace) -> int:
         steps=arguments.steps,
         prefer=arguments.prefer,
     )
-    parts = (arguments.gpu, arguments.vram, arguments.ram, arguments.disk)
-    planned = plan_request(request, stated_hardware(arguments.preset, *parts, arguments.model))
+    parts = {name: getattr(arguments, name) for name in ("gpu", "like", "vram", "ram", "disk")}
+    planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_picture
 
@@ -55,6 +62,7 @@ def planned_text(planned: Planned) -> str:
         lines.append(
             f"{duration(plan.seconds)} in all, {duration(plan.step_seconds)} a step; speeds are {origin(planned)}"
         )
+    lines += plan.notes
     return "\n".join(lines)
 
 
@@ -79,12 +87,22 @@ def hardware_text(hardware: Hardware) -> str:
 def choice_text(planned: Planned) -> str:
     """What was chosen."""
     plan, work = planned.plan, planned.workload
-    numbers = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
-    kept = f"{plan.resident_blocks} of {work.layers} blocks stay in memory"
+    dtypes = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
+    file = f"{plan.weight_type}, a file of {size(planned.transformer_bytes)},"
+    kept = blocks_text(plan.resident_blocks, work.layers)
     rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"
     waiting = ", the others wait on the host" if plan.parked_tokens else ""
     tile = f" in slabs of {plan.vae_tile[0]} rows" if plan.vae_tile else ""
-    return f"{plan.weight_type} in {numbers}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
+    return f"{file} in {dtypes}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
+
+
+def blocks_text(resident: int, layers: int) -> str:
+    """Where the transformer's blocks are while it runs."""
+    if resident == layers:
+        return "all blocks stay in memory"
+    if not resident:
+        return "all blocks are streamed from disk"
+    return f"{resident} of {layers} blocks stay in memory, the others are streamed from disk"
 
 
 def stages_text(plan: Plan) -> str:

@@ -1,0 +1,53 @@
+"""What `skyrun plan` takes and says."""
+
+import json
+import re
+
+import pytest
+
+from skyrun.cli import main
+
+SAYS = [
+    (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),
+    (["r2v", "--gpu", "RTX 3060", "--width", "832", "--height", "480"], "480x832"),
+    (["r2v", "--gpu", "RTX 3060"], "Q8_0, a file of 15.4 GB,"),
+    (["a2v", "--gpu", "RTX 3060"], "a file of 20.4 GB"),
+    (["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K"], "Q4_K, a file of 8.4 GB"),
+    (["r2v", "--like", "RTX 3090", "--vram", "48"], "a card like RTX 3090, 48 GB"),
+    (["r2v", "--gpu", "RTX 4090 24 GB"], "RTX 4090 24 GB"),
+    (["r2v", "--gpu", "list"], "RTX 3060 .* 12 GB"),
+    (["--gpu", "list"], "RTX 3060 .* 12 GB"),
+    (["r2v", "--gpu", "RTX 3060", "--prefer", "memory"], "all blocks are streamed from disk"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said"), SAYS)
+def test_what_a_plan_says(arguments, said, capsys):
+    assert main(["plan", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert re.search(said, out), out
+
+
+MISTAKES = [
+    ([], "say which task to plan for"),
+    (["r2v", "--size", "big"], "size 'big' is not HxW"),
+    (["r2v", "--size", "100x200"], "is not on the grid of 16 pixels"),
+    (["r2v", "--steps", "0"], "got 0 steps"),
+    (["r2v", "--frames", "10"], "10 frames are not 4 k + 1"),
+    (["r2v", "--gpu", "RX 7900 XTX"], "is made by AMD"),
+    (["r2v", "--gpu", "RTX 3060", "--like", "RTX 3090"], "--gpu and --like both name a card"),
+    (["r2v", "--like", "RTX 3090"], "--like needs --vram"),
+    (["r2v", "--vram", "8"], "--vram says nothing without --gpu or --like"),
+    (["r2v", "--preset", "8gb", "--like", "RTX 3090"], "--preset is a whole machine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_what_cannot_be_planned(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_size_of_the_file_is_a_value_too(capsys):
+    assert main(["plan", "r2v", "--gpu", "RTX 3060", "--json"]) == 0
+    assert 15.3e9 < json.loads(capsys.readouterr().out)["transformer_bytes"] < 15.5e9
