@@ -33,7 +33,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("task", "task-type"), "say the task as a word, such as skyrun run r2v"),
     **dict.fromkeys(("force", "yes", "y"), "use --overwrite"),
 }
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[_Command]"
 
 
 class _Command(argparse.ArgumentParser):

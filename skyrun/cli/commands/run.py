@@ -25,17 +25,17 @@ def execute(arguments: Namespace) -> int:
         raise SkyrunError("--preview draws one clip", "leave it out, or make one clip: --sheet draws each of several")
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
-    model = _model(requests[0], arguments)
-    if model is None:
+    first = _located(requests[0], arguments)  # with the model of all
+    if first is None:
         return 0
     if len(requests) == 1:
-        _run_clip(replace(requests[0], **model), arguments)
+        _run_clip(first, arguments)
         return 0
     failed = []
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
         try:
-            _run_clip(replace(request, **model), arguments)
+            _run_clip(replace(request, model=first.model, quant=first.quant), arguments)
         except SkyrunError as error:
             show_error(error, arguments.json)
             failed.append(request)
@@ -55,15 +55,12 @@ def _force_preset(arguments: Namespace) -> None:
                 setattr(arguments, name, limit)
 
 
-def _model(request: Request, arguments: Namespace) -> dict[str, object] | None:
-    """Where the model of all clips is, as fields of a request; it is fetched if need be.
-
-    None if it would have to be fetched first, which a dry run does not do.
-    """
+def _located(request: Request, arguments: Namespace) -> Request | None:
+    """The request with the place of its model, which is fetched if need be; None if a dry run would have to fetch it."""
     model = arguments.model or (str(request.model) if request.model else None)
     request, missing = located(request, model, say, arguments.dry_run)
     if missing is None:
-        return {"model": request.model, "quant": request.quant}
+        return request
     say("without --dry-run this is fetched first, then the clip is made")
     if arguments.json:
         emit({"event": "pull"} | missing.as_json())
