@@ -247,9 +247,7 @@ CLIP_VISION = Table(
             "visual.transformer.{n}.attn.to_qkv",
             f"{_LAYER}.self_attn.qkv_proj",
         ),
-        *_layer(
-            "dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"
-        ),
+        *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
         *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
         *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
         *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),

@@ -57,7 +57,9 @@ def read_safetensors_header(path: Path, nbytes: int | None = None) -> Safetensor
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", "check the path", MODEL_MISSING) from error
     except _Cut as error:
-        raise SkyrunError(f"{path} is not a usable safetensors file: {error}", "it is cut: download it again") from error
+        raise SkyrunError(
+            f"{path} is not a usable safetensors file: {error}", "it is cut: download it again"
+        ) from error
     except (_AnotherKind, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         kind = kind_of(path) if isinstance(error, _AnotherKind) else None
         message = f"{path} is not a usable safetensors file: {kind.what if kind else error}"

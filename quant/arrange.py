@@ -14,7 +14,9 @@ from skyrun.quant.source import PLAIN, SourceTensor, scale_blocks
 Tensors = dict[str, SourceTensor]
 
 # What torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put between the names of modules.
-_WRAPPER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\.")
+_WRAPPER = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
+)
 _MARKERS = ("scaled_fp8", "v_pred", "ztsnr", "num_batches_tracked")
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 NOTE = ".comfy_quant"  # JSON about a layer's format

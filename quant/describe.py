@@ -212,7 +212,7 @@ def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     """One entry of JSON, in the words of wav2vec2's config.json."""
     if dims["layers"] != _AUDIO_LAYERS:
         raise SkyrunError(
-            f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base model with {_AUDIO_LAYERS}",
+            f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base one of {_AUDIO_LAYERS}",
             "get chinese-wav2vec2-base from the repository of SkyReels-V3-A2V, or download that",
         )
     config = Said(part, "conv_kernel")

@@ -145,9 +145,7 @@ def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
     return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints))
 
 
-def _choose(
-    source: Path, task: str, models: list[_Model], notes: list[str], errors: list[SkyrunError]
-) -> list[Family]:
+def _choose(source: Path, task: str, models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[Family]:
     """One model of a role and a task: of those that can be used, where there are several formats, the best.
 
     Adds to the notes what is passed over, and to the errors what is wrong if none can be used, or if two can.
@@ -218,7 +216,11 @@ def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[st
             basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
             return basename, "wan", describe.transformer(part, dims, model.task)
         case "text_encoder":
-            return "umt5-encoder", "t5encoder", describe.text_encoder(part, dims, tokenizer_keys(source, part, dims["vocab"]))
+            return (
+                "umt5-encoder",
+                "t5encoder",
+                describe.text_encoder(part, dims, tokenizer_keys(source, part, dims["vocab"])),
+            )
         case "image_encoder":
             return "clip-vision", "clip", describe.image_encoder(part, dims)
         case "audio_encoder":

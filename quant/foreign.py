@@ -57,7 +57,9 @@ _WAN = r"(^|\.)(patch_embedding|time_embedding\.0|condition_embedder\.time_embed
 _NOT_OURS = f"SkyReels-V3 is needed: {_PUBLISHED}"
 _KINDS = (
     _Kind(r"\.weight_scale_2$", "is in nvfp4, which skyrun does not read", _OTHER_COPY),
-    _Kind(r"\.quant_state\.|\.absmax$|\.SCB$", "is in a format of bitsandbytes, which skyrun does not read", _OTHER_COPY),
+    _Kind(
+        r"\.quant_state\.|\.absmax$|\.SCB$", "is in a format of bitsandbytes, which skyrun does not read", _OTHER_COPY
+    ),
     _Kind(r"\._data$", "is in a format of quanto, which skyrun does not read", _OTHER_COPY),
     _Kind(r"\.(wscales|smooth_factor)$", "is in nunchaku's 4-bit format, which skyrun does not read", _OTHER_COPY),
     _Kind(r"\.qweight$", "is in a format of GPTQ or AWQ, which skyrun does not read", _OTHER_COPY),
@@ -75,10 +77,14 @@ _KINDS = (
         also=_lacks(_WAN),
     ),
     _Kind(r"vace_(blocks|patch_embedding)\.", "is VACE, another model of the Wan family", _NOT_OURS, "transformer"),
-    _Kind(r"face_adapter\.|motion_encoder\.", "is Wan Animate, another model of the Wan family", _NOT_OURS, "transformer"),
+    _Kind(
+        r"face_adapter\.|motion_encoder\.", "is Wan Animate, another model of the Wan family", _NOT_OURS, "transformer"
+    ),
     _Kind(r"casual_audio_encoder\.", "is Wan S2V, another model of the Wan family", _NOT_OURS, "transformer"),
     _Kind(r"audio_proj\.audio_proj_glob", "is HuMo, another model of the Wan family", _NOT_OURS, "transformer"),
-    _Kind(r"control_adapter\.", "is a Wan model with camera control, another one of the family", _NOT_OURS, "transformer"),
+    _Kind(
+        r"control_adapter\.", "is a Wan model with camera control, another one of the family", _NOT_OURS, "transformer"
+    ),
     _Kind(
         r"(cross_attn\.k_img|attn2\.add_k_proj|image_embedder\.)",
         "is an image-to-video model of the Wan family without the audio modules of SkyReels-V3's A2V",

@@ -35,7 +35,14 @@ _DTYPES = {
     **{name: (name, 8) for name in ("int64", "uint64", "float64")},
 }
 _STORAGES = {"Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Char": "int8", "Byte": "uint8"}
-_STORAGES |= {"Bool": "bool", "Short": "int16", "Int": "int32", "Long": "int64", "Double": "float64", "Untyped": "uint8"}
+_STORAGES |= {
+    "Bool": "bool",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Double": "float64",
+    "Untyped": "uint8",
+}
 # Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
 _WRAPPERS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema")
 _WRAPPERS += ("shadow_params", "state_dict", "model", "module", "model_state", "model_state_dict", "generator")
@@ -88,9 +95,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 def _check_opcodes(objects: bytes) -> None:
     """ValueError for a place in the unpickler's memory far beyond what was put there: it would be allocated."""
-    count = 0
-    for opcode, argument, _ in pickletools.genops(objects):
-        count += 1
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(objects), 1):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > count):
             raise ValueError(f"object number {argument} after {count} opcodes")
 

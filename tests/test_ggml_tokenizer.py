@@ -1,4 +1,4 @@
-"""Tokenizers inside text encoder files: both kinds give the ids of the goldens, in skyrun and in SentencePiece itself."""
+"""Tokenizers inside text encoder files: both kinds give the ids of the goldens, here and in SentencePiece itself."""
 
 import base64
 import json
@@ -71,7 +71,9 @@ def rebuilt(path):
     It always asks for bytes as a last resort, which SentencePiece takes from models with pieces for all 256 only.
     """
     fields = gguf.GGUFReader(path).fields
-    said = {name.removeprefix("tokenizer.ggml."): f.contents() for name, f in fields.items() if "tokenizer.ggml" in name}
+    said = {
+        name.removeprefix("tokenizer.ggml."): f.contents() for name, f in fields.items() if "tokenizer.ggml" in name
+    }
     assert said["model"] == "t5"
     assert len(said["tokens"]) == len(said["scores"]) == len(said["token_type"])
     parts = zip(said["tokens"], said["scores"], said["token_type"], strict=True)
