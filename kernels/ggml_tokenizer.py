@@ -116,7 +116,7 @@ def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> To
 
 @contextmanager
 def guarded(where: str, hint: str) -> Iterator[None]:
-    """What the tokenizers library raises becomes a SkyrunError: plain Exceptions, and panics, which are not even that."""
+    """What the tokenizers library raises becomes a SkyrunError: plain Exceptions, and panics, which are none."""
     try:
         yield
     except (SkyrunError, KeyboardInterrupt, SystemExit, MemoryError):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-
 # What metadata holds: a scalar, a text, or an array of one kind of them; bytes are an array of numbers.
 Value = str | int | float | bytes | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 

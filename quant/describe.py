@@ -182,11 +182,13 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
             f"{part.label} has {dims['positions']} positions, expected a square of patches and one", _PUBLISHED
         )
     reduced = read_json(part.folder / _REDUCED).get("clip_visual")
-    usual = reduced.get("num_heads") if isinstance(reduced, dict) else dims["dim"] // _CLIP_HEAD_DIM
-    said = Said(part, "embedding_length")
-    usual = usual if isinstance(usual, int) else dims["dim"] // _CLIP_HEAD_DIM
-    key = "num_attention_heads" if said.text("num_attention_heads") else "attention.head_count"
-    heads = said.count(key, usual)
+    usual = reduced.get("num_heads") if isinstance(reduced, dict) else None
+    said = Said(part, "embedding_length", "projection_dim")  # GGUF's words, or those of transformers
+    in_transformers = bool(said.text("num_attention_heads"))
+    heads = said.count(
+        "num_attention_heads" if in_transformers else "attention.head_count",
+        usual if isinstance(usual, int) else dims["dim"] // _CLIP_HEAD_DIM,
+    )
     if dims["dim"] % heads:
         raise SkyrunError(f"{part.label} is {dims['dim']} wide: unknown number of heads", "expected CLIP ViT-H/14")
     values = {
@@ -202,14 +204,15 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     keys: dict[str, Any] = {"general.type": "clip-vision", "clip.has_vision_encoder": True}
     keys |= {f"clip.vision.{key}": value for key, value in values.items()}
     keys["clip.vision.attention.head_count"] = heads
-    return keys | {"clip.vision.attention.layer_norm_epsilon": said.number("attention.layer_norm_epsilon", 1e-5)}
+    eps = said.number("layer_norm_eps" if in_transformers else "attention.layer_norm_epsilon", 1e-5)
+    return keys | {"clip.vision.attention.layer_norm_epsilon": eps}
 
 
 def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
     """One entry of JSON, in the words of wav2vec2's config.json."""
     if dims["layers"] != _AUDIO_LAYERS:
         raise SkyrunError(
-            f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base model with {_AUDIO_LAYERS}",
+            f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base one of {_AUDIO_LAYERS}",
             "get chinese-wav2vec2-base from the repository of SkyReels-V3-A2V, or download that",
         )
     config = Said(part, "conv_kernel")

@@ -87,7 +87,8 @@ class SourceTensor:
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of {self.name}, which has {self.rows}")
         if self.parts:
-            return torch.cat([part.read(first, last) for part, first, last in self._split(start, stop)])
+            pieces = [part.read(first, last) for part, first, last in self._split(start, stop)]
+            return torch.cat(pieces, 1 if len(self.shape) == 1 else 0)
         if self.transposed:
             stored = replace(self, shape=self.shape[::-1], transposed=False).read()
             return stored.t()[start:stop].contiguous()
@@ -117,9 +118,12 @@ class SourceTensor:
         return data
 
     def _split(self, start: int, stop: int) -> "Iterator[tuple[SourceTensor, int, int]]":
-        """Which rows of which part make up rows `start` to `stop`."""
+        """Which rows of which part make up rows `start` to `stop`; vectors are one row, end to end."""
         before = 0
         for part in self.parts:
+            if len(self.shape) == 1:
+                yield part, start, stop
+                continue
             first, last = max(start - before, 0), min(stop - before, part.rows)
             if first < last:
                 yield part, first, last

@@ -95,9 +95,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 def _check_opcodes(objects: bytes) -> None:
     """ValueError for a place in the unpickler's memory far beyond what was put there: it would be allocated."""
-    count = 0
-    for opcode, argument, _ in pickletools.genops(objects):
-        count += 1
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(objects), 1):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > count):
             raise ValueError(f"object number {argument} after {count} opcodes")
 

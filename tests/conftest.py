@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ if find_spec("skyrun") is None:  # a checkout that is not installed; the bare na
     del sys.path[0]
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,17 +81,25 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """converted("Q4_K", "v2v") is a folder with the files of a tiny checkpoint, made by the command line."""
+    """converted("Q4_K", "v2v") is a folder with the files of a tiny checkpoint, made by the command line.
+
+    Processes that run tests at the same time share it.
+    """
     from skyrun.cli import main
 
-    folders: dict[tuple[str, str], Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted"
+    shared.mkdir(exist_ok=True)
 
+    @cache
     def convert(quant: str, model: str = "r2v") -> Path:
-        if (quant, model) not in folders:
-            folder = folders[quant, model] = tmp_path_factory.mktemp(f"{model}-{quant}")
-            source = checkpoint.with_name(f"{model}-tiny")
-            assert main(["convert", str(source), "-o", str(folder), "--quant", quant]) == 0
-        return folders[quant, model]
+        folder = shared / f"{model}-{quant}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                source, unfinished = checkpoint.with_name(f"{model}-tiny"), shared / f"{folder.name}.unfinished"
+                assert main(["convert", str(source), "-o", str(unfinished), "--quant", quant]) == 0
+                unfinished.rename(folder)
+        return folder
 
     return convert
 

@@ -8,7 +8,7 @@ from skyrun.kernels import QuantizedWeight, float16_sums, matmul
 from skyrun.kernels.float16_sums import may_overflow, multiply, within_range
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
-from skyrun.models.dit_file import block_layouts
+from skyrun.models.dit_header import block_layouts
 from skyrun.quant import quantize
 from skyrun.streaming.stream import BlockStream
 

@@ -1,4 +1,4 @@
-"""Tokenizers inside text encoder files: both kinds give the ids of the goldens, in skyrun and in SentencePiece itself."""
+"""Tokenizers inside text encoder files: both kinds give the ids of the goldens, here and in SentencePiece itself."""
 
 import base64
 import json

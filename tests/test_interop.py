@@ -33,9 +33,9 @@ IN_DIFFUSERS = ["r2v", "v2v"]  # which knows no audio; the tiny shot transformer
 # diffusers decodes blocks in float16, which rounds every weight by up to 2^-11, and a K type's scales and minima before
 # it. Measured: 1.4e-4 for Q8_0, 7.7e-4 for Q4_K; the errors of the types themselves are 3.4e-3 and 4.7e-2.
 TOLERANCES = {"F32": 1e-5, "BF16": 1e-5, "Q8_0": 3e-4, "Q6_K": 1e-3, "Q4_K": 1e-3, "Q4_K_M": 1e-3, "Q2_K": 1e-3}
-# The types that matrices of blocks may have in a file of each type; F16 where rows do not fit.
-ALLOWED = {quant: {quant, "F16"} for quant in TOLERANCES}
-ALLOWED |= {"Q4_K_M": {"Q4_K", "Q6_K", "F16"}, "Q2_K": {"Q2_K", "Q3_K", "F16"}}
+# The types that matrices of blocks may have in a file of each type, with llama.cpp's for rows that do not fit.
+ALLOWED = {quant: {quant} for quant in TOLERANCES} | {"Q6_K": {"Q6_K", "Q8_0"}, "Q4_K": {"Q4_K", "Q5_0"}}
+ALLOWED |= {"Q4_K_M": {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}, "Q2_K": {"Q2_K", "Q3_K", "IQ4_NL"}}
 PLAIN = {"F32", "F16", "BF16"}
 CASES = [(task, quant) for task in TASKS for quant in TOLERANCES]
 DIFFUSERS_CASES = [(task, quant) for task in IN_DIFFUSERS for quant in TOLERANCES]

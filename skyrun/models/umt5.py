@@ -10,7 +10,6 @@ from collections.abc import Generator
 
 import ftfy
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.elementwise import rms_norm
 from skyrun.kernels.fitting import check_tensors
+from skyrun.kernels.ggml_tokenizer import read_tokenizer
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
 from skyrun.kernels.name_tables import UMT5_ENCODER
 from skyrun.streaming.layout import lay_out_blocks
@@ -28,7 +28,6 @@ TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _BLOCK = "enc.blk."
 _MAX_DISTANCE = 128
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
-_TOKENIZER = "tokenizer.huggingface.json"
 
 
 def clean_prompt(prompt: str) -> str:
@@ -43,11 +42,11 @@ class UMT5:
         self.file = file
         self._eps = file.number("t5encoder.attention.layer_norm_rms_epsilon", 1e-6)
         self._buckets, self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape
-        _, self.dim = self._tensor("token_embd.weight").shape
+        rows, self.dim = self._tensor("token_embd.weight").shape
         self._blocks = lay_out_blocks(file.path, file.tensors, _BLOCK)
         if len(self._blocks) != (said := file.number("t5encoder.block_count", len(self._blocks))):
             raise SkyrunError(f"{file.path} has {len(self._blocks)} blocks, its header says {said}", _CONVERT)
-        self._tokenizer = self._load_tokenizer()
+        self._tokenizer = read_tokenizer(file, rows)
 
     @property
     def layers(self) -> int:
@@ -105,20 +104,6 @@ class UMT5:
                 f"{self.file.path} has {name} of shape {list(info.shape)}, expected {dims} axes", _CONVERT
             )
         return info
-
-    def _load_tokenizer(self) -> Tokenizer:
-        text = self.file.metadata.get(_TOKENIZER)
-        if not isinstance(text, str):
-            raise SkyrunError(
-                f"{self.file.path} has no tokenizer inside ({_TOKENIZER})",
-                "convert the published checkpoint: skyrun convert puts the tokenizer in",
-            )
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception
-            raise SkyrunError(f"the tokenizer in {self.file.path} is damaged: {error}", "convert it again") from error
-        tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
-        return tokenizer
 
 
 def relative_buckets(length: int, count: int, device: torch.device) -> Tensor:
