@@ -121,6 +121,11 @@ def test_a_clip_made_again_with_another_seed(told, tmp_path, converted, capsys):
     assert (frames[0] == frames[1]).all()
 
 
+def test_a_preview_of_each_of_several_clips(told, tmp_path):
+    assert main(told("-p", "a sea", "--seed", "1", "2", "--preview", "p.png")) == 0
+    assert clips(tmp_path) == ["r2v-1.mp4", "r2v-2.mp4"] and (tmp_path / "p.png").exists()
+
+
 def test_what_can_be_seen_of_a_clip(told, tmp_path):
     assert main(told("-p", "a sea", "--seed", "1", "--preview", "p.png", "--sheet")) == 0
     with Image.open(tmp_path / "p.png") as preview, Image.open(tmp_path / "r2v-1.png") as sheet:
@@ -133,6 +138,7 @@ MISTAKES = [
     (["run", "r2v", "--image", "x.png"], "no prompt was given"),
     (["run", "--from", "x.mp4"], "x.mp4 is not a readable video"),
     (["run", "r2v", "--prompts", "x.txt"], "x.txt does not exist"),
+    (["run", "r2v", "--prompts", "/dev/zero"], "/dev/zero is not a list of prompts: it is longer than"),
 ]
 
 

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from skyrun.engine.output import request_of, state_path
 from skyrun.errors import MODEL_MISSING, SkyrunError
@@ -12,26 +12,37 @@ from skyrun.media.video_writer import read_request
 from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
+_LONGEST = 10_000_000  # characters of prompts
+
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line of a text file; empty lines do not count."""
     hint = "give a text file in UTF-8 with one prompt per line"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            lines = _bounded(file).splitlines()
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", hint, MODEL_MISSING) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SkyrunError(f"{path} is no list of prompts: {error}", hint) from error
+    except (OSError, ValueError) as error:
+        raise SkyrunError(f"{path} is not a list of prompts: {error}", hint) from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise SkyrunError(f"{path} has no prompt in it", hint)
     return prompts
 
 
+def _bounded(file: TextIO) -> str:
+    """All of it. ValueError if it is longer than prompts ever are."""
+    text = file.read(_LONGEST + 1)
+    if len(text) > _LONGEST:
+        raise ValueError(f"it is longer than {_LONGEST} characters")
+    return text
+
+
 def _prompt_of_stdin() -> str:
     """All of stdin."""
     try:
-        text = sys.stdin.read().removeprefix("\ufeff").strip() if sys.stdin is not None else ""
+        text = _bounded(sys.stdin).removeprefix("\ufeff").strip()
     except (OSError, ValueError) as error:  # closed, or not text
         raise SkyrunError(f"stdin cannot be read: {error}", "write a prompt in UTF-8, or say it with -p") from error
     if not text:

@@ -76,11 +76,15 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
 
 def draw_sheet(job: Job) -> None:
     """The clip at a glance, beside it; not the video that it was joined to."""
-    clip = job.request.output
-    assert clip is not None
-    sheet = clip.with_suffix(".png")
-    write_picture(sheet, _sheet_of(clip, job.frames))
-    say(f"{sheet}: the clip at a glance")
+    assert job.request.output is not None
+    write_picture(sheet_path(job), _sheet_of(job.request.output, job.frames))
+    say(f"{sheet_path(job)}: the clip at a glance")
+
+
+def sheet_path(job: Job) -> Path:
+    """Where the sheet of a clip is drawn."""
+    assert job.request.output is not None
+    return job.request.output.with_suffix(".png")
 
 
 def _sheet_of(clip: Path, count: int) -> Image:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from skyrun.cli.batch import free_name, requests_of
 from skyrun.cli.console import emit, say, show_error
-from skyrun.cli.making import announce, draw_sheet, make, pictures_of
+from skyrun.cli.making import announce, draw_sheet, make, pictures_of, sheet_path
 from skyrun.engine.output import check_outputs, is_made
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError
@@ -21,8 +21,6 @@ def execute(arguments: Namespace) -> int:
     """
     _force_preset(arguments)
     requests = requests_of(arguments)
-    if len(requests) > 1 and arguments.preview is not None:
-        raise SkyrunError("--preview draws one clip", "leave it out, or make one clip: --sheet draws each of several")
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
     first = _located(requests[0], arguments)  # with the model of all
@@ -68,7 +66,7 @@ def _located(request: Request, arguments: Namespace) -> Request | None:
 
 
 def _run_clip(request: Request, arguments: Namespace) -> None:
-    job, state = continue_or_start(request, pictures_of(request.output, arguments))
+    job, state = continue_or_start(request)  # a preview may be there by now, of a clip before this one
     if job.request.output is None:
         output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))
@@ -76,8 +74,7 @@ def _run_clip(request: Request, arguments: Namespace) -> None:
     announce(job, state, arguments.json)
     if is_made(job.request) and not job.request.overwrite:
         _say_it_is_there(job.request, arguments)
-        sheets = pictures_of(job.request.output, arguments)[-1:] if arguments.sheet else []
-        if sheets and not arguments.dry_run and not sheets[0].exists():
+        if arguments.sheet and not arguments.dry_run and not sheet_path(job).exists():
             draw_sheet(job)
     elif not arguments.dry_run:
         make(job, state, arguments)
