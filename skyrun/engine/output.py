@@ -93,8 +93,14 @@ def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
                 yield f"{path} exists, and is not a clip or latents of skyrun"
             elif differing := _differing(request, made_from):
                 yield f"{path} exists, made with another {', '.join(differing)}"
-    goes_on = request.output is not None and (request.output.exists() or state_path(request.output).exists())
-    yield from (f"{path} exists" for path in pictures if path.exists() and not goes_on)
+    for path in pictures:
+        if path.exists() and not (request.output is not None and _is_drawn(path, request.output)):
+            yield f"{path} exists"
+
+
+def _is_drawn(picture: Path, output: Path) -> bool:
+    """Whether an earlier run of this output can have drawn it: a sheet only when the clip was whole."""
+    return output.exists() or (state_path(output).exists() and picture != output.with_suffix(".png"))
 
 
 def _is_in(path: Path, model: Path) -> bool:

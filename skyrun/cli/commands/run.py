@@ -54,7 +54,10 @@ def _force_preset(arguments: Namespace) -> None:
 
 
 def _located(request: Request, arguments: Namespace) -> Request | None:
-    """The request with the place of its model, which is fetched if need be; None if a dry run would have to fetch it."""
+    """The request with the place of its model, which is fetched if need be.
+
+    None if it would have to be fetched, which a dry run does not do.
+    """
     model = arguments.model or (str(request.model) if request.model else None)
     request, missing = located(request, model, say, arguments.dry_run)
     if missing is None:
