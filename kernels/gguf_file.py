@@ -68,8 +68,9 @@ class GGUFFile:
     def part(self) -> tuple[int, int]:
         """Which file this is of how many that a model was split into; (1, 1) of a whole one."""
         number, count = self.metadata.get("split.no"), self.metadata.get("split.count")
-        known = isinstance(number, int) and isinstance(count, int) and 0 <= number < count
-        return (number + 1, count) if known else (1, 1)
+        if isinstance(number, int) and isinstance(count, int) and 0 <= number < count:
+            return number + 1, count
+        return 1, 1
 
     def number(self, key: str, default: float) -> float:
         """A number of the metadata. SkyrunError if it is something else."""

@@ -44,9 +44,11 @@ _STORAGES |= {
     "Untyped": "uint8",
 }
 # Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
-_WRAPPERS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema")
-_WRAPPERS += ("shadow_params", "state_dict", "model", "module", "model_state", "model_state_dict", "generator")
-_WRAPPERS += ("params", "net", "network", "dit", "weights")
+_WRAPPERS = (
+    *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema"),
+    *("state_dict", "model", "module", "model_state", "model_state_dict", "generator", "params", "net", "network"),
+    *("dit", "weights"),
+)
 _MOST_WRAPPERS = 4  # a dictionary may hold itself
 _MOST_AXES, _LARGEST = 16, 1 << 48
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field

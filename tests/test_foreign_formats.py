@@ -203,22 +203,22 @@ MODELS = {
     ),
     "tensors that are too many": (
         lambda f: f("large") | {f"blocks.{n}.extra.weight": torch.zeros(4) for n in range(BLOCKS)},
-        "(?s)blocks.0.extra.weight .4. is not a tensor of this model.*and 9 other tensors are not of this model",
+        "(?s)blocks.0.extra.weight .4. is not a tensor of this model.*and 9 others are not of this model",
         "skyrun pull",
     ),
     "tensors that are too few": (
         lambda f: {n: t for n, t in f("large").items() if ".ffn.0.bias" not in n},
-        "(?s)blocks.0.ffn.0.bias is missing.*and 9 other tensors are missing",
+        "(?s)blocks.0.ffn.0.bias is missing.*and 9 others are missing",
         "skyrun pull",
     ),
     "tensors of other shapes": (
         lambda f: f("large") | {f"blocks.{n}.ffn.0.bias": torch.zeros(7) for n in range(BLOCKS)},
-        "(?s)has shape .7.*and 9 other tensors have other shapes",
+        "(?s)has shape .7.*and 9 others have other shapes",
         "skyrun pull",
     ),
     "scales that fit nothing": (
         lambda f: layers(f("large"), lambda w: {".weight": w.to(E4M3), ".weight_scale": torch.ones(7, 3)}),
-        "(?s)expected one number or 256, or a grid over blocks.*and 117 other tensors do not fit",
+        "(?s)expected one number or 256, or a grid over blocks.*and 117 others do not fit",
         "compare them",
     ),
 }
