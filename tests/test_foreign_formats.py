@@ -343,7 +343,10 @@ def test_a_model_under_the_suffix_of_another(tmp_path, checkpoint, converted, su
     assert f"{other}" in error.value.hint
 
 
-@pytest.mark.parametrize("type", [kind.name for kind in gguf.GGMLQuantizationType if kind.name not in FORMATS])
+NOT_DECODED = [kind.name for kind in gguf.GGMLQuantizationType if kind.name not in FORMATS and kind <= 41]
+
+
+@pytest.mark.parametrize("type", NOT_DECODED)
 def test_a_gguf_type_that_is_not_decoded_is_named(tmp_path, type):
     kind = gguf.GGMLQuantizationType[type]
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
