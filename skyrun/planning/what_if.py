@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from skyrun.planning.problems import length_problems
 from skyrun.planning.published import published_workload, with_clip
 from skyrun.planning.request import SECONDS, Request
 from skyrun.presets import Hardware, Plan, Workload, choose
-from skyrun.presets.cards import CARDS, find_card
+from skyrun.presets.cards import find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
@@ -98,9 +97,7 @@ def described_hardware(
         problems.append("--vram says nothing without --gpu")
     card = find_card(gpu, vram) if gpu is not None else None
     if gpu is not None and card is None:
-        names = list(dict.fromkeys(card.name for card in CARDS))
-        near = get_close_matches(gpu.upper(), names, 3, 0.5) or ["RTX 3060", "RTX 4070 Ti SUPER"]
-        problems.append(f"{gpu!r} is no card that skyrun knows, such as {', '.join(near)}")
+        problems.append(why_unknown(gpu))
     if problems:
         raise SkyrunError.listing("this machine cannot be planned for", problems, "see `skyrun plan --help`")
     found = stated(card, ram or _RAM, disk or _DISK, vram) if card else this_machine(model=model)
