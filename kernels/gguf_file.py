@@ -26,7 +26,7 @@ _WALK = 1 << 13  # bytes of an array of texts that are looked at in one go
 # Types that other programs write and that are not decoded here, by GGUF's number.
 _OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S"}
 _OTHER_TYPES |= {22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"}
-_OTHER_TYPES |= {35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+_OTHER_TYPES |= {35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
@@ -68,8 +68,9 @@ class GGUFFile:
     def part(self) -> tuple[int, int]:
         """Which file this is of how many that a model was split into; (1, 1) of a whole one."""
         number, count = self.metadata.get("split.no"), self.metadata.get("split.count")
-        known = isinstance(number, int) and isinstance(count, int) and 0 <= number < count
-        return (number + 1, count) if known else (1, 1)
+        if isinstance(number, int) and isinstance(count, int) and 0 <= number < count:
+            return number + 1, count
+        return 1, 1
 
     def number(self, key: str, default: float) -> float:
         """A number of the metadata. SkyrunError if it is something else."""

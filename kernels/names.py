@@ -151,7 +151,7 @@ def brief(problems: list[str], what: str) -> list[str]:
     if len(problems) <= _MOST_LINES:
         return problems
     shown = _MOST_LINES // 2
-    return [*problems[:shown], f"and {len(problems) - shown} other tensors {what}"]
+    return [*problems[:shown], f"and {len(problems) - shown} others {what}"]
 
 
 def recognise(names: Collection[str], tables: Collection[Table]) -> list[Match]:

@@ -11,6 +11,7 @@ from skyrun.kernels.file_kind import kind_of
 
 _MAX_HEADER = 100 << 20  # the limit of the format
 _MAX_ITEMS = 1 << 21  # of the header's JSON, those in metadata included; a tensor has about eight
+_MAX_DIMS = 16
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
@@ -101,6 +102,8 @@ def _check_places(tensors: dict[str, StoredTensor], start: int, data_bytes: int)
 def _checked(name: str, entry: dict[str, Any], data: int) -> StoredTensor:
     start, end = entry["data_offsets"]
     dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+    if len(shape) > _MAX_DIMS:
+        raise ValueError(f"{name} has {len(shape)} dimensions, expected at most {_MAX_DIMS}")
     if not all(isinstance(side, int) and side >= 0 for side in (*shape, start, end)) or end < start:
         raise ValueError(f"{name} has shape {list(shape)} from {start} to {end}")
     if dtype in _WIDTHS and prod(shape) * _WIDTHS[dtype] != end - start:

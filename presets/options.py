@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
@@ -25,6 +26,7 @@ Way = tuple[int | None, bool]  # how many tokens pass at a time, None: all; whet
 class Option:
     """A file, a precision and a way to pass the tokens, with what a step and all of them take."""
 
+    hardware: Hardware
     work: Workload
     precision: str
     way: Way
@@ -33,7 +35,11 @@ class Option:
     host_bytes: int
     fits: bool
     step: Time
-    denoise: Time
+
+    @cached_property
+    def denoise(self) -> Time:
+        """What all steps take."""
+        return denoise_time(self.hardware, self.work, self.step)
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -77,8 +83,7 @@ def options(
                 hardware, work, fast=how == "fast", dtype=dtype, rows=rows, parked=parked, resident=resident
             )
             fits, kept = budget.fits(device, host), resident * work.block_bytes
-            denoise = denoise_time(hardware, work, step)
-            yield Option(work, how, way, resident, device + kept, host, fits, step, denoise)
+            yield Option(hardware, work, how, way, resident, device + kept, host, fits, step)
 
 
 def _ways(workload: Workload, cuda: bool) -> list[Way]:

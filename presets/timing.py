@@ -176,8 +176,8 @@ def _is_cached(hardware: Hardware, workload: Workload) -> bool:
 def _overlapped(hardware: Hardware, computing: float, reading: int, rate: float) -> Time:
     """Reading happens during the computation; the longer of them is what is waited for."""
     waits = {"compute": computing, "disk": reading / rate, "link": reading / _link_rate(hardware)}
-    bound = max(waits, key=lambda name: waits[name])
-    longest = max(seconds for name, seconds in waits.items() if name != "compute")
+    bound = max(waits, key=waits.__getitem__)
+    longest = max(waits["disk"], waits["link"])
     return Time(waits[bound], computing, bound, min(1.0, computing / longest) if longest else 1.0)
 
 

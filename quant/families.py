@@ -55,6 +55,7 @@ class Found:
     notes: tuple[str, ...]
 
 
+_MOST_LINES, _MOST_HINTS = 20, 4  # of an error about several models
 _TASKS = ("", *TASKS)
 _ROLES = [table.role for table in TABLES]
 
@@ -88,7 +89,7 @@ def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> 
     """
     source = snapshot(source)
     parts, errors = open_parts(source, coming)
-    notes: list[str] = []
+    strangers: list[str] = []
     groups: dict[tuple[str, str], list[_Model]] = defaultdict(list)
     for part in parts:
         matches = recognise(part.tensors, TABLES)
@@ -98,7 +99,8 @@ def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> 
             groups[model.role, model.task].append(model)
             unknown = []  # said with the first
         if others:
-            notes.append(f"not used: {_some(others)} in {part.label}")
+            strangers.append(f"not used: {_some(others)} in {part.label}")
+    notes = brief(strangers, "are not used either")
     if not groups and not errors:
         raise _nothing(source, notes)
     families = []
@@ -142,7 +144,9 @@ def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
         title, *listed = error.message.splitlines()
         lines += [line.removeprefix("  - ") for line in listed] or [title]
     hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
-    return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints))
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more lines like these"]
+    return SkyrunError.listing(f"{source} cannot be converted", lines, "; ".join(hints[:_MOST_HINTS]))
 
 
 def _choose(source: Path, task: str, models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[Family]:

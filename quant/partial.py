@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from skyrun.kernels.errors import FAILED, SkyrunError
 from skyrun.quant.encode import ENCODER_VERSION
 from skyrun.quant.plan import PlannedFile, PlannedTensor
+from skyrun.quant.source import SourceTensor
 
 _SYNC_SECONDS = 2.0  # how much work a power failure may cost
 
@@ -159,7 +160,13 @@ def _fingerprint(file: PlannedFile, device: str) -> str:
     for source, stamp in file.sources.items():
         digest.update(f"{source.resolve()} {stamp}".encode())
     for tensor in file.tensors:
-        digest.update(f"{tensor.name} {json.dumps(tensor.source.as_json())} {tensor.type}".encode())
+        digest.update(f"{tensor.name} {_place(tensor.source)} {tensor.type}".encode())
         if tensor.importance is not None:
             digest.update(tensor.importance.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _place(source: SourceTensor) -> str:
+    """Where a tensor's numbers lie in its file and how they are read, wherever the file is."""
+    more = [_place(part) for part in (*source.parts, *([source.scale] if source.scale else []))]
+    return f"{source.name} {source.shape} {source.dtype} {source.offset} {source.transposed} {more}"

@@ -44,9 +44,11 @@ _STORAGES |= {
     "Untyped": "uint8",
 }
 # Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
-_WRAPPERS = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema")
-_WRAPPERS += ("shadow_params", "state_dict", "model", "module", "model_state", "model_state_dict", "generator")
-_WRAPPERS += ("params", "net", "network", "dit", "weights")
+_WRAPPERS = (
+    *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema"),
+    *("state_dict", "model", "module", "model_state", "model_state_dict", "generator", "params", "net", "network"),
+    *("dit", "weights"),
+)
 _MOST_WRAPPERS = 4  # a dictionary may hold itself
 _MOST_AXES, _LARGEST = 16, 1 << 48
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
@@ -151,17 +153,17 @@ _REBUILDERS = {
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, _Stored]:
     """The tensors by name, out of the dictionaries that trainers wrap around them."""
-    for _ in range(_MOST_WRAPPERS):
-        if not isinstance(loaded, Mapping):
-            break
-        inside = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-        if inside is None:
-            tensors = {str(name): value for name, value in loaded.items() if isinstance(value, _Stored)}
-            if tensors:
-                return tensors
-            break
-        loaded = inside
+    if tensors := _unwrapped(loaded, _MOST_WRAPPERS):
+        return tensors
     raise SkyrunError(f"{path} holds no tensors by name", "expected a state_dict saved by torch.save")
+
+
+def _unwrapped(loaded: Any, depth: int) -> dict[str, _Stored]:
+    if not isinstance(loaded, Mapping) or not depth:
+        return {}
+    inside = (_unwrapped(loaded[key], depth - 1) for key in _WRAPPERS if key in loaded)
+    own = {str(name): value for name, value in loaded.items() if isinstance(value, _Stored)}
+    return next((tensors for tensors in inside if tensors), own)
 
 
 def _located(path: Path, tensors: dict[str, _Stored]) -> dict[str, SourceTensor]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels import FORMATS
 from skyrun.quant.families import find_families
 
 BLOCKS = 12
@@ -203,22 +204,22 @@ MODELS = {
     ),
     "tensors that are too many": (
         lambda f: f("large") | {f"blocks.{n}.extra.weight": torch.zeros(4) for n in range(BLOCKS)},
-        "(?s)blocks.0.extra.weight .4. is not a tensor of this model.*and 9 other tensors are not of this model",
+        "(?s)blocks.0.extra.weight .4. is not a tensor of this model.*and 9 others are not of this model",
         "skyrun pull",
     ),
     "tensors that are too few": (
         lambda f: {n: t for n, t in f("large").items() if ".ffn.0.bias" not in n},
-        "(?s)blocks.0.ffn.0.bias is missing.*and 9 other tensors are missing",
+        "(?s)blocks.0.ffn.0.bias is missing.*and 9 others are missing",
         "skyrun pull",
     ),
     "tensors of other shapes": (
         lambda f: f("large") | {f"blocks.{n}.ffn.0.bias": torch.zeros(7) for n in range(BLOCKS)},
-        "(?s)has shape .7.*and 9 other tensors have other shapes",
+        "(?s)has shape .7.*and 9 others have other shapes",
         "skyrun pull",
     ),
     "scales that fit nothing": (
         lambda f: layers(f("large"), lambda w: {".weight": w.to(E4M3), ".weight_scale": torch.ones(7, 3)}),
-        "(?s)expected one number or 256, or a grid over blocks.*and 117 other tensors do not fit",
+        "(?s)expected one number or 256, or a grid over blocks.*and 117 others do not fit",
         "compare them",
     ),
 }
@@ -281,6 +282,24 @@ def test_a_transformer_that_is_not_read_is_not_passed_over(checkpoint, large, tm
         find_families(source)
 
 
+def test_a_folder_of_many_files_is_summed_up(checkpoint, tmp_path):
+    """As the folders of other programs have them."""
+    for number in range(60):
+        save_file({f"model.{number}.weight": torch.zeros(1)}, tmp_path / f"{number:02}.safetensors")
+    with pytest.raises(SkyrunError, match="and 57 others are not used either") as error:
+        find_families(tmp_path)
+    assert len(error.value.message) < 800
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    for number in range(60):
+        save_file({f"model.{number}.weight": torch.zeros(1)}, source / f"{number:02}.safetensors")
+    assert len(find_families(source).notes) == 4
+    for number in range(60):
+        (source / f"{number:02}.safetensors").write_bytes(LFS)
+    with pytest.raises(SkyrunError, match="and 40 more lines like these") as error:
+        find_families(source)
+    assert len(error.value.message.splitlines()) < 24
+
+
 # --- files that are something else
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21461\nsize 12345\n"
@@ -324,7 +343,10 @@ def test_a_model_under_the_suffix_of_another(tmp_path, checkpoint, converted, su
     assert f"{other}" in error.value.hint
 
 
-@pytest.mark.parametrize("type", ["IQ1_S", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "MXFP4"])
+NOT_DECODED = [kind.name for kind in gguf.GGMLQuantizationType if kind.name not in FORMATS and kind <= 41]
+
+
+@pytest.mark.parametrize("type", NOT_DECODED)
 def test_a_gguf_type_that_is_not_decoded_is_named(tmp_path, type):
     kind = gguf.GGMLQuantizationType[type]
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]

@@ -54,6 +54,11 @@ LIES = {
     "no JSON": (file(b"{" + b" " * 20), "not a usable safetensors", "damaged"),
     "numbers as metadata": (file({"__metadata__": {"a": 1}}), "metadata is not text", "damaged"),
     "deep": (file(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not a usable safetensors", "damaged"),
+    "many sides": (
+        lambda: file({"a": entry(0, 4, shape=[1 << 62] * 500_000)}, bytes(4)),
+        "has 500000 dimensions",
+        "damaged",
+    ),
     "many lists": (lambda: file(b"[" + b"[]," * 30_000_000 + b"[]]"), "starts with", "damaged"),
     "many lists inside": (lambda: file(b'{"a":[' + b"[]," * 30_000_000 + b"[]]}"), "more than .* items", "damaged"),
     "many numbers": (lambda: file(b'{"a":[' + b"1," * 45_000_000 + b"1]}"), "more than .* items", "damaged"),

@@ -42,6 +42,7 @@ WRAPPED = {
     "state_dict": ({"epoch": 3, "state_dict": {"a": A}, "optimizer": {"state": {0: {"m": B}}}}, A),
     "a step that is a tensor": ({"step": torch.tensor(7), "model": {"a": A}}, A),
     "twice": ({"model": {"module": {"a": A}}}, A),
+    "settings that are called so": ({"a": A, "params": {"lr": 0.1}, "model": "wan"}, A),
     "averaged weights are meant for use": ({"model": {"a": B}, "ema": {"a": A}, "lr": 0.1}, A),
     "of a generator": ({"generator": {"a": B}, "generator_ema": {"a": A}, "critic": {"a": B}}, A),
     "of a module": ({"module": {"a": A}, "dtype": torch.bfloat16, "shape": torch.Size([2])}, A),
