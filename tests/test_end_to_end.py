@@ -69,7 +69,7 @@ def test_command_line_makes_upstreams_clip(goldens, converted, tmp_path, case, c
     expected = golden["out.latents_after_step8"][0]
     assert float((load_file(latents)["latents"] - expected).abs().max()) < 1e-3
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    stages = [event["stage"] for event in events if event["event"] == "StageEnded"]
+    stages = [event["stage"] for event in events if event["event"] == "stage_ended"]
     assert stages == ["text", "images", "load", "denoise", "decode", "write"]
     assert events[-1]["event"] == "result"
     with av.open(str(clip)) as container:

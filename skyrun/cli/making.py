@@ -132,7 +132,7 @@ def plan_text(job: Job) -> str:
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
-    return "\n".join([*head, table(rows)])
+    return "\n".join([*head, table(rows), *plan.notes])
 
 
 def _passing(plan: Plan) -> list[str]:

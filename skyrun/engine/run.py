@@ -33,7 +33,6 @@ def notices(job: Job) -> Iterator[Notice]:
             f"the clip is {clip}, {height} high and {width} wide, but what it is made from is {image}; "
             f"--size takes the height first, --size {width}x{height} would be {image}"
         )
-    yield from map(Notice, job.plan.notes)
     if len(job.windows) == 1 and job.frames > _TRAINED_SECONDS * job.fps:
         yield Notice(
             f"the model was not made for {job.frames / job.fps:.1f} s at once, it was trained on 5 s: "
