@@ -9,16 +9,16 @@ import psutil
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is flushed and renamed over `path`, on failure removed.
 
-    What a killed process left of the same file is removed too.
+    What a killed process left of the same file is removed too. private: only the user may read the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _remove_abandoned(path)
     try:
-        partial.touch()
+        partial.touch(0o600 if private else 0o666)
         mode = partial.stat().st_mode
         yield partial
         os.chmod(partial, mode)  # as the user's umask has it, whatever the library that wrote it chose

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from skyrun.presets.cards import Card, Rates, find_card, link_rate
 from skyrun.presets.host import ASSUMED_DISK_RATE, cpu_name, disk_rate, free_space, memory, where
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
@@ -70,6 +68,8 @@ def probe(device: str, model: Path | None = None, measure: bool = True) -> Hardw
     model: a file, or the folder it is to be in, on the disk that counts. measure: its rate if the file is large enough
     for that, and the link to the GPU, in less than a second.
     """
+    import psutil
+
     total, free = memory()
     found = Hardware("cpu", f"CPU with {psutil.cpu_count()} threads", 0, 0, total, free, system=where())
     found = found.knowing(REPORTED, ram_total=total, ram_free=free, cpu=cpu_name(), system=where())
