@@ -98,7 +98,8 @@ def test_what_was_tuned_otherwise_counts_for_nothing(damage):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rates": {"linear": -1e12}}, {"rates": {"linear": 0}}, {"rates": {"decode": 0.0}}, {"rates": {"attention": "1"}},
+        {"rates": {"linear": -1e12}}, {"rates": {"linear": 0}}, {"rates": {"decode": 0.0}}, 
+        {"rates": {"attention": "1"}},
         {"rates": {"convolution": None}}, {"rates": {"fast_linear": -1}}, {"rates": {"more": 1.0}}, {"link_rate": -1},
         {"link_rate": True}, {"link_rate": "fast"}, {"disks": {"7": -5.0}}, {"disks": {"7": 0}}, {"disks": []},
         {"disks": {"7": [1]}}, {"rates": None},

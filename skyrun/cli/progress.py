@@ -1,9 +1,9 @@
 """Show a run while it works: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
 from skyrun.events import Progress as StageProgress
 from skyrun.units import duration, size
+
+T = TypeVar("T")
 
 
 class Bar(Protocol):
@@ -159,3 +161,14 @@ def progress() -> Iterator[Display]:
     columns = (TextColumn("{task.description:>10}"), BarColumn(32), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=console) as bars:
         yield Display(_TerminalBar(bars))
+
+
+def shown(events: Generator[Event, None, T]) -> T:
+    """Run to the end, show every event, and return the value."""
+    with progress() as display:
+        while True:
+            try:
+                display.show(next(events))
+            except StopIteration as stop:
+                value: T = stop.value
+                return value

@@ -1,17 +1,11 @@
-"""Run `skyrun tune`, and show what it changed."""
+"""What `skyrun tune` changed, as text for people."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from skyrun.cli.progress import progress
-from skyrun.planning.hardware import save_tuned, this_machine
-from skyrun.planning.what_if import Clip, plan_clip
-from skyrun.presets import Hardware
-from skyrun.presets.cards import Rates
-from skyrun.presets.timing import rates_of
-from skyrun.streaming.device import choose_device
-from skyrun.tools.tune import STEPS, tune, tuned
 from skyrun.units import duration, table
+
+if TYPE_CHECKING:
+    from skyrun.tools.tune import Tuning
 
 _NAMES = {
     "disk": "disk, GB/s",
@@ -23,41 +17,16 @@ _NAMES = {
     "fast_attention": "attention in int8, TOP/s",
     "convolution": "convolutions, TFLOP/s",
 }
-_CLIP = Clip("r2v")
 
 
-def tune_and_tell(device_name: str | None, model: Path | None) -> tuple[dict[str, Any], str]:
-    """Measure and keep. Returns plain values and text: rates, and the time of a clip, before and after."""
-    device = choose_device(device_name)
-    before = this_machine(device.type, model)
-    found: dict[str, float] = {}
-    with progress() as display:
-        display.begin("measuring", len(STEPS), "figures")
-        for name, rate in tune(device, model):
-            found[name] = rate
-            display.advance(1)
-        display.end()
-    path = save_tuned(device.type, tuned(device, model, found))
-    after = this_machine(device.type, model)
-    summary: dict[str, Any] = {"file": str(path), "rates": {}, "seconds": {}}
+def tuning_text(tuning: "Tuning") -> str:
+    """Rates, and the time of a clip, before and after."""
     rows = [["", "before", "", "now"]]
-    for name in STEPS:
-        old, origin, new = _rate(before, name), _origin(before, name), _rate(after, name)
-        if found[name]:
-            unit = 1e9 if name in ("disk", "link", "decode") else 1e12
-            rows.append([_NAMES[name], f"{old / unit:.3g}", origin, f"{new / unit:.3g}"])
-            summary["rates"][name] = {"before": old, "origin": origin, "now": new}
-    times = [plan_clip(_CLIP, hardware).plan.seconds for hardware in (before, after)]
-    summary["seconds"] = {"before": times[0], "now": times[1]}
-    rows.append(["r2v, 5 s at 480P, as published", duration(times[0]), "", duration(times[1])])
-    return summary, f"{table(rows)}\nkept in {path}: `skyrun plan` and `skyrun run` use it"
-
-
-def _rate(hardware: Hardware, name: str) -> float:
-    if name in Rates.__dataclass_fields__:
-        return float(getattr(rates_of(hardware), name))
-    return hardware.disk_rate if name == "disk" else hardware.link_rate
-
-
-def _origin(hardware: Hardware, name: str) -> str:
-    return hardware.origin("rates" if name in Rates.__dataclass_fields__ else f"{name}_rate")
+    for name, title in _NAMES.items():
+        if tuning.measured[name]:
+            unit = 1e9 if "GB/s" in title else 1e12
+            old, new = (f"{rate / unit:.3g}" for rate in (tuning.rate_before(name), tuning.rate_after(name)))
+            rows.append([title, old, tuning.origin_before(name), new])
+    before, after = duration(tuning.seconds_before), duration(tuning.seconds_after)
+    rows.append(["r2v, 5 s at 480P, as published", before, "", after])
+    return f"{table(rows)}\nkept in {tuning.file}: `skyrun plan` and `skyrun run` use it"

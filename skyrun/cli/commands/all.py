@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.cli.console import emit, say
-from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
+from skyrun.errors import FAILED, WILL_NOT_FIT
 
 
 def run(arguments: Namespace) -> int:
@@ -36,13 +36,15 @@ def plan(arguments: Namespace) -> int:
 
 def tune(arguments: Namespace) -> int:
     """Measure this machine, keep it, and show what plans were made with before and are made with now."""
-    from skyrun.cli.tuning_report import tune_and_tell
+    from skyrun.cli.progress import shown
+    from skyrun.cli.tuning_report import tuning_text
+    from skyrun.tools.tune import tune_machine
 
-    summary, text = tune_and_tell(arguments.device, arguments.model)
+    tuning = shown(tune_machine(arguments.device, arguments.model))
     if arguments.json:
-        emit({"event": "result"} | summary)
+        emit({"event": "result"} | tuning.as_json())
     else:
-        print(text)
+        print(tuning_text(tuning))
     return 0
 
 
@@ -79,16 +81,14 @@ def pull(arguments: Namespace) -> int:
 
 def convert(arguments: Namespace) -> int:
     """Plan a conversion, print it, write it, and draw what it lost."""
-    from skyrun.cli.progress import progress
+    from skyrun.cli.progress import shown
     from skyrun.cli.report import conversion_text
-    from skyrun.quant.conversion import check_device, check_space
     from skyrun.quant.plan import Settings
-    from skyrun.quant.planner import plan_conversion
     from skyrun.quant.target_size import parse_size
+    from skyrun.tools import convert as tool
 
     if arguments.report:
-        _check_report(arguments.report, arguments.dry_run)
-    check_device(arguments.device)
+        tool.check_report(arguments.report, arguments.dry_run)
     settings = Settings(
         quant=arguments.quant,
         text_encoder_quant=arguments.text_encoder_quant,
@@ -96,71 +96,20 @@ def convert(arguments: Namespace) -> int:
         target_size=parse_size(arguments.target_size) if arguments.target_size else None,
         imatrix=arguments.imatrix,
     )
-    with progress() as display:
-        on_measured = display.counter("measuring what types lose", "matrices")
-        conversion = plan_conversion(arguments.source, arguments.output, settings, on_measured)
-    check_space(conversion)
+    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device))
     say(conversion_text(conversion))
     if not arguments.dry_run:
-        for file in conversion.files:
-            _write(file, arguments.device)
+        try:
+            shown(tool.write(conversion, arguments.device))
+        except KeyboardInterrupt:
+            for kept in tool.unfinished(conversion):
+                say(f"what is finished is kept in {kept}: run the same command again to go on from there")
+            raise
         if arguments.report:
-            _draw_errors(conversion, arguments.report, arguments.imatrix)
+            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix))
     if arguments.json:
         emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0
-
-
-def _check_report(report: Path, dry_run: bool) -> None:
-    """Better before the conversion than after it."""
-    from skyrun.planning.request import place_problems
-    from skyrun.quant.error_map import check_suffix
-
-    check_suffix(report)
-    if dry_run:
-        raise SkyrunError("--report draws what was written, --dry-run writes nothing", "leave out one of them")
-    if problems := place_problems(report):
-        raise SkyrunError.listing("the report cannot be written", problems, "choose another place for --report")
-
-
-def _write(file: Any, device: str) -> None:
-    """Write a plan.PlannedFile and show how far it is. If it stops, say what is kept."""
-    from skyrun.cli.progress import progress
-    from skyrun.quant.conversion import write_file
-    from skyrun.quant.partial import partial_path
-    from skyrun.units import size
-
-    try:
-        with progress() as display:
-            display.begin(file.path.name, file.nbytes, "bytes")
-            finished = write_file(file, device)
-            if before := next(finished):
-                say(f"{size(before)} were finished before: going on from there")
-            display.resume(before)
-            for nbytes in finished:
-                display.advance(nbytes)
-            display.end()
-    except KeyboardInterrupt:
-        if (kept := partial_path(file.path)).exists():
-            say(f"what is finished is kept in {kept}: run the same command again to go on from there")
-        raise
-
-
-def _draw_errors(conversion: Any, report: Path, imatrix: Path | None) -> None:
-    """One picture for each transformer; the conversion is a plan.Conversion."""
-    from skyrun.cli.progress import progress
-    from skyrun.quant.compare import compare
-    from skyrun.quant.error_map import error_map, write_error_map
-
-    files = [file for file in conversion.files if file.role == "transformer"] or list(conversion.files[:1])
-    for file in files:
-        importances = {tensor.name: tensor.importance for tensor in file.tensors}
-        with progress() as display:
-            errors = compare(file.path, conversion.source, importances.get, display.counter("comparing", "bytes"))
-        path = report if len(files) == 1 else report.with_stem(f"{report.stem}-{file.task}")
-        weighing = f", weighted by {imatrix.name}" if imatrix else ""
-        write_error_map(path, error_map(f"{file.path.name}{weighing}", errors))
-        say(f"{path}: the error of every tensor of {file.path.name}")
 
 
 def calibrate(arguments: Namespace) -> int:
@@ -242,11 +191,10 @@ def info(arguments: Namespace) -> int:
     description = describe(arguments.file)
     text = description_text(description)
     if arguments.against:
-        from skyrun.cli.progress import progress
-        from skyrun.quant.compare import compare
+        from skyrun.cli.progress import shown
+        from skyrun.tools.convert import compare
 
-        with progress() as display:
-            errors = compare(arguments.file, arguments.against, on_done=display.counter("comparing", "bytes"))
+        errors = shown(compare(arguments.file, arguments.against))
         description["errors"] = [error.as_json() for error in errors]
         text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
     if arguments.json:
@@ -271,9 +219,9 @@ def doctor(arguments: Namespace) -> int:
 
 def bench(arguments: Namespace) -> int:
     """Measure this machine. Exit code 1 if a kernel is wrong."""
-    from skyrun.tools.bench import command
+    from skyrun.cli.commands import bench as command
 
-    return (command.kernels if arguments.what == "kernels" else command.step)(arguments, say, emit)
+    return (command.kernels if arguments.what == "kernels" else command.step)(arguments)
 
 
 def completion(arguments: Namespace) -> int:
