@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
+from skyrun.cli.console import emit
+from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, as_json, now
 from skyrun.events import Progress as StageProgress
 from skyrun.units import duration, size
 
@@ -163,12 +164,15 @@ def progress() -> Iterator[Display]:
         yield Display(_TerminalBar(bars))
 
 
-def shown(events: Generator[Event, None, T]) -> T:
-    """Run to the end, show every event, and return the value."""
+def shown(events: Generator[Event, None, T], as_json_too: bool) -> T:
+    """Do the work of a generator of events, show them, and return its value. as_json_too: also as lines of JSON."""
     with progress() as display:
         while True:
             try:
-                display.show(next(events))
+                event = next(events)
             except StopIteration as stop:
                 value: T = stop.value
                 return value
+            display.show(event)
+            if as_json_too:
+                emit(as_json(event))

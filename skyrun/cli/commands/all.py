@@ -3,7 +3,6 @@
 import shlex
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from skyrun.cli.console import emit, say
 from skyrun.errors import FAILED, WILL_NOT_FIT
@@ -40,7 +39,7 @@ def tune(arguments: Namespace) -> int:
     from skyrun.cli.tuning_report import tuning_text
     from skyrun.tools.tune import tune_machine
 
-    tuning = shown(tune_machine(arguments.device, arguments.model))
+    tuning = shown(tune_machine(arguments.device, arguments.model), False)
     if arguments.json:
         emit({"event": "result"} | tuning.as_json())
     else:
@@ -96,17 +95,17 @@ def convert(arguments: Namespace) -> int:
         target_size=parse_size(arguments.target_size) if arguments.target_size else None,
         imatrix=arguments.imatrix,
     )
-    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device))
+    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device), False)
     say(conversion_text(conversion))
     if not arguments.dry_run:
         try:
-            shown(tool.write(conversion, arguments.device))
+            shown(tool.write(conversion, arguments.device), False)
         except KeyboardInterrupt:
             for kept in tool.unfinished(conversion):
                 say(f"what is finished is kept in {kept}: run the same command again to go on from there")
             raise
         if arguments.report:
-            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix))
+            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix), False)
     if arguments.json:
         emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0
@@ -134,8 +133,9 @@ def _calibrate(arguments: Namespace) -> None:
     from tempfile import TemporaryDirectory
 
     from skyrun.cli.batch import read_prompts
+    from skyrun.cli.progress import shown
     from skyrun.cli.report import calibration_text
-    from skyrun.tools.calibrate import plan_calibration
+    from skyrun.tools.calibrate import collect, collected_clips, plan_calibration
     from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_pictures
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else PROMPTS
@@ -158,29 +158,13 @@ def _calibrate(arguments: Namespace) -> None:
         )
         say(calibration_text(calibration))
         if calibration.pending:
-            _follow_calibration(calibration, arguments.json)
-
-
-def _follow_calibration(calibration: Any, as_json: bool) -> None:
-    """Run the pending clips of a calibration.Calibration and show its events. If it stops, say what is kept."""
-    from skyrun.cli.progress import progress
-    from skyrun.events import Progress
-    from skyrun.events import as_json as event_json
-    from skyrun.tools.calibrate import collect
-
-    finished = len(calibration.clips) - len(calibration.pending)
-    try:
-        with progress() as display:
-            for event in collect(calibration):
-                display.show(event)
-                if as_json:
-                    emit(event_json(event))
-                if isinstance(event, Progress) and event.done == int(event.done):
-                    finished += 1
-    except BaseException:
-        if finished:
-            say(f"{finished} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
-        raise
+            try:
+                shown(collect(calibration), arguments.json)
+            except BaseException:
+                if clips := collected_clips(calibration):
+                    kept = f"{clips} of {len(calibration.clips)} clips are in {calibration.output}"
+                    say(f"{kept}: the same command goes on")
+                raise
 
 
 def info(arguments: Namespace) -> int:
@@ -194,7 +178,7 @@ def info(arguments: Namespace) -> int:
         from skyrun.cli.progress import shown
         from skyrun.tools.convert import compare
 
-        errors = shown(compare(arguments.file, arguments.against))
+        errors = shown(compare(arguments.file, arguments.against), False)
         description["errors"] = [error.as_json() for error in errors]
         text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
     if arguments.json:

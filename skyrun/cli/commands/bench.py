@@ -25,7 +25,7 @@ def kernels(arguments: Namespace) -> int:
     checks = list(check_kernels(bench))
     say(checks_text(checks))
     passed = all(check.passed for check in checks)
-    measured = shown(measure_kernels(bench)) if passed else []
+    measured = shown(measure_kernels(bench), False) if passed else []
     if arguments.json:
         results = {"checks": [check.as_json() for check in checks], "measurements": [one.as_json() for one in measured]}
         emit({"event": "result", "environment": surroundings, **results})
@@ -41,7 +41,7 @@ def step(arguments: Namespace) -> int:
     surroundings = environment(choose_device(arguments.device))
     say(_lines(surroundings))
     quant = arguments.quant.upper()
-    figures = shown(measure_step(Path.cwd(), arguments.model, quant, arguments.blocks, settings))
+    figures = shown(measure_step(Path.cwd(), arguments.model, quant, arguments.blocks, settings), False)
     if arguments.json:
         emit({"event": "result", "environment": surroundings, **figures.as_json()})
     else:
