@@ -6,7 +6,6 @@ import platform
 import shutil
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ _LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # of the meas
 
 def memory() -> tuple[int, int]:
     """Bytes of RAM, and how many of them are available: what the system or the container allows, if that is less."""
-    import psutil  # here, because constants of presets are read where nothing is measured
+    import psutil  # here, as other slow imports: constants of presets are read where nothing is measured
 
     system = psutil.virtual_memory()
     total, available = system.total, system.available
@@ -104,6 +103,8 @@ def read_rate(path: Path, direct: bool, nbytes: int | None = None, seconds: floa
 
     Returns 0 on systems that cannot drop a file from their cache.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     if not hasattr(os, "preadv") or not (direct or forget(path, nbytes or 0)):
         return 0.0
     size = path.stat().st_size

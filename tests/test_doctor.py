@@ -128,7 +128,7 @@ def test_what_is_kept_is_listed(own_cache):
     (own_cache / "kernels-cpu.json").write_text("{}")
     (own_cache / "prompts" / "a.safetensors").write_bytes(bytes(5000))
     (own_cache / ".lock").touch()
-    assert found("cache").found == f"{own_cache}, 5 kB: kernels-cpu.json, 1 embeddings of prompts"
+    assert found("cache").found == f"{own_cache}, 5 kB: kernels-cpu.json, prompt embeddings (1)"
     assert str(own_cache.with_name("models")) in found("models").found
 
 

@@ -216,5 +216,5 @@ def _cache(folder: Path) -> Finding:
         return Finding("cache", "good", f"{folder}, empty")
     measured = sorted(path.name for path in files if path.suffix == ".json")
     prompts = sum(path.suffix == ".safetensors" for path in files)
-    parts = [*measured, *([f"{prompts} embeddings of prompts"] if prompts else [])]
+    parts = [*measured, *([f"prompt embeddings ({prompts})"] if prompts else [])]
     return Finding("cache", "good", f"{folder}, {size(sum(path.stat().st_size for path in files))}: {', '.join(parts)}")
