@@ -153,12 +153,6 @@ def test_presets_are_plans_for_stated_machines():
     assert preset_limits("12gb")["max_vram"] < 12
 
 
-def test_the_command_line_knows_the_presets():
-    from skyrun.cli.parser import PRESETS as offered
-
-    assert offered == PRESETS
-
-
 def test_a_card_in_no_table_is_as_quick_as_its_kind():
     known = next(card for card in CARDS if card.name == "RTX 4090")
     guessed = unknown_card("RTX 4095", (8, 9), 24 << 30, 128)

@@ -121,7 +121,6 @@ _PORTRAIT_BUCKETS: dict[str, dict[str, tuple[int, int]]] = {
         "3.75": (1920, 512),
     },
 }
-RESOLUTIONS = tuple(_BUCKETS)
 
 
 def bucket(resolution: str, height: int, width: int, portrait: bool = False) -> tuple[int, int]:
