@@ -33,7 +33,8 @@ class CachedEmbedding:
         """float32 [len(ids), dim] on the CPU, if it is there and as it was stored."""
         try:
             with safe_open(self._path, "pt") as file:
-                embedding, checksum = file.get_tensor(_NAME), (file.metadata() or {}).get(_CHECKSUM)
+                embedding: Tensor = file.get_tensor(_NAME)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError, KeyError):
             return None
         whole = embedding.dtype == torch.float32 and embedding.shape == self._shape

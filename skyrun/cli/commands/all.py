@@ -35,16 +35,9 @@ def plan(arguments: Namespace) -> int:
 
 def tune(arguments: Namespace) -> int:
     """Measure this machine, keep it, and show what plans were made with before and are made with now."""
-    from skyrun.cli.progress import shown
-    from skyrun.cli.tuning_report import tuning_text
-    from skyrun.tools.tune import tune_machine
+    from skyrun.cli.commands.tune import tune
 
-    tuning = shown(tune_machine(arguments.device, arguments.model), False)
-    if arguments.json:
-        emit({"event": "result"} | tuning.as_json())
-    else:
-        print(tuning_text(tuning))
-    return 0
+    return tune(arguments)
 
 
 def resume(arguments: Namespace) -> int:
@@ -203,9 +196,9 @@ def doctor(arguments: Namespace) -> int:
 
 def bench(arguments: Namespace) -> int:
     """Measure this machine. Exit code 1 if a kernel is wrong."""
-    from skyrun.cli.commands import bench as command
+    from skyrun.cli.commands.bench import bench
 
-    return (command.kernels if arguments.what == "kernels" else command.step)(arguments)
+    return bench(arguments)
 
 
 def completion(arguments: Namespace) -> int:

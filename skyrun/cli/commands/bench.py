@@ -17,7 +17,12 @@ from skyrun.units import duration, table
 _SETTINGS = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "max_vram", "max_ram")
 
 
-def kernels(arguments: Namespace) -> int:
+def bench(arguments: Namespace) -> int:
+    """Measure kernels or denoising steps on this machine."""
+    return _kernels(arguments) if arguments.what == "kernels" else _step(arguments)
+
+
+def _kernels(arguments: Namespace) -> int:
     """Check the kernels and time them. Exit code 1 if one is wrong."""
     bench = plan_bench(arguments.device, arguments.types, arguments.rows)
     surroundings = environment(bench.device)
@@ -34,7 +39,7 @@ def kernels(arguments: Namespace) -> int:
     return 0 if passed else FAILED
 
 
-def step(arguments: Namespace) -> int:
+def _step(arguments: Namespace) -> int:
     """Run a synthetic model, streamed and from memory."""
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     settings["resolution"] = arguments.resolution or "480P"

@@ -1,11 +1,11 @@
-"""What `skyrun tune` changed, as text for people."""
+"""`skyrun tune`: measure this machine, keep the rates, and show what they change."""
 
-from typing import TYPE_CHECKING
+from argparse import Namespace
 
+from skyrun.cli.console import emit
+from skyrun.cli.progress import shown
+from skyrun.tools.tune import Tuning, tune_machine
 from skyrun.units import duration, table
-
-if TYPE_CHECKING:
-    from skyrun.tools.tune import Tuning
 
 _NAMES = {
     "disk": "disk, GB/s",
@@ -19,7 +19,17 @@ _NAMES = {
 }
 
 
-def tuning_text(tuning: "Tuning") -> str:
+def tune(arguments: Namespace) -> int:
+    """Measure this machine, keep the rates, and show what plans used before and use now."""
+    tuning = shown(tune_machine(arguments.device, arguments.model), False)
+    if arguments.json:
+        emit({"event": "result"} | tuning.as_json())
+    else:
+        print(tuning_text(tuning))
+    return 0
+
+
+def tuning_text(tuning: Tuning) -> str:
     """Rates, and the time of a clip, before and after."""
     rows = [["", "before", "", "now"]]
     for name, title in _NAMES.items():
