@@ -165,7 +165,7 @@ MISTAKES = [
     ([*CONVERT, "{picture}/x", "--dry-run"], BAD_INPUT, "cannot write to the folder .*x", "is not a folder"),
     # info and demo
     (["info", "nowhere"], MODEL_MISSING, "nowhere does not exist", ""),
-    (["info", "{picture}"], BAD_INPUT, "is no kind of file that skyrun knows", "GGUF, safetensors and video"),
+    (["info", "{picture}"], BAD_INPUT, "is not a kind of file that skyrun knows", "GGUF, safetensors and video"),
     (["info", "{empty}"], BAD_INPUT, "is a folder", ""),
     (["demo", "-o", "{file}"], FAILED, "Not a directory", "permissions"),
 ]

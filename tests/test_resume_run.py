@@ -404,7 +404,7 @@ def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slo
         return probe("cpu").knowing("stated", disk_rate=1e5 if slow else 1e9, ram_free=(1 if slow else 20) << 30)
 
     monkeypatch.setattr("skyrun.planning.job.this_machine", machine)
-    monkeypatch.setattr("skyrun.presets.timing._CACHED_SHARE", 0.0)
+    monkeypatch.setattr("skyrun.presets.timing.CACHED_SHARE", 0.0)
     job = prepare(small_request(tmp_path, folder))
     assert chosen in job.files.transformer.path.name
     assert (job.request.quant, job.plan.weight_type, job.workload.weight_type) == (chosen, chosen, chosen)

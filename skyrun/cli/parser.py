@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
+from skyrun.presets.named import PRESETS
+from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
@@ -31,8 +33,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-# As skyrun.presets.named has them, which would import psutil.
-PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -130,7 +130,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
-    parser.add_argument("--prefer", choices=["quality", "speed", "memory"], default="quality", help="(quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, default="quality", help="(quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 
 

@@ -1,16 +1,19 @@
 """Show a run while it works: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, now
+from skyrun.cli.console import emit
+from skyrun.events import BlockDone, Event, Notice, StageEnded, StageStarted, as_json, now
 from skyrun.events import Progress as StageProgress
 from skyrun.units import duration, size
+
+T = TypeVar("T")
 
 
 class Bar(Protocol):
@@ -159,3 +162,17 @@ def progress() -> Iterator[Display]:
     columns = (TextColumn("{task.description:>10}"), BarColumn(32), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=console) as bars:
         yield Display(_TerminalBar(bars))
+
+
+def shown(events: Generator[Event, None, T], as_json_too: bool) -> T:
+    """Do the work of a generator of events, show them, and return its value. as_json_too: also as lines of JSON."""
+    with progress() as display:
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                value: T = stop.value
+                return value
+            display.show(event)
+            if as_json_too:
+                emit(as_json(event))

@@ -3,10 +3,9 @@
 import shlex
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from skyrun.cli.console import emit, say
-from skyrun.errors import FAILED, WILL_NOT_FIT, SkyrunError
+from skyrun.errors import FAILED, WILL_NOT_FIT
 
 
 def run(arguments: Namespace) -> int:
@@ -47,14 +46,9 @@ def plan(arguments: Namespace) -> int:
 
 def tune(arguments: Namespace) -> int:
     """Measure this machine, keep it, and show what plans were made with before and are made with now."""
-    from skyrun.cli.tuning_report import tune_and_tell
+    from skyrun.cli.commands.tune import tune
 
-    summary, text = tune_and_tell(arguments.device, arguments.model)
-    if arguments.json:
-        emit({"event": "result"} | summary)
-    else:
-        print(text)
-    return 0
+    return tune(arguments)
 
 
 def resume(arguments: Namespace) -> int:
@@ -90,16 +84,14 @@ def pull(arguments: Namespace) -> int:
 
 def convert(arguments: Namespace) -> int:
     """Plan a conversion, print it, write it, and draw what it lost."""
-    from skyrun.cli.progress import progress
+    from skyrun.cli.progress import shown
     from skyrun.cli.report import conversion_text
-    from skyrun.quant.conversion import check_device, check_space
     from skyrun.quant.plan import Settings
-    from skyrun.quant.planner import plan_conversion
     from skyrun.quant.target_size import parse_size
+    from skyrun.tools import convert as tool
 
     if arguments.report:
-        _check_report(arguments.report, arguments.dry_run)
-    check_device(arguments.device)
+        tool.check_report(arguments.report, arguments.dry_run)
     settings = Settings(
         quant=arguments.quant,
         text_encoder_quant=arguments.text_encoder_quant,
@@ -107,71 +99,20 @@ def convert(arguments: Namespace) -> int:
         target_size=parse_size(arguments.target_size) if arguments.target_size else None,
         imatrix=arguments.imatrix,
     )
-    with progress() as display:
-        on_measured = display.counter("measuring what types lose", "matrices")
-        conversion = plan_conversion(arguments.source, arguments.output, settings, on_measured)
-    check_space(conversion)
+    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device), False)
     say(conversion_text(conversion))
     if not arguments.dry_run:
-        for file in conversion.files:
-            _write(file, arguments.device)
+        try:
+            shown(tool.write(conversion, arguments.device), False)
+        except KeyboardInterrupt:
+            for kept in tool.unfinished(conversion):
+                say(f"what is finished is kept in {kept}: run the same command again to go on from there")
+            raise
         if arguments.report:
-            _draw_errors(conversion, arguments.report, arguments.imatrix)
+            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix), False)
     if arguments.json:
         emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0
-
-
-def _check_report(report: Path, dry_run: bool) -> None:
-    """Better before the conversion than after it."""
-    from skyrun.planning.problems import place_problems
-    from skyrun.quant.error_map import check_suffix
-
-    check_suffix(report)
-    if dry_run:
-        raise SkyrunError("--report draws what was written, --dry-run writes nothing", "leave out one of them")
-    if problems := place_problems(report):
-        raise SkyrunError.listing("the report cannot be written", problems, "choose another place for --report")
-
-
-def _write(file: Any, device: str) -> None:
-    """Write a plan.PlannedFile and show how far it is. If it stops, say what is kept."""
-    from skyrun.cli.progress import progress
-    from skyrun.quant.conversion import write_file
-    from skyrun.quant.partial import partial_path
-    from skyrun.units import size
-
-    try:
-        with progress() as display:
-            display.begin(file.path.name, file.nbytes, "bytes")
-            finished = write_file(file, device)
-            if before := next(finished):
-                say(f"{size(before)} were finished before: going on from there")
-            display.resume(before)
-            for nbytes in finished:
-                display.advance(nbytes)
-            display.end()
-    except KeyboardInterrupt:
-        if (kept := partial_path(file.path)).exists():
-            say(f"what is finished is kept in {kept}: run the same command again to go on from there")
-        raise
-
-
-def _draw_errors(conversion: Any, report: Path, imatrix: Path | None) -> None:
-    """One picture for each transformer; the conversion is a plan.Conversion."""
-    from skyrun.cli.progress import progress
-    from skyrun.quant.compare import compare
-    from skyrun.quant.error_map import error_map, write_error_map
-
-    files = [file for file in conversion.files if file.role == "transformer"] or list(conversion.files[:1])
-    for file in files:
-        importances = {tensor.name: tensor.importance for tensor in file.tensors}
-        with progress() as display:
-            errors = compare(file.path, conversion.source, importances.get, display.counter("comparing", "bytes"))
-        path = report if len(files) == 1 else report.with_stem(f"{report.stem}-{file.task}")
-        weighing = f", weighted by {imatrix.name}" if imatrix else ""
-        write_error_map(path, error_map(f"{file.path.name}{weighing}", errors))
-        say(f"{path}: the error of every tensor of {file.path.name}")
 
 
 def calibrate(arguments: Namespace) -> int:
@@ -196,8 +137,9 @@ def _calibrate(arguments: Namespace) -> None:
     from tempfile import TemporaryDirectory
 
     from skyrun.cli.batch import read_prompts
+    from skyrun.cli.progress import shown
     from skyrun.cli.report import calibration_text
-    from skyrun.tools.calibrate import plan_calibration
+    from skyrun.tools.calibrate import collect, collected_clips, plan_calibration
     from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_pictures
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else PROMPTS
@@ -220,29 +162,13 @@ def _calibrate(arguments: Namespace) -> None:
         )
         say(calibration_text(calibration))
         if calibration.pending:
-            _follow_calibration(calibration, arguments.json)
-
-
-def _follow_calibration(calibration: Any, as_json: bool) -> None:
-    """Run the pending clips of a calibration.Calibration and show its events. If it stops, say what is kept."""
-    from skyrun.cli.progress import progress
-    from skyrun.events import Progress
-    from skyrun.events import as_json as event_json
-    from skyrun.tools.calibrate import collect
-
-    finished = len(calibration.clips) - len(calibration.pending)
-    try:
-        with progress() as display:
-            for event in collect(calibration):
-                display.show(event)
-                if as_json:
-                    emit(event_json(event))
-                if isinstance(event, Progress) and event.done == int(event.done):
-                    finished += 1
-    except BaseException:
-        if finished:
-            say(f"{finished} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
-        raise
+            try:
+                shown(collect(calibration), arguments.json)
+            except BaseException:
+                if clips := collected_clips(calibration):
+                    kept = f"{clips} of {len(calibration.clips)} clips are in {calibration.output}"
+                    say(f"{kept}: the same command goes on")
+                raise
 
 
 def info(arguments: Namespace) -> int:
@@ -253,11 +179,10 @@ def info(arguments: Namespace) -> int:
     description = describe(arguments.file)
     text = description_text(description)
     if arguments.against:
-        from skyrun.cli.progress import progress
-        from skyrun.quant.compare import compare
+        from skyrun.cli.progress import shown
+        from skyrun.tools.convert import compare
 
-        with progress() as display:
-            errors = compare(arguments.file, arguments.against, on_done=display.counter("comparing", "bytes"))
+        errors = shown(compare(arguments.file, arguments.against), False)
         description["errors"] = [error.as_json() for error in errors]
         text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
     if arguments.json:
@@ -282,9 +207,9 @@ def doctor(arguments: Namespace) -> int:
 
 def bench(arguments: Namespace) -> int:
     """Measure this machine. Exit code 1 if a kernel is wrong."""
-    from skyrun.tools.bench import command
+    from skyrun.cli.commands.bench import bench
 
-    return (command.kernels if arguments.what == "kernels" else command.step)(arguments, say, emit)
+    return bench(arguments)
 
 
 def completion(arguments: Namespace) -> int:

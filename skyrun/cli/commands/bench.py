@@ -1,32 +1,65 @@
-"""What `skyrun bench` measured, as text for people."""
+"""`skyrun bench`: measure this machine, and show the figures."""
 
-import platform
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from datetime import date
+from pathlib import Path
 
-import torch
-
-from skyrun.kernels.choice import holds_for
-from skyrun.presets.nvidia_smi import query
-from skyrun.tools.bench.checks import Check
-from skyrun.tools.bench.measurement import Measurement
-from skyrun.tools.bench.step import StepFigures
+from skyrun.cli.console import emit, say
+from skyrun.cli.progress import shown
+from skyrun.errors import FAILED
+from skyrun.streaming.device import choose_device
+from skyrun.tools.bench.checks import Check, check_kernels
+from skyrun.tools.bench.kernels import measure_kernels, plan_bench
+from skyrun.tools.bench.measurement import Measurement, environment
+from skyrun.tools.bench.step import StepFigures, measure_step
 from skyrun.units import duration, table
 
+_SETTINGS = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "max_vram", "max_ram")
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What figures depend on: device, clocks, driver, versions, date."""
-    found = {"date": str(date.today()), **holds_for(device), "python": platform.python_version()}
-    if device.type == "cuda":
-        found["driver"] = query("driver_version")
-        found["clocks"] = query("clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu")
+
+def bench(arguments: Namespace) -> int:
+    """Measure kernels or denoising steps on this machine."""
+    return _kernels(arguments) if arguments.what == "kernels" else _step(arguments)
+
+
+def _kernels(arguments: Namespace) -> int:
+    """Check the kernels and time them. Exit code 1 if one is wrong."""
+    bench = plan_bench(arguments.device, arguments.types, arguments.rows)
+    surroundings = environment(bench.device)
+    say(_lines(surroundings))
+    checks = list(check_kernels(bench))
+    say(checks_text(checks))
+    passed = all(check.passed for check in checks)
+    measured = shown(measure_kernels(bench), False) if passed else []
+    if arguments.json:
+        results = {"checks": [check.as_json() for check in checks], "measurements": [one.as_json() for one in measured]}
+        emit({"event": "result", "environment": surroundings, **results})
+    elif passed:
+        print(measurements_text(measured))
+    return 0 if passed else FAILED
+
+
+def _step(arguments: Namespace) -> int:
+    """Run a synthetic model, streamed and from memory."""
+    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    settings["resolution"] = arguments.resolution or "480P"
+    surroundings = environment(choose_device(arguments.device))
+    say(_lines(surroundings))
+    quant = arguments.quant.upper()
+    figures = shown(measure_step(Path.cwd(), arguments.model, quant, arguments.blocks, settings), False)
+    if arguments.json:
+        emit({"event": "result", "environment": surroundings, **figures.as_json()})
     else:
-        found["device"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return {name: value for name, value in found.items() if value and value != "None"}
+        print(step_text(figures))
+    return 0
+
+
+def _lines(values: dict[str, str]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in values.items())
 
 
 def checks_text(checks: Sequence[Check]) -> str:
-    """One line if all is right, a table of what is not otherwise."""
+    """One line if every check passed, else a table of those that did not."""
     wrong = [check for check in checks if not check.passed]
     if not wrong:
         return f"all {len(checks)} checks passed"
@@ -49,13 +82,13 @@ def step_text(figures: StepFigures) -> str:
         planned = f"{plan[stage.stage] / 1e9:.2f}" if stage.stage in plan else "-"
         rows.append((stage.stage, duration(stage.seconds), f"{stage.peak_bytes / 1e9:.2f}", planned))
     read, plain = figures.read_rate, figures.plain_rate
+    beside = f"a plain read {plain / 1e9:.2f} GB/s, ratio {read / plain:.2f}" if plain else "no plain read to compare"
     return "\n".join(
         [
             table(rows),
             f"a step of {figures.blocks} blocks, {figures.tokens} tokens: streamed {figures.streamed:.3f} s, "
             f"from memory {figures.resident:.3f} s, ratio {figures.streamed / figures.resident:.3f}",
-            f"read at {read / 1e9:.2f} GB/s, a plain read {plain / 1e9:.2f} GB/s, ratio {read / plain:.2f}; "
-            f"waited for weights {figures.stalled:.1%} of the time",
+            f"read at {read / 1e9:.2f} GB/s, {beside}; waited for weights {figures.stalled:.1%} of the time",
         ]
     )
 
@@ -88,7 +121,7 @@ def _decode(measured: Sequence[Measurement]) -> str:
 
 
 def _linear(measured: Sequence[Measurement]) -> str:
-    """A line for each weight and number of rows; every way as time over that of the resident weight."""
+    """A line for each weight and number of rows; the time of every backend over that of the resident weight."""
     lines = _of(measured, "linear")
     resident = {(one.what, one.rows): one for one in lines if one.way == "resident"}
     ways = ("exact", "fast", "torch decode")
@@ -106,7 +139,7 @@ def _linear(measured: Sequence[Measurement]) -> str:
 
 
 def _attention(measured: Sequence[Measurement]) -> str:
-    rows = [("attention", "tokens", "way", "ms", "TFLOP/s")]
+    rows = [("attention", "tokens", "backend", "ms", "TFLOP/s")]
     for one in _of(measured, "attention"):
         rate = _rate(one.operations, one.seconds, 1e12)
         rows.append((one.what, str(one.rows), one.way, _milliseconds(one.seconds), rate))
@@ -114,7 +147,7 @@ def _attention(measured: Sequence[Measurement]) -> str:
 
 
 def _blocks(measured: Sequence[Measurement]) -> str:
-    rows = [("block", "tokens", "way", "time", "over resident")]
+    rows = [("block", "tokens", "backend", "time", "over resident")]
     baseline: dict[int, float | None] = {}
     for one in _of(measured, "block"):
         if one.way == "resident":

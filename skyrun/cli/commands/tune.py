@@ -1,0 +1,42 @@
+"""`skyrun tune`: measure this machine, keep the rates, and show what they change."""
+
+from argparse import Namespace
+
+from skyrun.cli.console import emit
+from skyrun.cli.progress import shown
+from skyrun.tools.tune import Tuning, tune_machine
+from skyrun.units import duration, table
+
+_NAMES = {
+    "disk": "disk, GB/s",
+    "link": "link to the GPU, GB/s",
+    "decode": "decoding weights, GB/s",
+    "linear": "linear layers, TFLOP/s",
+    "attention": "attention, TFLOP/s",
+    "fast_linear": "linear layers in int8, TOP/s",
+    "fast_attention": "attention in int8, TOP/s",
+    "convolution": "convolutions, TFLOP/s",
+}
+
+
+def tune(arguments: Namespace) -> int:
+    """Measure this machine, keep the rates, and show what plans used before and use now."""
+    tuning = shown(tune_machine(arguments.device, arguments.model), False)
+    if arguments.json:
+        emit({"event": "result"} | tuning.as_json())
+    else:
+        print(tuning_text(tuning))
+    return 0
+
+
+def tuning_text(tuning: Tuning) -> str:
+    """Rates, and the time of a clip, before and after."""
+    rows = [["", "before", "", "now"]]
+    for name, title in _NAMES.items():
+        if tuning.measured[name]:
+            unit = 1e9 if "GB/s" in title else 1e12
+            old, new = (f"{rate / unit:.3g}" for rate in (tuning.rate_before(name), tuning.rate_after(name)))
+            rows.append([title, old, tuning.origin_before(name), new])
+    before, after = duration(tuning.seconds_before), duration(tuning.seconds_after)
+    rows.append(["r2v, 5 s at 480P, as published", before, "", after])
+    return f"{table(rows)}\nkept in {tuning.file}: `skyrun plan` and `skyrun run` use it"
