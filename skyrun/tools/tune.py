@@ -19,7 +19,6 @@ from skyrun.kernels.device import median_seconds, uses_triton
 from skyrun.kernels.synthetic import random_weight
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned, this_machine
-from skyrun.planning.published import WAN_14B
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets import Hardware
@@ -29,6 +28,7 @@ from skyrun.presets.host import disk_rate
 from skyrun.presets.timing import rates_of
 from skyrun.streaming.device import choose_device, peak_bytes
 from skyrun.tasks import TASKS
+from skyrun.tasks.skyreels_v3 import WAN_14B
 
 _STAGE = "tune"
 _CLIP = Request(next(iter(TASKS)), "")  # whose time is predicted before and after
