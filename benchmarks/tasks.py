@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from skyrun import Request, run
 from skyrun.engine.run import Result
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
+from skyrun.media.image import write_image
 from skyrun.media.speech import read_speech
 from skyrun.quant import convert
 from skyrun.tasks.windows import RATE
@@ -102,7 +102,7 @@ def main() -> None:
             if arguments.sheets:
                 sheet = contact_sheet(rows, COLUMNS)
                 large = sheet.resize((sheet.width * SCALE, sheet.height * SCALE), Image.Resampling.NEAREST)
-                write_picture(arguments.sheets / f"{task}.png", large)
+                write_image(arguments.sheets / f"{task}.png", large)
         sync(Path(place) / "a2v-F32.mp4", folder / config["audio"])
 
 

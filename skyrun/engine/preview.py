@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
+from skyrun.media.image import write_image
 from skyrun.media.pixels import Frames
 from skyrun.models.vae import LATENT_CHANNELS, WanVAE
 
@@ -26,7 +26,7 @@ class Previewer:
     def write(self, latents: Tensor) -> None:
         """Latents [16, F, h, w], as clean as they are known. SkyrunError if the picture cannot be written."""
         chosen = [latents[:, place] for place in places(latents.shape[1])]
-        write_picture(self._path, contact_sheet([self.picture(frame.float().cpu()) for frame in chosen]))
+        write_image(self._path, contact_sheet([self.picture(frame.float().cpu()) for frame in chosen]))
 
     @torch.inference_mode()
     def picture(self, frame: Tensor) -> Frames:

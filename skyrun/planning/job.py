@@ -15,12 +15,11 @@ from skyrun.models.folder import ModelFiles, find_model, main_type, transformers
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import LATENT_CHANNELS, check_vae, read_vae_dims
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.inputs import Inputs, open_inputs
+from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.request import TEXT_LENGTH, Request
 from skyrun.presets import Candidate, Plan, Workload, choose
 from skyrun.presets.plan import EXACT_TYPES
 from skyrun.streaming.device import choose_device
-from skyrun.tasks.sizes import bucket
 from skyrun.tasks.skyreels_v3 import TASKS
 from skyrun.tasks.windows import Window, amounts, frame_count, windows_of
 
@@ -67,6 +66,7 @@ class Job:
                 **{name.replace(" ", "_"): str(path) for name, path in self.files.parts.items()},
             },
             "plan": self.plan.as_json(),
+            "notices": list(self.inputs.notices),
         }
 
 
@@ -79,8 +79,7 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     device = choose_device(request.device)
     inputs, files = _open(request)
-    assert not isinstance(request.size, str)
-    height, width = request.size or bucket(request.resolution, *inputs.shape, portrait=request.task == "a2v")
+    height, width = clip_size(request, *inputs.shape)
     request = replace(request, size=(height, width))
     if TASKS[request.task].frames:
         request = replace(request, frames=request.frame_count, seconds=None)

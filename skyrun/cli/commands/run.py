@@ -26,7 +26,7 @@ from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
 from skyrun.hub.pull import located
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import suffix_problems, write_picture
+from skyrun.media.image import suffix_problems, write_image
 from skyrun.media.pixels import Frames
 from skyrun.pipelines.state import RunState, state_path
 from skyrun.planning.job import Job
@@ -68,7 +68,7 @@ def _run_clip(request: Request, arguments: Namespace) -> None:
         return
     _made(job, state, arguments.json, arguments.preview)
     if sheet is not None:
-        write_picture(sheet, _sheet_of(job.request.output, job.frames))
+        write_image(sheet, _sheet_of(job.request.output, job.frames))
         say(f"{sheet}: the clip at a glance")
 
 

@@ -1,0 +1,79 @@
+"""Audio as samples: any number of channels mixed to one or two, any rates brought to one."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from skyrun.errors import SkyrunError
+
+Samples = NDArray[np.float32]  # [channels, n]
+_SLOWEST, _FASTEST = 1000, 1_000_000  # samples per second that are believed
+_NAMED = 8  # channels, whose places FFmpeg knows how to mix
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Audio of a clip. pieces: float32 [channels, n] in [-1, 1], one after the other; channels: one or two."""
+
+    pieces: Iterable[Samples]
+    channels: int
+    rate: int
+
+
+def channels_of(frame: Any) -> Samples:
+    """The samples of a frame [channels, n], of whatever type and layout."""
+    channels = frame.layout.nb_channels
+    if frame.format.is_planar and channels <= _NAMED:
+        planes: Samples = _converted(frame, "fltp", frame.layout.name)
+        return planes
+    # PyAV reads past the planes of more than eight channels; all in one plane are safe.
+    return np.ascontiguousarray(_converted(frame, "flt", frame.layout.name).reshape(-1, channels).T)
+
+
+def stereo(frame: Any) -> Samples:
+    """The samples of a frame mixed to two channels: as FFmpeg does where it is known what stands where."""
+    layout = frame.layout
+    if layout.nb_channels > 1 and layout.nb_channels <= _NAMED and "channels" not in layout.name:
+        return _converted(frame, "fltp", "stereo")
+    return np.repeat(mono(frame), 2, 0)
+
+
+def mono(frame: Any) -> Samples:
+    """The mean of all channels of a frame, [1, n]. Mixed here: FFmpeg would weight them."""
+    return channels_of(frame).mean(0, dtype=np.float64, keepdims=True).astype(np.float32)
+
+
+def _converted(frame: Any, format: str, layout: str) -> Samples:
+    resampler = av.AudioResampler(format=format, layout=layout, rate=frame.sample_rate)
+    pieces = [piece.to_ndarray() for piece in [*resampler.resample(frame), *resampler.resample(None)] if piece]
+    return np.concatenate(pieces, 1, dtype=np.float32)
+
+
+class Resampler:
+    """Brings pieces [channels, n] to one rate, whatever rates they have."""
+
+    def __init__(self, rate: int, channels: int) -> None:
+        self._rate, self._layout = rate, "mono" if channels == 1 else "stereo"
+        self._from, self._resampler = 0, self._new()
+
+    def _new(self) -> av.AudioResampler:
+        return av.AudioResampler(format="fltp", layout=self._layout, rate=self._rate)
+
+    def pieces(self, samples: Samples, rate: int) -> Iterator[Samples]:
+        """What comes out when samples of that rate go in."""
+        if not _SLOWEST <= rate <= _FASTEST:
+            raise SkyrunError(f"audio of {rate} samples per second cannot be read", "save it again with 48000")
+        if rate != self._from:
+            yield from self.rest()
+            self._from, self._resampler = rate, self._new()
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=self._layout)
+        frame.sample_rate = rate
+        yield from (piece.to_ndarray() for piece in self._resampler.resample(frame))
+
+    def rest(self) -> Iterator[Samples]:
+        """What is still held."""
+        yield from (piece.to_ndarray() for piece in self._resampler.resample(None) if piece is not None)
