@@ -23,6 +23,7 @@ from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import write_image
 from skyrun.media.speech import read_speech
 from skyrun.quant import convert
+from skyrun.tasks.skyreels_v3 import TASKS
 from skyrun.tasks.windows import RATE
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
@@ -68,7 +69,7 @@ def sync(clip: Path, speech: Path) -> None:
         container.seek(0)
         heard = [(frame.time, frame.to_ndarray()[0]) for frame in container.decode(audio=0)]
     samples, start = np.concatenate([piece for _, piece in heard]), round(heard[0][0] * RATE)
-    said = read_speech(speech)
+    said = read_speech(speech, RATE, TASKS["a2v"].seconds).samples
     middle = slice(len(said) // 4, len(said) * 3 // 4)
     lags = range(-800, 801)
     scores = [np.dot(samples[middle.start - start + lag : middle.stop - start + lag], said[middle]) for lag in lags]

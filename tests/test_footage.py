@@ -8,8 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from skyrun.errors import SkyrunError
-from skyrun.media.video_reader import nearest, read_footage, read_frames, read_sound
-from skyrun.media.video_writer import Format, Sound, writing_video
+from skyrun.media.audio import Audio
+from skyrun.media.joined import read_audio, read_frames
+from skyrun.media.video_reader import nearest, read_footage
+from skyrun.media.video_writer import Format, writing_video
 
 
 def picture(number, height=32, width=48):
@@ -23,10 +25,10 @@ def number_of(frame):
     return round((int(frame[-1, -1].mean()) - 20) / 8)
 
 
-def video(path, count=12, times=None, rate=24, sound=None, **size):
+def video(path, count=12, times=None, rate=24, audio=None, **size):
     frames = np.stack([picture(number, **size) for number in range(count)])
     if times is None:
-        with writing_video(path, Format(*frames.shape[1:3], Fraction(rate), {}, sound)) as writer:
+        with writing_video(path, Format(*frames.shape[1:3], Fraction(rate), {}, audio)) as writer:
             writer.add(frames)
         return path
     with av.open(str(path), "w") as container:
@@ -96,7 +98,7 @@ def test_what_is_no_video(tmp_path, kind):
             frame.sample_rate = 16000
             container.mux(stream.encode(frame))
             container.mux(stream.encode())
-    with pytest.raises(SkyrunError, match="no readable video|no pictures in it"):
+    with pytest.raises(SkyrunError, match="not a readable video|no video in it"):
         read_footage(path, 5)
 
 
@@ -127,15 +129,16 @@ def test_nearest_is_torchs_in_every_size():
         assert np.array_equal(nearest(frames, int(want), 1).ravel(), expected.numpy().ravel()), (have, want)
 
 
-def test_sound_of_a_video(tmp_path):
+def test_audio_of_a_video(tmp_path):
     wave = np.sin(np.arange(24000) / 20).astype(np.float32)
-    path = video(tmp_path / "a.mp4", sound=Sound(np.stack((wave, -wave)) * 0.5, 48000))
-    sound = read_sound(path)
-    assert sound.rate == 48000 and len(sound.samples) == 2
-    assert sound.samples.shape[1] == pytest.approx(24000, abs=1100)
-    got = sound.samples[0, 2000:20000]
+    path = video(tmp_path / "a.mp4", audio=Audio([np.stack((wave, -wave)) * 0.5], 2, 48000))
+    audio = read_audio(path)
+    samples = np.concatenate(list(audio.pieces), 1)
+    assert audio.rate == 48000 and len(samples) == audio.channels == 2
+    assert samples.shape[1] == pytest.approx(24000, abs=1100)
+    got = samples[0, 2000:20000]
     assert np.corrcoef(got, wave[2000:20000])[0, 1] > 0.999
-    assert read_sound(video(tmp_path / "b.mp4")) is None
+    assert read_audio(video(tmp_path / "b.mp4")) is None
 
 
 def test_prefixes_are_upstreams(goldens):

@@ -8,8 +8,13 @@ import pytest
 
 from skyrun.errors import SkyrunError
 from skyrun.media.loudness import loudness
-from skyrun.media.speech import read_speech
+from skyrun.media import speech as reader
+from skyrun.tasks.skyreels_v3 import TASKS
 from skyrun.tasks.windows import RATE
+
+
+def read_speech(path, seconds=None):
+    return reader.read_speech(path, RATE, TASKS["a2v"].seconds, seconds).samples
 
 
 def tone(rate, seconds=1.5, channels=1, amplitude=0.2):
@@ -81,7 +86,7 @@ def test_only_the_beginning(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "message"),
-    [(0.3, "has 0.3 s of sound, expected 0.4 to 200 s"), (204, "has 20[1-5].* s of sound, expected")],
+    [(0.3, "has 0.3 s of audio, expected 0.4 to 200 s"), (204, "has 20[1-5].* s of audio, expected")],
 )
 def test_lengths(tmp_path, seconds, message):
     samples = np.zeros((1, int(8000 * seconds)), np.float32)
@@ -93,7 +98,7 @@ def test_lengths(tmp_path, seconds, message):
 
 def test_what_is_no_recording(tmp_path, goldens):
     (tmp_path / "a.wav").write_text("no sound")
-    with pytest.raises(SkyrunError, match="no readable recording"):
+    with pytest.raises(SkyrunError, match="not a readable recording"):
         read_speech(tmp_path / "a.wav")
-    with pytest.raises(SkyrunError, match="has no sound in it"):
+    with pytest.raises(SkyrunError, match="has no audio in it"):
         read_speech(goldens("e2e/single_shot_extension/golden").folder / "input.mp4")

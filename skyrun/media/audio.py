@@ -13,6 +13,8 @@ from skyrun.errors import SkyrunError
 Samples = NDArray[np.float32]  # [channels, n]
 _SLOWEST, _FASTEST = 1000, 1_000_000  # samples per second that are believed
 _NAMED = 8  # channels, whose places FFmpeg knows how to mix
+# The zero and the largest level of types that have all channels in one plane.
+_LEVELS = {"u8": (128.0, 128.0), "s16": (0.0, 32768.0), "s32": (0.0, 2147483648.0), "flt": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,22 @@ class Audio:
 
 def channels_of(frame: Any) -> Samples:
     """The samples of a frame [channels, n], of whatever type and layout."""
-    channels = frame.layout.nb_channels
+    channels, type = frame.layout.nb_channels, frame.format.name
+    if type in _LEVELS:
+        zero, most = _LEVELS[type]
+        return ((frame.to_ndarray().reshape(-1, channels).T - zero) / most).astype(np.float32)
     if frame.format.is_planar and channels <= _NAMED:
-        planes: Samples = _converted(frame, "fltp", frame.layout.name)
-        return planes
-    # PyAV reads past the planes of more than eight channels; all in one plane are safe.
-    return np.ascontiguousarray(_converted(frame, "flt", frame.layout.name).reshape(-1, channels).T)
+        return _converted(frame, "fltp", frame.layout.name)
+    # PyAV reads past the planes of more than eight channels; in one plane they are safe.
+    return _converted(frame, "flt", frame.layout.name).reshape(-1, channels).T
 
 
 def stereo(frame: Any) -> Samples:
     """The samples of a frame mixed to two channels: as FFmpeg does where it is known what stands where."""
     layout = frame.layout
-    if layout.nb_channels > 1 and layout.nb_channels <= _NAMED and "channels" not in layout.name:
+    if layout.nb_channels == 2:
+        return channels_of(frame)
+    if 2 < layout.nb_channels <= _NAMED and "channels" not in layout.name:
         return _converted(frame, "fltp", "stereo")
     return np.repeat(mono(frame), 2, 0)
 

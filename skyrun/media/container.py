@@ -1,6 +1,5 @@
 """The one place that opens video and audio: formats and decoders of a list, files only, frames of a bounded size."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,19 +52,21 @@ _DAMAGE = (av.error.InvalidDataError, av.error.PatchWelcomeError, av.error.BugEr
 def opened(path: Path, kind: str) -> Iterator[Any]:
     """An open container; all that goes wrong with it is a SkyrunError. kind: "video" or "recording"."""
     try:
-        if not path.is_file():
-            raise SkyrunError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist", "check the path")
-        # An absolute path has no protocol, whatever colons are in it.
-        with av.open(str(path.absolute()), options=_OPTIONS, metadata_errors="replace") as container:
+        with _open(path) as container:
             yield container
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise SkyrunError(f"{path} is not a readable {kind}: {_reason(error)}", _HINTS[kind]) from error
+        reason = getattr(error, "strerror", None) or str(error) or "it takes too much memory"
+        raise SkyrunError(f"{path} is not a readable {kind}: {reason}", _HINTS[kind]) from error
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, av.FFmpegError) and error.errno == errno.EINVAL:
-        return "its format is not on the list of those that are read"
-    return getattr(error, "strerror", None) or str(error) or "there is not enough memory for it"
+def _open(path: Path) -> Any:
+    if not path.is_file():  # pipes and devices may have no end
+        raise OSError("it is a folder" if path.is_dir() else "there is no such file")
+    try:
+        # An absolute path has no protocol, whatever colons are in it.
+        return av.open(str(path.absolute()), options=_OPTIONS, metadata_errors="replace")
+    except av.error.ArgumentError as error:
+        raise OSError("it is in none of the formats that are read") from error
 
 
 class Track:

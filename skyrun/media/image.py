@@ -13,7 +13,6 @@ _WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
 # Pillow knows forty more; for EPS it would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 _MOST_PIXELS = 64_000_000  # about 1 GB while an image of them is brought to RGB
-_ENOUGH = (4096, 4096)  # of a JPEG that has more; its decoder makes it smaller by halves
 
 # Other programs write their settings into PNG files, megabytes of them; the sum stays limited.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -45,7 +44,7 @@ def open_image(path: Path) -> Image.Image:
 
 def _check_size(image: Image.Image, path: Path) -> None:
     if image.width * image.height > _MOST_PIXELS:
-        image.draft("RGB", _ENOUGH)  # does something to JPEG alone
+        image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG decoders make it smaller as they go
     if image.width * image.height > _MOST_PIXELS:
         got = f"{image.width} x {image.height}, {image.width * image.height / 1e6:.0f} million pixels"
         hint = "scale it down; a few megapixels are enough"
