@@ -15,10 +15,12 @@ def numbered(number, height=64, width=96):
 
 
 def number_of(frame):
-    return round((float(frame.mean()) - 8) / 4)
+    return round((float(frame.mean()) - 7) / 4)
 
 
-def write_media(path, count=20, *, first=0, start=0.0, size=(64, 96), codec="libx264", rate=None, layout="mono", **more):
+def write_media(
+    path, count=20, *, first=0, start=0.0, size=(64, 96), codec="libx264", rate=None, layout="mono", **more
+):
     """A video of `count` frames at 25 a second, numbered from `first` on; with a tone beside it if `rate` is given.
 
     start: seconds at which it begins. more: `format` of the container, `cover` before the video, `mono` samples in

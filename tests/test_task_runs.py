@@ -272,7 +272,7 @@ MISTAKES = [
     ("v2v", ["--video", "{v}", "--image", "{i}"], "v2v takes no --image"),
     ("v2v", ["--video", "{v}", "--transition", "cut-in"], "v2v has no --transition"),
     ("v2v", ["--video", "{v}"], "source.mp4 has 12 frames, 25 are needed to go on from"),
-    ("v2v", ["--video", "{i}"], "source.mp4|me.png (has 1 frames|is no readable video)"),
+    ("v2v", ["--video", "{i}"], "source.mp4|me.png (has 1 frames|is not a readable video)"),
     ("shot", ["--video", "{v}", "--transition", "wipe"], "unknown transition 'wipe', expected cut-in, cut-out, "),
     ("shot", ["--video", "{v}", "--seconds", "6"], "got 6 seconds, expected at least 2 and at most 5"),
     ("a2v", ["--image", "{i}"], "a2v takes a --audio file"),

@@ -106,7 +106,7 @@ class _Made:
         self.writer = stack.enter_context(writing_video(self._job.request.output, clip_format(self._job)))
         for frames in source_frames(self._job, notices):
             self.writer.add(frames)
-        return notices
+        return [text for text in notices if text not in self._job.inputs.notices]
 
     def take(self, event: Event) -> None:
         """An event of the pipeline."""

@@ -33,7 +33,18 @@ _AUDIO = (
 # Decoders whose names are not those of their codecs.
 _DECODERS = (
     *("libdav1d", "libaom-av1", "libvpx", "libvpx-vp9", "flv", "libopus", "libvorbis", "libspeex", "mp3float"),
-    *("mp2float", "mp1float", "dca", "amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "g722", "g726", "msmpeg4"),
+    *(
+        "mp2float",
+        "mp1float",
+        "dca",
+        "amrnb",
+        "amrwb",
+        "libopencore_amrnb",
+        "libopencore_amrwb",
+        "g722",
+        "g726",
+        "msmpeg4",
+    ),
 )
 _STILL = frozenset(("mjpeg", "png", "gif", "bmp", "webp", "tiff"))  # what covers are
 _MOST_PIXELS = 40_000_000  # of a frame; 8K has 35 million
@@ -96,16 +107,19 @@ class Track:
 
     def frames(self) -> Iterator[Any]:
         """All frames from here on, past what is damaged."""
+        begun = False  # what comes before the first key frame has nothing to go on from
         for packet in self.packets():
+            begun = begun or packet is None or packet.is_keyframe or not packet.size
             try:
                 frames = self.stream.decode(packet)
             except _DAMAGE:
                 self.skipped += 1
                 continue
+            self.skipped += not begun and not frames
             yield from frames
 
     def packets(self) -> Iterator[Any]:
-        """Packets up to the end, or to where the file cannot be read on; the last makes the decoder hand out the rest."""
+        """Packets as far as the file can be read; the last makes the decoder hand out the rest."""
         packets = self._container.demux(self.stream)
         try:
             yield from packets

@@ -19,9 +19,7 @@ _NEAR = 1.0  # seconds around a jump in which other streams may begin and end
 _USUAL_RATE = 48000
 
 
-def read_frames(
-    footage: Footage, height: int, width: int, notices: list[str] | None = None
-) -> Iterator[Frames]:
+def read_frames(footage: Footage, height: int, width: int, notices: list[str] | None = None) -> Iterator[Frames]:
     """Every frame of the video at its constant rate, uint8 [1, H, W, 3]: some twice or not at all where it varies.
 
     Args:

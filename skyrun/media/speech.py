@@ -52,9 +52,7 @@ def read_speech(path: Path, rate: int, limits: tuple[float, float], seconds: flo
     return Speech(normalised(wave, rate), tuple(notices))
 
 
-def _check(
-    path: Path, samples: Samples, rate: int, limits: tuple[float, float], damage: tuple[str, ...]
-) -> None:
+def _check(path: Path, samples: Samples, rate: int, limits: tuple[float, float], damage: tuple[str, ...]) -> None:
     length, (shortest, longest) = len(samples) / rate, limits
     if not shortest <= length <= longest:
         hint = f"--seconds {longest:g} takes the beginning" if length > longest else "give a longer recording"

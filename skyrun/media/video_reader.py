@@ -108,7 +108,9 @@ def _read_tail(path: Path, count: int, fit: Callable[[int, int], Size], start: i
         if start and not _seek(container, start):
             return _Tail(kept, _USUAL_RATE, shape, ())
         for frame in track.frames():
-            shape = shape if kept else _shown_shape(frame, track.stream)
+            if not kept:
+                shape = _shown_shape(frame, track.stream)
+                track.skipped *= not start  # winding may end between key frames
             pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns(frame))[None]
             kept.append(nearest(pixels, *fit(*shape)))
             times += [] if frame.time is None else [frame.time]
