@@ -277,7 +277,7 @@ MISTAKES = [
     ("shot", ["--video", "{v}", "--seconds", "6"], "got 6 seconds, expected at least 2 and at most 5"),
     ("a2v", ["--image", "{i}"], "a2v takes a --audio file"),
     ("a2v", ["--audio", "{a}"], "got 0 portraits, expected 1"),
-    ("a2v", ["--audio", "{v}", "--image", "{i}"], "source.mp4 has no sound in it"),
+    ("a2v", ["--audio", "{v}", "--image", "{i}"], "source.mp4 has no audio in it"),
     ("a2v", ["--audio", "{a}", "--image", "{i}", "--resolution", "540P"], "'540P', expected 480P, 720P"),
     ("a2v", ["--audio", "{a}", "--image", "{i}", "--join"], "a2v has no --join"),
 ]  # fmt: skip
