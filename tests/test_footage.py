@@ -1,7 +1,9 @@
 """Videos that clips go on from, as people have them."""
 
+import re
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,6 +12,7 @@ from media_files import RATE, joined_files, numbered, tone, write_media
 from media_files import number_of as told
 from safetensors.torch import load_file
 
+import skyrun
 from skyrun.errors import SkyrunError
 from skyrun.media.audio import Audio
 from skyrun.media.joined import read_audio, read_frames
@@ -242,8 +245,8 @@ RECORDINGS = {
     ),
     "raw": (lambda folder: write_media(folder / "a.h264", 40, format="h264"), ALL, None, (64, 96), ""),
     "no average rate": (lambda folder: write_media(folder / "a.ts", 40, codec="mpeg1video"), ALL, None, (64, 96), ""),
-    "HLG": (lambda folder: write_media(folder / "a.mp4", 40, color_trc=18), ALL, None, (64, 96), "is HDR (HLG)"),
-    "PQ": (lambda folder: write_media(folder / "a.mkv", 40, color_trc=16), ALL, None, (64, 96), "is HDR (PQ)"),
+    "HLG": (lambda folder: write_media(folder / "a.mp4", 40, color_trc=18), ALL, None, (64, 96), "it is HDR (HLG)"),
+    "PQ": (lambda folder: write_media(folder / "a.mkv", 40, color_trc=16), ALL, None, (64, 96), "it is HDR (PQ)"),
     "a colon": (lambda folder: write_media(folder / "take1:2.mp4", 40), ALL, None, (64, 96), ""),
 }
 
@@ -361,3 +364,18 @@ def test_damage_anywhere_is_a_sentence_or_a_video(tmp_path):
                 assert count and (audio is None or all(piece.ndim == 2 for piece in islice(audio.pieces, 200)))
             except SkyrunError as error:
                 assert "b.mp4" in error.message
+
+
+def test_files_are_opened_in_one_place():
+    """Where they are checked: nothing else hands a path to FFmpeg or to Pillow."""
+    root = Path(skyrun.__file__).parent
+    for call, places in {
+        r"\bav\.open\(": {
+            "media/container.py",
+            "media/video_writer.py",
+            "engine/window_files.py",
+        },  # its own, and clips
+        r"\bImage\.open\(": {"media/image.py"},
+    }.items():
+        found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(call, path.read_text())}
+        assert found == places

@@ -31,7 +31,7 @@ def channels_of(frame: Any) -> Samples:
     channels, type = frame.layout.nb_channels, frame.format.name
     if type in _LEVELS:
         zero, most = _LEVELS[type]
-        return ((frame.to_ndarray().reshape(-1, channels).T - zero) / most).astype(np.float32)
+        return np.asarray((frame.to_ndarray().reshape(-1, channels).T - zero) / most, np.float32)
     if frame.format.is_planar and channels <= _NAMED:
         return _converted(frame, "fltp", frame.layout.name)
     # PyAV reads past the planes of more than eight channels; in one plane they are safe.
@@ -50,13 +50,17 @@ def stereo(frame: Any) -> Samples:
 
 def mono(frame: Any) -> Samples:
     """The mean of all channels of a frame, [1, n]. Mixed here: FFmpeg would weight them."""
-    return channels_of(frame).mean(0, dtype=np.float64, keepdims=True).astype(np.float32)
+    return np.asarray(channels_of(frame).mean(0, dtype=np.float64, keepdims=True), np.float32)
 
 
 def _converted(frame: Any, format: str, layout: str) -> Samples:
     resampler = av.AudioResampler(format=format, layout=layout, rate=frame.sample_rate)
-    pieces = [piece.to_ndarray() for piece in [*resampler.resample(frame), *resampler.resample(None)] if piece]
-    return np.concatenate(pieces, 1, dtype=np.float32)
+    pieces = filter(None, [*resampler.resample(frame), *resampler.resample(None)])
+    return np.concatenate([_array(piece) for piece in pieces], 1)
+
+
+def _array(frame: Any) -> Samples:
+    return np.asarray(frame.to_ndarray(), np.float32)
 
 
 class Resampler:
@@ -78,8 +82,8 @@ class Resampler:
             self._from, self._resampler = rate, self._new()
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=self._layout)
         frame.sample_rate = rate
-        yield from (piece.to_ndarray() for piece in self._resampler.resample(frame))
+        yield from map(_array, self._resampler.resample(frame))
 
     def rest(self) -> Iterator[Samples]:
         """What is still held."""
-        yield from (piece.to_ndarray() for piece in self._resampler.resample(None) if piece is not None)
+        yield from map(_array, filter(None, self._resampler.resample(None)))

@@ -83,8 +83,8 @@ def _open(path: Path) -> Any:
 class Track:
     """The video or the audio of an open container, decoded. skipped: damaged pieces so far."""
 
-    def __init__(self, path: Path, container: Any, stream: Any) -> None:
-        self._path, self._container, self.stream = path, container, stream
+    def __init__(self, container: Any, stream: Any) -> None:
+        self._container, self.stream = container, stream
         self.skipped = 0
 
     @classmethod
@@ -97,13 +97,13 @@ class Track:
             limit = f"at most {_MOST_PIXELS // 10**6} million pixels"
             raise SkyrunError(f"{path} has frames of {width} x {height}, expected {limit}", "scale it down")
         stream.codec_context.options = {"max_pixels": _OPTIONS["max_pixels"]}
-        return cls(path, container, stream)
+        return cls(container, stream)
 
     @classmethod
     def audio(cls, path: Path, container: Any) -> "Track":
         """The first that can be decoded. SkyrunError if there is none."""
         hint = "give a recording of speech to --audio"
-        return cls(path, container, _decodable(path, container.streams.audio, _AUDIO, "audio", hint)[0])
+        return cls(container, _decodable(path, container.streams.audio, _AUDIO, "audio", hint)[0])
 
     def frames(self) -> Iterator[Any]:
         """All frames from here on, past what is damaged."""
@@ -128,10 +128,10 @@ class Track:
             yield None
 
     @property
-    def notices(self) -> tuple[str, ...]:
-        """What a person should know of the damage."""
+    def damage(self) -> str:
+        """What a person should know of it; nothing if there was none."""
         pieces = "1 damaged piece was" if self.skipped == 1 else f"{self.skipped} damaged pieces were"
-        return (f"{self._path}: {pieces} skipped",) if self.skipped else ()
+        return f"{pieces} skipped" if self.skipped else ""
 
 
 def _decodable(path: Path, streams: Any, codecs: tuple[str, ...], what: str, hint: str) -> list[Any]:

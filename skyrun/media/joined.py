@@ -43,8 +43,8 @@ def read_frames(footage: Footage, height: int, width: int, notices: list[str] | 
             shown = np.ascontiguousarray(np.rot90(scaled, turns), np.uint8)[None]
         if shown is not None:
             yield shown
-        if notices is not None:
-            notices += track.notices
+        if notices is not None and track.damage:
+            notices.append(f"{footage.path}: {track.damage}")
 
 
 def read_audio(path: Path) -> Audio | None:

@@ -36,7 +36,7 @@ def read_speech(path: Path, rate: int, limits: tuple[float, float], seconds: flo
     most = limits[1] if seconds is None else seconds
     recording = _Recording(path, rate, most)
     samples = recording.mixed()
-    notices = list(recording.notices)
+    notices = [f"{path}: {recording.damage}"] if recording.damage else []
     if recording.cancels:
         samples = recording.channel(recording.loudest)
         notices.append(
@@ -45,19 +45,19 @@ def read_speech(path: Path, rate: int, limits: tuple[float, float], seconds: flo
         )
     if seconds is not None:
         samples = samples[: int(seconds * rate)]
-    _check(path, samples, rate, limits, recording.notices)
+    _check(path, samples, rate, limits, recording.damage)
     wave = samples.astype(np.float64)
     if np.sqrt(np.mean(wave**2)) < _QUIET or not np.isfinite(loudness(wave, rate)):
         notices.append(f"{path} is silent: the mouth will hardly move")
     return Speech(normalised(wave, rate), tuple(notices))
 
 
-def _check(path: Path, samples: Samples, rate: int, limits: tuple[float, float], damage: tuple[str, ...]) -> None:
+def _check(path: Path, samples: Samples, rate: int, limits: tuple[float, float], damage: str) -> None:
     length, (shortest, longest) = len(samples) / rate, limits
     if not shortest <= length <= longest:
         hint = f"--seconds {longest:g} takes the beginning" if length > longest else "give a longer recording"
         what = f"{path} has {length:.1f} s of audio, expected {shortest:g} to {longest:g} s"
-        raise SkyrunError("; ".join((what, *damage)), hint)
+        raise SkyrunError(f"{what}; {damage}" if damage else what, hint)
     if not np.isfinite(samples).all():
         raise SkyrunError(f"{path} has samples that are not numbers", "save it again as 16-bit WAV")
 
@@ -68,7 +68,7 @@ class _Recording:
     def __init__(self, path: Path, rate: int, seconds: float) -> None:
         self._path, self._rate, self._most = path, rate, (seconds + 1) * rate  # enough to know that it is too long
         self._power, self._mixed = np.zeros(0), 0.0
-        self.notices: tuple[str, ...] = ()
+        self.damage = ""
 
     @property
     def channels(self) -> int:
@@ -100,8 +100,8 @@ class _Recording:
                 got += piece.shape[1]
                 if got > self._most:
                     break
-            self.notices = track.notices
-        return np.concatenate(pieces, 1)[0]
+            self.damage = track.damage
+        return np.concatenate(pieces, 1).reshape(-1)
 
     def _resampled(self, track: Track, index: int | None) -> Iterator[Samples]:
         resampler = Resampler(self._rate, 1)

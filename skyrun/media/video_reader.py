@@ -1,7 +1,7 @@
 """Video that a clip goes on from: its last frames, upright and as it is shown, in the size of the clip."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -53,8 +53,17 @@ def read_footage(path: Path, count: int, fit: Callable[[int, int], Size] = lambd
     if len(tail.frames) < count:
         what = f"{path} has {len(tail.frames)} frames, {count} are needed to go on from"
         hint = "give a longer video: the model has to see how things move"
-        raise SkyrunError("; ".join((what, *tail.notices)), hint)
-    return Footage(path, np.concatenate(tail.frames), tail.rate, tail.shape, tail.notices)
+        raise SkyrunError("; ".join((what, *tail.said)), hint)
+    notices = tuple(f"{path}: {said}" for said in tail.said)
+    return Footage(path, np.concatenate(tail.frames), tail.rate, tail.shape, notices)
+
+
+def frames_at(path: Path, places: Iterable[int]) -> list[Frames]:
+    """Frames [H, W, 3] of a video by their numbers, as they are in the file. SkyrunError if it is not a video."""
+    wanted = set(places)
+    with opened(path, "video") as container:
+        numbered = enumerate(Track.video(path, container).frames())
+        return [frame.to_ndarray(format="rgb24") for number, frame in numbered if number in wanted]
 
 
 def nearest(frames: Frames, height: int, width: int) -> Frames:
@@ -90,12 +99,12 @@ def _near_end(container: Any, count: int, rate: Fraction) -> int:
 
 @dataclass
 class _Tail:
-    """What is at the end of a video."""
+    """What is at the end of a video. said: what a person should know of it."""
 
     frames: deque[Frames]
     rate: Fraction
     shape: Size
-    notices: tuple[str, ...]
+    said: list[str]
 
 
 def _read_tail(path: Path, count: int, fit: Callable[[int, int], Size], start: int) -> _Tail:
@@ -106,7 +115,7 @@ def _read_tail(path: Path, count: int, fit: Callable[[int, int], Size], start: i
     with opened(path, "video") as container:
         track = Track.video(path, container)
         if start and not _seek(container, start):
-            return _Tail(kept, _USUAL_RATE, shape, ())
+            return _Tail(kept, _USUAL_RATE, shape, [])
         for frame in track.frames():
             if not kept:
                 shape = _shown_shape(frame, track.stream)
@@ -116,8 +125,8 @@ def _read_tail(path: Path, count: int, fit: Callable[[int, int], Size], start: i
             times += [] if frame.time is None else [frame.time]
         rate = _rate(track.stream, list(times))
         transfer = _HDR.get(track.stream.codec_context.color_trc)
-    hdr = f"{path} is HDR ({transfer}) and is read as if it were SDR: its colors are pale; convert it for true ones"
-    return _Tail(kept, rate, shape, (*track.notices, hdr) if transfer else track.notices)
+    hdr = f"it is HDR ({transfer}) and read as if it were SDR, its colors are pale; convert it to have them right"
+    return _Tail(kept, rate, shape, [said for said in (track.damage, transfer and hdr) if said])
 
 
 def _seek(container: Any, start: int) -> bool:
