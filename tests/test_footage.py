@@ -370,11 +370,8 @@ def test_files_are_opened_in_one_place():
     """Where they are checked: nothing else hands a path to FFmpeg or to Pillow."""
     root = Path(skyrun.__file__).parent
     for call, places in {
-        r"\bav\.open\(": {
-            "media/container.py",
-            "media/video_writer.py",
-            "engine/window_files.py",
-        },  # its own, and clips
+        # The last two write clips and windows; a run reads its own windows back.
+        r"\bav\.open\(": {"media/container.py", "media/video_writer.py", "engine/window_files.py"},
         r"\bImage\.open\(": {"media/image.py"},
     }.items():
         found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(call, path.read_text())}
