@@ -1,5 +1,6 @@
 """The one place that opens video and audio: formats and decoders of a list, files only, frames of a bounded size."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ _OPTIONS = {
 }
 _HINTS = {"video": "use MP4, MOV, MKV or WebM", "recording": "use WAV, MP3, M4A or a video"}
 # What decoders say of damage; lack of memory and a disk that fails are something else.
-_DAMAGE = (av.error.InvalidDataError, av.error.PatchWelcomeError, av.error.BugError, av.error.ArgumentError)
+_INVALID: Any = av.error.classes[errno.EINVAL]  # whose name differs between versions
+_DAMAGE = (av.error.InvalidDataError, av.error.PatchWelcomeError, av.error.BugError, _INVALID)
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def _open(path: Path) -> Any:
     try:
         # An absolute path has no protocol, whatever colons are in it.
         return av.open(str(path.absolute()), options=_OPTIONS, metadata_errors="replace")
-    except av.error.ArgumentError as error:
+    except _INVALID as error:
         raise OSError("it is in none of the formats that are read") from error
 
 
