@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from media_files import write_media
 from small_run import fail, followed, of_kind
 from test_footage import number_of, video
 from test_tasks_end_to_end import CASES, request_of
@@ -306,3 +307,13 @@ def test_a_model_of_another_task_is_refused_by_name(small, converted, task, mode
     with pytest.raises(SkyrunError, match=rf"is a model for (v2v|shot|{model}), not for {task}") as caught:
         prepare(dataclasses.replace(request, model=other))
     assert f"skyrun run {model}" in caught.value.hint or "skyrun run shot" in caught.value.hint
+
+
+def test_what_is_odd_about_an_input_is_said_with_the_plan(converted, tmp_path, capsys):
+    video = write_media(tmp_path / "a.mp4", 30, color_trc=18)
+    command = ["run", "v2v", "-p", "a sea", "--video", str(video), "--model", str(converted("F32", "v2v"))]
+    assert main([*command, "--device", "cpu", "--size", "32x48", "--dry-run", "--json"]) == 0
+    said = capsys.readouterr()
+    plan = json.loads(said.out.splitlines()[-1])
+    assert [notice in said.err for notice in plan["notices"]] == [True]
+    assert "a.mp4: it is HDR (HLG)" in plan["notices"][0]
