@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from media_files import write_media
+from PIL import Image
 from small_run import fail, followed, of_kind
 from test_footage import number_of, video
 from test_tasks_end_to_end import CASES, request_of
