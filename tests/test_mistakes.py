@@ -97,7 +97,7 @@ MISTAKES = [
     # pictures and prompt
     ([*RUN, *TEXT, "--image", "none.png"], BAD_INPUT, "none.png does not exist", "run --help"),
     ([*RUN, *TEXT, "--image", "{empty}"], BAD_INPUT, "empty is a folder", ""),
-    ([*RUN, *TEXT, "--image", "{text}", "--model", "{model}"], BAD_INPUT, "text.png is not a readable picture", "PNG"),
+    ([*RUN, *TEXT, "--image", "{text}", "--model", "{model}"], BAD_INPUT, "text.png is not a readable image", "PNG"),
     ([*RUN, *TEXT, "--image", "{float}", "--model", "{model}"], BAD_INPUT, "floating-point", "8 bits"),
     ([*GOOD, "--image", *["{picture}"] * 4], BAD_INPUT, "got 5 reference images, expected 1 to 4", "run --help"),
     ([*RUN, *TEXT], BAD_INPUT, "got 0 reference images, expected 1 to 4", "run --help"),

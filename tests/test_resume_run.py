@@ -414,3 +414,11 @@ def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slo
     assert state.steps == 1 and again.files.transformer.path == job.files.transformer.path
     named = prepare(small_request(tmp_path, folder, quant="Q4_K"))
     assert "Q4_K" in named.files.transformer.path.name
+
+
+def test_a_clip_in_capitals_keeps_its_name(begun, tmp_path):
+    request, _ = begun
+    request = dataclasses.replace(request, output=tmp_path / "C.MP4")
+    stopped(prepare(request), "denoise", 1)
+    assert resume(tmp_path / "C.MP4")[0].request.output == tmp_path / "C.MP4"
+    assert resume(tmp_path / "C.skyrun.safetensors")[0].request.output == tmp_path / "C.MP4"

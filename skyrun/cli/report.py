@@ -37,6 +37,7 @@ def plan_text(job: "Job") -> str:
         f"{job.files.transformer.path.name} on {plan.device_name}, {_numbers(plan)} (decoding in {plan.vae_dtype})",
         blocks,
         *_passing(plan),
+        *job.inputs.notices,
         f"estimated memory, {plan.limit_bytes / _GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
     ]
     columns = ["VRAM GiB", "RAM GiB"] if plan.device == "cuda" else ["RAM GiB"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
+from skyrun.media.image import write_image
 from skyrun.media.pixels import Frames
 
 RGBMap = Sequence[Sequence[float]]  # red, green and blue in [-1, 1] per latent channel; the last row is the offset
@@ -60,4 +60,4 @@ class Previewer:
 
     def write(self, latents: Tensor) -> None:
         """Latents [16, F, h, w], as clean as they are known. SkyrunError if the image cannot be written."""
-        write_picture(self._path, preview_image(latents))
+        write_image(self._path, preview_image(latents))

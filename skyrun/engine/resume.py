@@ -24,7 +24,10 @@ def resume(path: Path, **limits: Any) -> tuple[Job, RunState]:
     path = state_path(path)
     state, origin = load_state(path)
     changes = {name: value for name, value in limits.items() if value is not None}
-    request = replace(origin.request, output=clip_path(path).absolute(), **changes)
+    clip = clip_path(path).absolute()
+    if origin.request.output is not None:  # such as C.MP4
+        clip = clip.with_suffix(origin.request.output.suffix)
+    request = replace(origin.request, output=clip, **changes)
     job = _prepared(request, origin)
     if (problem := _other_model(job, origin, path)) is not None:
         raise problem

@@ -17,7 +17,7 @@ from skyrun.engine.output import clip_format, source_frames
 from skyrun.engine.recovery import recovering
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.events import Event, FramesReady, LatentsReady, Replanned, StageEnded, StageStarted, drain, now
+from skyrun.events import Event, FramesReady, LatentsReady, Notice, Replanned, StageEnded, StageStarted, drain, now
 from skyrun.kernels.atomic import replacing
 from skyrun.media.pixels import Frames
 from skyrun.media.video_writer import VideoWriter, writing_video
@@ -61,7 +61,8 @@ def run_job(job: Job, keep_frames: bool = True, state: RunState | None = None) -
     keeper, made = Keeper(job, state), _Made(job, keep_frames)
     try:
         with vram_limited(job.device, plan.limit_bytes - CONTEXT_BYTES), ExitStack() as stack:
-            made.open(stack)
+            for text in made.open(stack):
+                yield Notice(text)
             for window, (frames, latents) in enumerate(keeper.finished()):
                 made.latents[window] = latents
                 for part in frames:
@@ -97,13 +98,15 @@ class _Made:
         self.latents: dict[int, Tensor] = {}  # by window
         self.writer: VideoWriter | None = None
 
-    def open(self, stack: ExitStack) -> None:
-        """Begin the mp4; with the video before it, if the clip is to be joined to that."""
+    def open(self, stack: ExitStack) -> list[str]:
+        """Begin the mp4; with the video before it, if the clip is to be joined to that. Returns notices of that one."""
+        notices: list[str] = []
         if self._job.request.output is None:
-            return
+            return notices
         self.writer = stack.enter_context(writing_video(self._job.request.output, clip_format(self._job)))
-        for frames in source_frames(self._job):
+        for frames in source_frames(self._job, notices):
             self.writer.add(frames)
+        return [text for text in notices if text not in self._job.inputs.notices]
 
     def take(self, event: Event) -> None:
         """An event of the pipeline."""

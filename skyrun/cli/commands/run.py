@@ -2,14 +2,12 @@
 
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import av
-import numpy as np
 from PIL.Image import Image
 
 from skyrun.cli.batch import free_name, is_made, requests_of
@@ -26,8 +24,8 @@ from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
 from skyrun.hub.pull import located
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import suffix_problems, write_picture
-from skyrun.media.pixels import Frames
+from skyrun.media.image import suffix_problems, write_image
+from skyrun.media.video_reader import frames_at
 from skyrun.pipelines.state import RunState, state_path
 from skyrun.planning.job import Job
 from skyrun.planning.problems import place_problems
@@ -69,7 +67,7 @@ def _run_clip(request: Request, arguments: Namespace) -> None:
         return
     _made(job, state, arguments.json, arguments.preview)
     if sheet is not None:
-        write_picture(sheet, _sheet_of(job.request.output, job.frames))
+        write_image(sheet, _sheet_of(job.request.output, job.frames))
         say(f"{sheet}: the clip at a glance")
 
 
@@ -169,12 +167,4 @@ def _say_what_is_kept(job: Job, error: BaseException) -> None:
 
 
 def _sheet_of(clip: Path, count: int) -> Image:
-    chosen = set(places(count))
-
-    def frames() -> Iterator[Frames]:
-        with av.open(str(clip)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in chosen:
-                    yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-    return contact_sheet(list(frames()))
+    return contact_sheet(frames_at(clip, places(count)))
