@@ -139,7 +139,9 @@ class Track:
 def _decodable(path: Path, streams: Any, codecs: tuple[str, ...], what: str, hint: str) -> list[Any]:
     known = [stream for stream in streams if _codec(stream) in codecs]
     if not known and len(streams):
-        raise SkyrunError(f"{path} has {what} in a codec that is not read: {_codec(streams[0])}", "convert it to H.264")
+        raise SkyrunError(
+            f"{path} has {what} in a codec that is not read: {_codec(streams[0])}", "convert it to H.264 and AAC"
+        )
     if not known:
         raise SkyrunError(f"{path} has no {what} in it", hint)
     return known

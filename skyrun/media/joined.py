@@ -1,6 +1,7 @@
 """The video that a clip begins with: all its frames and its audio, on a clock that does not jump."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -120,13 +121,15 @@ class _Clock:
 
     def _is_gap(self, before: float, after: float) -> bool:
         """Whether the other stream goes on in between."""
-        return any(before + _NEAR < time < after - _NEAR for time in self._times)
+        following = bisect_right(self._times, before + _NEAR)
+        return following < len(self._times) and self._times[following] < after - _NEAR
 
     @cached_property
     def _times(self) -> list[float]:
+        """Of the packets of the other stream, in order."""
         with opened(self._path, "video") as container:
             if not getattr(container.streams, self._other):
                 return []
             track = Track.audio(self._path, container) if self._other == "audio" else Track.video(self._path, container)
             packets = [packet for packet in track.packets() if packet is not None and packet.pts is not None]
-            return [float(packet.pts * packet.time_base) for packet in packets]
+            return sorted(float(packet.pts * packet.time_base) for packet in packets)
