@@ -15,11 +15,13 @@ from pathlib import Path
 import psutil
 from environment import environment
 
+from skyrun.planning.published import LAYERS, WAN_14B
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
+from skyrun.units import GIB
 
 SHAPES = {
-    "1.3B": CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=1 << 30),
-    "14B": CheckpointDims(dim=5120, layers=40, ffn=13824, text=1024, shard_bytes=4 << 30),
+    "1.3B": CheckpointDims(dim=1536, layers=30, ffn=8960, text=1024, shard_bytes=GIB),
+    "14B": CheckpointDims(WAN_14B["dim"], LAYERS, WAN_14B["ffn"], text=1024, shard_bytes=4 * GIB),
 }
 CONVERT = "import sys; from skyrun.quant import convert; convert(*sys.argv[1:4])"
 ONLY_TORCH = "import time, torch; print(flush=True); time.sleep(60)"

@@ -11,10 +11,11 @@ from tempfile import TemporaryDirectory
 import torch
 from environment import environment
 
+from skyrun.events import drain
 from skyrun.kernels import dequantize
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.quant import convert, quantize
-from skyrun.quant.importance import Importance, read_importance
+from skyrun.quant.importance import Importance
 from skyrun.tools.calibrate import collect, plan_calibration
 from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
 
@@ -25,9 +26,7 @@ def measure(model: Path, output: Path, prompts: tuple[str, ...], seed: int) -> I
     """Calibrate with these prompts."""
     pictures = draw_pictures(output.parent)
     plan = plan_calibration(model, output, prompts, pictures, seed=seed, size="96x160", frames=9, device="cpu")
-    for _ in collect(plan):
-        pass
-    return read_importance(output)
+    return drain(collect(plan))
 
 
 def main() -> None:

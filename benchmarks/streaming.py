@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -26,15 +25,14 @@ from environment import environment
 
 from skyrun.kernels import FORMATS
 from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.presets.host import forget, read_rate
 from skyrun.streaming.layout import Block, lay_out
 from skyrun.streaming.reader import Extent, FileReader
-from skyrun.streaming.ring import page_aligned
 from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
 DIM, PASSES = 1024, 3  # of hiding
 BLOCKS, ROUNDS = 40, 7  # of reading and memory
-READERS, CHUNK = 8, 4 << 20  # of plain reading
 
 
 class SlowReader(FileReader):
@@ -115,32 +113,6 @@ def write_random(path: Path, blocks: list[Block]) -> None:
         os.fsync(file.fileno())
 
 
-def forget(path: Path) -> None:
-    """Let the system drop the file from its cache."""
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def plain_rate(path: Path, direct: bool) -> float:
-    """Bytes per second of threads that each have a buffer to read into."""
-    mine, size = threading.local(), path.stat().st_size
-    file = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-
-    def read(offset: int) -> int:
-        if not hasattr(mine, "buffer"):
-            mine.buffer = page_aligned(CHUNK).numpy().data
-        return os.preadv(file, [mine.buffer], offset)
-
-    forget(path)
-    with ThreadPoolExecutor(READERS) as threads:
-        start = time.perf_counter()
-        total = sum(threads.map(read, range(0, size, CHUNK)))
-        seconds = time.perf_counter() - start
-    os.close(file)
-    assert total == size
-    return size / seconds
-
-
 def streamed_rate(path: Path, blocks: list[Block], direct: bool) -> float:
     """Bytes per second of a stream, from opening it to the last block."""
     forget(path)
@@ -155,7 +127,7 @@ def reading(path: Path, arguments: argparse.Namespace) -> None:
     blocks = layout(arguments.gb, arguments.blocks or BLOCKS)
     write_random(path, blocks)
     for direct in (False, True):
-        pairs = [(plain_rate(path, direct), streamed_rate(path, blocks, direct)) for _ in range(ROUNDS)]
+        pairs = [(read_rate(path, direct), streamed_rate(path, blocks, direct)) for _ in range(ROUNDS)]
         plain, streamed = (median(rates) / 1e9 for rates in zip(*pairs, strict=True))
         ratios = sorted(ours / theirs for theirs, ours in pairs)
         print(

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from skyrun import Request, run
 from skyrun.engine.run import Result
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
+from skyrun.media.image import write_image
 from skyrun.media.speech import read_speech
 from skyrun.quant import convert
+from skyrun.tasks import TASKS
 from skyrun.tasks.windows import SPEECH_RATE
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
@@ -68,7 +69,7 @@ def sync(clip: Path, speech: Path) -> None:
         container.seek(0)
         heard = [(frame.time, frame.to_ndarray()[0]) for frame in container.decode(audio=0)]
     samples, start = np.concatenate([piece for _, piece in heard]), round(heard[0][0] * SPEECH_RATE)
-    said = read_speech(speech)
+    said = read_speech(speech, SPEECH_RATE, TASKS["a2v"].seconds).samples
     middle = slice(len(said) // 4, len(said) * 3 // 4)
     lags = range(-800, 801)
     scores = [np.dot(samples[middle.start - start + lag : middle.stop - start + lag], said[middle]) for lag in lags]
@@ -102,7 +103,7 @@ def main() -> None:
             if arguments.sheets:
                 sheet = contact_sheet(rows, COLUMNS)
                 large = sheet.resize((sheet.width * SCALE, sheet.height * SCALE), Image.Resampling.NEAREST)
-                write_picture(arguments.sheets / f"{task}.png", large)
+                write_image(arguments.sheets / f"{task}.png", large)
         sync(Path(place) / "a2v-F32.mp4", folder / config["audio"])
 
 

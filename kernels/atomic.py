@@ -14,18 +14,19 @@ _PID_NAMESPACE = "/proc/self/ns/pid"  # of a container; Linux only
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is flushed and renamed over `path`, on failure removed.
 
-    What a killed process of this machine left of the same file is removed too. On a folder that machines share, those
-    of another machine are not: whether their process is alive cannot be seen from here.
+    private: only the user may read the file. What a killed process of this machine left of the same file is removed
+    too. On a folder that machines share, those of another machine are not: whether their process is alive cannot be
+    seen from here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = f".{path.name}.{_machine()}-"
     partial = path.with_name(f"{ours}{os.getpid()}.partial")
     _remove_abandoned(path.parent, ours)
     try:
-        partial.touch()
+        partial.touch(0o600 if private else 0o666)
         mode = partial.stat().st_mode
         yield partial
         os.chmod(partial, mode)  # as the user's umask has it, whatever the library that wrote it chose

@@ -1,23 +1,23 @@
 """Which of several ways is quickest on this device: measured once for each kind of work, and kept on disk."""
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
 
-from skyrun.kernels.atomic import replacing
-from skyrun.kernels.cache import cache_folder
+from skyrun.kernels.cache import MeasuredFile, checked
 from skyrun.kernels.device import device_name, median_seconds
 from skyrun.kernels.errors import SkyrunError
+
+Table = dict[str, dict[str, float]]  # seconds by candidate, by key
 
 _MARGIN = 0.03  # a later candidate has to be quicker by more than this: what is not clearly better does not win
 
 _lock = RLock()  # what is measured may itself have to choose
-_tables: dict[str, dict[str, dict[str, float]]] = {}  # seconds by candidate, by key, by device
+_tables: dict[str, Table] = {}  # by device
 
 
 def bucket(rows: int) -> int:
@@ -89,39 +89,40 @@ def _version(package: str) -> str:
         return ""
 
 
-def _path(device: torch.device) -> Path:
+def _file(device: torch.device) -> MeasuredFile[Table]:
     safe = "".join(letter if letter.isalnum() else "-" for letter in device_name(device))
-    return cache_folder() / f"kernels-{safe}.json"
+    return MeasuredFile(f"kernels-{safe}.json", holds_for(device), _parsed)
 
 
-def _table(device: torch.device) -> dict[str, dict[str, float]]:
-    name = str(_path(device))
+def _table(device: torch.device) -> Table:
+    name = str(_file(device).path)
     if name not in _tables:
-        _tables[name] = _load(device)
+        _tables[name] = _file(device).load() or {}
     return _tables[name]
 
 
-def _load(device: torch.device) -> dict[str, dict[str, float]]:
-    """What the file says, if it is of these versions. A damaged one counts for nothing: it is written anew."""
-    try:
-        said: Any = json.loads(_path(device).read_text())
-        if said["holds_for"] != holds_for(device):
-            return {}
-        return {
-            str(key): {str(name): float("inf") if taken is None else float(taken) for name, taken in row.items()}
-            for key, row in said["seconds"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def _parsed(values: dict[str, Any]) -> Table:
+    """Seconds from plain values, where null stands for a candidate that does not work."""
+    return {
+        str(key): {str(name): float("inf") if taken is None else checked(taken) for name, taken in row.items()}
+        for key, row in values["seconds"].items()
+    }
 
 
-def _save(device: torch.device, table: dict[str, dict[str, float]]) -> None:
-    plain = {
+def _plain(table: Table) -> dict[str, Any]:
+    return {
         key: {name: None if taken == float("inf") else taken for name, taken in row.items()}
         for key, row in table.items()
     }
-    try:
-        with replacing(_path(device)) as partial:
-            partial.write_text(json.dumps({"holds_for": holds_for(device), "seconds": plain}, indent=1))
-    except OSError:
-        pass  # measured again next time; no reason to stop a run
+
+
+def _save(device: torch.device, table: Table) -> None:
+    """Keep the table, and learn what other processes have kept meanwhile."""
+
+    def merge(kept: Table | None) -> dict[str, Any]:
+        for key, row in (kept or {}).items():
+            table[key] = row | table.get(key, {})
+        return {"seconds": _plain(table)}
+
+    with suppress(OSError):  # measured again next time; no reason to stop a run
+        _file(device).update(merge)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from skyrun.presets.card import Card, Rates, link_rate
 from skyrun.presets.card_table import AMPERE, B200, GA100, HOPPER, VOLTA
 from skyrun.presets.cards import find_card
@@ -73,6 +71,8 @@ def probe(device: str, model: Path | None = None, measure: bool = True) -> Hardw
     model: a file, or the folder it is to be in, on the disk that counts. measure: its rate if the file is large enough
     for that, and the link to the GPU, in less than a second.
     """
+    import psutil
+
     total, free = memory()
     found = Hardware("cpu", f"CPU with {psutil.cpu_count()} threads", 0, 0, total, free, system=where())
     found = found.knowing(REPORTED, ram_total=total, ram_free=free, cpu=cpu_name(), system=where())

@@ -4,20 +4,21 @@ import mmap
 import os
 import platform
 import shutil
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 ASSUMED_DISK_RATE = 0.5e9  # bytes per second of a SATA SSD
+CACHED_SHARE = 0.7  # of the free memory: larger files would push each other's pages out of the page cache
 _CHUNK, _READERS = 4 << 20, 8
 _LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # of the measurement of a disk
 
 
 def memory() -> tuple[int, int]:
     """Bytes of RAM, and how many of them are available: what the system or the container allows, if that is less."""
+    import psutil  # here, as other slow imports: constants of presets are read where nothing is measured
+
     system = psutil.virtual_memory()
     total, available = system.total, system.available
     for limit, used in _container_limits():
@@ -84,35 +85,60 @@ def nearest_existing(path: Path) -> Path:
 
 
 def disk_rate(path: Path) -> float:
-    """Bytes per second of reading a file around the page cache, as measured for half a second.
+    """Measure for half a second how many bytes per second of a file are read around the page cache.
 
     0 if the file is too small, or the system has no way around its cache.
     """
-    size = path.stat().st_size
-    if size < _LEAST_FILE or not hasattr(os, "posix_fadvise"):
+    if path.stat().st_size < _LEAST_FILE:
         return 0.0
     with suppress(OSError):  # of file systems that refuse it
-        return _read_rate(path, size, getattr(os, "O_DIRECT", 0))
-    return _read_rate(path, size, 0)
+        return read_rate(path, hasattr(os, "O_DIRECT"), _MOST_READ, _MOST_SECONDS)
+    return read_rate(path, False, _MOST_READ, _MOST_SECONDS)
 
 
-def _read_rate(path: Path, size: int, flags: int) -> float:
-    """Several threads read chunks, at most so many and so long."""
-    ends = time.perf_counter() + _MOST_SECONDS
-    file = os.open(path, os.O_RDONLY | flags)
+def read_rate(path: Path, direct: bool, nbytes: int | None = None, seconds: float = float("inf")) -> float:
+    """Measure how many bytes per second several threads read of a file that is not in the page cache.
+
+    Args:
+        path: The file.
+        direct: Whether reads go around the page cache, of which nothing is dropped then. Some file systems refuse that
+            with an OSError.
+        nbytes: Reads at most this much, None for the whole file.
+        seconds: Begins no read after this time.
+
+    Returns 0 on systems that cannot drop a file from their cache.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not hasattr(os, "preadv") or not (direct or forget(path, nbytes or 0)):
+        return 0.0
+    size = path.stat().st_size
+    whole = size if nbytes is None else min(size, nbytes)
+    file = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    mine, ends = threading.local(), time.perf_counter() + seconds
 
     def read(offset: int) -> int:
         if time.perf_counter() > ends:
             return 0
-        with mmap.mmap(-1, _CHUNK) as buffer:  # begins with a page, as reads around the page cache have to
-            return os.preadv(file, [buffer], offset)
+        if not hasattr(mine, "buffer"):
+            mine.buffer = mmap.mmap(-1, _CHUNK)  # begins with a page, as reads around the page cache have to
+        return os.preadv(file, [mine.buffer], offset)
 
     try:
-        if not flags:  # around the cache nothing of it has to go
-            os.posix_fadvise(file, 0, _MOST_READ, os.POSIX_FADV_DONTNEED)
         with ThreadPoolExecutor(_READERS) as threads:
             start = time.perf_counter()
-            done = sum(threads.map(read, range(0, min(size - _CHUNK, _MOST_READ), _CHUNK)))
+            done = sum(threads.map(read, range(0, whole, _CHUNK)))
             return done / (time.perf_counter() - start)
     finally:
         os.close(file)
+
+
+def forget(path: Path, nbytes: int = 0) -> bool:
+    """Ask the system to drop the first bytes of a file, 0 for all, from its cache. False where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with path.open("rb") as file:
+        with suppress(OSError):  # of file systems that write nothing
+            os.fsync(file.fileno())  # pages that are not on the disk yet stay
+        os.posix_fadvise(file.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)
+    return True

@@ -1,11 +1,12 @@
 """What the driver says of the GPUs, without torch."""
 
 import shutil
-import subprocess
 
 
 def query(fields: str) -> str:
     """Fields of `nvidia-smi --query-gpu`, GPUs separated by semicolons; empty without a GPU."""
+    import subprocess
+
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""

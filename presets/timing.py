@@ -9,6 +9,7 @@ from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
+from skyrun.presets.host import CACHED_SHARE
 from skyrun.presets.memory import BYTES, parked_bytes
 from skyrun.presets.workload import Workload
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 HIDDEN = 1.03  # times as long as without any reading a step may take whose reading counts as hidden
 _UNNOTICED = 0.2  # seconds of a step that nobody waits for
-_CACHED_SHARE = 0.7  # of the free memory: files up to there are read through the page cache
 _CACHED_RATE = 4e9  # bytes per second from there
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
@@ -170,7 +170,7 @@ def _computing(hardware: Hardware, workload: Workload, fast: bool, dtype: str, r
 
 
 def _is_cached(hardware: Hardware, workload: Workload) -> bool:
-    return workload.layers * workload.block_bytes + workload.outer_bytes <= _CACHED_SHARE * hardware.ram_free
+    return workload.layers * workload.block_bytes + workload.outer_bytes <= CACHED_SHARE * hardware.ram_free
 
 
 def _overlapped(hardware: Hardware, computing: float, reading: int, rate: float) -> Time:

@@ -143,7 +143,7 @@ def _check_whole(group: _Group) -> None:
     if group.index:
         read_json(group.index)
         if not group.files:
-            raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download the published one")
+            raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download it again")
         title = f"{group.index.name} names shards that are not there"
         missing = [f"{path} is missing" for path in group.files if not path.is_file()]
     else:

@@ -17,7 +17,7 @@ from skyrun.quant.source import READABLE, SourceTensor
 from skyrun.quant.tokenizer import tokenizer_keys
 
 NOTHING_COMING: Mapping[Path, int] = MappingProxyType({})
-_AGAIN = "check that this is a SkyReels-V3 model; skyrun pull TASK downloads the published one"
+_CHECK = "check again that this is a SkyReels-V3 model, or download the published one with skyrun pull TASK"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _family(source: Path, model: _Model) -> Family:
     problems = [f"{part.label}: {problem}" for problem in (*brief(strange, "are not of this model"), *problems)]
     problems += _unreadable([part.tensors[name] for name in match.names.values()])
     if problems:
-        raise SkyrunError.listing(f"{part.label} does not match its model", problems, _AGAIN)
+        raise SkyrunError.listing(f"{part.label} does not match its model", problems, _CHECK)
     tensors = tuple(
         ModelTensor(row.name(), row.sizes(dims) or (), part.tensors[name])
         for row in match.table.expand(match.layers)

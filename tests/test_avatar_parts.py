@@ -10,7 +10,7 @@ from PIL import Image
 
 from skyrun.events import drain
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.media.color_match import match_colours
+from skyrun.media.color_match import match_colors
 from skyrun.media.image import open_image
 from skyrun.media.loudness import loudness, normalised, weighting
 from skyrun.media.pixels import crop_portrait
@@ -102,13 +102,13 @@ def test_loudness_agrees_with_pyloudnorm():
 
 def test_colours(goldens):
     golden = goldens("preprocess/match_and_blend_colors")
-    matched = match_colours(golden["in.source"][0], golden["in.reference"][0, :, 0])
+    matched = match_colors(golden["in.source"][0], golden["in.reference"][0, :, 0])
     assert worst(matched, golden["out.strength1"][0]) < 1e-4
 
 
 def test_colours_of_flat_frames_are_the_pictures_mean():
     picture = torch.rand(3, 8, 8) * 2 - 1
-    matched = match_colours(torch.full((3, 2, 8, 8), 0.1), picture)
+    matched = match_colors(torch.full((3, 2, 8, 8), 0.1), picture)
     assert torch.isfinite(matched).all()
     assert float(matched.flatten(2).std(2).max()) < 1e-3
 

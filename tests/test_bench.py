@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from skyrun.cli import main
+from skyrun.cli.commands import bench as command
+from skyrun.cli.commands.bench import checks_text, measurements_text
 from skyrun.errors import SkyrunError
-from skyrun.tools.bench import checks, command, measurement, synthetic_model
+from skyrun.events import Progress, StageEnded, StageStarted
+from skyrun.tools.bench import checks, measurement, synthetic_model
 from skyrun.tools.bench.checks import Check, check_kernels, relative_error
 from skyrun.tools.bench.kernels import WAN_14B, Bench, attention_ways, measure_kernels, plan_bench
 from skyrun.tools.bench.measurement import Clock, Measurement
-from skyrun.tools.bench.report import checks_text, measurements_text
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(WAN_14B, dim=256, heads=2, ffn_dim=512)
@@ -34,8 +36,26 @@ def hasty():
 
 
 @pytest.fixture(scope="module")
-def measured(hasty):
-    return list(measure_kernels(BENCH))
+def watched(hasty):
+    """The events of measuring, and what it returns."""
+    events, generator = [], measure_kernels(BENCH)
+    while True:
+        try:
+            events.append(next(generator))
+        except StopIteration as stop:
+            return events, stop.value
+
+
+@pytest.fixture(scope="module")
+def measured(watched):
+    return watched[1]
+
+
+def test_every_figure_is_an_event(watched):
+    started, *steps, ended = watched[0]
+    assert started == StageStarted("measure", BENCH.total, "figures")
+    assert steps == [Progress("measure", done) for done in range(1, BENCH.total + 1)]
+    assert isinstance(ended, StageEnded) and ended.stage == "measure" and ended.seconds > 0
 
 
 def test_all_that_was_announced_is_measured(measured):
@@ -112,7 +132,7 @@ def test_the_command_prints_a_result(monkeypatch, capsys):
 
 
 def test_mistakes():
-    with pytest.raises(SkyrunError, match="F16 is no quantized type"):
+    with pytest.raises(SkyrunError, match="F16 is not a quantized type"):
         plan_bench("cpu", ["F16"], None)
     with pytest.raises(SkyrunError, match="0 rows cannot be measured"):
         plan_bench("cpu", None, [0])
@@ -145,15 +165,14 @@ def test_the_figures_are_printed(tiny_model, capsys):
 
 
 def test_a_model_has_the_announced_size(tiny_model, tmp_path):
-    written = []
-    synthetic_model.write_model(tmp_path, "r2v-14b", "Q4_K", 2, written.append)
+    written = list(synthetic_model.write_model(tmp_path, "r2v-14b", "Q4_K", 2))
     assert sum(written) == synthetic_model.model_bytes("r2v-14b", "Q4_K", 2)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) == pytest.approx(sum(written), rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--quant", "BF16"], "no quantized type"), (["--steps", "1"], "one step"), (["--blocks", "0"], "one block")],
+    [(["--quant", "BF16"], "not a quantized type"), (["--steps", "1"], "one step"), (["--blocks", "0"], "one block")],
 )
 def test_step_refuses_what_says_nothing(tiny_model, capsys, arguments, said):
     assert main([*tiny_model, *arguments]) == 2

@@ -292,7 +292,7 @@ MISTAKES = [
     # merging
     ([*MERGE, "{out}", "none.gguf", "-o", "x.gguf"], MODEL_MISSING, "none.gguf does not exist", ""),
     ([*MERGE, "{picture}", "-o", "x.gguf"], BAD_INPUT, "picture.png is not a usable importance file", "calibrate"),
-    ([*MERGE, "{out}", "{out}", "-o", "x.gguf"], BAD_INPUT, "good.gguf does not go with .* in both, such as", "once"),
+    ([*MERGE, "{out}", "{out}", "-o", "x.gguf"], BAD_INPUT, "good.gguf cannot be merged .* in both, such as", "once"),
     ([*MERGE, "{out}", "-o", "x.txt"], BAD_INPUT, "x.txt ends in neither .gguf nor .dat", "importance.gguf"),
 ]
 # fmt: on

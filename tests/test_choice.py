@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from skyrun.kernels import choice, device
+from skyrun.kernels.cache import MeasuredFile
 from skyrun.kernels.errors import SkyrunError
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def test_a_new_candidate_is_measured_alone():
 def test_other_versions_measure_anew(folder, monkeypatch):
     works = {"a": Work(), "b": Work()}
     choice.fastest(CPU, "work", works)
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.json")
     said = json.loads(file.read_text())
     said["holds_for"]["torch"] = "1.0"
     file.write_text(json.dumps(said))
@@ -104,11 +105,36 @@ def test_other_versions_measure_anew(folder, monkeypatch):
 def test_a_damaged_file_is_written_anew(folder, monkeypatch, text):
     works = {"a": Work(), "b": Work()}
     choice.fastest(CPU, "work", works)
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.json")
     file.write_text(text)
     forget(monkeypatch)
     choice.fastest(CPU, "work", works)
     assert set(json.loads(file.read_text())["seconds"]) == {"work"}
+
+
+@pytest.mark.parametrize("taken", [-0.001, "0.1", [], True])
+def test_a_time_that_cannot_be_is_measured_anew(folder, monkeypatch, taken):
+    works = {"a": Work(0.02), "b": Work(0.01)}
+    choice.fastest(CPU, "work", works)
+    kept = MeasuredFile("kernels-cpu.json", choice.holds_for(CPU), dict)
+    kept.update(lambda before: {"seconds": {"work": {"a": taken, "b": 0.5}}})
+    forget(monkeypatch)
+    assert choice.fastest(CPU, "work", works) == "b"
+    assert kept.load() == {"seconds": {"work": {"a": 0.02, "b": 0.01}}}
+
+
+def test_what_another_process_found_meanwhile_is_kept_and_learned(monkeypatch):
+    choice.fastest(CPU, "first", {"a": Work(0.02), "b": Work(0.01)})
+    mine = {name: dict(table) for name, table in choice._tables.items()}
+    forget(monkeypatch)
+    choice.fastest(CPU, "theirs", {"a": Work(0.02), "b": Work(0.01)})
+    monkeypatch.setattr(choice, "_tables", mine)
+    choice.fastest(CPU, "second", {"a": Work(0.02), "b": Work(0.01)})
+    known = Work()
+    assert choice.fastest(CPU, "theirs", {"a": known, "b": known}) == "b"
+    assert known.runs == 0
+    forget(monkeypatch)
+    assert set(choice.known_choices(CPU)) == {"first", "theirs", "second"}
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path, monkeypatch):

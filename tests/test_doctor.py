@@ -1,9 +1,16 @@
 """What doctor makes of machines that are not here."""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from skyrun.errors import FAILED
+from skyrun.kernels import device as kernels_device
+from skyrun.planning.hardware import Tuned, disk_number, save_tuned
+from skyrun.presets.cards import Rates
 from skyrun.tools import doctor
 
 
@@ -57,7 +64,7 @@ def test_a_container_has_less_memory(monkeypatch):
 
 @pytest.mark.parametrize(
     ("system", "gpu", "verdict", "found"),
-    [("Linux", "card", "good", "Linux"), ("Windows", "card", "slow", "memory moves to RAM"), ("WSL", "", "good", "WSL")]
+    [("Linux", "card", "good", "Linux"), ("Windows", "card", "slow", "spills VRAM to RAM"), ("WSL", "", "good", "WSL")]
     + [("WSL", "card", "slow", "page-locked")],
 )
 def test_systems_that_hide_a_full_gpu(monkeypatch, system, gpu, verdict, found):
@@ -82,11 +89,91 @@ def test_too_little_room_for_a_model(monkeypatch, tmp_path):
     assert finding.verdict == "slow" and "10 GiB free" in finding.found
 
 
-@pytest.mark.parametrize(("rate", "verdict"), [(2e9, "good"), (0.1e9, "slow"), (0.0, "good")])
+@pytest.mark.parametrize(("rate", "verdict"), [(2e9, "good"), (0.1e9, "slow"), (0.0, "unknown")])
 def test_disks(monkeypatch, tmp_path, rate, verdict):
     (tmp_path / "r2v-Q8_0").mkdir()
     (tmp_path / "r2v-Q8_0" / "model.gguf").touch()
     monkeypatch.setattr(doctor, "disk_rate", lambda path: rate)
-    finding = doctor._disk(tmp_path)
+    finding = doctor._disk(tmp_path, "cpu")
     assert finding.verdict == verdict
     assert ("not measured" in finding.found) is (rate == 0)
+    assert (finding.remedy == "") is (verdict == "good")
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SKYRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SKYRUN_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    return tmp_path / "cache"
+
+
+def found(subject):
+    return next(finding for finding in doctor.examine() if finding.subject == subject)
+
+
+def test_what_was_tuned_is_said_and_used(own_cache, tmp_path):
+    assert found("tuning").verdict == found("disk").verdict == "unknown"
+    path = save_tuned("cpu", Tuned(Rates(1e12, 2e12, 0.0, 0.0, 3e12, 4e9), 0.0, {disk_number(tmp_path): 7e9}))
+    assert (found("tuning").verdict, str(path) in found("tuning").found) == ("good", True)
+    assert (found("disk").verdict, found("disk").found) == ("good", "7.00 GB/s, measured by skyrun tune")
+    path.write_text(path.read_text().replace("7", "8"))
+    assert (found("tuning").verdict, found("disk").verdict) == ("unknown", "unknown")
+    assert "damaged" in found("tuning").found and "skyrun tune" in found("tuning").remedy
+
+
+def test_what_is_kept_is_listed(own_cache):
+    assert found("cache").found == f"{own_cache}, empty"
+    (own_cache / "prompts").mkdir(parents=True)
+    (own_cache / "kernels-cpu.json").write_text("{}")
+    (own_cache / "prompts" / "a.safetensors").write_bytes(bytes(5000))
+    (own_cache / ".lock").touch()
+    assert found("cache").found == f"{own_cache}, 5 kB: kernels-cpu.json, prompt embeddings (1)"
+    assert str(own_cache.with_name("models")) in found("models").found
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_folders_that_cannot_be_written(own_cache, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert (found("cache").verdict, found("models").verdict) == ("slow", "fails")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_user_without_a_home_is_a_finding(tmp_path):
+    """In a process of its own, as a container starts one: no HOME, and a user that no table knows."""
+    code = """if True:
+        import pwd, sys
+        def unknown(uid): raise KeyError(uid)
+        pwd.getpwuid = unknown
+        from skyrun.cli import main
+        code = main(sys.argv[1:])
+        assert "torch" not in sys.modules
+        sys.exit(code)
+        """
+    for arguments, inside in ((["doctor", "--json"], '"verdict": "fails"'), (["doctor"], "FAILS  models")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={"PATH": "", "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == FAILED, done.stderr
+        assert inside in done.stdout and "HOME is not set" in done.stdout and "SKYRUN_MODELS" in done.stdout
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["skyrun.tools.doctor", "skyrun.tools.inspect", "skyrun.planning.hardware", "skyrun.presets.named"]
+)
+def test_what_must_be_quick_imports_no_torch(module):
+    slow = {"torch", "av", "PIL", "rich"} if "named" not in module else {"torch", "psutil", "numpy"}
+    code = f"import sys, {module}; sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_oldest_card_is_that_of_the_kernels():
+    assert kernels_device._OLDEST == (doctor._OLDEST_CAPABILITY, 0)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,33 @@ def test_a_damaged_one_counts_for_nothing_and_is_written_anew(folder, encoder, h
     assert ran
     assert torch.equal(again, first)
     assert not encode(encoder)[1]
+
+
+def test_no_flipped_bit_makes_another_clip(folder, encoder):
+    first, _ = encode(encoder)
+    (path,) = folder.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cached = embedding_cache.CachedEmbedding(encoder.file, encoder.token_ids("a sea"), encoder.dim, CPU)
+    assert torch.equal(cached.load(), first)
+    for place in [*range(header), *range(header, len(whole), 97)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert (found := cached.load()) is None or torch.equal(found, first)
+    assert found is None
+
+
+def test_another_prompts_entry_is_not_taken(folder, encoder):
+    first, _ = encode(encoder, "a sea")
+    (path,) = folder.iterdir()
+    encode(encoder, "a tea")
+    (other,) = set(folder.iterdir()) - {path}
+    shutil.copyfile(other, path)
+    again, ran = encode(encoder, "a sea")
+    assert ran
+    assert torch.equal(again, first)
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(folder, encoder):

@@ -9,6 +9,7 @@ from plans import clip_of, plan_clip
 from skyrun.cli import main
 from skyrun.engine.eta import Forecast
 from skyrun.events import Progress, StageStarted
+from skyrun.kernels.cache import MeasuredFile
 from skyrun.planning.hardware import Tuned, disk_number, load_tuned, save_tuned, this_machine
 from skyrun.presets import host, probe
 from skyrun.presets.cards import CARDS, Rates
@@ -104,6 +105,37 @@ def test_what_was_tuned_otherwise_counts_for_nothing(damage):
     assert this_machine("cpu").origin("rates") == "assumed"
 
 
+# fmt: off
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rates": {"linear": -1e12}}, {"rates": {"linear": 0}}, {"rates": {"decode": 0.0}}, 
+        {"rates": {"attention": "1"}},
+        {"rates": {"convolution": None}}, {"rates": {"fast_linear": -1}}, {"rates": {"more": 1.0}}, {"link_rate": -1},
+        {"link_rate": True}, {"link_rate": "fast"}, {"disks": {"7": -5.0}}, {"disks": {"7": 0}}, {"disks": []},
+        {"disks": {"7": [1]}}, {"rates": None},
+    ],
+)
+# fmt: on
+def test_rates_that_cannot_be_count_for_nothing(change):
+    path = save_tuned("cpu", Tuned(RATES, 0.0, {"7": 1e9}))
+    said = json.loads(path.read_text())
+    for name, value in change.items():
+        merged = said[name] | value if isinstance(value, dict) and name == "rates" else value
+        said[name] = merged
+    held = said.pop("holds_for"), said.pop("checksum")
+    MeasuredFile(path.name, held[0], dict).update(lambda before: said)
+    assert MeasuredFile(path.name, held[0], dict).load() == said
+    assert load_tuned("cpu") is None
+    assert this_machine("cpu").rates.linear > 0
+
+
+def test_tuning_keeps_what_is_known_of_other_disks():
+    save_tuned("cpu", Tuned(RATES, 0.0, {"7": 1e9, "8": 1e9}))
+    save_tuned("cpu", Tuned(RATES, 0.0, {"8": 2e9}))
+    assert load_tuned("cpu").disks == {"7": 1e9, "8": 2e9}
+
+
 def test_tuning_measures_and_shows_before_and_after(tmp_path, monkeypatch, capsys):
     from skyrun.tools import tune as tuning
 
@@ -130,12 +162,6 @@ def test_presets_are_plans_for_stated_machines():
                 assert not plan_clip(clip_of("r2v", size), preset(name)).plan.problem
     assert preset("cpu").device == "cpu" and "max_vram" not in preset_limits("cpu")
     assert preset_limits("12gb")["max_vram"] < 12
-
-
-def test_the_command_line_knows_the_presets():
-    from skyrun.cli.parser import PRESETS as offered
-
-    assert offered == PRESETS
 
 
 def test_a_card_in_no_table_is_as_quick_as_its_kind():

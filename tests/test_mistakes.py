@@ -97,7 +97,7 @@ MISTAKES = [
     # pictures and prompt
     ([*RUN, *TEXT, "--image", "none.png"], BAD_INPUT, "none.png does not exist", "run --help"),
     ([*RUN, *TEXT, "--image", "{empty}"], BAD_INPUT, "empty is a folder", ""),
-    ([*RUN, *TEXT, "--image", "{text}", "--model", "{model}"], BAD_INPUT, "text.png is not a readable picture", "PNG"),
+    ([*RUN, *TEXT, "--image", "{text}", "--model", "{model}"], BAD_INPUT, "text.png is not a readable image", "PNG"),
     ([*RUN, *TEXT, "--image", "{float}", "--model", "{model}"], BAD_INPUT, "floating-point", "8 bits"),
     ([*GOOD, "--image", *["{picture}"] * 4], BAD_INPUT, "got 5 reference images, expected 1 to 4", "run --help"),
     ([*RUN, *TEXT], BAD_INPUT, "got 0 reference images, expected 1 to 4", "run --help"),
@@ -165,7 +165,7 @@ MISTAKES = [
     ([*CONVERT, "{picture}/x", "--dry-run"], BAD_INPUT, "cannot write to the folder .*x", "is not a folder"),
     # info and demo
     (["info", "nowhere"], MODEL_MISSING, "nowhere does not exist", ""),
-    (["info", "{picture}"], BAD_INPUT, "is no kind of file that skyrun knows", "GGUF, safetensors and video"),
+    (["info", "{picture}"], BAD_INPUT, "is not a kind of file that skyrun knows", "GGUF, safetensors and video"),
     (["info", "{empty}"], BAD_INPUT, "is a folder", ""),
     (["demo", "-o", "{file}"], BAD_INPUT, "file.mp4 exists, and is not a clip", "--overwrite"),
     (["demo", "-o", "{file}/x.mp4"], BAD_INPUT, "x.mp4 cannot be written: .* is a file", ""),

@@ -283,6 +283,6 @@ def test_first_blocks_are_read_ahead_where_the_cache_holds_them(tmp_path, monkey
     monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: advice.append(what))
     read_ahead(path, [Extent(100, 50, 0), Extent(5000, 4000, 64)])
     assert advice == [(100, 50, os.POSIX_FADV_WILLNEED), (5000, 4000, os.POSIX_FADV_WILLNEED)]
-    monkeypatch.setattr(module, "_CACHED_SHARE", 0.0)
+    monkeypatch.setattr(module, "CACHED_SHARE", 0.0)
     read_ahead(path, [Extent(100, 50, 0)])
     assert len(advice) == 2

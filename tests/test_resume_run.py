@@ -415,7 +415,7 @@ def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slo
         return probe("cpu").knowing("stated", disk_rate=1e5 if slow else 1e9, ram_free=(1 if slow else 20) << 30)
 
     monkeypatch.setattr("skyrun.planning.job.this_machine", machine)
-    monkeypatch.setattr("skyrun.presets.timing._CACHED_SHARE", 0.0)
+    monkeypatch.setattr("skyrun.presets.timing.CACHED_SHARE", 0.0)
     job = prepare(small_request(tmp_path, folder))
     assert chosen in job.files.transformer.path.name
     assert (job.request.quant, job.plan.weight_type, job.workload.weight_type) == (chosen, chosen, chosen)
@@ -425,3 +425,11 @@ def test_of_several_files_the_plan_chooses(converted, tmp_path, monkeypatch, slo
     assert state.steps == 1 and again.files.transformer.path == job.files.transformer.path
     named = prepare(small_request(tmp_path, folder, quant="Q4_K"))
     assert "Q4_K" in named.files.transformer.path.name
+
+
+def test_a_clip_in_capitals_keeps_its_name(begun, tmp_path):
+    request, _ = begun
+    request = dataclasses.replace(request, output=tmp_path / "C.MP4")
+    stopped(prepare(request), "denoise", 1)
+    assert resume(tmp_path / "C.MP4")[0].request.output == tmp_path / "C.MP4"
+    assert resume(tmp_path / "C.skyrun.safetensors")[0].request.output == tmp_path / "C.MP4"

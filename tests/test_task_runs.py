@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from media_files import write_media
 from PIL import Image
 from small_run import fail, followed, of_kind
 from test_footage import number_of, video
@@ -281,12 +282,12 @@ MISTAKES = [
     ("v2v", ["--video", "{v}", "--image", "{i}"], "v2v takes no --image"),
     ("v2v", ["--video", "{v}", "--transition", "cut-in"], "v2v has no --transition"),
     ("v2v", ["--video", "{v}"], "source.mp4 has 12 frames, 25 are needed to go on from"),
-    ("v2v", ["--video", "{i}"], "source.mp4|me.png (has 1 frames|is no readable video)"),
+    ("v2v", ["--video", "{i}"], "source.mp4|me.png (has 1 frames|is not a readable video)"),
     ("shot", ["--video", "{v}", "--transition", "wipe"], "unknown transition 'wipe', expected cut-in, cut-out, "),
     ("shot", ["--video", "{v}", "--seconds", "6"], "got 6 seconds, expected at least 2 and at most 5"),
     ("a2v", ["--image", "{i}"], "a2v takes a --audio file"),
     ("a2v", ["--audio", "{a}"], "got 0 portraits, expected 1"),
-    ("a2v", ["--audio", "{v}", "--image", "{i}"], "source.mp4 has no sound in it"),
+    ("a2v", ["--audio", "{v}", "--image", "{i}"], "source.mp4 has no audio in it"),
     ("a2v", ["--audio", "{a}", "--image", "{i}", "--resolution", "540P"], "'540P', expected 480P, 720P"),
     ("a2v", ["--audio", "{a}", "--image", "{i}", "--join"], "a2v has no --join"),
 ]  # fmt: skip
@@ -315,3 +316,13 @@ def test_a_model_of_another_task_is_refused_by_name(small, converted, task, mode
     with pytest.raises(SkyrunError, match=rf"is a model for (v2v|shot|{model}), not for {task}") as caught:
         prepare(dataclasses.replace(request, model=other))
     assert f"skyrun run {model}" in caught.value.hint or "skyrun run shot" in caught.value.hint
+
+
+def test_what_is_odd_about_an_input_is_said_with_the_plan(converted, tmp_path, capsys):
+    video = write_media(tmp_path / "a.mp4", 30, color_trc=18)
+    command = ["run", "v2v", "-p", "a sea", "--video", str(video), "--model", str(converted("F32", "v2v"))]
+    assert main([*command, "--device", "cpu", "--size", "32x48", "--dry-run", "--json"]) == 0
+    said = capsys.readouterr()
+    plan = json.loads(said.out.splitlines()[-1])
+    assert [notice in said.err for notice in plan["notices"]] == [True]
+    assert "a.mp4: it is HDR (HLG)" in plan["notices"][0]

@@ -1,24 +1,19 @@
 """Make one clip and show how: the plan, the work, and where the clip is."""
 
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import av
-import numpy as np
-from PIL.Image import Image
 
 from skyrun.cli.commands.plan import blocks_text
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
-from skyrun.engine.run import notices, run_job
+from skyrun.engine.run import run_job
 from skyrun.events import Event, Preview, as_json
 from skyrun.media.contact_sheet import contact_sheet, places
-from skyrun.media.image import write_picture
-from skyrun.media.pixels import Frames
+from skyrun.media.image import write_image
+from skyrun.media.video_reader import frame_count, frames_at
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -37,10 +32,6 @@ def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
     say(plan_text(job))
     if state is not None:
         say(state_text(job, state))
-    for notice in notices(job):
-        say(f"note: {notice.text}")
-        if as_json_too:
-            emit(as_json(notice))
     if as_json_too:
         emit({"event": "plan"} | job.as_json())
 
@@ -55,7 +46,7 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
     def draw(event: Event) -> dict[str, Any]:
         if drawn is None or not isinstance(event, Preview) or event.image is None:
             return {}
-        write_picture(drawn, event.image)
+        write_image(drawn, event.image)
         return {"path": str(drawn)}
 
     try:
@@ -77,7 +68,9 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
 def draw_sheet(job: Job) -> None:
     """The clip at a glance, beside it; not the video that it was joined to."""
     assert job.request.output is not None
-    write_picture(sheet_path(job), _sheet_of(job.request.output, job.frames))
+    clip, count = job.request.output, frame_count(job.request.output)
+    frames = frames_at(clip, (count - job.frames + place for place in places(job.frames)))
+    write_image(sheet_path(job), contact_sheet(frames))
     say(f"{sheet_path(job)}: the clip at a glance")
 
 
@@ -85,21 +78,6 @@ def sheet_path(job: Job) -> Path:
     """Where the sheet of a clip is drawn."""
     assert job.request.output is not None
     return job.request.output.with_suffix(".png")
-
-
-def _sheet_of(clip: Path, count: int) -> Image:
-    """Some of the last `count` frames of a clip."""
-    with av.open(str(clip)) as container:
-        before = container.streams.video[0].frames - count  # of the video that it was joined to
-    chosen = {before + place for place in places(count)}
-
-    def frames() -> Iterator[Frames]:
-        with av.open(str(clip)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in chosen:
-                    yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-    return contact_sheet(list(frames()))
 
 
 def _say_what_is_kept(job: Job, error: BaseException, as_json_too: bool) -> None:
@@ -132,7 +110,7 @@ def plan_text(job: Job) -> str:
     for stage in plan.stages:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
-    return "\n".join([*head, table(rows), *plan.notes])
+    return "\n".join([*head, table(rows), *(f"note: {notice}" for notice in job.notices)])
 
 
 def _passing(plan: Plan) -> list[str]:

@@ -5,13 +5,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from skyrun.presets.named import PRESETS
+from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
 
-# As skyrun.presets.named and skyrun.presets have them, which would import psutil.
-PRESETS = ("6gb", "8gb", "12gb", "16gb", "24gb", "cpu")
-_PREFERENCES = ("quality", "speed", "memory")
 _DISTILLED = "the models are distilled, guidance is built in: leave it out"
 _STREAMED = "not needed, weights are streamed by themselves; --max-vram GiB sets a limit"
 # Options of other programs of this field, and what there is instead.
@@ -141,7 +140,7 @@ def _add_run(commands: Commands) -> None:
     )
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
-    parser.add_argument("--prefer", choices=_PREFERENCES, help="what to choose types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to choose types and plans for (quality)")
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     _add_pictures(parser)
@@ -220,7 +219,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
-    parser.add_argument("--prefer", choices=_PREFERENCES, help="what to choose types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to choose types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 
 

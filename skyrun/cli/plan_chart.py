@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from skyrun.errors import SkyrunError
-from skyrun.media.image import write_picture
+from skyrun.media.image import write_image
 from skyrun.planning.what_if import Planned
 from skyrun.presets.memory import CONTEXT_BYTES, GIB, PROCESS_BYTES, staging_bytes
 from skyrun.presets.plan import StagePlan
@@ -59,7 +59,7 @@ def write_plan_picture(path: Path, planned: Planned) -> None:
     draw = ImageDraw.Draw(image)
     _draw_memory(draw, planned)
     _draw_steps(draw, planned)
-    write_picture(path, image.resize((_WIDTH, 2 * _HEIGHT), Image.Resampling.LANCZOS).quantize(96))
+    write_image(path, image.resize((_WIDTH, 2 * _HEIGHT), Image.Resampling.LANCZOS).quantize(96))
 
 
 def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

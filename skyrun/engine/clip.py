@@ -16,9 +16,10 @@ from torch import Tensor
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, StageEnded
 from skyrun.kernels.atomic import replacing
+from skyrun.media.audio import Audio
+from skyrun.media.joined import read_audio, read_frames
 from skyrun.media.pixels import Frames
-from skyrun.media.video_reader import read_frames, read_sound
-from skyrun.media.video_writer import Format, Sound, VideoWriter, writing_video
+from skyrun.media.video_writer import Format, VideoWriter, writing_video
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
@@ -57,13 +58,15 @@ class ClipWriter:
         self.latents: dict[int, Tensor] = {}  # by window
         self.video: VideoWriter | None = None
 
-    def open(self, stack: ExitStack) -> None:
-        """Begin the mp4; with the video before it, if the clip is to be joined to that."""
+    def open(self, stack: ExitStack) -> list[str]:
+        """Begin the mp4; with the video before it, if the clip is to be joined to that. Returns notices of that one."""
+        notices: list[str] = []
         if self._job.request.output is None:
-            return
+            return notices
         self.video = stack.enter_context(writing_video(self._job.request.output, clip_format(self._job)))
-        for frames in source_frames(self._job):
+        for frames in source_frames(self._job, notices):
             self.video.add(frames)
+        return [text for text in notices if text not in self._job.inputs.notices]
 
     def take(self, event: Event) -> None:
         """An event of the pipeline."""
@@ -114,20 +117,23 @@ class ClipWriter:
 
 def clip_format(job: Job) -> Format:
     """A talking avatar carries its speech, at the level that the model heard it. A clip that is joined to its video has
-    that one's rate, which its motion goes on at, and its sound."""
-    fps, sound = Fraction(job.fps), None
+    that one's rate, which its motion goes on at, and its audio."""
+    fps, audio = Fraction(job.fps), None
     if job.request.join:
         assert job.inputs.footage is not None
-        fps, sound = job.inputs.footage.rate, read_sound(job.inputs.footage.path)
+        fps, audio = job.inputs.footage.rate, read_audio(job.inputs.footage.path)
     if job.inputs.speech is not None:
         # Through 16 bits, as upstream's file has it: what is louder is cut off.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
-        sound = Sound(levels.astype(np.float32)[None], SPEECH_RATE)
-    return Format(job.height, job.width, fps, job.request.as_json(), sound)
+        audio = Audio([levels.astype(np.float32)[None]], 1, SPEECH_RATE)
+    return Format(job.height, job.width, fps, job.request.as_json(), audio)
 
 
-def source_frames(job: Job) -> Iterator[Frames]:
-    """Frames of the video that a clip begins with, in the clip's size; none if it is not joined."""
+def source_frames(job: Job, notices: list[str]) -> Iterator[Frames]:
+    """Frames of the video that a clip begins with, in the clip's size; none if it is not joined.
+
+    What a person should know of it is added to the notices.
+    """
     if job.request.join:
         assert job.inputs.footage is not None
-        yield from read_frames(job.inputs.footage, job.height, job.width)
+        yield from read_frames(job.inputs.footage, job.height, job.width, notices)

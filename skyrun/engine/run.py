@@ -1,6 +1,6 @@
 """Make the clip of a job, handing out events on the way. What is finished is not lost."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
@@ -18,26 +18,7 @@ from skyrun.planning.request import Request
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.streaming.device import peak_bytes, vram_limited
 
-__all__ = ["Result", "notices", "run", "run_job"]
-
-_TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
-_OBLONG = 1.2  # the longer side by the shorter one, from which on a shape is wide or high
-
-
-def notices(job: Job) -> Iterator[Notice]:
-    """What a person should know of a job before it runs, though nothing is wrong with it."""
-    (height, width), (rows, cols) = (job.height, job.width), job.inputs.shape
-    if (height > _OBLONG * width and cols > _OBLONG * rows) or (width > _OBLONG * height and rows > _OBLONG * cols):
-        clip, image = ("high", "wide") if height > width else ("wide", "high")
-        yield Notice(
-            f"the clip is {clip}, {height} high and {width} wide, but what it is made from is {image}; "
-            f"--size takes the height first, --size {width}x{height} would be {image}"
-        )
-    if len(job.windows) == 1 and job.frames > _TRAINED_SECONDS * job.fps:
-        yield Notice(
-            f"the model was not made for {job.frames / job.fps:.1f} s at once, it was trained on 5 s: "
-            "expect repetition and drift"
-        )
+__all__ = ["Result", "run", "run_job"]
 
 
 def run_job(
@@ -67,7 +48,8 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
     forecast = Forecast(plan)
     try:
         with vram_limited(job.device, plan.limit_bytes - CONTEXT_BYTES), ExitStack() as stack:
-            clip.open(stack)
+            for text in clip.open(stack):
+                yield Notice(text)
             for window, (frames, latents) in enumerate(keeper.finished()):
                 clip.latents[window] = latents
                 for part in frames:

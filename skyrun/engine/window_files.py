@@ -25,7 +25,8 @@ class WindowStore:
     """The files of a run, named after its state. Frames are [n, height, width, 3]."""
 
     def __init__(self, state: Path, height: int, width: int) -> None:
-        self._state, self._height, self._width = state, height, width
+        self._state = state.absolute()  # FFmpeg takes what is before a colon for a protocol
+        self._height, self._width = height, width
         self._stack = ExitStack()
         self._container: Any = None
         self._window = 0

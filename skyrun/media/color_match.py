@@ -1,4 +1,4 @@
-"""Give frames the colours of a picture: mean and deviation of every channel of CIE Lab, as upstream does.
+"""Give frames the colors of an image: mean and deviation of every channel of CIE Lab, as upstream does.
 
 Conversions are kornia's: sRGB, D65.
 """
@@ -18,9 +18,9 @@ _BEND_BACK = 0.2068966
 _TINY = 1e-6  # the least deviation that is divided by
 
 
-def match_colours(frames: Tensor, picture: Tensor) -> Tensor:
-    """Frames [3, T, H, W] with the colours of a picture [3, H', W']; both in [-1, 1], float32. Frame by frame."""
-    mean, std = _statistics(_rgb_to_lab(_unit(picture)).flatten(1))
+def match_colors(frames: Tensor, image: Tensor) -> Tensor:
+    """Frames [3, T, H, W] with the colors of an image [3, H', W']; both in [-1, 1], float32. Frame by frame."""
+    mean, std = _statistics(_rgb_to_lab(_unit(image)).flatten(1))
     matched = torch.empty_like(frames)
     for index in range(frames.shape[1]):
         lab = _rgb_to_lab(_unit(frames[:, index]))
@@ -40,7 +40,7 @@ def _statistics(lab: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rgb_to_lab(rgb: Tensor) -> Tensor:
-    """[3, H, W] in [0, 1] -> lightness 0 to 100, and two axes of colour."""
+    """[3, H, W] in [0, 1] -> lightness 0 to 100, and two axes of color."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92)
     xyz = _mixed(linear, _TO_XYZ) / _column(_WHITE, rgb)
     x, y, z = torch.where(xyz > _BEND, xyz.clamp_min(_BEND).pow(1 / 3), _SLOPE * xyz + _OFFSET)

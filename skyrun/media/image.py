@@ -1,47 +1,76 @@
-"""Image files: open upright, write whole. Nothing here imports torch."""
+"""Image files: open upright, write whole. The one place that opens them; nothing here imports torch."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
+# Pillow knows forty more; for EPS it would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+_MOST_PIXELS = 64_000_000  # about 1 GB while an image of them is brought to RGB
+
+# Other programs write their settings into PNG files, megabytes of them; the sum stays limited.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def suffix_problems(path: Path) -> list[str]:
-    """Why a file of that name cannot be a picture."""
-    return [] if path.suffix.lower() in _SUFFIXES else [f"{path} does not end in {', '.join(_SUFFIXES)}"]
+    """Why an image cannot be written under that name."""
+    return [] if path.suffix.lower() in _WRITTEN else [f"{path} does not end in {', '.join(_WRITTEN)}"]
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture in RGB, upright. An alpha channel is dropped, as upstream does. SkyrunError if it is none."""
+    """The image in RGB, upright. An alpha channel is dropped, as upstream does. SkyrunError if it is none."""
     try:
-        with Image.open(path) as image:
-            return _eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, and of sizes that are checked here
+            with Image.open(path, formats=_FORMATS) as image:
+                _check_size(image, path)
+                return _eight_bits(_upright(image), path).convert("RGB")
+    except SkyrunError:
+        raise
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", "check the path given to --image") from error
-    except Image.DecompressionBombError as error:
-        raise SkyrunError(
-            f"{path} is too large a picture: {error}", "scale it down; a few megapixels are enough"
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise SkyrunError(f"{path} is not a readable picture: {error}", "use a PNG, JPEG or WebP file") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        hint = "scale it down; a few megapixels are enough"
+        raise SkyrunError(f"{path} is too large an image: {error}", hint) from error
+    except Exception as error:  # decoders raise all kinds of them for damaged files
+        raise SkyrunError(f"{path} is not a readable image: {error}", "use a PNG, JPEG or WebP file") from error
+
+
+def _check_size(image: Image.Image, path: Path) -> None:
+    if image.width * image.height > _MOST_PIXELS:
+        image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG decoders make it smaller as they go
+    if image.width * image.height > _MOST_PIXELS:
+        got = f"{image.width} x {image.height}, {image.width * image.height / 1e6:.0f} million pixels"
+        hint = "scale it down; a few megapixels are enough"
+        raise SkyrunError(f"{path} has {got}, expected at most {_MOST_PIXELS // 10**6} million", hint)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of a damaged tag; the image itself was read
+        return image
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     """Sixteen-bit grey to eight bits, which Pillow would clip to white instead."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
-        raise SkyrunError(f"{path} is a picture of floating-point numbers", "save it with 8 bits per channel")
+        raise SkyrunError(f"{path} is an image of floating-point numbers", "save it with 8 bits per channel")
     return image
 
 
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Save a picture whole or not at all. SkyrunError if it cannot be written."""
+def write_image(path: Path, image: Image.Image) -> None:
+    """Save an image whole or not at all. SkyrunError if it cannot be written."""
     try:
         with replacing(path) as partial:
             image.save(partial, format=Image.registered_extensions()[path.suffix.lower()], optimize=True)

@@ -12,12 +12,12 @@ Frames = NDArray[np.uint8]  # [T, H, W, 3]
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale the picture into height x width without cropping, centred on white."""
+    """Scale the image into height x width without cropping, centred on white."""
     ratio = image.width / image.height
     # Each side is cut to whole pixels from the ratio itself; a common scale factor is a pixel short for some sizes.
     fit = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
     fit = max(fit[0], 1), max(fit[1], 1)
-    # Width before height, explicitly: Pillow 13 orders the two passes by the picture's shape, which changes pixels.
+    # Width before height, explicitly: Pillow 13 orders the two passes by the image's shape, which changes pixels.
     scaled = image.resize((fit[0], image.height), Image.Resampling.LANCZOS).resize(fit, Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (width, height), "white")
     canvas.paste(scaled, ((width - fit[0]) // 2, (height - fit[1]) // 2))
@@ -25,7 +25,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture -> float32 [3, 1, H, W] in [-1, 1]: a video of one frame."""
+    """An RGB image -> float32 [3, 1, H, W] in [-1, 1]: a video of one frame."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return (2 * pixels - 1).permute(2, 0, 1).unsqueeze(1)
 
@@ -36,7 +36,7 @@ def to_uint8(pixels: Tensor) -> Frames:
 
 
 def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale the picture over height x width and cut its middle out. Sizes are rounded as upstream rounds them."""
+    """Scale the image over height x width and cut its middle out. Sizes are rounded as upstream rounds them."""
     scale = max(height / image.height, width / image.width)
     rows, cols = math.ceil(scale * image.height), math.ceil(scale * image.width)
     # Width before height, as in `letterbox`.

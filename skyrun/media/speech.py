@@ -1,61 +1,120 @@
-"""Speech: read from any file with sound, brought to the rate and level that the audio encoder was trained with."""
+"""Speech: read from any file with audio, brought to the rate and level that the audio encoder was trained with."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from skyrun.errors import SkyrunError
-from skyrun.media.loudness import normalised
-from skyrun.tasks import TASKS
-from skyrun.tasks.windows import SPEECH_RATE
+from skyrun.media.audio import Resampler, Samples, channels_of
+from skyrun.media.container import Track, opened
+from skyrun.media.loudness import loudness, normalised
 
-_SHORTEST, _LONGEST = TASKS["a2v"].seconds
+_CANCELLED = 0.1  # of the power that independent channels have when they are mixed
+_QUIET = 1e-5  # a mean amplitude that nobody hears
 
 
-def read_speech(path: Path, seconds: float | None = None) -> NDArray[np.float64]:
-    """Samples [n] at 16 kHz, all channels mixed, at -23 LUFS. seconds: only the first of them.
+@dataclass(frozen=True)
+class Speech:
+    """samples: [n] at the rate that was asked for, at -23 LUFS."""
 
-    SkyrunError if the file has no sound, or less than 0.4 s or more than 200 s of it.
+    samples: NDArray[np.float64]
+    notices: tuple[str, ...] = ()
+
+
+def read_speech(path: Path, rate: int, limits: tuple[float, float], seconds: float | None = None) -> Speech:
+    """All channels mixed, or the loudest alone if they cancel each other.
+
+    Args:
+        path: a file with audio.
+        rate: samples per second that are wanted.
+        limits: the fewest and the most seconds. SkyrunError if there are fewer or more.
+        seconds: take only the first of them.
     """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise SkyrunError(f"{path} has no sound in it", "give a recording of speech to --audio")
-            samples = np.concatenate([np.zeros(0, np.float32), *_mono(container, seconds)])
-    except (av.FFmpegError, OSError) as error:
-        raise SkyrunError(f"{path} is no readable recording: {error}", "use WAV, MP3, M4A or a video") from error
+    most = limits[1] if seconds is None else seconds
+    recording = _Recording(path, rate, most)
+    samples = recording.mixed()
+    notices = [f"{path}: {recording.damage}"] if recording.damage else []
+    if recording.cancels:
+        samples = recording.channel(recording.loudest)
+        notices.append(
+            f"{path}: its channels cancel each other when they are mixed; "
+            f"channel {recording.loudest + 1} of {recording.channels} is used alone"
+        )
     if seconds is not None:
-        samples = samples[: int(seconds * SPEECH_RATE)]
-    length = len(samples) / SPEECH_RATE
-    if not _SHORTEST <= length <= _LONGEST:
-        hint = f"--seconds {_LONGEST:g} takes the beginning" if length > _LONGEST else "give a longer recording"
-        raise SkyrunError(f"{path} has {length:.1f} s of sound, expected {_SHORTEST:g} to {_LONGEST:g} s", hint)
+        samples = samples[: int(seconds * rate)]
+    _check(path, samples, rate, limits, recording.damage)
+    wave = samples.astype(np.float64)
+    if np.sqrt(np.mean(wave**2)) < _QUIET or not np.isfinite(loudness(wave, rate)):
+        notices.append(f"{path} is silent: the mouth will hardly move")
+    return Speech(normalised(wave, rate), tuple(notices))
+
+
+def _check(path: Path, samples: Samples, rate: int, limits: tuple[float, float], damage: str) -> None:
+    length, (shortest, longest) = len(samples) / rate, limits
+    if not shortest <= length <= longest:
+        hint = f"--seconds {longest:g} takes the beginning" if length > longest else "give a longer recording"
+        what = f"{path} has {length:.1f} s of audio, expected {shortest:g} to {longest:g} s"
+        raise SkyrunError(f"{what}; {damage}" if damage else what, hint)
     if not np.isfinite(samples).all():
-        raise SkyrunError(f"{path} has samples that are no numbers", "save it again as 16-bit WAV")
-    return normalised(samples.astype(np.float64), SPEECH_RATE)
+        raise SkyrunError(f"{path} has samples that are not numbers", "save it again as 16-bit WAV")
 
 
-def _mono(container: Any, seconds: float | None) -> Iterator[NDArray[np.float32]]:
-    """The mean of all channels, piece by piece. Mixed here: FFmpeg would weight them."""
-    resampler, got = None, 0
-    most = _LONGEST if seconds is None else seconds
-    for frame in _frames(container):
-        if resampler is None:
-            if frame is None:
-                return
-            resampler = av.AudioResampler(format="fltp", layout=frame.layout.name, rate=SPEECH_RATE)
-        for piece in resampler.resample(frame):
-            mixed = piece.to_ndarray().mean(0, dtype=np.float64).astype(np.float32)
-            got += len(mixed)
-            yield mixed
-        if got > (most + 1) * SPEECH_RATE:  # enough to know that it is too long, or to cut
-            return
+class _Recording:
+    """A file that is read once, or a second time for one of its channels."""
 
+    def __init__(self, path: Path, rate: int, seconds: float) -> None:
+        self._path, self._rate, self._most = path, rate, (seconds + 1) * rate  # enough to know that it is too long
+        self._power, self._mixed = np.zeros(0), 0.0
+        self.damage = ""
 
-def _frames(container: Any) -> Iterator[Any]:
-    yield from container.decode(audio=0)
-    yield None  # what the resampler still holds
+    @property
+    def channels(self) -> int:
+        return len(self._power)
+
+    @property
+    def loudest(self) -> int:
+        return int(self._power.argmax())
+
+    @property
+    def cancels(self) -> bool:
+        """Whether mixing leaves much less than it does of channels that have nothing to do with each other."""
+        return self.channels > 1 and self._mixed < _CANCELLED * float(self._power.sum()) / self.channels**2
+
+    def mixed(self) -> Samples:
+        """The mean of all channels, at the rate wanted."""
+        return self._read(None)
+
+    def channel(self, index: int) -> Samples:
+        """One of them; the last where there are fewer."""
+        return self._read(index)
+
+    def _read(self, index: int | None) -> Samples:
+        pieces, got = [np.zeros((1, 0), np.float32)], 0
+        with opened(self._path, "recording") as container:
+            track = Track.audio(self._path, container)
+            for piece in self._resampled(track, index):
+                pieces.append(piece)
+                got += piece.shape[1]
+                if got > self._most:
+                    break
+            self.damage = track.damage
+        return np.concatenate(pieces, 1).reshape(-1)
+
+    def _resampled(self, track: Track, index: int | None) -> Iterator[Samples]:
+        resampler = Resampler(self._rate, 1)
+        for frame in track.frames():
+            channels = channels_of(frame)
+            # Mixed here: FFmpeg would weight them.
+            one = channels.mean(0, dtype=np.float64) if index is None else channels[min(index, len(channels) - 1)]
+            if index is None:
+                self._measure(channels, one)
+            yield from resampler.pieces(one[None].astype(np.float32), frame.sample_rate)
+        yield from resampler.rest()
+
+    def _measure(self, channels: Samples, mixed: NDArray[np.float64]) -> None:
+        self._power = np.pad(self._power, (0, max(0, len(channels) - len(self._power))))
+        self._power[: len(channels)] += np.square(channels, dtype=np.float64).sum(1)
+        self._mixed += float(np.square(mixed).sum())

@@ -1,7 +1,7 @@
-"""Video that a clip goes on from: its last frames, upright, as they are in the file."""
+"""Video that a clip goes on from: its last frames, upright and as it is shown, in the size of the clip."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,90 +12,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skyrun.errors import SkyrunError
+from skyrun.media.container import Track, opened
 from skyrun.media.pixels import Frames
-from skyrun.media.video_writer import Sound
 
 _MARGIN = 3  # times the frames wanted are looked at from the end, before the whole video is
-_USUAL_RATE = 24
-_REPAIR = "leave out --join, or repair the video"
+_USUAL_RATE, _FASTEST = Fraction(24), 240  # frames per second
+_NTSC = 1001  # the denominator of rates such as 30000/1001
+_OBLONG = 10  # sides of a pixel differ by less
+_HDR = {16: "PQ", 18: "HLG"}  # transfer functions by their numbers in H.273
+
+Size = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
 class Footage:
-    """The last frames of a video, uint8 [n, H, W, 3]. rate: frames per second, on average."""
+    """The last frames of a video, uint8 [n, H, W, 3].
+
+    rate: frames per second, on average. shape: height and width of the video as it is shown.
+    notices: what a person should know of it.
+    """
 
     path: Path
     frames: Frames
     rate: Fraction
+    shape: Size
+    notices: tuple[str, ...] = ()
 
 
-def read_footage(path: Path, count: int) -> Footage:
-    """The last `count` frames of a video. SkyrunError if it has fewer, or is no video."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise SkyrunError(f"{path} has no pictures in it", "give a video to --video")
-            stream = container.streams.video[0]
-            rate = Fraction(stream.average_rate or _USUAL_RATE)
-            frames, seen = _last(container, count, _near_end(container, stream, count, rate))
-            if seen < count:
-                frames, seen = _last(container, count, 0)
-    except (av.FFmpegError, OSError) as error:
-        raise SkyrunError(f"{path} is no readable video: {error}", "use MP4, MOV, MKV or WebM") from error
-    if seen < count:
-        raise SkyrunError(
-            f"{path} has {seen} frames, {count} are needed to go on from",
-            "give a longer video: the model has to see how things move",
-        )
-    return Footage(path, np.stack(frames), rate)
+def read_footage(path: Path, count: int, fit: Callable[[int, int], Size] = lambda *shape: shape) -> Footage:
+    """The last `count` frames of a video. SkyrunError if it has fewer, or is not a video.
+
+    fit: the size that frames are to have, from that of the video. They are brought to it as they come.
+    """
+    with opened(path, "video") as container:
+        stream = Track.video(path, container).stream
+        start = _near_end(container, count, _believed(stream.average_rate) or _USUAL_RATE)
+    tail = _read_tail(path, count, fit, start)
+    if len(tail.frames) < count and start:
+        tail = _read_tail(path, count, fit, 0)
+    if len(tail.frames) < count:
+        what = f"{path} has {len(tail.frames)} frames, {count} are needed to go on from"
+        hint = "give a longer video: the model has to see how things move"
+        raise SkyrunError("; ".join((what, *tail.said)), hint)
+    notices = tuple(f"{path}: {said}" for said in tail.said)
+    return Footage(path, np.concatenate(tail.frames), tail.rate, tail.shape, notices)
 
 
-def read_frames(footage: Footage, height: int, width: int) -> Iterator[Frames]:
-    """Every frame of the video at its constant rate, uint8 [1, H, W, 3]: some twice or not at all where it varies."""
-    try:
-        with av.open(str(footage.path)) as container:
-            first, count = None, 0
-            shown: Frames | None = None
-            for frame in container.decode(video=0):
-                time = frame.time or 0.0
-                first = time if first is None else first
-                place = round((time - first) * float(footage.rate))
-                while shown is not None and count < place:
-                    count += 1
-                    yield shown
-                turns = _turns(frame)
-                size = (height, width) if turns % 2 else (width, height)
-                scaled = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
-                shown = np.ascontiguousarray(np.rot90(scaled, turns), np.uint8)[None]
-            if shown is not None:
-                yield shown
-    except (av.FFmpegError, OSError) as error:
-        raise SkyrunError(f"{footage.path} cannot be read to its end: {error}", _REPAIR) from error
+def frames_at(path: Path, places: Iterable[int]) -> list[Frames]:
+    """Frames [H, W, 3] of a video by their numbers, as they are in the file. SkyrunError if it is not a video."""
+    wanted = set(places)
+    with opened(path, "video") as container:
+        numbered = enumerate(Track.video(path, container).frames())
+        return [frame.to_ndarray(format="rgb24") for number, frame in numbered if number in wanted]
 
 
-def read_sound(path: Path) -> Sound | None:
-    """The sound of a video from its first picture on, at most two channels; None if it has none."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                return None
-            start, pieces, resampler = 0.0, [], None
-            for frame in container.decode(audio=0):
-                if resampler is None:
-                    start = frame.time or 0.0
-                    layout = "mono" if frame.layout.nb_channels == 1 else "stereo"
-                    resampler = av.AudioResampler(format="fltp", layout=layout, rate=frame.sample_rate)
-                pieces += [piece.to_ndarray() for piece in resampler.resample(frame)]
-            video = container.streams.video[0]
-            begin = float((video.start_time or 0) * (video.time_base or 0))
-            rate = container.streams.audio[0].rate
-    except (av.FFmpegError, OSError) as error:
-        raise SkyrunError(f"the sound of {path} cannot be read: {error}", _REPAIR) from error
-    if not pieces:
-        return None
-    samples, late = np.concatenate(pieces, 1, dtype=np.float32), round((start - begin) * rate)
-    samples = np.pad(samples, ((0, 0), (late, 0))) if late > 0 else samples[:, -late:]
-    return Sound(samples, rate)
+def frame_count(path: Path) -> int:
+    """Frames of a video, as its index has them."""
+    with opened(path, "video") as container:
+        return int(Track.video(path, container).stream.frames)
 
 
 def nearest(frames: Frames, height: int, width: int) -> Frames:
@@ -109,24 +83,79 @@ def _places(have: int, want: int) -> NDArray[np.int64]:
     return np.minimum((np.arange(want, dtype=np.float32) * scale).astype(np.int64), have - 1)
 
 
-def _near_end(container: Any, stream: Any, count: int, rate: Fraction) -> int:
+def quarter_turns(frame: Any) -> int:
+    """Quarter turns counterclockwise that make a frame upright; phones record sideways and say so."""
+    return round((frame.rotation or 0) / 90) % 4
+
+
+def _shown_shape(frame: Any, stream: Any) -> Size:
+    """Height and width that a player gives the frame: upright, and with square pixels."""
+    aspect = stream.sample_aspect_ratio or 1
+    width = round(frame.width * aspect) if 1 / _OBLONG < aspect < _OBLONG else frame.width
+    height, width = frame.height, max(width, 1)
+    return (width, height) if quarter_turns(frame) % 2 else (height, width)
+
+
+def _near_end(container: Any, count: int, rate: Fraction) -> int:
     """Microseconds from which on there should be enough frames; 0: look at all."""
     if container.duration is None or container.duration <= 0:
         return 0
     return max(0, int(container.duration - _MARGIN * (count + rate) / rate * av.time_base))
 
 
-def _last(container: Any, count: int, start: int) -> tuple[list[Frames], int]:
-    """The last frames, and how many there were from `start` on."""
-    container.seek((container.start_time or 0) + start if start else 0, any_frame=False, backward=True)
-    kept: deque[Any] = deque(maxlen=count)
-    seen = 0
-    for frame in container.decode(video=0):
-        kept.append(frame)
-        seen += 1
-    return [np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame)) for frame in kept], seen
+@dataclass
+class _Tail:
+    """What is at the end of a video. said: what a person should know of it."""
+
+    frames: deque[Frames]
+    rate: Fraction
+    shape: Size
+    said: list[str]
 
 
-def _turns(frame: Any) -> int:
-    """Quarter turns counterclockwise that make a frame upright; phones record sideways and say so."""
-    return round((frame.rotation or 0) / 90) % 4
+def _read_tail(path: Path, count: int, fit: Callable[[int, int], Size], start: int) -> _Tail:
+    """Decode from `start` on, in microseconds, and keep the last frames."""
+    kept: deque[Frames] = deque(maxlen=count)
+    times: deque[float] = deque(maxlen=_MARGIN * count)
+    shape: Size = (0, 0)
+    with opened(path, "video") as container:
+        track = Track.video(path, container)
+        if start and not _seek(container, start):
+            return _Tail(kept, _USUAL_RATE, shape, [])
+        for frame in track.frames():
+            if not kept:
+                shape = _shown_shape(frame, track.stream)
+                track.skipped *= not start  # winding may end between key frames
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns(frame))[None]
+            kept.append(nearest(pixels, *fit(*shape)))
+            times += [] if frame.time is None else [frame.time]
+        rate = _rate(track.stream, list(times))
+        transfer = _HDR.get(track.stream.codec_context.color_trc)
+    hdr = f"it is HDR ({transfer}) and read as if it were SDR, its colors are pale; convert it to have them right"
+    return _Tail(kept, rate, shape, [said for said in (track.damage, transfer and hdr) if said])
+
+
+def _seek(container: Any, start: int) -> bool:
+    """Whether the container could be wound there; raw streams cannot."""
+    try:
+        container.seek((container.start_time or 0) + start, any_frame=False, backward=True)
+    except av.FFmpegError:
+        return False
+    return True
+
+
+def _rate(stream: Any, times: list[float]) -> Fraction:
+    """Frames per second: the file's average, or what the times of frames say where there is none or it is far off.
+
+    A gap of an hour spoils an average.
+    """
+    steps = [after - before for before, after in zip(times, times[1:], strict=False) if after > before]
+    usual = 1 / float(np.median(steps)) if steps else 0.0
+    average = _believed(stream.average_rate)
+    if average and (not usual or average / 2 <= usual <= average * 2):
+        return average
+    return _believed(Fraction(usual).limit_denominator(_NTSC)) or average or _USUAL_RATE
+
+
+def _believed(rate: Fraction | None) -> Fraction | None:
+    return Fraction(rate) if rate and 0 < rate <= _FASTEST else None

@@ -1,4 +1,4 @@
-"""Write a clip as mp4, with sound where it has some, and read back what it was made from."""
+"""Write a clip as mp4, with audio where it has some, and read back what it was made from."""
 
 import json
 from collections.abc import Iterator
@@ -11,26 +11,21 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
-from numpy.typing import NDArray
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
+from skyrun.media.audio import Audio, Samples
+from skyrun.media.container import opened
 from skyrun.media.pixels import Frames
 
 # The `comment` tag survives remuxing and re-encoding; custom keys do not.
 _TAG = "comment"
 _CRF = "16"
 _BT709 = 1
-_SAMPLES = 1024  # of an AAC packet
+AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 _OPTIONS = {"movflags": "+faststart"}  # the index first, so that players start before the end
-
-
-@dataclass(frozen=True)
-class Sound:
-    """samples: float32 [channels, n] in [-1, 1], channels one or two. rate: of them per second."""
-
-    samples: NDArray[np.float32]
-    rate: int
+_LONGEST, _DEEPEST = 1 << 20, 4  # characters of a comment that are read, and lists within lists
+_LARGEST = 1 << 64  # whole number; seeds are below it
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Format:
     width: int
     fps: Fraction
     comment: dict[str, Any]
-    sound: Sound | None = None
+    audio: Audio | None = None
 
 
 class VideoWriter:
@@ -54,10 +49,7 @@ class VideoWriter:
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         self.count = 0  # frames so far
-        self._heard, self._sound = 0, format.sound
-        if self._sound is not None:
-            layout = "mono" if len(self._sound.samples) == 1 else "stereo"
-            self._speech = container.add_stream("aac", rate=self._sound.rate, layout=layout)
+        self._audio = _AudioWriter(container, format.audio) if format.audio is not None else None
 
     def add(self, frames: Frames) -> None:
         """Encode uint8 [n, H, W, 3]."""
@@ -66,35 +58,56 @@ class VideoWriter:
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
             self._container.mux(self._stream.encode(frame))
             self.count += 1
-        self._add_sound(int(self.count / self._format.fps * self._sound.rate) if self._sound else 0)
+        if self._audio is not None:
+            self._audio.add_until(self.count / self._format.fps)
 
     def finish(self) -> None:
         """Write what the encoders still hold."""
         self._container.mux(self._stream.encode())
-        if self._sound is not None:
-            self._add_sound(min(self._sound.samples.shape[1], int(self.count / self._format.fps * self._sound.rate)))
-            self._container.mux(self._speech.encode())
+        if self._audio is not None:
+            self._audio.finish()
 
-    def _add_sound(self, end: int) -> None:
-        """Encode samples up to `end`, in whole packets but for the last."""
-        if self._sound is None:
-            return
-        samples, rate = self._sound.samples, self._sound.rate
-        end = min(end, samples.shape[1])
-        while self._heard < end:
-            piece = samples[:, self._heard : min(end, self._heard + _SAMPLES)]
-            layout = "mono" if len(samples) == 1 else "stereo"
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = rate, self._heard, Fraction(1, rate)
-            self._container.mux(self._speech.encode(frame))
-            self._heard += piece.shape[1]
+
+class _AudioWriter:
+    """Takes audio from its source as far as there are frames to be heard with."""
+
+    def __init__(self, container: Any, audio: Audio) -> None:
+        self._container, self._rate = container, audio.rate
+        self._layout = "mono" if audio.channels == 1 else "stereo"
+        self._stream = container.add_stream("aac", rate=audio.rate, layout=self._layout)
+        self._pieces = iter(audio.pieces)
+        self._next: Samples = np.zeros((audio.channels, 0), np.float32)
+        self._count = 0  # samples so far
+
+    def add_until(self, seconds: Fraction) -> None:
+        """Encode samples up to that time, or all that there are."""
+        end = int(seconds * self._rate)
+        while self._count < end:
+            if not self._next.shape[1]:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    return
+                self._next = piece
+                continue
+            piece, self._next = np.split(self._next, [end - self._count], axis=1)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), format="fltp", layout=self._layout)
+            frame.sample_rate, frame.pts, frame.time_base = self._rate, self._count, Fraction(1, self._rate)
+            self._container.mux(self._stream.encode(frame))
+            self._count += piece.shape[1]
+
+    def finish(self) -> None:
+        self._container.mux(self._stream.encode())
 
 
 @contextmanager
 def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
-    """A writer for an mp4 that appears under `path` when it is whole."""
+    """A writer for an mp4 that appears under `path` when it is whole. The file beside it is open from the start."""
     try:
-        with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container:
+        # An absolute path has no protocol, whatever colons are in it.
+        with (
+            replacing(path.absolute()) as partial,
+            av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container,
+        ):
             container.metadata[_TAG] = json.dumps(format.comment)
             writer = VideoWriter(container, format)
             yield writer
@@ -104,14 +117,40 @@ def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
 
 
 def read_request(path: Path) -> dict[str, Any] | None:
-    """The request in a clip's comment; None if the clip carries none. SkyrunError if it is no video."""
+    """The request in a clip's comment; None if the clip carries none. SkyrunError if it is not a video.
+
+    The values are plain: text without NUL, numbers of a sane size, lists and dicts of these, all bounded.
+    """
+    with opened(path, "video") as container:
+        comment = container.metadata.get(_TAG, "")
+    if not comment.lstrip().startswith("{") or len(comment) > _LONGEST:
+        return None
     try:
-        with av.open(str(path)) as container:
-            comment = container.metadata.get(_TAG, "")
-    except (av.FFmpegError, OSError) as error:
-        raise SkyrunError(f"{path} is not a readable video: {error}", "check the path") from error
-    try:
-        request = json.loads(comment)
+        request = json.loads(comment, parse_constant=_refuse)
+    except RecursionError:
+        raise _unusable(path, "lists within lists without end") from None
     except ValueError:
         return None
-    return request if isinstance(request, dict) else None
+    if (problem := _problem(request)) is not None:
+        raise _unusable(path, problem)
+    return dict(request)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _unusable(path: Path, problem: str) -> SkyrunError:
+    return SkyrunError(f"{path} says how it was made with {problem}", "--from takes a clip that skyrun has made")
+
+
+def _problem(value: Any, depth: int = 0) -> str | None:
+    """Why these values are not of a request; None if they may be."""
+    if depth > _DEEPEST:
+        return "lists within lists without end"
+    if isinstance(value, str) and "\0" in value:
+        return "text that has a NUL in it"
+    if isinstance(value, (int, float)) and not abs(value) < _LARGEST:
+        return "a number of absurd size"
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((problem for item in inner if (problem := _problem(item, depth + 1)) is not None), None)

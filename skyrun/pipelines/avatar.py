@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, LatentsReady, WindowDone
-from skyrun.media.color_match import match_colours
+from skyrun.media.color_match import match_colors
 from skyrun.media.pixels import Frames, crop_portrait, to_pixels, truncated
 from skyrun.models.audio_projection import windows as audio_windows
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
@@ -112,7 +112,7 @@ def _collect(job: Job, guides: dict[int, Tensor], portrait: Tensor) -> Callable[
     wanted = {window.guide for window in job.windows}
 
     def collect(pixels: Tensor, first: int) -> Tensor:
-        matched = match_colours(pixels, portrait[:, 0].to(pixels.device))
+        matched = match_colors(pixels, portrait[:, 0].to(pixels.device))
         for offset in range(matched.shape[1]):
             if first + offset in wanted:
                 guides[first + offset] = matched[:, offset].cpu()

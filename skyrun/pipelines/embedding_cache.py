@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from skyrun.kernels.atomic import replacing
@@ -18,7 +18,7 @@ from skyrun.models.identity import gguf_identity
 from skyrun.version import __version__
 
 _MOST = 64  # of up to 8 MB each; those that were used last stay
-_NAME = "embedding"
+_NAME, _CHECKSUM = "embedding", "sha256"
 
 
 class CachedEmbedding:
@@ -30,13 +30,15 @@ class CachedEmbedding:
         self._path = _folder() / f"{_key(file, ids, device)}.safetensors"
 
     def load(self) -> Tensor | None:
-        """float32 [len(ids), dim] on the CPU, if it is there."""
+        """float32 [len(ids), dim] on the CPU, if it is there and as it was stored."""
         try:
-            embedding = load_file(self._path)[_NAME]
+            with safe_open(self._path, "pt") as file:
+                embedding: Tensor = file.get_tensor(_NAME)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError, KeyError):
             return None
         whole = embedding.dtype == torch.float32 and embedding.shape == self._shape
-        if not whole or not torch.isfinite(embedding).all():
+        if not whole or checksum != self._checksum(embedding):
             return None
         with suppress(OSError):
             os.utime(self._path)
@@ -44,11 +46,16 @@ class CachedEmbedding:
 
     def store(self, embedding: Tensor) -> None:
         """Keep it, and let go of the ones that were not used for longest."""
+        embedding = embedding.float().cpu().contiguous()
         with suppress(OSError, SafetensorError):
-            with replacing(self._path) as partial:
-                save_file({_NAME: embedding.float().cpu().contiguous()}, partial)
+            with replacing(self._path, private=True) as partial:
+                save_file({_NAME: embedding}, partial, {_CHECKSUM: self._checksum(embedding)})
             for path in sorted(_folder().glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)[_MOST:]:
                 path.unlink(missing_ok=True)
+
+    def _checksum(self, embedding: Tensor) -> str:
+        """A digest of the values and of what they belong to: one flipped bit would make another clip."""
+        return hashlib.sha256(self._path.stem.encode() + embedding.numpy().tobytes()).hexdigest()
 
 
 def _folder() -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
+from skyrun.presets.plan import PREFERENCES
 
-PREFERENCES = ("quality", "speed", "memory")
 _RESOLUTIONS = ("480P", "540P", "720P")
 _MOST = 1 << 16  # bytes of the file
 

@@ -1,14 +1,12 @@
 """This machine, with what `skyrun tune` has measured of it. Nothing here imports torch, except to look at a GPU."""
 
-import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from skyrun.kernels.atomic import replacing
-from skyrun.kernels.cache import cache_folder
+from skyrun.kernels.cache import MeasuredFile, checked
 from skyrun.presets import Hardware, probe
 from skyrun.presets.cards import Rates
 from skyrun.presets.hardware import MEASURED
@@ -18,9 +16,9 @@ from skyrun.presets.nvidia_smi import query
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured. Rates in operations and bytes per second.
+    """Measurements of this machine, in operations and bytes per second.
 
-    link_rate: 0 without a GPU. disks: bytes per second by the number that the system gives a file system.
+    link_rate: 0 without a GPU. disks: rates by the number that the system gives a file system.
     """
 
     rates: Rates
@@ -29,9 +27,10 @@ class Tuned:
 
 
 def this_machine(device: str | None = None, model: Path | None = None) -> Hardware:
-    """What is at hand. device: None looks for a GPU. model: a file on the disk that counts.
+    """Describe this machine, with tuned rates where there are some.
 
-    What was not tuned is measured in a moment where it can be: the disk, and the link to a GPU.
+    device: None looks for a GPU. model: a file on the disk to read from. Where `skyrun tune` has not measured the disk
+    and the link to a GPU, they are measured here, which takes about a second.
     """
     device = device or _found_device()
     tuned = load_tuned(device)
@@ -56,35 +55,46 @@ def _found_device() -> str:
 
 
 def disk_number(path: Path | None) -> str:
-    """Of the file system that holds a path, or the current folder."""
+    """The number of the file system that holds a path; of the current folder's if there is no such path."""
     return str(os.stat(path if path is not None and path.exists() else Path.cwd()).st_dev)
 
 
 def load_tuned(device: str) -> Tuned | None:
-    """What was measured by these versions on this machine; a damaged file counts for nothing."""
-    try:
-        said: Any = json.loads(_path(device).read_text())
-        if said["holds_for"] != _holds_for(device):
-            return None
-        return Tuned(Rates(**said["rates"]), float(said["link_rate"]), dict(said["disks"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """Load tuning results if they match this machine and the installed versions, else None."""
+    return _file(device).load()
 
 
 def save_tuned(device: str, tuned: Tuned) -> Path:
-    """Keep it. Returns where."""
-    path = _path(device)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps({"holds_for": _holds_for(device), **asdict(tuned)}, indent=1))
-    return path
+    """Save tuning results, and keep what is known of other disks. Returns the path of the file."""
+
+    def merge(before: Tuned | None) -> dict[str, Any]:
+        return asdict(replace(tuned, disks=(before.disks if before else {}) | tuned.disks))
+
+    file = _file(device)
+    file.update(merge)
+    return file.path
 
 
-def _path(device: str) -> Path:
-    return cache_folder() / f"machine-{device}.json"
+def tuned_path(device: str) -> Path:
+    """The path of the file with a device's tuning results."""
+    return _file(device).path
+
+
+def _file(device: str) -> MeasuredFile[Tuned]:
+    return MeasuredFile(f"machine-{device}.json", _holds_for(device), _parsed)
+
+
+def _parsed(values: dict[str, Any]) -> Tuned:
+    """Tuning results from plain values. Only int8 and the link may be missing, which is a rate of 0."""
+    rates = Rates(**{name: checked(rate) for name, rate in values["rates"].items()})
+    disks = {str(number): checked(rate) for number, rate in values["disks"].items()}
+    if not all((rates.linear, rates.attention, rates.decode, rates.convolution, *disks.values())):
+        raise ValueError("a rate is 0")
+    return Tuned(rates, checked(values["link_rate"]), disks)
 
 
 def _holds_for(device: str) -> dict[str, str]:
-    """What measurements depend on."""
+    """The chip and the versions that tuning results depend on."""
     packages = {name: _version(name) for name in ("torch", "triton", "skyrun")}
     return {"chip": query("name,driver_version") if device == "cuda" else cpu_name()} | packages
 

@@ -1,7 +1,8 @@
-"""What a clip is made from: pictures, video and speech, read and checked before anything heavy begins."""
+"""What a clip is made from: images, video and speech, read and checked before anything heavy begins."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,24 +14,33 @@ from skyrun.media.image import open_image
 from skyrun.media.speech import read_speech
 from skyrun.media.video_reader import Footage, read_footage
 from skyrun.planning.request import Request
+from skyrun.tasks.windows import SPEECH_RATE
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """pictures: RGB, upright. footage: the last frames of the video. speech: samples [n] at 16 kHz."""
+    """pictures: RGB, upright. footage: the last frames of the video, in the size of the clip. speech: samples [n] at
+    16 kHz. notices: what a person should know of them."""
 
     pictures: tuple[Image, ...] = ()
     footage: Footage | None = None
     speech: NDArray[np.float64] | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what the clip is shaped like: the first picture, or the video."""
+        """Height and width of what the clip is shaped like: the first picture, or the video as it is shown."""
         if self.footage is not None:
-            return self.footage.frames.shape[1], self.footage.frames.shape[2]
+            return self.footage.shape
         return self.pictures[0].height, self.pictures[0].width
+
+
+def clip_size(request: Request, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the clip: those asked for, or what suits an input of that shape."""
+    assert not isinstance(request.size, str)
+    return request.size or request.spec.size(request.resolution, height, width)
 
 
 def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
@@ -44,6 +54,12 @@ def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
             return None
 
     pictures = [attempt(open_image, path) for path in request.images]
-    footage = attempt(read_footage, request.video, request.condition_frames) if request.video else None
-    speech = attempt(read_speech, request.audio, request.seconds) if request.audio else None
-    return Inputs(tuple(picture for picture in pictures if picture is not None), footage, speech)
+    footage, speech = None, None
+    if request.video:
+        fit = partial(clip_size, request)
+        footage = attempt(read_footage, request.video, request.condition_frames, fit)
+    if request.audio:
+        speech = attempt(read_speech, request.audio, SPEECH_RATE, request.spec.seconds, request.seconds)
+    notices = tuple(notice for source in (footage, speech) if source is not None for notice in source.notices)
+    opened = tuple(picture for picture in pictures if picture is not None)
+    return Inputs(opened, footage, speech.samples if speech is not None else None, notices)

@@ -12,8 +12,9 @@ from skyrun.kernels.matmul import fast_gain
 from skyrun.models.clip import CLIPVision
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
+from skyrun.planning.advice import too_long, turned
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.inputs import Inputs, open_inputs
+from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
 from skyrun.planning.problems import check
 from skyrun.planning.published import with_clip
@@ -31,7 +32,7 @@ _SEEDS = 1 << 32
 class Job:
     """A request that has passed every check, with all that was decided for it.
 
-    frames: of the clip. notes: what a person should know of the choice of files.
+    frames: of the clip. passed_over: files of the model that do not fit, and why.
     """
 
     request: Request
@@ -46,7 +47,15 @@ class Job:
     device: torch.device
     workload: Workload
     plan: Plan
-    notes: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know of the inputs, of the choice of files, and of the plan."""
+        passed = tuple(f"passed over: {reason}" for reason in self.passed_over)
+        advice = [*turned(self.height, self.width, self.inputs.shape)]
+        advice += too_long(len(self.windows), self.frames / self.fps)
+        return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
 
     @property
     def fps(self) -> int:
@@ -70,6 +79,7 @@ class Job:
                 **{name.replace(" ", "_"): str(path) for name, path in self.files.parts.items()},
             },
             "plan": self.plan.as_json(),
+            "notices": list(self.notices),
         }
 
 
@@ -83,8 +93,7 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     spec, device = request.spec, choose_device(request.device)
     inputs, model = _open(request)
-    assert not isinstance(request.size, str)
-    size = request.size or spec.size(request.resolution, *inputs.shape)
+    size = clip_size(request, *inputs.shape)
     request = replace(request, size=size)
     if spec.takes_frames:
         request = replace(request, frames=request.frame_count, seconds=None)

@@ -35,7 +35,8 @@ def parse_request(values: Any) -> Request:
     known = {field.name for field in fields(Request)}
     if not isinstance(values, dict) or not {"task", "prompt"} <= set(values) <= known:
         raise SkyrunError("these values are not a request", f"expected task, prompt, and of {', '.join(sorted(known))}")
-    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    named: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    request = Request(**named)
     if problems := request.type_problems() or value_problems(request):
         raise SkyrunError.listing("these values are not a request", problems, "see `skyrun run --help`")
     return request

@@ -51,7 +51,11 @@ def published_workload(task: str, type: str | None = None) -> Workload:
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     return Workload(
         task=task,
-        **dict.fromkeys(("height", "width", "frames", "latent_frames", "steps"), 0),
+        height=0,
+        width=0,
+        frames=0,
+        latent_frames=0,
+        steps=0,
         layers=LAYERS,
         dim=spec.dims["dim"],
         ffn_dim=spec.dims["ffn"],

@@ -17,7 +17,11 @@ def model_workload(spec: TaskSpec, model: Model) -> Workload:
     vae_base_dim, vae_weights = read_vae_dims(files.vae)
     return Workload(
         task=spec.name,
-        **dict.fromkeys(("height", "width", "frames", "latent_frames", "steps"), 0),
+        height=0,
+        width=0,
+        frames=0,
+        latent_frames=0,
+        steps=0,
         layers=model.dims.layers,
         dim=model.dims.dim,
         ffn_dim=model.dims.ffn_dim,

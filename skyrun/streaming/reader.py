@@ -19,10 +19,10 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.reading import ReadAt, fill, open_unbuffered, read_at
+from skyrun.presets.host import CACHED_SHARE
 
 _THREADS, _CHUNK = 8, 4 << 20
 PAGE = 4096  # reads around the page cache begin and end at multiples of it, in the file and in memory
-_CACHED_SHARE = 0.7  # of the free memory: larger files would push each other's pages out of the page cache
 _REFUSED = (errno.EINVAL, errno.ENOTSUP)  # by file systems that have no way around the page cache
 
 
@@ -162,7 +162,7 @@ def read_ahead(path: Path, extents: Sequence[Extent]) -> None:
 
 
 def _exceeds_cache(nbytes: int) -> bool:
-    return bool(nbytes > _CACHED_SHARE * psutil.virtual_memory().available)
+    return bool(nbytes > CACHED_SHARE * psutil.virtual_memory().available)
 
 
 def _chunks(extent: Extent) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""Collect importance: run a model on some clips and add up the squares of what its linear layers are fed."""
+"""Collect importance: run a model on some clips and sum the squares of the inputs of its linear layers."""
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -26,16 +26,17 @@ from skyrun.planning.request import Request
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.quant.importance import Importance, read_importance, write_importance
 from skyrun.streaming.device import choose_device, out_of_memory_explained, peak_bytes, vram_limited
-from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
+from skyrun.tasks import TASKS
 
-_TASKS = ("r2v",)  # whose clips are made from prompts and pictures alone
+# Which make clips from prompts and images alone.
+_TASKS = tuple(spec.name for spec in TASKS.values() if not (spec.video or spec.audio))
 _STAGE = "calibrate"
-_ROWS = 1024  # squared at a time, which bounds the memory for it
+_ROWS = 1024  # of activations that are squared at a time, to bound the memory
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to run. label: a digest of all that decides it and the start of its prompt, for the file's list."""
+    """A clip to run. label: a digest of everything that decides the clip, and the start of its prompt."""
 
     request: Request
     label: str
@@ -43,7 +44,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is to be collected. origin: model and settings. model_type: of its blocks. collected: there is already."""
+    """What to collect. origin: model and settings. model_type: type of its blocks. collected: what the file holds."""
 
     output: Path
     origin: str
@@ -62,9 +63,17 @@ def plan_calibration(
 ) -> Calibration:
     """Check everything and list the clips: as many as there are prompts or images, whichever are more.
 
-    Prompts and images are taken in turn. Clip k has 1 + k mod 4 images, as far as there are different ones, and the
-    seed `seed` + k. settings: what else a Request takes. SkyrunError for anything that is wrong, and if `output` exists
-    and was not collected from this model with these settings.
+    Prompts and images are taken in turn. Clip k has 1 + k mod 4 images, if there are as many, and the seed `seed` + k.
+    SkyrunError for anything that is wrong, and if `output` exists and was collected from another model or with other
+    settings.
+
+    Args:
+        model: A transformer's file, or a folder with one.
+        output: The file to write, or to go on with.
+        prompts: The prompts of the clips.
+        images: The reference images of the clips.
+        seed: The start of the first clip's noise.
+        settings: Other arguments of the Request.
     """
     problems = [] if prompts else ["no prompt was given"]
     problems += place_problems(output)
@@ -78,14 +87,14 @@ def plan_calibration(
     if not transformers:
         raise SkyrunError(f"{model} has no transformer", CONVERT, MODEL_MISSING)
     file = transformers[0]
-    task = str(file.metadata.get("skyrun.task", "r2v"))
+    task = str(file.metadata.get("skyrun.task", _TASKS[0]))
     if task not in _TASKS:
         known = " and ".join(_TASKS)
         raise SkyrunError(f"{file.path} is a model for {task}, calibrate runs {known}", f"use a model for {known}")
     pictures = _digests(images)
     requests = []
     for k in range(max(len(prompts), len(images))):
-        chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % MAX_REFERENCES, len(images))))
+        chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % TASKS[task].images[1], len(images))))
         prompt = prompts[k % len(prompts)]
         requests.append(Request(task, prompt, chosen, model=file.path, seed=seed + k, precision="exact", **settings))
     origin = _origin(file, requests[0])
@@ -99,7 +108,7 @@ def plan_calibration(
 
 
 def _digests(images: Sequence[Path]) -> dict[Path, str]:
-    """A digest of the pixels of each picture."""
+    """A digest of the pixels of each image."""
     digests, problems = {}, []
     for path in images:
         try:
@@ -108,7 +117,7 @@ def _digests(images: Sequence[Path]) -> dict[Path, str]:
         except SkyrunError as error:
             problems.append(error.message)
     if problems:
-        raise SkyrunError.listing("these pictures cannot be used", problems, "use PNG, JPEG or WebP files")
+        raise SkyrunError.listing("these images cannot be used", problems, "use PNG, JPEG or WebP files")
     return digests
 
 
@@ -118,15 +127,18 @@ def _label(origin: str, request: Request, pictures: Mapping[Path, str]) -> str:
 
 
 def _origin(file: GGUFFile, request: Request) -> str:
-    """The model, told by the head of every tensor, and the settings that all clips share."""
+    """The model, identified by the head of every tensor, and the settings that all clips share."""
     name = file.metadata.get("general.name", "a model")
     shape = request.resolution if request.size is None else "x".join(map(str, request.size))
     settings = f"{shape}, {request.frame_count} frames, {request.steps} steps"
     return f"{name} {main_type(file)} ({fingerprint(file)}), {settings}"
 
 
-def collect(calibration: Calibration) -> Iterator[Event]:
-    """Run the pending clips. The file is written after each; what it holds then is what a later call goes on from."""
+def collect(calibration: Calibration) -> Generator[Event, None, Importance]:
+    """Run the pending clips, and return all that is in the file then.
+
+    The file is written after each clip; after an interruption a later call goes on from it.
+    """
     start, total = now(), calibration.collected
     yield StageStarted(_STAGE, len(calibration.pending), "clips")
     for index, clip in enumerate(calibration.pending):
@@ -137,10 +149,19 @@ def collect(calibration: Calibration) -> Iterator[Event]:
         yield Progress(_STAGE, index + 1)
     device = choose_device(calibration.clips[0].request.device)
     yield StageEnded(_STAGE, now() - start, peak_bytes(device))
+    return total
+
+
+def collected_clips(calibration: Calibration) -> int:
+    """How many of the clips are in the file now."""
+    if not calibration.output.exists():
+        return 0
+    samples = read_importance(calibration.output).samples
+    return sum(clip.label in samples for clip in calibration.clips)
 
 
 def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[str, Tensor], dict[str, int]]]:
-    """Denoise one clip and return the sums and counts of its inputs. It is never decoded."""
+    """Denoise one clip and return the sums and counts of the layers' inputs. Nothing is decoded."""
     job, squares = prepare(request), SumsOfSquares()
     with out_of_memory_explained(), vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
         for event in takewhile(
@@ -152,7 +173,7 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
 
 
 class SumsOfSquares:
-    """An observer of a stream: adds up, per weight and input channel, the squares of all rows. Stays on the device."""
+    """An observer of a stream: sums the squares of all rows per weight and input channel, on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -178,13 +199,13 @@ class SumsOfSquares:
 
 
 def merge_files(paths: Sequence[Path], output: Path) -> Importance:
-    """Write what several files hold together, in the format that `output` is named for."""
+    """Merge several files into one, in the format that the suffix of `output` names."""
     merged = Importance()
     for path in paths:
         part = read_importance(path)
         try:
             merged = merged.merge(part)
         except SkyrunError as error:
-            raise SkyrunError(f"{path} does not go with those before it: {error.message}", error.hint) from error
+            raise SkyrunError(f"{path} cannot be merged with those before it: {error.message}", error.hint) from error
     write_importance(output, merged)
     return merged

@@ -1,4 +1,4 @@
-"""What a model is calibrated with unless the user says otherwise: prompts of many kinds, and pictures drawn here."""
+"""The default calibration set: prompts of many kinds, and images drawn here."""
 
 import math
 import random
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-# Different subjects, light, distance, speed and camera, long and short, in the two languages that the models read: what
-# a channel is used for shows only where it is used.
+# They differ in subject, light, distance, speed, camera and length, in the two languages that the models read: the
+# importance of a channel shows only in clips that use it.
 PROMPTS = (
     "A young woman in a red coat walks through falling snow at dusk, turns to the camera and smiles. Close-up, shallow "
     "depth of field, soft warm light from shop windows behind her.",
@@ -20,15 +20,16 @@ PROMPTS = (
     "Anime style: a small robot waters plants on a rooftop garden above a crowded city, pastel colours.",
 )
 
-# Size and steps are those of real clips, because activations change with both; the length is not. Five latent frames
-# show motion and, with the references, are 14 k tokens at 480P: eight clips of eight steps feed a weight 0.9 M rows.
+# Size and steps are those of real clips, because activations depend on both. Clips are shorter than real ones: five
+# latent frames show motion and, with the references, are 14 k tokens at 480P; eight clips of eight steps feed a weight
+# 0.9 M rows.
 FRAMES = 17
 
 _SIZES = ((480, 640), (640, 480), (512, 512), (704, 396))  # width, height: upright, wide, square and 16:9
 
 
 def draw_pictures(folder: Path) -> tuple[Path, ...]:
-    """Write four pictures as PNG: a figure in a landscape, each with its own shape, colours and place."""
+    """Draw four images as PNG: a figure in a landscape, each with its own shape, colours and place."""
     paths = []
     for number, size in enumerate(_SIZES):
         paths.append(folder / f"reference-{number}.png")
@@ -37,7 +38,7 @@ def draw_pictures(folder: Path) -> tuple[Path, ...]:
 
 
 def _scene(chance: random.Random, width: int, height: int) -> Image.Image:
-    """Sky, ground with a texture, a sun and a figure."""
+    """Draw sky, ground with a texture, a sun and a figure."""
     image = Image.new("RGB", (width, height))
     canvas = ImageDraw.Draw(image)
     top, bottom = (tuple(chance.randrange(256) for _ in range(3)) for _ in range(2))

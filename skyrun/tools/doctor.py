@@ -1,7 +1,9 @@
-"""What decides speed or failure on this machine, each with a verdict and a remedy. Fast: torch is not imported."""
+"""Check what decides speed or failure on this machine. Fast: torch is not imported."""
 
+import os
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -10,26 +12,28 @@ from typing import Any
 
 import psutil
 
+from skyrun.errors import SkyrunError
 from skyrun.hub.store import MODELS_VARIABLE, models_folder
+from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.disk import existing_folder
-from skyrun.planning.hardware import load_tuned
+from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
+from skyrun.units import GIB, size
 
-_GIB = 1 << 30
-_COMFORTABLE_RAM = 12 * _GIB
-_MODEL_SPACE = 25 * _GIB  # a Q8_0 model with its text encoder
+_COMFORTABLE_RAM = 12 * GIB
+_MODEL_SPACE = 25 * GIB  # for a Q8_0 model with its text encoder
 _CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
 _DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
 _SLOW_DISK = 0.3e9  # bytes per second
 _STREAMED = 15e9  # bytes of a 14B model in Q8_0
-_OLDEST_CAPABILITY = 8  # as kernels.device has it, which would import torch
-_LABELS = {"good": "good ", "slow": "slow ", "fails": "FAILS"}
+_OLDEST_CAPABILITY = 8  # as in kernels.device, which imports torch
+_LABELS = {"good": "good ", "unknown": "?    ", "slow": "slow ", "fails": "FAILS"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """verdict: "good", "slow" (works, but could be better) or "fails"."""
+    """verdict: "good", "unknown" (not measured yet), "slow" (works, but could be better) or "fails"."""
 
     subject: str
     verdict: str
@@ -45,11 +49,31 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All checks, the most decisive first."""
+    """Make all checks, the most decisive first. A check that cannot be made is a finding too."""
     gpu = query("name,memory.total,memory.free,driver_version")
-    models = models_folder()
-    machine = [_python(), _torch(gpu), _gpu(gpu), _kernels(gpu), _system(gpu), _ram()]
-    return [*machine, _space(models), _disk(models), _tuned(gpu)]
+    device = "cuda" if gpu else "cpu"
+    checks: dict[str, Callable[[], Finding]] = {
+        "Python": _python,
+        "torch": lambda: _torch(gpu),
+        "GPU": lambda: _gpu(gpu),
+        "kernels": lambda: _kernels(gpu),
+        "system": lambda: _system(gpu),
+        "RAM": _ram,
+        "models": lambda: _space(models_folder()),
+        "disk": lambda: _disk(models_folder(), device),
+        "tuning": lambda: _tuned(device),
+        "cache": lambda: _cache(cache_folder()),
+    }
+    return [_finding(subject, check) for subject, check in checks.items()]
+
+
+def _finding(subject: str, check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except SkyrunError as error:
+        return Finding(subject, "fails", error.message, error.hint)
+    except OSError as error:
+        return Finding(subject, "fails", f"cannot be checked: {error}", "check the path and its permissions")
 
 
 def _python() -> Finding:
@@ -74,7 +98,7 @@ def _torch(gpu: str) -> Finding:
 
 
 def _cuda_of_torch() -> str:
-    """The CUDA version that torch was built with, read from its version file: importing it takes seconds."""
+    """The CUDA version that torch was built with, from its version file: importing torch takes seconds."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return ""
@@ -84,7 +108,7 @@ def _cuda_of_torch() -> str:
 
 
 def _driver_major(gpu: str) -> int:
-    """The first number of the driver's version, the last field of what nvidia-smi said."""
+    """The major version of the driver, which is the last field of nvidia-smi's answer."""
     match = re.search(r"(\d+)[\d.]*$", gpu)
     return int(match[1]) if match else 0
 
@@ -98,7 +122,7 @@ def _gpu(gpu: str) -> Finding:
 
 
 def _kernels(gpu: str) -> Finding:
-    """Which kernels decode and multiply weights, and what it costs if they are not Triton's."""
+    """Which kernels decode and multiply weights."""
     if not gpu:
         return Finding("kernels", "good", "torch, on the CPU")
     package = "triton-windows" if platform.system() == "Windows" else "triton"
@@ -111,14 +135,14 @@ def _kernels(gpu: str) -> Finding:
         said = f"compute capability {capability[0]}"
         if int(capability[1]) < _OLDEST_CAPABILITY:
             said = f"torch: the card has {said}, Triton's kernels need {_OLDEST_CAPABILITY}.0"
-            return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times quicker")
+            return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times faster")
         found = f"{found}, {said}"
     return Finding("kernels", "good", found)
 
 
 def _ram() -> Finding:
     total, available = memory()
-    found = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
     if total < psutil.virtual_memory().total:
         found += ", as much as this container may have"
     if total < _COMFORTABLE_RAM:
@@ -127,46 +151,70 @@ def _ram() -> Finding:
 
 
 def _system(gpu: str) -> Finding:
-    """What the operating system does with memory that is meant for the GPU."""
+    """Whether the operating system moves memory that is meant for the GPU."""
     system = where()
     if not gpu or system not in ("WSL", "Windows"):
         return Finding("system", "good", system)
-    found = f"{system}: a full GPU is not said, memory moves to RAM, and steps take several times as long"
+    found = f"{system}: Windows does not report a full GPU; it silently spills VRAM to RAM, and steps take far longer"
     remedy = 'in the NVIDIA Control Panel set "CUDA - Sysmem Fallback Policy" to "Prefer No Sysmem Fallback"'
     if system == "WSL":
         found += "; little memory can be page-locked"
-    return Finding("system", "slow", found, f"{remedy}; skyrun looks after each step and makes a smaller plan")
+    return Finding("system", "slow", found, f"{remedy}; skyrun checks after each step and makes a smaller plan")
 
 
 def _space(folder: Path) -> Finding:
-    """Room for a model, and whether Linux reads it through Windows."""
+    """Whether there is room for a model, and whether Linux reads it through Windows."""
     there = existing_folder(folder)
     free = free_space(there)
-    found = f"{free / _GIB:.0f} GiB free for {folder}"
+    found = f"{folder}, with {free / GIB:.0f} GiB free"
     if where() == "WSL" and re.match(r"/mnt/[a-z](/|$)", str(there.resolve())):
         remedy = f"keep models inside Linux: export {MODELS_VARIABLE}=~/models"
         return Finding("models", "slow", f"{found}, on a disk of Windows, which WSL reads slowly", remedy)
+    if not os.access(there, os.W_OK):
+        return Finding("models", "fails", f"{there} is not writable", f"set {MODELS_VARIABLE} to a folder of your own")
     if free < _MODEL_SPACE:
-        needed = f"a Q8_0 model takes {_MODEL_SPACE / _GIB:.0f} GiB"
+        needed = f"a Q8_0 model takes {_MODEL_SPACE / GIB:.0f} GiB"
         return Finding("models", "slow", found, f"{needed}: free space, use Q4_K, or set {MODELS_VARIABLE}")
     return Finding("models", "good", found)
 
 
-def _disk(folder: Path) -> Finding:
-    """How quick the disk with the models is, by the largest file among them."""
-    files = sorted(folder.glob("*/*.gguf"), key=lambda path: path.stat().st_size)
-    rate = disk_rate(files[-1]) if files else 0.0
+def _disk(folder: Path, device: str) -> Finding:
+    """How fast the disk with the models is: as tuned, or as its largest model file is read now."""
+    tuned = load_tuned(device)
+    rate = tuned.disks.get(disk_number(existing_folder(folder)), 0.0) if tuned else 0.0
+    source = "skyrun tune"
+    if not rate and (files := sorted(folder.glob("*/*.gguf"), key=lambda path: path.stat().st_size)):
+        rate, source = disk_rate(files[-1]), f"reading {files[-1].name}"
     if not rate:
-        return Finding("disk", "good", "not measured: there is no large model yet")
-    found = f"{rate / 1e9:.2f} GB/s from {files[-1].parent}"
+        remedy = f"skyrun tune --model {existing_folder(folder)}, or check again when there is a model"
+        return Finding("disk", "unknown", "not measured: there is no large model yet", remedy)
+    found = f"{rate / 1e9:.2f} GB/s, measured by {source}"
     if rate < _SLOW_DISK:
-        hours = _STREAMED / rate / 60
-        remedy = f"a step reads up to 15 GB, {hours:.0f} min here: move models to an SSD, or use Q4_K"
+        minutes = _STREAMED / rate / 60
+        remedy = f"a step reads up to 15 GB, {minutes:.0f} min here: move models to an SSD, or use Q4_K"
         return Finding("disk", "slow", found, remedy)
     return Finding("disk", "good", found)
 
 
-def _tuned(gpu: str) -> Finding:
-    if load_tuned("cuda" if gpu else "cpu") is None:
-        return Finding("tuning", "good", "not done: times are predicted from tables", "skyrun tune, under two minutes")
-    return Finding("tuning", "good", "done: plans rest on what was measured here")
+def _tuned(device: str) -> Finding:
+    remedy = "skyrun tune, under two minutes"
+    if load_tuned(device) is not None:
+        return Finding("tuning", "good", f"done: plans use the rates in {tuned_path(device)}")
+    if tuned_path(device).exists():
+        found = f"out of date: other versions wrote {tuned_path(device).name}, or it is damaged"
+        return Finding("tuning", "unknown", found, remedy)
+    return Finding("tuning", "unknown", "not done: times are predicted from tables", remedy)
+
+
+def _cache(folder: Path) -> Finding:
+    """Where measurements and embeddings of prompts are kept."""
+    if not os.access(existing_folder(folder), os.W_OK):
+        remedy = "set SKYRUN_CACHE to a folder of your own, or every run measures and encodes prompts again"
+        return Finding("cache", "slow", f"{folder} is not writable", remedy)
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        return Finding("cache", "good", f"{folder}, empty")
+    measured = sorted(path.name for path in files if path.suffix == ".json")
+    prompts = sum(path.suffix == ".safetensors" for path in files)
+    parts = [*measured, *([f"prompt embeddings ({prompts})"] if prompts else [])]
+    return Finding("cache", "good", f"{folder}, {size(sum(path.stat().st_size for path in files))}: {', '.join(parts)}")

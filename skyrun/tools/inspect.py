@@ -1,4 +1,4 @@
-"""What is in a file: its own words about itself, and what its tensors add up to. Reads headers only."""
+"""Summarise a file's metadata and tensors. Reads headers only."""
 
 import re
 from collections import defaultdict
@@ -11,7 +11,7 @@ from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
 _VIDEO = (".mp4", ".mkv", ".mov", ".webm")
-# What a tensor is for, by its name: the first that matches.
+# The role of a tensor by its name; the first pattern that matches counts.
 _ROLES = (
     ("self-attention", re.compile(r"\.(self_attn|attn1|SelfAttention)\.|\.attn_(q|k|v|o|out|qkv)\.|\.attention\.")),
     ("cross-attention", re.compile(r"\.(cross_attn|attn2)\.")),
@@ -23,7 +23,7 @@ _ROLES = (
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """kind, bytes, and by kind: metadata and types of tensors, or the request that a clip was made from."""
+    """Kind and bytes of a file, then metadata and types of tensors, or the request that a clip was made from."""
     if not path.exists():
         raise SkyrunError(f"{path} does not exist", "check the path", MODEL_MISSING)
     if path.is_dir():
@@ -35,12 +35,12 @@ def describe(path: Path) -> dict[str, Any]:
 
         return head | {"kind": "video", "made_from": read_request(path) or {"request": "none in the file"}}
     if suffix == ".partial":
-        raise SkyrunError(f"{path} is a file that is not finished", "run the conversion that began it again")
+        raise SkyrunError(f"{path} is an unfinished file", "run the conversion that began it again")
     if suffix == ".safetensors":
         return head | _describe_safetensors(path)
     if suffix != ".gguf" and not _starts_like_gguf(path):
         raise SkyrunError(
-            f"{path} is no kind of file that skyrun knows", "it describes GGUF, safetensors and video files"
+            f"{path} is not a kind of file that skyrun knows", "it describes GGUF, safetensors and video files"
         )
     return head | _describe_gguf(path)
 
@@ -80,7 +80,7 @@ def _totals(tensors: list[tuple[str, tuple[int, ...], str, int]]) -> dict[str, A
 
 
 class _Totals:
-    """Tensors, weights and bytes by key."""
+    """Sums of tensors, weights and bytes by key."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})

@@ -16,6 +16,7 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.names import Shape
+from skyrun.models.dit_header import HEAD_DIM
 
 Shapes = dict[str, Shape]
 
@@ -68,7 +69,7 @@ def _weights(shapes: Shapes, generator: torch.Generator) -> Iterator[tuple[str, 
 
 
 def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Scaled so that activations keep their size from layer to layer."""
+    """A random weight, scaled so that activations keep their magnitude from layer to layer."""
     noise: Tensor = torch.randn(shape, generator=generator)
     if name.endswith("scale_shift_table"):
         return noise / math.sqrt(shape[-1])
@@ -80,7 +81,7 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return (1 + 0.05 * noise).bfloat16()
     if name == "shared.weight":
         return noise.bfloat16()
-    if name.endswith("SelfAttention.q.weight"):  # this attention does not divide by sqrt(d), so its weights have to
+    if name.endswith("SelfAttention.q.weight"):  # UMT5 does not divide scores by sqrt(d), so the weight does
         return (noise / shape[1]).bfloat16()
     if shape[-1] == 3:
         return (_smooth(noise) / math.sqrt(shape[1])).bfloat16()
@@ -88,7 +89,7 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def _smooth(noise: Tensor) -> Tensor:
-    """Convolutions that mix channels at random and blur in space and time, so that a decoded clip is no grain."""
+    """A convolution that mixes channels at random and blurs in space and time, so that a decoded clip is not grain."""
     blur = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
     if noise.dim() == 5:
         blur = blur.expand(noise.shape[2], 3, 3) / noise.shape[2]
@@ -96,7 +97,7 @@ def _smooth(noise: Tensor) -> Tensor:
 
 
 def _write_sharded(folder: Path, shapes: Shapes, shard_bytes: int, generator: torch.Generator) -> None:
-    """Shards of about that many bytes and the index that names them; one shard in memory at a time."""
+    """Write shards of about that many bytes and their index, with one shard in memory at a time."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total, last = 0, list(shapes)[-1]
@@ -134,8 +135,8 @@ def _write_text(path: Path, text: str) -> None:
 
 def _transformer_config(dims: CheckpointDims) -> dict[str, object]:
     return {
-        "attention_head_dim": 128,
-        "num_attention_heads": dims.dim // 128,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": dims.dim // HEAD_DIM,
         "num_layers": dims.layers,
         "ffn_dim": dims.ffn,
         "text_dim": dims.text,

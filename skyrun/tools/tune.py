@@ -1,38 +1,48 @@
-"""`skyrun tune`: measure the disk, the link, and how quickly this device computes, at the sizes of the real models."""
+"""Measure the disk, the link, and how fast this device computes at the sizes of the real models, and keep the rates."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import linear
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.device import median_seconds, uses_triton
 from skyrun.kernels.synthetic import random_weight
-from skyrun.planning.hardware import Tuned, disk_number, load_tuned
+from skyrun.models.dit_header import HEAD_DIM
+from skyrun.planning.hardware import Tuned, disk_number, save_tuned, this_machine
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import plan_request
+from skyrun.presets import Hardware
 from skyrun.presets.cards import Rates
 from skyrun.presets.hardware import measure_link
 from skyrun.presets.host import disk_rate
+from skyrun.presets.timing import rates_of
+from skyrun.streaming.device import choose_device, peak_bytes
+from skyrun.tasks import TASKS
+from skyrun.tasks.skyreels_v3 import WAN_14B
 
-_DIM, _FFN = 5120, 13824
+_STAGE = "tune"
+_CLIP = Request(next(iter(TASKS)), "")  # whose time is predicted before and after
+_DIM, _FFN = WAN_14B["dim"], WAN_14B["ffn"]
 _FILE_BYTES = 256 << 20  # of the file that a disk is measured with where there is no model
 _LAUNCHES = 3
-
-
-# Of its widest convolution's rate the autoencoder as a whole reaches so much, by docs/presets.md; norms, copies and
+# The whole autoencoder reaches this share of the rate of its widest convolution, by docs/presets.md; norms, copies and
 # narrow levels take the rest.
 _REACHED = 0.75
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Rows of a product; queries, keys and heads of attention; channels, height and width of a convolution."""
+    """Rows of a matmul; queries, keys and heads of attention; channels, height and width of a convolution."""
 
     rows: int
     queries: int
@@ -47,12 +57,75 @@ _SIZES = {"cuda": _Sizes(8192, 4096, 16384, 40, 192, 240, 424), "cpu": _Sizes(10
 STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", "fast_attention", "convolution")
 
 
-@torch.inference_mode()
-def tune(device: torch.device, model: Path | None = None) -> Iterator[tuple[str, float]]:
-    """Name and rate of each of STEPS, one after the other: bytes or operations per second, 0 for what is not here.
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning has changed.
+
+    file: where the rates are kept. measured: rate by name of STEPS, bytes or operations per second; 0 for what this
+    machine does not have. before, after: the machine as plans saw it and as they see it now. seconds_before,
+    seconds_after: of a clip of the published model.
+    """
+
+    file: Path
+    measured: dict[str, float]
+    before: Hardware
+    after: Hardware
+    seconds_before: float
+    seconds_after: float
+
+    def rate_before(self, name: str) -> float:
+        """The rate that plans used before."""
+        return _rate(self.before, name)
+
+    def rate_after(self, name: str) -> float:
+        """The rate that plans use now."""
+        return _rate(self.after, name)
+
+    def origin_before(self, name: str) -> str:
+        """Where the rate before came from."""
+        return self.before.origin("rates" if name in Rates.__dataclass_fields__ else f"{name}_rate")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values of what was measured."""
+        rates = {
+            name: {"before": self.rate_before(name), "origin": self.origin_before(name), "now": self.rate_after(name)}
+            for name in STEPS
+            if self.measured[name]
+        }
+        seconds = {"before": self.seconds_before, "now": self.seconds_after}
+        return {"file": str(self.file), "rates": rates, "seconds": seconds}
+
+
+def tune_machine(device_name: str | None, model: Path | None = None) -> Generator[Event, None, Tuning]:
+    """Measure everything and keep it for plans.
 
     model: a large file; its disk is measured instead of the current folder's.
     """
+    device = choose_device(device_name)
+    before, start = this_machine(device.type, model), now()
+    measured: dict[str, float] = {}
+    yield StageStarted(_STAGE, len(STEPS), "figures")
+    for name, rate in _measure(device, model):
+        measured[name] = rate
+        yield Progress(_STAGE, len(measured))
+    yield StageEnded(_STAGE, now() - start, peak_bytes(device))
+    rates = Rates(**{name: measured[name] for name in Rates.__dataclass_fields__})
+    disks = {disk_number(model): measured["disk"]} if measured["disk"] else {}
+    file = save_tuned(device.type, Tuned(rates, measured["link"], disks))
+    after = this_machine(device.type, model)
+    seconds = (plan_request(_CLIP, hardware).plan.seconds for hardware in (before, after))
+    return Tuning(file, measured, before, after, *seconds)
+
+
+def _rate(hardware: Hardware, name: str) -> float:
+    if name in Rates.__dataclass_fields__:
+        return float(getattr(rates_of(hardware), name))
+    return hardware.disk_rate if name == "disk" else hardware.link_rate
+
+
+@torch.inference_mode()
+def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, float]]:
+    """Name and rate of each of STEPS."""
     cuda, sizes = device.type == "cuda", _SIZES[device.type]
     dtype = torch.bfloat16 if cuda else torch.float32
     yield "disk", _disk(model)
@@ -66,14 +139,6 @@ def tune(device: torch.device, model: Path | None = None) -> Iterator[tuple[str,
     yield "fast_linear", _linear(device, dtype, sizes, fast=True) if triton else 0.0
     yield "fast_attention", _attention(device, dtype, sizes, fast=True) if triton else 0.0
     yield "convolution", _convolution(device, dtype, sizes)
-
-
-def tuned(device: torch.device, model: Path | None, rates: dict[str, float]) -> Tuned:
-    """What `tune` found, beside what is known of other disks."""
-    before = load_tuned(device.type)
-    disks = (before.disks if before else {}) | ({disk_number(model): rates["disk"]} if rates["disk"] else {})
-    speeds = {name: rates[name] for name in Rates.__dataclass_fields__}
-    return Tuned(Rates(**speeds), rates["link"], disks)
 
 
 def _disk(model: Path | None) -> float:
@@ -91,9 +156,10 @@ def _disk(model: Path | None) -> float:
 
 
 def _linear(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool) -> float:
-    """Operations per second of products with the two shapes of the feed-forward.
+    """Operations per second of matmuls with the two shapes of the feed-forward.
 
-    On a GPU a clip's rows hide what decoding takes; on a CPU the fewer rows here do not, so weights are decoded before.
+    On a GPU the rows of a clip hide the time for decoding. On a CPU the fewer rows here do not, so weights are decoded
+    in advance.
     """
     seconds = 0.0
     for out, cols in ((_FFN, _DIM), (_DIM, _FFN)):
@@ -104,14 +170,14 @@ def _linear(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool)
 
 
 def _attention(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool) -> float:
-    width = sizes.heads * 128
+    width = sizes.heads * HEAD_DIM
     q, k, v = (_random(device, dtype, rows, width) for rows in (sizes.queries, sizes.keys, sizes.keys))
     keys = Keys(k, v, sizes.heads, fast)
     return 4 * sizes.queries * sizes.keys * width / median_seconds(device, partial(attend, q, keys), _LAUNCHES)
 
 
 def _convolution(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> float:
-    """The autoencoder's, by its widest: that over four frames and two before them."""
+    """The autoencoder's rate, from its widest convolution: over four frames and the two before them."""
     channels, frames = sizes.channels, 4
     x = _random(device, dtype, 1, channels, frames + 2, sizes.height, sizes.width)
     weight = _random(device, dtype, channels, channels, 3, 3, 3)

@@ -3,15 +3,13 @@
 from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from skyrun.cli.batch import read_prompts
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
-from skyrun.events import Event, Progress
 from skyrun.kernels.formats import FORMATS
 from skyrun.quant.importance import Importance, read_importance
-from skyrun.tools.calibrate import Calibration, collect, merge_files, plan_calibration
+from skyrun.tools.calibrate import Calibration, collect, collected_clips, merge_files, plan_calibration
 from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_pictures
 
 
@@ -50,23 +48,16 @@ def _calibrate(arguments: Namespace) -> None:
         )
         say(calibration_text(calibration))
         if calibration.pending:
-            _follow_calibration(calibration, arguments.json)
+            _collect(calibration, arguments.json)
 
 
-def _follow_calibration(calibration: Calibration, as_json_too: bool) -> None:
+def _collect(calibration: Calibration, as_json_too: bool) -> None:
     """Run the pending clips and show the work. If it stops, say what is kept."""
-    finished = len(calibration.clips) - len(calibration.pending)
-
-    def count(event: Event) -> dict[str, Any]:
-        nonlocal finished
-        finished += isinstance(event, Progress) and event.done == int(event.done)
-        return {}
-
     try:
-        shown(collect(calibration), as_json_too, count)
+        shown(collect(calibration), as_json_too)
     except BaseException:
-        if finished:
-            say(f"{finished} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
+        if clips := collected_clips(calibration):
+            say(f"{clips} of {len(calibration.clips)} clips are in {calibration.output}: the same command goes on")
         raise
 
 

@@ -20,11 +20,10 @@ def execute(arguments: Namespace) -> int:
     description = describe(arguments.file)
     text = description_text(description)
     if arguments.against:
-        from skyrun.cli.progress import progress
-        from skyrun.quant.compare import compare
+        from skyrun.cli.progress import shown
+        from skyrun.tools.convert import compare
 
-        with progress() as shown:
-            errors = compare(arguments.file, arguments.against, on_done=shown.counter("comparing", "bytes"))
+        errors = shown(compare(arguments.file, arguments.against), False)
         description["errors"] = [error.as_json() for error in errors]
         text = f"{text}\nerror against {arguments.against}:\n{errors_text(errors)}"
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Are the kernels right on this device? Asked before they are timed."""
+"""Check the kernels on this device against their definitions, before they are timed."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,12 +13,13 @@ from skyrun.kernels.attention import Keys, ways
 from skyrun.kernels.matmul import FEW_ROWS
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.kernels.torch_int8 import rotate
+from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tools.bench.kernels import Bench
 
-_ROWS, _COLS = 205, 1024  # of weights: neither fits a tile evenly
-_FAST = 0.016  # relative error that int8 may add, per linear layer
-_ATTENTION = {"int8": 0.02}  # and to attention with a peaked softmax
-# Of products against float64, by the activations' type; sums in float16 included.
+_ROWS, _COLS = 205, 1024  # of weights; neither is a multiple of a tile
+_FAST = 0.016  # relative error that int8 may add to a linear layer
+_ATTENTION = {"int8": 0.02}  # and that it may add to attention with a peaked softmax
+# Relative error of a matmul against float64, by the activations' dtype, with sums in float16 too.
 _ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 
@@ -39,7 +40,7 @@ class Check:
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """|result - reference| / |reference|, Frobenius, in float64; infinite where a number is NaN."""
+    """|result - reference| / |reference|, Frobenius, in float64; infinite if a value is NaN."""
     result, reference = result.double().cpu(), reference.double().cpu()
     error = float((result - reference).norm() / reference.norm().clamp_min(1e-300))
     return error if error == error else float("inf")
@@ -47,7 +48,7 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
 
 @torch.inference_mode()
 def check_kernels(bench: Bench) -> Iterator[Check]:
-    """Everything that `skyrun bench kernels` times, and what lies between, on small shapes."""
+    """Check everything that is timed, and the elementwise kernels between, on small shapes."""
     for type in bench.types:
         yield _decode(bench, type)
         yield from _linear(bench, type)
@@ -74,10 +75,10 @@ def _linear(bench: Bench, type: str) -> Iterator[Check]:
 
 
 def _attention(bench: Bench) -> Iterator[Check]:
-    """A softmax that is peaked: queries are noisy keys."""
+    """Check with a peaked softmax: queries are noisy keys."""
     heads, tokens, keys = 2, 333, 1111
-    k, v = torch.randn(keys, heads * 128), torch.randn(keys, heads * 128)
-    q = k[torch.randint(0, keys, (tokens,))] + 0.5 * torch.randn(tokens, heads * 128)
+    k, v = torch.randn(keys, heads * HEAD_DIM), torch.randn(keys, heads * HEAD_DIM)
+    q = k[torch.randint(0, keys, (tokens,))] + 0.5 * torch.randn(tokens, heads * HEAD_DIM)
     q, k, v = (t.to(bench.device, bench.dtype) for t in (q, k, v))
     split = [t.double().cpu().unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
     reference = F.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
@@ -87,10 +88,10 @@ def _attention(bench: Bench) -> Iterator[Check]:
 
 
 def _elementwise(bench: Bench) -> Iterator[Check]:
-    """Against the twins, on the CPU in float32."""
+    """Check against the torch twins, on the CPU in float32."""
     x, y = bench.random(_ROWS, _COLS), bench.random(_ROWS, _COLS)
     gain, shift = torch.randn(_COLS, device=bench.device), torch.randn(_COLS, device=bench.device)
-    angles = torch.rand(_ROWS, 64, device=bench.device)
+    angles = torch.rand(_ROWS, HEAD_DIM // 2, device=bench.device)
     rope = (angles.cos(), angles.sin())
     wide, other, gain_, shift_ = x.float().cpu(), y.float().cpu(), gain.cpu(), shift.cpu()
     rope_ = (rope[0].cpu(), rope[1].cpu())

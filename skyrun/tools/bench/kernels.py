@@ -1,6 +1,6 @@
-"""`skyrun bench kernels`: decode, linear layers, attention and a whole block, each beside what others do."""
+"""Time decoding, linear layers, attention and a whole block, each beside the resident weight."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,30 +8,49 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
+from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
 from skyrun.kernels.attention import Keys, ways
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.models.dit import Context, Span, dit_block
-from skyrun.models.dit_header import DiTDims
+from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.models.rope import rope_table
 from skyrun.models.umt5 import TEXT_LENGTH
-from skyrun.streaming.device import choose_device
+from skyrun.planning.published import LAYERS
+from skyrun.streaming.device import choose_device, peak_bytes
 from skyrun.streaming.weights import Weight, Weights
+from skyrun.tasks import skyreels_v3 as tasks
 from skyrun.tools.bench.measurement import Clock, Measurement
+from skyrun.units import GIB
 
 QUANTIZED = tuple(name for name, format in FORMATS.items() if format.block_size > 1)
 ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64)}
 TYPES = {"cuda": QUANTIZED, "cpu": ("Q8_0", "Q6_K", "Q4_K")}
-WAN_14B = DiTDims(
-    dim=5120, heads=40, layers=40, ffn_dim=13824, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256
-)
-_COPY_BYTES = 1 << 30
+_STAGE = "measure"
+_COPY_BYTES = {"cuda": GIB, "cpu": 64 << 20}
 _FEWEST_TOKENS = 512  # that attention and a block are measured with
+
+
+def _wan_14b() -> DiTDims:
+    dims = tasks.WAN_14B
+    return DiTDims(
+        dim=dims["dim"],
+        heads=dims["dim"] // HEAD_DIM,
+        layers=LAYERS,
+        ffn_dim=dims["ffn"],
+        in_channels=dims["in"],
+        out_channels=dims["out"],
+        text_dim=dims["text"],
+        freq_dim=dims["freq"],
+    )
+
+
+WAN_14B = _wan_14b()
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: on which device, with which types, rows and sizes of the model."""
+    """What to measure: the device, the types, the rows of activations, and the dims of the model."""
 
     device: torch.device
     types: tuple[str, ...] = QUANTIZED
@@ -40,7 +59,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations: as the plan has it."""
+        """The dtype of activations, as plans choose it."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -51,7 +70,7 @@ class Bench:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The rows that are a clip's; the most if none is."""
+        """The rows that a clip could have; the largest number if none could."""
         return tuple(rows for rows in self.rows if rows >= _FEWEST_TOKENS) or (max(self.rows),)
 
     @property
@@ -66,19 +85,29 @@ class Bench:
         return len(self.tokens) * (1 + 2 * len(self.types))
 
     def random(self, *shape: int) -> Tensor:
-        """Activations."""
+        """Random activations."""
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
 
 def attention_ways(bench: Bench) -> tuple[str, ...]:
-    """The names of the ways to attend that this device has."""
-    tiny = torch.empty(1, bench.dims.heads * 128, dtype=bench.dtype, device=bench.device)
+    """The names of the attention backends that run on this device."""
+    tiny = torch.empty(1, bench.dims.heads * HEAD_DIM, dtype=bench.dtype, device=bench.device)
     return tuple(ways(tiny, Keys(tiny, tiny, bench.dims.heads, fast=True)))
 
 
 @torch.inference_mode()
-def measure_kernels(bench: Bench) -> Iterator[Measurement]:
-    """All measurements, one after the other."""
+def measure_kernels(bench: Bench) -> Generator[Event, None, list[Measurement]]:
+    """Take all measurements, one after the other."""
+    start, measured = now(), []
+    yield StageStarted(_STAGE, bench.total, "figures")
+    for one in _measurements(bench):
+        measured.append(one)
+        yield Progress(_STAGE, len(measured))
+    yield StageEnded(_STAGE, now() - start, peak_bytes(bench.device))
+    return measured
+
+
+def _measurements(bench: Bench) -> Iterator[Measurement]:
     clock = Clock(bench.device)
     yield _copy(bench, clock)
     for out, cols in bench.shapes:
@@ -92,14 +121,14 @@ def measure_kernels(bench: Bench) -> Iterator[Measurement]:
 
 
 def _copy(bench: Bench, clock: Clock) -> Measurement:
-    source = torch.empty(_COPY_BYTES if bench.device.type == "cuda" else 1 << 26, dtype=torch.uint8).to(bench.device)
+    source = torch.empty(_COPY_BYTES[bench.device.type], dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     seconds = clock.seconds(lambda: target.copy_(source))
     return Measurement("copy", "device memory", 0, "copy", seconds, 2 * source.nbytes)
 
 
 def _resident(bench: Bench, clock: Clock, rows: int, out: int, cols: int) -> Measurement:
-    """The baseline: a weight that is there in the activations' type."""
+    """The baseline: a weight in memory in the activations' dtype."""
     x, weight = bench.random(rows, cols), bench.random(out, cols)
     seconds = clock.seconds(lambda: F.linear(x, weight))
     return Measurement("linear", f"{out}x{cols}", rows, "resident", seconds, 0, 2 * rows * out * cols)
@@ -132,11 +161,11 @@ def _linear_ways(
 
 def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
     heads = bench.dims.heads
-    q, k, v = (bench.random(tokens, heads * 128) for _ in range(3))
+    q, k, v = (bench.random(tokens, heads * HEAD_DIM) for _ in range(3))
     for name in attention_ways(bench):
-        # Keys are prepared within the time: once for each block, as in a run.
+        # The time includes preparing the keys, which a run does once for each block.
         seconds = clock.seconds(lambda name=name: ways(q, Keys(k, v, heads, fast=True))[name]())  # type: ignore[misc]
-        operations = 4 * tokens * tokens * heads * 128
+        operations = 4 * tokens * tokens * heads * HEAD_DIM
         yield Measurement("attention", f"{heads} heads", tokens, name, seconds, 0, operations)
 
 
@@ -144,7 +173,7 @@ def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
     dims = bench.dims
     x, context = bench.random(tokens, dims.dim), Context(bench.random(TEXT_LENGTH, dims.dim))
     spans = [Span(slice(0, tokens), (x.new_empty(0), torch.randn(6, dims.dim, device=bench.device)))]
-    rope = rope_table([0], 1, tokens, 128, bench.device)
+    rope = rope_table([0], 1, tokens, HEAD_DIM, bench.device)
 
     def measured(what: str, way: str, weights: Weights) -> Measurement:
         seconds = clock.seconds(lambda: dit_block(x, weights, spans, context, rope, dims))
@@ -157,7 +186,7 @@ def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
 
 
 def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights:
-    """A block of random weights, its matrices of a type, or in the activations' type."""
+    """A block of random weights, with matrices of a quantized type or in the activations' dtype."""
     dims, device = bench.dims, bench.device
     weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}
     matrices = {f"{part}.{name}": (dims.dim, dims.dim) for part in ("self_attn", "cross_attn") for name in "qkvo"}
@@ -174,11 +203,11 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
 
 
 def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
-    """What is to be measured. SkyrunError for a type that is not quantized or for rows below one."""
+    """Decide what to measure. SkyrunError for a type that is not quantized or for rows below one."""
     chosen = choose_device(device)
     names = TYPES[chosen.type] if types is None else tuple(name.upper() for name in types)
     counts = ROWS[chosen.type] if rows is None else tuple(rows)
-    problems = [f"{name} is no quantized type, choose of {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
+    problems = [f"{name} is not a quantized type, choose of {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
     problems += [f"{count} rows cannot be measured" for count in counts if count < 1]
     if problems:
         raise SkyrunError.listing("this cannot be measured", problems, "see `skyrun bench --help`")

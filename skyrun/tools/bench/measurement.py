@@ -1,24 +1,28 @@
-"""One measured figure, and how figures are taken."""
+"""One measured figure, the clock that takes it, and the environment that it was taken in."""
 
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any
 
 import torch
 
+from skyrun.kernels.choice import holds_for
 from skyrun.kernels.device import median_seconds
+from skyrun.presets.nvidia_smi import query
 
 _LEAST, _MOST = 5, 50  # launches of a measurement; on a CPU one may be enough
-_WORTH = 0.5  # seconds that one takes, as far as these bounds allow
-_FLUSH_BYTES = 256 << 20  # larger than any cache: written between launches, so that nothing is found there
+_WORTH = 0.5  # seconds that a measurement takes, within these bounds
+_FLUSH_BYTES = 256 << 20  # larger than any cache, and written between launches so that each begins with a cold one
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one way to do a piece of work; None where it did not fit in memory.
+    """Seconds that a backend (`way`) takes for a piece of work; None where it did not fit in memory.
 
     part: "copy", "decode", "linear", "attention" or "block". what: the type or shape. rows: of activations, 0 if there
-    are none. nbytes: read and written at least. operations: multiplications and additions.
+    are none. nbytes: least bytes read and written. operations: multiplications and additions.
     """
 
     part: str
@@ -57,3 +61,14 @@ class Clock:
             return median_seconds(self._device, work, launches, self._flush.zero_)
         except torch.OutOfMemoryError:
             return None
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What figures depend on: device, clocks, driver, versions, date."""
+    found = {"date": str(date.today()), **holds_for(device), "python": platform.python_version()}
+    if device.type == "cuda":
+        found["driver"] = query("driver_version")
+        found["clocks"] = query("clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu")
+    else:
+        found["device"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return {name: value for name, value in found.items() if value and value != "None"}

@@ -1,6 +1,6 @@
 """Model files of the real shapes with random weights, to measure a card and a disk without a download."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,33 @@ Shape = tuple[int, ...]
 
 # Sizes of the published models, by name.
 MODELS: dict[str, dict[str, Dims]] = {"r2v-14b": {"transformer": WAN_14B, "text_encoder": UMT5_XXL, "vae": VAE}}
-_PATTERN_ROWS = 64  # of random blocks, repeated over a matrix: random numbers are slower than disks
+_PATTERN_ROWS = 64  # of random blocks, repeated over a matrix: random values are slower to make than to write
 
 
-def write_model(
-    folder: Path, name: str, type: str, blocks: int, on_written: Callable[[int], None] = lambda nbytes: None
-) -> None:
-    """Write transformer, text encoder and autoencoder of a model into a folder.
+def write_model(folder: Path, name: str, type: str, blocks: int) -> Iterator[int]:
+    """Write transformer, text encoder and autoencoder of a model into a folder. Yields the bytes of every tensor.
 
-    type: of the matrices in the transformer's blocks; the encoder's are Q8_0. blocks: how many the transformer has, and
-    the encoder at most. on_written: is told the bytes of every tensor.
+    Args:
+        folder: Takes the files.
+        name: A name in MODELS.
+        type: The type of the matrices in the transformer's blocks; the encoder's are Q8_0.
+        blocks: How many blocks the transformer has, and the encoder at most.
     """
     dims = MODELS[name]
     keys: dict[str, Any] = {"skyrun.task": name.split("-")[0], "general.type": "model"}
     shapes = WAN_TRANSFORMER.shapes("original", {**dims["transformer"], "layers": blocks})
-    _write_gguf(folder / f"transformer-{type}.gguf", "wan", shapes, "blocks.", type, keys, on_written)
+    yield from _write_gguf(folder / f"transformer-{type}.gguf", "wan", shapes, "blocks.", type, keys)
     layers = min(blocks, TEXT_LAYERS)
     shapes = UMT5_ENCODER.shapes("gguf", {**dims["text_encoder"], "layers": layers})
     keys = {"t5encoder.block_count": layers, "tokenizer.huggingface.json": demo_tokenizer().to_str()}
-    _write_gguf(folder / "text-encoder.gguf", "t5encoder", shapes, "enc.blk.", "Q8_0", keys, on_written)
+    yield from _write_gguf(folder / "text-encoder.gguf", "t5encoder", shapes, "enc.blk.", "Q8_0", keys)
     vae = {name: _random(shape) for name, shape in WAN_VAE.shapes("original", dims["vae"]).items()}
     save_file(vae, folder / "vae.safetensors")
-    on_written(sum(tensor.nbytes for tensor in vae.values()))
+    yield sum(tensor.nbytes for tensor in vae.values())
 
 
 def model_bytes(name: str, type: str, blocks: int) -> int:
-    """About how many bytes `write_model` writes."""
+    """Estimate how many bytes `write_model` writes."""
     dims, layers = MODELS[name], min(blocks, TEXT_LAYERS)
     parts = (
         (WAN_TRANSFORMER.shapes("original", {**dims["transformer"], "layers": blocks}), "blocks.", type),
@@ -63,7 +64,7 @@ def model_bytes(name: str, type: str, blocks: int) -> int:
 
 
 def _type_of(name: str, shape: Shape, prefix: str, type: str) -> str:
-    """Matrices of blocks and the embedding table are quantized, everything else is float32."""
+    """The type of a tensor: matrices of blocks and the embedding table are quantized, everything else is float32."""
     if name == "token_embd.weight":
         return "Q8_0"
     return type if name.startswith(prefix) and len(shape) == 2 and not name.endswith("rel_b.weight") else "F32"
@@ -80,8 +81,7 @@ def _write_gguf(
     prefix: str,
     type: str,
     keys: Mapping[str, Any],
-    on_written: Callable[[int], None],
-) -> None:
+) -> Iterator[int]:
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
@@ -97,7 +97,7 @@ def _write_gguf(
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
         writer.write_tensor_data(_data(types[name], shape))
-        on_written(_nbytes(types[name], shape))
+        yield _nbytes(types[name], shape)
     writer.close()
 
 
@@ -110,6 +110,6 @@ def _data(type: str, shape: Shape) -> "np.ndarray[Any, Any]":
 
 
 def _random(shape: Shape) -> Tensor:
-    """Scaled so that activations keep about their size."""
+    """Random values, scaled so that activations keep about their magnitude."""
     fan_in = prod(shape[1:])
     return torch.randn(shape) / sqrt(fan_in)
