@@ -1,4 +1,4 @@
-"""A first run on an empty cache, interrupted while it fetches and repeated: python benchmarks/first_run.py
+"""A first run from an empty home, interrupted while it fetches and repeated: python benchmarks/first_run.py
 
 The hub is the one of the tests, on this machine; the model is the tiny reference checkpoint under the published name.
 """
@@ -24,9 +24,9 @@ COMMAND = "skyrun run r2v -p 'A woman walking by the sea.' --image her.png --siz
 
 
 def run(folder: Path, hub_url: str) -> subprocess.Popen[str]:
-    """The command, with everything that is fetched and kept inside the folder."""
-    places = {"SKYRUN_MODELS": "models", "HF_HOME": "hub", "SKYRUN_CACHE": "cache"}
-    environment = {**os.environ, "HF_ENDPOINT": hub_url, **{name: str(folder / at) for name, at in places.items()}}
+    """The command on an account that has nothing: its home is the folder, and no variable names another place."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("SKYRUN", "XDG", "HF_"))}
+    environment = {**others, "HF_ENDPOINT": hub_url, "HOME": str(folder)}
     command = f"exec {sys.executable} -m {COMMAND}"
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, shell=True, cwd=folder, env=environment, text=True, **output)

@@ -12,6 +12,7 @@ from skyrun.hub.client import RemoteFile, Repository, list_repository
 from skyrun.hub.convert import Step, fetch_shown, steps
 from skyrun.hub.gguf_repo import RemoteModel, choose, look, quants
 from skyrun.hub.store import Manifest, Name, manifests, models_folder
+from skyrun.kernels.disk import existing_folder
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.what_if import Clip, plan_clip
 from skyrun.quant.recipes import RECIPES, default_encoder_quant, find_recipe
@@ -115,7 +116,7 @@ class _Shared:
 def default_quant(name: Name) -> str:
     """The type of a model that was named without one: of a task's what a plan for this machine takes."""
     if name.task:
-        planned = plan_clip(Clip(name.task), this_machine(model=models_folder())).plan
+        planned = plan_clip(Clip(name.task), this_machine(model=existing_folder(models_folder()))).plan
         return DEFAULT_QUANT if planned.problem else planned.weight_type
     there = quants(look(list_repository(name.repo)))
     if not there or DEFAULT_QUANT in there:

@@ -10,6 +10,7 @@ from typing import Any
 
 from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.kernels.atomic import replacing
+from skyrun.kernels.cache import home_folder
 from skyrun.tasks.sources import SOURCES
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
@@ -23,8 +24,12 @@ def models_folder() -> Path:
     if named := os.environ.get(MODELS_VARIABLE):
         return Path(named)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "skyrun" / "models"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "skyrun" / "models"
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local") / "skyrun" / "models"
+    return Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share") / "skyrun" / "models"
+
+
+def _home() -> Path:
+    return home_folder(MODELS_VARIABLE)
 
 
 @dataclass(frozen=True)
