@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     _add_resume(commands)
     _add_demo(commands)
     _add_pull(commands)
+    _add(commands, "list", "list the models that were fetched")
+    _add(commands, "remove", "delete a model that was fetched").add_argument("name", metavar="NAME", help="as in list")
     _add_convert(commands)
     _add_calibrate(commands)
     _add_info(commands)
@@ -154,6 +156,7 @@ def _add_pull(commands: Commands) -> None:
     parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
     parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
     parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (Q8_0)")
+    parser.add_argument("--task", choices=list(TASKS), help="of a repository that has transformers of several tasks")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
 

@@ -1,6 +1,5 @@
 """What each command does: call one function, show what it says."""
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -66,15 +65,23 @@ def demo(arguments: Namespace) -> int:
 
 def pull(arguments: Namespace) -> int:
     """Fetch a model, or say what would be fetched."""
-    from skyrun.hub.pull import obtain
-    from skyrun.hub.store import parse_name
+    from skyrun.cli.commands.pull import pull
 
-    pull = obtain(parse_name(arguments.model, arguments.quant), say, arguments.output, arguments.dry_run)
-    if not arguments.dry_run:
-        say(f"{pull.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or pull.name))}")
-    if arguments.json:
-        emit({"event": "plan" if arguments.dry_run else "result"} | pull.as_json())
-    return 0
+    return pull(arguments)
+
+
+def list(arguments: Namespace) -> int:
+    """Say which models were fetched."""
+    from skyrun.cli.commands.pull import list_models
+
+    return list_models(arguments)
+
+
+def remove(arguments: Namespace) -> int:
+    """Delete a model that was fetched."""
+    from skyrun.cli.commands.pull import remove
+
+    return remove(arguments)
 
 
 def convert(arguments: Namespace) -> int:
