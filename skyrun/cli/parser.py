@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     _add_resume(commands)
     _add_demo(commands)
     _add_pull(commands)
-    _add(commands, "list", "list the models that were fetched")
+    _add(commands, "list", "list the models that were fetched").set_defaults(command="list_models")
     _add(commands, "remove", "delete a model that was fetched").add_argument("name", metavar="NAME", help="as in list")
     _add_convert(commands)
     _add_calibrate(commands)

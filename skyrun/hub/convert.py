@@ -150,7 +150,8 @@ def steps(
 
 def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
     """Without what surely belongs to other parts: folders of weights of another role, and large texts of encoders."""
-    others, own = set(), set()
+    others: set[str] = set()
+    own: set[str] = set()
     for file in files:
         if file.name.endswith(".safetensors"):
             head = read_start(file, _HEAD)

@@ -110,9 +110,10 @@ def _file(entry: dict[str, Any], path: str, repo: str, commit: str) -> RemoteFil
         raise BadReply(f"{_brief(size)} as the size of {path}")
     sha256 = ""
     if lfs is not None:
-        sha256 = lfs.get("oid", lfs.get("sha256")) if isinstance(lfs, dict) else lfs
-        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise BadReply(f"{_brief(sha256)} as the SHA-256 of {path}")
+        said = lfs.get("oid", lfs.get("sha256")) if isinstance(lfs, dict) else lfs
+        if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
+            raise BadReply(f"{_brief(said)} as the SHA-256 of {path}")
+        sha256 = said
     blob = entry.get("oid")
     if not is_commit(blob):
         raise BadReply(f"{_brief(blob)} as the SHA-1 of {path}")

@@ -70,7 +70,7 @@ def pull(arguments: Namespace) -> int:
     return pull(arguments)
 
 
-def list(arguments: Namespace) -> int:
+def list_models(arguments: Namespace) -> int:
     """Say which models were fetched."""
     from skyrun.cli.commands.pull import list_models
 
