@@ -24,7 +24,8 @@ class Hub:
     {file name: status}. damaged: paths whose content is wrong; short: those of which only the first half is sent.
     ranges: whether they are served. token: that is asked for. gated: repositories with conditions. redirect: whether
     files come from another host, as large ones do from a CDN. stall: {path: bytes} sends no more of it after so many.
-    more_entries: of every listing. replies: {"model" or "tree": body, or (body, headers)} instead of what is right.
+    more_entries: of every listing. replies: {"model" or "tree": body, (body, headers), or what makes one of
+    the query} instead of what is right.
     refused: {repository: status}. requests: method, path and range of each. tokens: sent along, by host and path.
     """
 
@@ -97,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(refused[0], b"{}", refused[1])
         folder = self.hub.repos[repo]
         instead = self.hub.replies.get("tree" if what.startswith("/tree/") else "model")
+        if callable(instead):
+            instead = instead(urlsplit(self.path).query)
         if instead is not None:
             body, headers = instead if isinstance(instead, tuple) else (instead, {})
             return self._answer(200, body, headers)
@@ -187,6 +190,7 @@ def serving():
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # of a client that has heard enough
         hub.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()

@@ -318,8 +318,8 @@ def _explained(repo: str, place: Path | None = None, began_with: str | None = No
         hint = "check HF_ENDPOINT and HTTPS_PROXY: something between here and the hub may answer in its place"
         raise SkyrunError(f"{endpoint()} answers with {error} when asked for {repo}", hint, MODEL_MISSING) from error
     except RevisionNotFoundError as error:
-        message = f"{repo} no longer has the commit {began_with} that its files were fetched from so far"
-        hint = f"delete the folder of the model to begin anew: skyrun-model.json in it names {repo}"
+        message = f"{repo} no longer has the commit {began_with}"
+        hint = f"delete the folder of the model to begin anew (skyrun list, skyrun remove): it is from {repo}"
         raise Unavailable(message, hint, MODEL_MISSING) from error
     except HfHubHTTPError as error:
         raise _refused(repo, error) from error

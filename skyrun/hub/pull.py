@@ -70,7 +70,12 @@ class Pull:
             "fetch_bytes": self.fetch_bytes,
             "result_bytes": self.result_bytes,
             "disk_bytes": self.peak_bytes,
-            "files": [{"path": f.path, "bytes": f.nbytes} for part in self.parts for f in part.places.values()],
+            "saved_bytes": self.saved_bytes,
+            "files": [
+                {"repository": file.repo, "path": file.path, "bytes": file.nbytes}
+                for part in self.parts
+                for file in part.places.values()
+            ],
         }
 
     def text(self) -> str:
@@ -78,7 +83,7 @@ class Pull:
         if not self.parts:
             return f"{self.name}: all files are in {self.folder}"
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
-        lines = [f"{self.name.stem}, {self.quant}, from {origin}"]
+        lines = [f"{self.name.repo or self.name.task}, {self.quant}, from {origin}"]
         for part in self.parts:
             lines += [f"  {what}" + (f"  {size(nbytes)}" if nbytes else "") for what, nbytes in part.text()]
         here = f", of which {size(self.here_bytes)} are here" if self.here_bytes else ""
@@ -115,7 +120,7 @@ def pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Generato
         left = [part for part in parts if not _is_done(part, folder, manifest)]
         left.sort(key=lambda part: -part.passing_bytes)
         pull = Pull(name, main.quant, folder, manifest, tuple(left))
-        pull = replace(pull, saved_bytes=chooser.saved_bytes(main.task, pull.fetch_bytes))
+        pull = replace(pull, saved_bytes=chooser.saved_bytes(main.task, parts))
         for note in chooser.notes:
             yield Notice(note)
         yield Notice(pull.text())

@@ -143,13 +143,16 @@ class Chooser:
         self.commits = {name: found.commit for name, found in self._repositories.items() if name in used}
         return _apart(parts)
 
-    def saved_bytes(self, task: str, fetched: int) -> int:
-        """By how much less is fetched than the published checkpoint of a task has, as far as it was looked at."""
+    def saved_bytes(self, task: str, parts: list[Part]) -> int:
+        """By how much less than the published checkpoint of a task the parts are that come from elsewhere."""
         source = SOURCES.get(task)
         if source is None or source.checkpoint not in self._repositories:
             return 0
+        if not any(isinstance(part, Ready) for part in parts):
+            return 0
         files = self._repositories[source.checkpoint].files
         whole = [file for file in files if file.folder.split("/")[0] not in source.leave_out]
+        fetched = sum(file.nbytes for part in parts for file in part.sources.values())
         return max(0, sum(file.nbytes for file in whole if file.name.endswith(_WEIGHTS)) - fetched)
 
     def _text_encoder(self, sources: tuple[str, ...], quant: str) -> RemoteModel | None:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
-from skyrun.hub.manifest import Manifest, forget, last_use, note_use
+from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
 from skyrun.tasks.sources import SOURCES
@@ -88,12 +88,16 @@ def _is_name(text: str) -> bool:
 
 
 def whole_folder(name: Name) -> Path | None:
-    """The folder of a model that is there as a whole, which is used now; None if it has to be fetched."""
+    """The folder of a model that is there as a whole; None if it has to be fetched."""
     found = pulled(name)
-    if not found or not found[0][1].is_whole(found[0][0]):
-        return None
-    note_use(found[0][0])
-    return found[0][0]
+    return found[0][0] if found and found[0][1].is_whole(found[0][0]) else None
+
+
+def sources_text(name: Name) -> str:
+    """What a run does about a model that is not there."""
+    source = SOURCES.get(name.task)
+    places = [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
+    return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(places)}"
 
 
 def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:

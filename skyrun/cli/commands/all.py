@@ -20,6 +20,7 @@ def plan(arguments: Namespace) -> int:
     from skyrun.cli.plan_report import planned_text
     from skyrun.planning.what_if import plan_from
 
+    _use_pulled_model(arguments)
     planned = plan_from(arguments)
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_picture
@@ -31,6 +32,21 @@ def plan(arguments: Namespace) -> int:
     else:
         print(planned_text(planned))
     return WILL_NOT_FIT if planned.plan.problem else 0
+
+
+def _use_pulled_model(arguments: Namespace) -> None:
+    """On this machine, plan with the model that a run would take; say so if it is not there."""
+    from skyrun.hub.store import sources_text, wanted_name, whole_folder
+
+    elsewhere = (arguments.gpu, arguments.preset, arguments.vram, arguments.ram, arguments.disk)
+    name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
+    if name is None or any(value is not None for value in elsewhere):
+        return
+    if folder := whole_folder(name):
+        arguments.model, arguments.quant = folder, None
+    else:
+        say(sources_text(name))
+        arguments.model, arguments.quant = None, name.quant or None
 
 
 def tune(arguments: Namespace) -> int:

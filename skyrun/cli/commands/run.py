@@ -26,6 +26,7 @@ from skyrun.engine.run import Result, run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
+from skyrun.hub.manifest import note_use
 from skyrun.hub.store import wanted_name, whole_folder
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import suffix_problems, write_picture
@@ -69,6 +70,7 @@ def _located(request: Request, model: str | None, dry_run: bool) -> tuple[Reques
     if name is None:
         return replace(request, model=Path(model or "")), None
     if (folder := whole_folder(name)) is not None:
+        note_use(folder)
         return replace(request, model=folder, quant=None), None
     from skyrun.hub.pull import pull_for
 
