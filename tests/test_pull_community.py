@@ -21,7 +21,7 @@ from skyrun.tasks.sources import SOURCES
 
 (SKYREELS,) = SOURCES["r2v"].gguf
 (UMT5,) = SOURCES["r2v"].text_encoder
-TYPES = ("Q8_0", "Q4_K_M", "Q2_K")
+TYPES = {"r2v": ("Q8_0", "Q4_K_M", "Q2_K"), "v2v": ("Q8_0", "Q4_K_M"), "a2v": ("Q8_0", "Q4_K_M")}
 FILE_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q2_K": 10, "F16": 1}
 TOKENS = {"tokenizer__ggml__model": "t5", "tokenizer__ggml__tokens": ["<pad>", "</s>", "<unk>"]}
 
@@ -30,8 +30,8 @@ TOKENS = {"tokenizer__ggml__model": "t5", "tokenizer__ggml__tokens": ["<pad>", "
 def published(converted, write_gguf, tmp_path_factory):
     """The two repositories, made once."""
     place = tmp_path_factory.mktemp("community")
-    for task in ("r2v", "v2v", "a2v"):
-        for quant in TYPES:
+    for task, quants in TYPES.items():
+        for quant in quants:
             (source,) = converted(quant, task).glob(f"SkyReels-V3-{task.upper()}*")
             file = place / "skyreels" / task / f"SkyReels-v3-{task}-{quant}.gguf"
             community_file(source, file, write_gguf, general__file_type=FILE_TYPES[quant])
