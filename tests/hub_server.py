@@ -26,7 +26,7 @@ class Hub:
     files come from another host, as large ones do from a CDN. stall: {path: bytes} sends no more of it after so many.
     more_entries: of every listing. replies: {"model" or "tree": body, (body, headers), or what makes one of
     the query} instead of what is right.
-    refused: {repository: status}. requests: method, path and range of each. tokens: sent along, by host and path.
+    refused: {repository: status}, with error_body. requests: method, path and range of each. tokens: sent along, by host and path.
     """
 
     repos: dict = field(default_factory=dict)
@@ -46,6 +46,7 @@ class Hub:
     more_entries: list = field(default_factory=list)
     replies: dict = field(default_factory=dict)
     refused: dict = field(default_factory=dict)
+    error_body: bytes = b"{}"
     commit: str = COMMIT
     url: str = ""
 
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, repo, what):
         if refused := self._refused(repo):
-            return self._answer(refused[0], b"{}", refused[1])
+            return self._answer(refused[0], self.hub.error_body, refused[1])
         folder = self.hub.repos[repo]
         instead = self.hub.replies.get("tree" if what.startswith("/tree/") else "model")
         if callable(instead):
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo, path, body):
         if refused := self._refused(repo):
-            return self._answer(refused[0], b"{}", refused[1])
+            return self._answer(refused[0], self.hub.error_body, refused[1])
         if not (self.hub.repos[repo] / path).is_file():
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         if self.hub.redirect and body:

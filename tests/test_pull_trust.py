@@ -95,6 +95,15 @@ def test_nonsense_ends_with_a_sentence(hub, tmp_path, capsys, what, reply, said)
     assert {path for path in tmp_path.rglob("*")} == before, "something was written"
 
 
+@pytest.mark.parametrize("body", [b"[1]", b'"x"', b"[" * 100_000, b'{"error": "\x1b[2J"}', HTML, b"x" * (64 << 20)])
+@pytest.mark.parametrize("status", [400, 404, 418])
+def test_what_comes_with_an_error_does_not_matter(hub, capsys, body, status):
+    hub.error_body, hub.refused[R2V] = body, status
+    assert main(["pull", "r2v:Q8_0"]) == 4
+    error = capsys.readouterr().err
+    assert f"status {status}" in error and len(error) < 700 and error.replace("\n", "").isprintable()
+
+
 def test_names_that_cannot_be_shown_are_left_out(hub, tmp_path, capsys):
     hub.more_entries.append({"type": "file", "path": "evil\x1b[31m.json", "oid": BLOB, "size": 1})
     assert main(["pull", "r2v:Q8_0", "--dry-run"]) == 0

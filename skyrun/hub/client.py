@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -100,12 +100,19 @@ def _reply(address: str) -> tuple[bytes, str | None]:
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     data = b""
     with get_session().stream("GET", address, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT) as response:
-        hf_raise_for_status(response)
+        _check_status(response)
         for chunk in response.iter_bytes(_CHUNK):
             data += chunk
             if len(data) > MAX_REPLY:
                 raise BadReply(f"more than {MAX_REPLY >> 20} MiB where a list is expected")
         return data, response.links.get("next", {}).get("url")
+
+
+def _check_status(response: Any) -> None:
+    """Raise what the status means. The body of an error is never read: it may be anything, of any length."""
+    if response.is_error:
+        response.close()
+    hf_raise_for_status(response)
 
 
 def _retried(ask: Callable[[], T]) -> T:
@@ -291,7 +298,7 @@ def _stream(file: RemoteFile, start: int, stop: int) -> Iterator[tuple[int, Iter
     url = hf_hub_url(file.repo, file.path, revision=file.commit)
     session = get_session()
     with session.stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-        hf_raise_for_status(response)
+        _check_status(response)
         yield (start if response.status_code == 206 else 0), response.iter_bytes(_CHUNK)
 
 

@@ -51,9 +51,12 @@ class RemoteModel:
 def look(repository: Repository) -> list[RemoteModel]:
     """The files of a repository that need no conversion. Reads the beginning of each."""
     files = [file for file in repository.files if _may_be_used(file)]
-    with ThreadPoolExecutor(_READERS) as readers:
+    readers = ThreadPoolExecutor(_READERS)
+    try:
         heads = readers.map(lambda file: read_start(file, HEAD_BYTES), files)
         models = [_described(file, data) for file, data in zip(files, heads, strict=True)]
+    finally:  # interrupted, nothing more is begun
+        readers.shutdown(wait=False, cancel_futures=True)
     return [model for model in models if model.role]
 
 

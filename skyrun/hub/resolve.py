@@ -96,7 +96,8 @@ class Chooser:
                 return model
         for model in () if self.name.quant else nearest_better(usable, wanted, _MOST):
             if _planned(self.name.task, model.base)[1]:
-                self.notes.append(f"a plan takes {wanted}: of {repository.name} the nearest better, {model.quant}")
+                better = f"its nearest better type is {model.quant}"
+                self.notes.append(f"a plan takes {wanted}, which {repository.name} does not have: {better}")
                 return model
         there = ", ".join(sorted({model.quant for model in usable})) or "none that can be used"
         self.notes.append(f"{repository.name} has no {wanted} transformer for {self.name.task}, it has {there}")
