@@ -26,7 +26,8 @@ class Hub:
     files come from another host, as large ones do from a CDN. stall: {path: bytes} sends no more of it after so many.
     more_entries: of every listing. replies: {"model" or "tree": body, (body, headers), or what makes one of
     the query} instead of what is right.
-    refused: {repository: status}, with error_body. requests: method, path and range of each. tokens: sent along, by host and path.
+    refused: {repository: status}, with error_body. requests: method, path and range of each. tokens: sent along, by
+    host and path.
     """
 
     repos: dict = field(default_factory=dict)

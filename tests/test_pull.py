@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Progress, StageStarted, drain
 from skyrun.hub import client as hub_module
 from skyrun.hub.client import fetch, list_repository, partial_of, read_start
+from skyrun.hub.gguf_repo import roles_in
 from skyrun.hub.manifest import Manifest
 from skyrun.tasks import sources
 from skyrun.tasks.sources import SOURCES, Source
@@ -164,6 +166,18 @@ def test_other_tasks(hub, tmp_path, task):
     whole, there = digests(tmp_path / "whole"), digests(tmp_path / "model")
     other = {"v2v": "SHOT", "shot": "V2V"}.get(task, "none")
     assert there == {name: digest for name, digest in whole.items() if other not in name}
+
+
+def test_what_a_pth_file_is_its_beginning_tells(hub, tmp_path):
+    """Names that say nothing, or something else."""
+    shutil.copytree(hub.repos[SOURCES["v2v"].checkpoint], tmp_path / "renamed")
+    (tmp_path / "renamed" / "Wan2.1_VAE.pth").rename(tmp_path / "renamed" / "decoder.pth")
+    (tmp_path / "renamed" / "models_t5_umt5-xxl-enc-bf16.pth").rename(tmp_path / "renamed" / "words.pth")
+    hub.repos["owner/renamed"] = tmp_path / "renamed"
+    assert main(["pull", "owner/renamed", "--json"]) == 0
+    folder = tmp_path / "models" / "owner--renamed-Q8_0"
+    assert roles_in(folder) == {"transformer", "text_encoder", "vae"}
+    assert set(Manifest.read(folder).commits) == {"owner/renamed"}
 
 
 def test_interrupted_again_and_again_it_goes_on(hub, tmp_path, monkeypatch, converted, capsys):

@@ -28,16 +28,19 @@ _LARGEST_HEAD = 100 << 20  # the limit of the format
 _SMALL = 1 << 30  # a .pth file below this size is one that is not quantized
 _SOURCE_BITS = 16.0
 
-# What stands in the header of a safetensors file, by the part that it belongs to.
+# What stands at the beginning of a file of weights, by the part that it belongs to.
 _MARKS = {
+    b"visual.cls_embedding": "image_encoder",
     b"decoder.conv_in.weight": "vae",
     b"decoder.conv1.weight": "vae",
     b".SelfAttention.": "text_encoder",
+    b"pos_embedding.embedding.weight": "text_encoder",
     b"attn1.to_q.weight": "transformer",
     b"cross_attn.q.weight": "transformer",
     b"feature_extractor.conv_layers": "audio_encoder",
 }
-ROLES = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}  # of .pth files, by a word of their names
+# Words in the names of the published .pth files, which need not be looked into.
+_WORDS = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,7 @@ def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
     own: set[str] = set()
     for file in files:
         if file.name.endswith(".safetensors"):
-            head = read_start(file, _HEAD)
-            role = next((role for mark, role in _MARKS.items() if mark in head), "")
+            role = _role_of(file)
             (own if not role or role in roles else others).add(_group(file))
     tokenizers = "text_encoder" in roles
     return [
@@ -163,7 +165,7 @@ def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
         for file in files
         if (_group(file) not in others or _group(file) in own)
         and (tokenizers or not file.name.endswith(_TEXTS) or file.nbytes <= _SMALL_TEXT)
-        and not (file.name.endswith(_WHOLE) and (role := _role_of(file.name)) and role not in roles)
+        and not (file.name.endswith(_WHOLE) and (role := _role_of(file)) and role not in roles)
     ]
 
 
@@ -172,9 +174,14 @@ def _group(file: RemoteFile) -> str:
     return file.folder or file.path
 
 
-def _role_of(name: str) -> str:
-    """Of a .pth file, by a word of its name."""
-    return next((role for word, role in ROLES.items() if word in name.lower()), "")
+def _role_of(file: RemoteFile) -> str:
+    """The part that a file of weights belongs to, "" if nothing tells."""
+    if file.name.endswith(_WHOLE):
+        for word, role in _WORDS.items():
+            if word in file.name.lower():
+                return role
+    head = read_start(file, _HEAD)
+    return next((role for mark, role in _MARKS.items() if mark in head), "")
 
 
 def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterator[Step]:
@@ -238,7 +245,7 @@ def _whole_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Itera
     for place, file in places.items():
         if place.suffix not in _WHOLE or (place.suffix == ".bin" and place.parent in better):
             continue
-        role = _role_of(place.name)
+        role = _role_of(file)
         share = 1.0 if file.nbytes < _SMALL else _bits(default_encoder_quant(quant)) / _SOURCE_BITS
         yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, {place: file}, out, quant)
 
