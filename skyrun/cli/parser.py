@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     _add_resume(commands)
     _add_demo(commands)
     _add_pull(commands)
+    _add(commands, "list", "list the models that were fetched").set_defaults(command="list_models")
+    _add(commands, "remove", "delete a model that was fetched").add_argument("name", metavar="NAME", help="as in list")
     _add_convert(commands)
     _add_calibrate(commands)
     _add_info(commands)
@@ -128,7 +130,7 @@ def _add_plan(commands: Commands) -> None:
     machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
     parser.add_argument("--resolution", default="480P", help="480P, 540P or 720P (480P)")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="N", help="length of the clip (5)")
-    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="(as run takes it; else as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
     parser.add_argument("--prefer", choices=PREFERENCES, default="quality", help="(quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
@@ -154,7 +156,8 @@ def _add_demo(commands: Commands) -> None:
 def _add_pull(commands: Commands) -> None:
     parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
     parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
-    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (Q8_0)")
+    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (default: by plan)")
+    parser.add_argument("--task", choices=list(TASKS), help="of a repository that has transformers of several tasks")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
 

@@ -46,8 +46,8 @@ def block_bytes(task: str, type: str) -> int:
 def published_workload(task: str, type: str | None = None) -> Workload:
     """A task's published model, no clip yet. type: of its weights, None: whichever of those on offer is best."""
     spec = TASKS[task]
-    avatar = _table(spec) is WAN_AUDIO_TRANSFORMER
-    outer = _table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
+    avatar = transformer_table(spec) is WAN_AUDIO_TRANSFORMER
+    outer = transformer_table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     return Workload(
         task=task,
@@ -76,12 +76,13 @@ def published_workload(task: str, type: str | None = None) -> Workload:
     )
 
 
-def _table(spec: TaskSpec) -> Table:
+def transformer_table(spec: TaskSpec) -> Table:
+    """The names of the tensors of a task's transformer."""
     return WAN_AUDIO_TRANSFORMER if "audio_dim" in spec.dims else WAN_TRANSFORMER
 
 
 def _block(spec: TaskSpec) -> list[tuple[str, tuple[int, ...]]]:
-    return _in_blocks(_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
+    return _in_blocks(transformer_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
 
 
 def _in_blocks(table: Table, naming: str, dims: Mapping[str, int], prefix: str) -> list[tuple[str, tuple[int, ...]]]:

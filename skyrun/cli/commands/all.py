@@ -1,6 +1,5 @@
 """What each command does: call one function, show what it says."""
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ def plan(arguments: Namespace) -> int:
     from skyrun.planning.request import Request
     from skyrun.planning.what_if import plan_request, stated_hardware
 
+    _use_pulled_model(arguments)
     request = Request(
         arguments.task,
         "",
@@ -42,6 +42,21 @@ def plan(arguments: Namespace) -> int:
     else:
         print(planned_text(planned))
     return WILL_NOT_FIT if planned.plan.problem else 0
+
+
+def _use_pulled_model(arguments: Namespace) -> None:
+    """On this machine, plan with the model that a run would take; say so if it is not there."""
+    from skyrun.hub.store import sources_text, wanted_name, whole_folder
+
+    elsewhere = (arguments.gpu, arguments.preset, arguments.vram, arguments.ram, arguments.disk)
+    name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
+    if name is None or any(value is not None for value in elsewhere):
+        return
+    if folder := whole_folder(name):
+        arguments.model, arguments.quant = folder, None
+    else:
+        say(sources_text(name))
+        arguments.model, arguments.quant = None, name.quant or None
 
 
 def tune(arguments: Namespace) -> int:
@@ -71,15 +86,23 @@ def demo(arguments: Namespace) -> int:
 
 def pull(arguments: Namespace) -> int:
     """Fetch a model, or say what would be fetched."""
-    from skyrun.hub.pull import obtain
-    from skyrun.hub.store import parse_name
+    from skyrun.cli.commands.pull import pull
 
-    pull = obtain(parse_name(arguments.model, arguments.quant), say, arguments.output, arguments.dry_run)
-    if not arguments.dry_run:
-        say(f"{pull.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or pull.name))}")
-    if arguments.json:
-        emit({"event": "plan" if arguments.dry_run else "result"} | pull.as_json())
-    return 0
+    return pull(arguments)
+
+
+def list_models(arguments: Namespace) -> int:
+    """Say which models were fetched."""
+    from skyrun.cli.commands.pull import list_models
+
+    return list_models(arguments)
+
+
+def remove(arguments: Namespace) -> int:
+    """Delete a model that was fetched."""
+    from skyrun.cli.commands.pull import remove
+
+    return remove(arguments)
 
 
 def convert(arguments: Namespace) -> int:

@@ -7,10 +7,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
 from skyrun.cli.batch import free_name, is_made, requests_of
+from skyrun.cli.commands.pull import shown
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import progress
 from skyrun.cli.report import plan_text, result_text, state_text
@@ -22,7 +24,8 @@ from skyrun.engine.run import Result, run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Preview
 from skyrun.events import as_json as event_json
-from skyrun.hub.pull import located
+from skyrun.hub.manifest import note_use
+from skyrun.hub.store import wanted_name, whole_folder
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import suffix_problems, write_image
 from skyrun.media.video_reader import frames_at
@@ -31,6 +34,9 @@ from skyrun.planning.job import Job
 from skyrun.planning.problems import place_problems
 from skyrun.planning.request import Request
 from skyrun.presets.named import preset_limits
+
+if TYPE_CHECKING:
+    from skyrun.hub.pull import Pull
 
 
 def run_clips(arguments: Namespace) -> int:
@@ -44,7 +50,7 @@ def run_clips(arguments: Namespace) -> int:
                 say("it is there already")
                 continue
         model = arguments.model or (str(request.model) if request.model else None)
-        request, missing = located(request, model, say, arguments.dry_run)
+        request, missing = _located(request, model, arguments.dry_run)
         if missing is not None:
             say("without --dry-run this is fetched first, then the clip is made")
             if arguments.json:
@@ -52,6 +58,23 @@ def run_clips(arguments: Namespace) -> int:
             return 0
         _run_clip(request, arguments)
     return 0
+
+
+def _located(request: Request, model: str | None, dry_run: bool) -> tuple[Request, "Pull | None"]:
+    """The request with the place of its model: a path, or a name, by default that of the task.
+
+    A model that is not there is fetched; of a dry run the second value is then what would be.
+    """
+    name = wanted_name(model, request.task, request.quant)
+    if name is None:
+        return replace(request, model=Path(model or "")), None
+    if (folder := whole_folder(name)) is not None:
+        note_use(folder)
+        return replace(request, model=folder, quant=None), None
+    from skyrun.hub.pull import pull_for
+
+    pull = shown(pull_for(request, name, named=model is not None, dry_run=dry_run))
+    return replace(request, model=pull.folder, quant=None), pull if dry_run else None
 
 
 def _run_clip(request: Request, arguments: Namespace) -> None:
