@@ -13,8 +13,8 @@ from skyrun.hub.repository import RemoteFile, Repository
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
 from skyrun.kernels.names import Match, recognise
+from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.published import transformer_table
-from skyrun.quant.recipes import RECIPES
 from skyrun.tasks import TASKS, tasks_in
 
 _ROLES = {"wan": "transformer", "t5encoder": "text_encoder", "t5": "text_encoder", "clip": "image_encoder"}
@@ -133,7 +133,7 @@ def _quant(head: Head, name: str) -> str:
         return stated
     main = head.main_type
     number = head.values.get("general.file_type")
-    by_number = next((quant for quant, recipe in RECIPES.items() if int(recipe.file_type) == number), "")
+    by_number = next((quant for quant, recipe in RECIPES.items() if recipe.file_type == number), "")
     for quant in (_type_in(name), by_number):
         if quant and (not main or _base(quant) == main):
             return quant

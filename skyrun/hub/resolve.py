@@ -14,10 +14,11 @@ from skyrun.hub.part import Part, Ready, Shared
 from skyrun.hub.repository import Repository
 from skyrun.hub.store import Name, manifests, models_folder
 from skyrun.kernels.disk import existing_folder
+from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.quant.recipes import RECIPES, default_encoder_quant, find_recipe
+from skyrun.quant.recipes import default_encoder_quant
 from skyrun.tasks import TASKS
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
 
