@@ -1,6 +1,7 @@
-"""A first run on an empty cache, interrupted while it fetches and repeated: python benchmarks/first_run.py
+"""A first run from an empty home, interrupted while it fetches and repeated: python benchmarks/first_run.py
 
-The hub is the one of the tests, on this machine; the model is the tiny reference checkpoint under the published name.
+The hub is the one of the tests, on this machine. It has the tiny reference checkpoint under the published name, and its
+conversion to Q8_0 under the names of the community's repositories.
 """
 
 import os
@@ -14,30 +15,44 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub_server import serving  # noqa: E402
+from hub_server import Hub, serving  # noqa: E402
 
+from skyrun.quant import convert  # noqa: E402
 from skyrun.tasks.sources import SOURCES  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
-SECOND = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+TRANSFORMER = "r2v/SkyReels-v3-r2v-Q8_0.gguf"
 COMMAND = "skyrun run r2v -p 'A woman walking by the sea.' --image her.png --size 64x96 --frames 9 --seed 1 -o clip.mp4"
 
 
 def run(folder: Path, hub_url: str) -> subprocess.Popen[str]:
-    """The command, with everything that is fetched and kept inside the folder."""
-    places = {"SKYRUN_MODELS": "models", "HF_HOME": "hub", "SKYRUN_CACHE": "cache"}
-    environment = {**os.environ, "HF_ENDPOINT": hub_url, **{name: str(folder / at) for name, at in places.items()}}
+    """The command on an account that has nothing: its home is the folder, and no variable names another place."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("SKYRUN", "XDG", "HF_"))}
+    environment = {**others, "HF_ENDPOINT": hub_url, "HOME": str(folder)}
     command = f"exec {sys.executable} -m {COMMAND}"
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, shell=True, cwd=folder, env=environment, text=True, **output)
+
+
+def fill(hub: Hub, folder: Path) -> None:
+    """Give the hub its repositories."""
+    source = SOURCES["r2v"]
+    checkpoint = DATA / "checkpoints" / "r2v-tiny"
+    convert(checkpoint, folder / "converted")
+    (folder / "skyreels" / "r2v").mkdir(parents=True)
+    (folder / "umt5").mkdir()
+    for file, place in (("SkyReels*", f"skyreels/{TRANSFORMER}"), ("umt5*", "umt5/umt5-xxl-encoder-Q8_0.gguf")):
+        next((folder / "converted").glob(file)).rename(folder / place)
+    hub.repos[source.checkpoint] = checkpoint
+    hub.repos[source.gguf[0]], hub.repos[source.text_encoder[0]] = folder / "skyreels", folder / "umt5"
 
 
 def main() -> None:
     with serving() as hub, tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         shutil.copy(DATA / "goldens" / "e2e" / "r2v_1img" / "ref0.png", folder / "her.png")
-        hub.repos[SOURCES["r2v"].checkpoint] = DATA / "checkpoints" / "r2v-tiny"
-        hub.stall[SECOND] = 1_500_000  # bytes, and then nothing
+        fill(hub, folder / "hub")
+        hub.stall[TRANSFORMER] = 1_500_000  # bytes, and then nothing
         print(f"$ {COMMAND}")
         process = run(folder, hub.url)
         hub.stalled.wait(120)

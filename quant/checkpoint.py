@@ -155,7 +155,7 @@ def _check_whole(group: _Group) -> None:
         names = [f"{numbered[1]}-{n + 1:05}-of-{numbered[3]}{numbered[4]}" for n in range(int(numbered[3]))]
         missing = [f"{group.files[0].parent / name} is missing" for name in names if name not in there]
     if missing:
-        raise SkyrunError.listing(title, brief(missing, "are missing"), "download them too")
+        raise SkyrunError.listing(title, brief(missing, "are missing"), "download them again")
 
 
 def _part(group: _Group, source: Path, coming: Mapping[Path, int]) -> Part:

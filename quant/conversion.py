@@ -3,8 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ from skyrun.quant.planner import plan_conversion
 from skyrun.quant.source import SourceTensor, Stamp, stamp
 from skyrun.quant.target_size import parse_size
 from skyrun.quant.worker import Workers, pieces
-
-# Makes a file of the source be there while it is entered.
-Supply = Callable[[Path], AbstractContextManager[None]]
 
 
 def check_space(conversion: Conversion) -> None:
@@ -46,27 +42,23 @@ def check_space(conversion: Conversion) -> None:
 
 
 def write_file(
-    file: PlannedFile, device: str = "cpu", workers: int | None = None, supply: Supply | None = None
+    file: PlannedFile, device: str = "cpu", workers: int | None = None, source: Path | None = None
 ) -> Iterator[int]:
     """Write a planned file beside its place and rename it when it is whole. Yields bytes as they are finished.
 
     workers: processes that encode; by default as many as pay. What an interrupted conversion finished is not done
-    again; it is the first that is yielded. supply: entered for one file of the source after another; the file has to
-    be there only in between, and what was read from it is on the disk when it is left.
+    again; it is the first that is yielded. source: the only file of the source that has to be there; what others give
+    is left for further calls, the last of which renames the file.
     """
     try:
         with resumable(file, device) as partial:
             yield sum(tensor.nbytes for tensor in file.tensors if tensor.name in partial.done)
             todo = [tensor for tensor in file.tensors if tensor.name not in partial.done]
-            if supply is None:
+            if source is None:
                 yield from _encode(todo, file.sources, partial, device, workers)
                 return
-            for source in file.sources:
-                here = [tensor for tensor in todo if tensor.source.file == source]
-                if here:
-                    with supply(source):
-                        yield from _encode(here, {source: stamp(source)}, partial, device, workers)
-                        partial.sync()
+            here = [tensor for tensor in todo if tensor.source.file == source]
+            yield from _encode(here, {source: stamp(source)}, partial, device, workers)
     except OSError as error:
         kept = partial_path(file.path).exists()
         hint = "check free space and permissions, then run the same command again"

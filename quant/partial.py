@@ -64,7 +64,7 @@ class PartialFile:
 
 @contextmanager
 def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
-    """A partial file that gets its name when the body ends.
+    """A partial file that gets its name when the body ends and every tensor is in it.
 
     It is kept if the body is interrupted or the disk fails, but not if the source is bad or if nothing was finished.
     SkyrunError if another conversion is writing it.
@@ -77,7 +77,9 @@ def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
             partial.done = _prepare(file, device, journal)
             yield partial
             partial.sync()
-            os.replace(path, file.path)
+            keep = len(partial.done) < len(file.tensors)
+            if not keep:
+                os.replace(path, file.path)
         except BaseException as error:
             bad_source = isinstance(error, SkyrunError) and error.code != FAILED
             keep = bool(partial.done) and not bad_source

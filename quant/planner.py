@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
 from skyrun.quant.families import NOTHING_COMING, Family, ModelTensor, find_families
 from skyrun.quant.importance import Importance, read_importance
@@ -22,12 +23,10 @@ from skyrun.quant.partial import partial_path
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
 from skyrun.quant.recipes import (
     KEPT,
-    RECIPES,
     Choice,
     TypeRule,
     choose_types,
     default_encoder_quant,
-    find_recipe,
     is_quantizable,
     keep_type,
     label_of,
@@ -243,7 +242,7 @@ class _Planner:
             "general.name": f"{family.basename} {size}",
             "general.basename": family.basename,
             "general.size_label": size,
-            "general.file_type": int(RECIPES[main].file_type),
+            "general.file_type": RECIPES[main].file_type,
             "general.quantization_version": 2,
             "general.quantized_by": "skyrun",
             "skyrun.quant": label,

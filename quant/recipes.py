@@ -5,69 +5,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gguf.constants import LlamaFileType
-
 from skyrun.kernels import FORMATS, block_format
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.recipes import Recipe, find_recipe, recipe_types
 from skyrun.quant.families import ModelTensor
 
 KEPT = ("F32", "F16", "BF16")  # types of GGUF that a source may have
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A file's type: the type of most matrices of its blocks, and of those that lose most when they have few bits.
-
-    value: attention's value projections, but `early_value` for the first `early` of a file. down: the second matrix
-    of a feed-forward. The mixes are those with which the community quantizes Wan, so sizes compare.
-    """
-
-    file_type: LlamaFileType
-    base: str
-    value: str
-    down: str
-    early: int = 0
-    early_value: str = ""
-
-
-def _pure(type: str, file_type: LlamaFileType) -> Recipe:
-    return Recipe(file_type, type, type, type)
-
-
-_F = LlamaFileType
-# What `--quant` accepts, best first. A bare Q3_K, Q4_K or Q5_K has no mix.
-RECIPES = {
-    "F32": _pure("F32", _F.ALL_F32),
-    "F16": _pure("F16", _F.MOSTLY_F16),
-    "BF16": _pure("BF16", _F.MOSTLY_BF16),
-    "Q8_0": _pure("Q8_0", _F.MOSTLY_Q8_0),
-    "Q6_K": _pure("Q6_K", _F.MOSTLY_Q6_K),
-    "Q5_K_M": Recipe(_F.MOSTLY_Q5_K_M, "Q5_K", "Q6_K", "Q6_K"),
-    "Q5_K_S": _pure("Q5_K", _F.MOSTLY_Q5_K_S),
-    "Q5_K": _pure("Q5_K", _F.MOSTLY_Q5_K_S),
-    "Q5_1": _pure("Q5_1", _F.MOSTLY_Q5_1),
-    "Q5_0": Recipe(_F.MOSTLY_Q5_0, "Q5_0", "Q5_0", "Q5_1"),
-    "Q4_K_M": Recipe(_F.MOSTLY_Q4_K_M, "Q4_K", "Q6_K", "Q6_K"),
-    "Q4_K_S": Recipe(_F.MOSTLY_Q4_K_S, "Q4_K", "Q4_K", "Q5_K", early=4, early_value="Q5_K"),
-    "Q4_K": _pure("Q4_K", _F.MOSTLY_Q4_K_S),
-    "Q4_1": _pure("Q4_1", _F.MOSTLY_Q4_1),
-    "Q4_0": Recipe(_F.MOSTLY_Q4_0, "Q4_0", "Q4_0", "Q4_1"),
-    "IQ4_NL": _pure("IQ4_NL", _F.MOSTLY_IQ4_NL),
-    "IQ4_XS": _pure("IQ4_XS", _F.MOSTLY_IQ4_XS),
-    "Q3_K_L": Recipe(_F.MOSTLY_Q3_K_L, "Q3_K", "Q5_K", "Q5_K"),
-    "Q3_K_M": Recipe(_F.MOSTLY_Q3_K_M, "Q3_K", "Q4_K", "Q4_K", early=2, early_value="Q5_K"),
-    "Q3_K_S": _pure("Q3_K", _F.MOSTLY_Q3_K_S),
-    "Q3_K": _pure("Q3_K", _F.MOSTLY_Q3_K_S),
-    "Q2_K": Recipe(_F.MOSTLY_Q2_K, "Q2_K", "Q3_K", "Q2_K"),
-}
-
 # What llama.cpp takes for rows that are not whole blocks of 256: a type with blocks of 32 that loses no more.
 _FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "IQ4_XS": "IQ4_NL", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL"}
 
 _BLOCK = re.compile(r"(blocks|enc\.blk|v\.blk)\.\d+\.")
-_VALUE = re.compile(r"\.v\.weight$|\.attn_v\.weight$")
-_EXTRA_VALUE = re.compile(r"\.v_img\.weight$|\.kv_linear\.weight$")  # of a talking avatar: pictures, speech
-_DOWN = re.compile(r"\.ffn\.2\.weight$|\.ffn_down\.weight$")
 
 
 @dataclass(frozen=True)
@@ -87,13 +36,6 @@ class Choice:
 
     type: str
     fallback: str = ""
-
-
-def find_recipe(quant: str) -> Recipe:
-    """The recipe called `quant`; SkyrunError lists the known ones."""
-    if quant.upper() not in RECIPES:
-        raise SkyrunError(f"cannot write a file of type {quant!r}", f"types: {', '.join(RECIPES)}")
-    return RECIPES[quant.upper()]
 
 
 def parse_rule(text: str) -> TypeRule:
@@ -128,22 +70,6 @@ def is_quantizable(tensor: ModelTensor, role: str) -> bool:
     if role == "text_encoder":
         return not tensor.name.endswith("attn_rel_b.weight")
     return tensor.name.endswith(".weight") and bool(_BLOCK.match(tensor.name))
-
-
-def _wanted(tensors: list[ModelTensor], recipe: Recipe) -> dict[str, str]:
-    """The recipe's type for each matrix, in file order: the first values count."""
-    wanted, values = {}, 0
-    for tensor in tensors:
-        type = recipe.base
-        if _VALUE.search(tensor.name):
-            type = recipe.early_value if values < recipe.early else recipe.value
-            values += 1
-        elif _EXTRA_VALUE.search(tensor.name):
-            type = recipe.value
-        elif _DOWN.search(tensor.name):
-            type = recipe.down
-        wanted[tensor.name] = type
-    return wanted
 
 
 def keep_type(tensor: ModelTensor) -> str:
@@ -187,7 +113,7 @@ def choose_types(
     """
     recipe = find_recipe(quant) if quant else None
     matrices = [tensor for tensor in tensors if is_quantizable(tensor, role)]
-    wanted = _wanted(matrices, recipe) if recipe else {}
+    wanted = recipe_types((tensor.name for tensor in matrices), recipe) if recipe else {}
     choices, problems = {}, []
     for tensor in tensors:
         rule = next((rule for rule in rules if rule.matches(tensor)), None)

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import torch
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LFS_BYTES = 10_000  # files from this size on are in LFS
 
@@ -22,7 +24,10 @@ class Hub:
     {file name: status}. damaged: paths whose content is wrong; short: those of which only the first half is sent.
     ranges: whether they are served. token: that is asked for. gated: repositories with conditions. redirect: whether
     files come from another host, as large ones do from a CDN. stall: {path: bytes} sends no more of it after so many.
-    more_entries: of every listing. requests: method, path and range of each. tokens: sent along, by host and path.
+    more_entries: of every listing. replies: {"model" or "tree": body, (body, headers), or what makes one of
+    the query} instead of what is right.
+    refused: {repository: status}, with error_body. requests: method, path and range of each. tokens: sent along, by
+    host and path.
     """
 
     repos: dict = field(default_factory=dict)
@@ -40,6 +45,9 @@ class Hub:
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     more_entries: list = field(default_factory=list)
+    replies: dict = field(default_factory=dict)
+    refused: dict = field(default_factory=dict)
+    error_body: bytes = b"{}"
     commit: str = COMMIT
     url: str = ""
 
@@ -81,14 +89,22 @@ class _Handler(BaseHTTPRequestHandler):
             return 401, {"X-Error-Code": "RepoNotFound"}
         if repo not in self.hub.repos:
             return 404, {"X-Error-Code": "RepoNotFound"}
+        if repo in self.hub.refused:
+            return self.hub.refused[repo], {}
         if repo in self.hub.gated:
             return 403, {"X-Error-Code": "GatedRepo"}
         return None
 
     def _api(self, repo, what):
         if refused := self._refused(repo):
-            return self._answer(refused[0], b"{}", refused[1])
+            return self._answer(refused[0], self.hub.error_body, refused[1])
         folder = self.hub.repos[repo]
+        instead = self.hub.replies.get("tree" if what.startswith("/tree/") else "model")
+        if callable(instead):
+            instead = instead(urlsplit(self.path).query)
+        if instead is not None:
+            body, headers = instead if isinstance(instead, tuple) else (instead, {})
+            return self._answer(200, body, headers)
         if what.startswith("/tree/"):
             if what.removeprefix("/tree/") != self.hub.commit:
                 return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -98,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo, path, body):
         if refused := self._refused(repo):
-            return self._answer(refused[0], b"{}", refused[1])
+            return self._answer(refused[0], self.hub.error_body, refused[1])
         if not (self.hub.repos[repo] / path).is_file():
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         if self.hub.redirect and body:
@@ -176,6 +192,7 @@ def serving():
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # of a client that has heard enough
         hub.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -192,3 +209,18 @@ def gguf_repository(hub, folder, *models, parts="*"):
             if path.is_file() and not (folder / path.name).exists():
                 (folder / path.name).symlink_to(path)
     hub.repos["owner/gguf"] = folder
+
+
+def community_file(source, place, write_gguf, **metadata):
+    """A converted file as others publish it: only the metadata that is given, modulation with two axes."""
+    from skyrun.kernels.gguf_file import open_gguf
+
+    file = open_gguf(source)
+    tensors = {}
+    for name, info in file.tensors.items():
+        shape = info.shape[1:] if name.endswith("modulation") else info.shape
+        tensors[name] = torch.frombuffer(file.read(info), dtype=torch.uint8).view(*shape[:-1], -1)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    said = {key.replace("__", "."): value for key, value in metadata.items()}
+    types = {name: info.format.name for name, info in file.tensors.items()}
+    write_gguf(place, tensors, {"general.architecture": file.architecture} | said, types)

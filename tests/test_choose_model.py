@@ -8,8 +8,8 @@ import pytest
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.models.folder import open_folder
-from skyrun.planning.model import choose_model, task_in_words
-from skyrun.tasks import TASKS
+from skyrun.planning.model import choose_model
+from skyrun.tasks import TASKS, tasks_in
 
 
 def rewritten(source, target, architecture=None, drop=(), **keys):
@@ -150,14 +150,14 @@ def test_text_encoders(place, drop, alone):
 
 
 @pytest.mark.parametrize(
-    ("text", "task"),
+    ("text", "tasks"),
     [
-        ("SkyReels-V3-R2V-14B-Q8_0.gguf", "r2v"),
-        ("V2V/skyreels_v3_v2v_shot-Q4_K.gguf", "shot"),
-        ("talking_a2v.gguf", "a2v"),
-        ("gunshot.gguf", ""),
-        ("model.gguf", ""),
+        ("SkyReels-V3-R2V-14B-Q8_0.gguf", ["r2v"]),
+        ("V2V/skyreels_v3_v2v_shot-Q4_K.gguf", ["v2v", "shot"]),
+        ("talking_a2v.gguf", ["a2v"]),
+        ("gunshot.gguf", []),
+        ("model.gguf", []),
     ],
 )
-def test_tasks_in_words(text, task):
-    assert task_in_words(text) == task
+def test_tasks_in_words(text, tasks):
+    assert tasks_in(text) == tasks

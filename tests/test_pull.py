@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from huggingface_hub import constants
 from skyrun.cli import main
 from skyrun.cli.progress import Display
 from skyrun.errors import SkyrunError
+from skyrun.events import Progress, StageStarted, drain
 from skyrun.hub import client as hub_module
 from skyrun.hub.client import fetch, list_repository, partial_of, read_start
-from skyrun.hub.store import Manifest
+from skyrun.hub.gguf_repo import roles_in
+from skyrun.hub.manifest import Manifest
 from skyrun.tasks import sources
 from skyrun.tasks.sources import SOURCES, Source
 
@@ -37,16 +40,22 @@ def names_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.name not in (".lock", "skyrun-model.json"))
 
 
+def progress_of(events):
+    """Bytes that were there before and then, one after the other."""
+    return [
+        e.before if isinstance(e, StageStarted) else e.done for e in events if isinstance(e, StageStarted | Progress)
+    ]
+
+
 # one file
 
 
 def test_a_cut_connection_is_taken_up_where_it_was_cut(hub, tmp_path):
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
     hub.cut[SHARD] = [600_000, 100, 900_000]
-    seen = []
-    fetch(file, tmp_path / "x", seen.append)
+    seen = progress_of(fetch(file, tmp_path / "x"))
     assert (tmp_path / "x").read_bytes() == (hub.repos[R2V] / SHARD).read_bytes()
-    assert sum(seen) == file.nbytes
+    assert seen[0] == 0 and seen[-1] == file.nbytes
     first, *others = hub.asked(SHARD)
     assert first == "" and len(others) == 3 and all(bounds.startswith("bytes=") for bounds in others)
     assert not partial_of(tmp_path / "x").exists()
@@ -56,14 +65,14 @@ def test_what_has_arrived_survives_the_process_and_is_checked(hub, tmp_path):
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
     content = (hub.repos[R2V] / SHARD).read_bytes()
     partial_of(tmp_path / "x").write_bytes(content[:1000])
-    fetch(file, tmp_path / "x")
+    drain(fetch(file, tmp_path / "x"))
     assert hub.asked(SHARD) == [f"bytes=1000-{len(content) - 1}"]
     partial_of(tmp_path / "y").write_bytes(b"?" + content[1:1000])
     with pytest.raises(SkyrunError, match="arrived damaged: its sha256 is"):
-        fetch(file, tmp_path / "y")
+        drain(fetch(file, tmp_path / "y"))
     assert not (tmp_path / "y").exists() and not partial_of(tmp_path / "y").exists()
     partial_of(tmp_path / "y").write_bytes(content + b"more")
-    fetch(file, tmp_path / "y")
+    drain(fetch(file, tmp_path / "y"))
     assert (tmp_path / "y").read_bytes() == content
 
 
@@ -71,18 +80,17 @@ def test_a_server_without_ranges(hub, tmp_path):
     hub.ranges = False
     hub.cut[SHARD] = [100, 600_000, 500_000]  # the first of them while its beginning is read
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
-    seen = []
     assert len(read_start(file, 100)) == 100
-    fetch(file, tmp_path / "x", seen.append)
+    seen = progress_of(fetch(file, tmp_path / "x"))
     assert (tmp_path / "x").read_bytes() == (hub.repos[R2V] / SHARD).read_bytes()
-    assert sum(seen) == file.nbytes
+    assert seen[0] == 0 and seen[-1] == file.nbytes
 
 
 def test_a_server_that_sends_too_little_is_given_up(hub, tmp_path):
     hub.short.add(SHARD)
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
     with pytest.raises(SkyrunError, match="arrived damaged"):
-        fetch(file, tmp_path / "x")
+        drain(fetch(file, tmp_path / "x"))
     assert len(hub.asked(SHARD)) < 10
 
 
@@ -91,14 +99,14 @@ def test_small_files_are_checked_too(hub, tmp_path):
     assert not file.sha256
     hub.damaged.add(file.path)
     with pytest.raises(SkyrunError, match="its sha1 is"):
-        fetch(file, tmp_path / "x")
+        drain(fetch(file, tmp_path / "x"))
 
 
 def test_a_token_stays_with_the_hub(hub, tmp_path, monkeypatch):
     hub.token, hub.redirect, hub.cut[SHARD] = "hf_secret", True, [600_000]
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
-    fetch(file, tmp_path / "x")
+    drain(fetch(file, tmp_path / "x"))
     assert any(bounds.startswith("bytes=") for bounds in hub.asked(f"cdn/{R2V}/{SHARD}"))
     sent = {(host, path.partition("/")[0] == "cdn"): token for (host, path), token in hub.tokens.items()}
     assert sent == {("127.0.0.1", False): "Bearer hf_secret", ("localhost", True): None}
@@ -108,7 +116,7 @@ def test_what_is_in_the_cache_of_huggingface_is_not_fetched(hub, tmp_path):
     huggingface_hub.hf_hub_download(R2V, SHARD, revision=COMMIT, endpoint=hub.url)
     before = len(hub.asked(SHARD))
     file = next(file for file in list_repository(R2V).files if file.path == SHARD)
-    fetch(file, tmp_path / "x")
+    drain(fetch(file, tmp_path / "x"))
     assert (tmp_path / "x").read_bytes() == (hub.repos[R2V] / SHARD).read_bytes()
     assert len(hub.asked(SHARD)) == before
     (tmp_path / "x").unlink()
@@ -120,21 +128,21 @@ def test_what_is_in_the_cache_of_huggingface_is_not_fetched(hub, tmp_path):
 
 def test_a_checkpoint_becomes_what_convert_makes_of_it(hub, tmp_path, converted, capsys):
     most, total = [0], [0]
-    measure = Display.advance
+    measure = Display.show
 
-    def advance(self, units):
+    def show(self, event):
         work = tmp_path / "models" / "r2v-Q4_K" / ".fetched"
         on_disk = sum(p.stat().st_size for p in work.rglob("*") if p.stat().st_size > 300_000)
         most[0] = max(most[0], on_disk)
         files = [path for path in (tmp_path / "models").rglob("*") if path.suffix not in (".json", ".model")]
         total[0] = max(total[0], sum(path.stat().st_blocks * 512 for path in files if path.is_file()))
-        measure(self, units)
+        measure(self, event)
 
-    Display.advance = advance
+    Display.show = show
     try:
         assert main(["pull", "r2v", "--quant", "q4_k", "--json"]) == 0
     finally:
-        Display.advance = measure
+        Display.show = measure
     assert digests(tmp_path / "models" / "r2v-Q4_K") == digests(converted("Q4_K"))
     largest = max(path.stat().st_size for path in hub.repos[R2V].rglob("*.safetensors"))
     assert 0 < most[0] <= largest, "more than one file of the checkpoint was on the disk"
@@ -160,17 +168,29 @@ def test_other_tasks(hub, tmp_path, task):
     assert there == {name: digest for name, digest in whole.items() if other not in name}
 
 
+def test_what_a_pth_file_is_its_beginning_tells(hub, tmp_path):
+    """Names that say nothing, or something else."""
+    shutil.copytree(hub.repos[SOURCES["v2v"].checkpoint], tmp_path / "renamed")
+    (tmp_path / "renamed" / "Wan2.1_VAE.pth").rename(tmp_path / "renamed" / "decoder.pth")
+    (tmp_path / "renamed" / "models_t5_umt5-xxl-enc-bf16.pth").rename(tmp_path / "renamed" / "words.pth")
+    hub.repos["owner/renamed"] = tmp_path / "renamed"
+    assert main(["pull", "owner/renamed", "--json"]) == 0
+    folder = tmp_path / "models" / "owner--renamed-Q8_0"
+    assert roles_in(folder) == {"transformer", "text_encoder", "vae"}
+    assert set(Manifest.read(folder).commits) == {"owner/renamed"}
+
+
 def test_interrupted_again_and_again_it_goes_on(hub, tmp_path, monkeypatch, converted, capsys):
     steps = [0]
-    right = Display.advance
+    right = Display.show
 
-    def advance(self, units):
-        right(self, units)
-        steps[0] += 1
-        if steps[0] % 13 == 0:
+    def show(self, event):
+        right(self, event)
+        steps[0] += isinstance(event, Progress)
+        if steps[0] % 13 == 0 and isinstance(event, Progress):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Display, "advance", advance)
+    monkeypatch.setattr(Display, "show", show)
     codes, left = [], []
     while not codes or codes[-1]:
         codes.append(main(["pull", "r2v", "--quant", "Q4_K"]))
@@ -252,7 +272,7 @@ def test_what_another_model_has_is_not_fetched_again(hub, tmp_path, converted, c
 
 def test_what_was_deleted_is_made_again_and_a_failure_leaves_no_folder(hub, tmp_path, converted):
     folder = tmp_path / "models" / "r2v-Q8_0"
-    assert main(["pull", "owner/none:Q8_0"]) == 4 and not list((tmp_path / "models").iterdir())
+    assert main(["pull", "owner/none:Q8_0"]) == 4 and not [*tmp_path.glob("models/*")]
     assert main(["pull", "r2v"]) == 0
     next(folder.glob("SkyReels*")).unlink()
     hub.requests.clear()
@@ -297,14 +317,14 @@ def test_a_first_run_from_nothing_to_the_clip(hub, tmp_path, run_command, capsys
     said = capsys.readouterr()
     assert "5.5 MB to fetch" in said.err and json.loads(said.out)["event"] == "pull"
     assert not (tmp_path / "models").exists() and all(hub.asked("model.safetensors"))
-    right, calls = Display.advance, iter(range(1 << 20))
+    right, calls = Display.show, iter(range(1 << 20))
 
-    def advance(self, units):
-        right(self, units)
-        if next(calls) == 15:
+    def show(self, event):
+        right(self, event)
+        if isinstance(event, Progress) and next(calls) == 15:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Display, "advance", advance)
+    monkeypatch.setattr(Display, "show", show)
     assert main(run_command) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     assert main(run_command) == 0

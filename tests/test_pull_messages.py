@@ -161,7 +161,7 @@ MESSAGES = [
     (damaged, PULL, FAILED, f"{SHARD} of {R2V} arrived damaged: its sha256 is .*, the hub says", AGAIN),
     (damaged_text, PULL, FAILED, "tokenizer.json of .* arrived damaged: its sha256 is", AGAIN),
     (moved_on, PULL, MODEL_MISSING, f"{R2V} no longer has the commit 012", "delete the folder of the model"),
-    (hostile, PULL, BAD_INPUT, "has a file '../../x', which would leave its folder", "do not use it"),
+    (hostile, PULL, MODEL_MISSING, "has a file '../../x', which would leave its folder", "do not use it"),
     # the disk
     (no_space, PULL, FAILED, "r2v needs 5.. MB more of disk, and .* has 1.0 MB free", "--quant, or set SKYRUN_MODELS"),
     (full_while_fetching, PULL, FAILED, "cannot write .*: .*No space left", f"{AGAIN} to go on from there"),

@@ -3,12 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
+import gguf
 import pytest
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS
+from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.quant.families import ModelTensor
-from skyrun.quant.recipes import RECIPES, choose_types, default_encoder_quant, find_recipe, parse_rule
+from skyrun.quant.recipes import choose_types, default_encoder_quant, parse_rule
 from skyrun.quant.source import SourceTensor
 
 DIM, FFN, LAYERS = 5120, 13824, 40
@@ -160,3 +162,9 @@ def test_recipes_are_found_in_any_case():
     assert find_recipe("q4_k_m") is RECIPES["Q4_K_M"]
     with pytest.raises(SkyrunError, match="cannot write a file of type 'Q4_K_XL'"):
         find_recipe("Q4_K_XL")
+
+
+def test_file_types_are_llama_cpps():
+    names = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+    for name, recipe in RECIPES.items():
+        assert recipe.file_type == gguf.LlamaFileType[names.get(name, f"MOSTLY_{name}")]

@@ -51,8 +51,8 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
 
     try:
         result = shown(run_job(job, False, state, drawn is not None), arguments.json, draw)
-    except BaseException as error:
-        _say_what_is_kept(job, error, arguments.json)
+    except BaseException:
+        _say_what_is_kept(job, arguments.json)
         raise
     say(result_text(result))
     if arguments.json:
@@ -80,9 +80,7 @@ def sheet_path(job: Job) -> Path:
     return job.request.output.with_suffix(".png")
 
 
-def _say_what_is_kept(job: Job, error: BaseException, as_json_too: bool) -> None:
-    for note in getattr(error, "__notes__", ()):
-        say(note)
+def _say_what_is_kept(job: Job, as_json_too: bool) -> None:
     if (what := kept(job.request)) is not None:
         say(f"what is finished is kept; go on with: {what.command}")
         if as_json_too:

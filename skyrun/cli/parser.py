@@ -95,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_demo(commands)
     _add_pull(commands)
+    _add(commands, "list", "list the models that were fetched")
+    _add(commands, "remove", "delete a model that was fetched").add_argument("name", metavar="NAME", help="as in list")
     _add_convert(commands)
     _add_calibrate(commands)
     _add_info(commands)
@@ -217,7 +219,7 @@ def _add_plan(commands: Commands) -> None:
     length.add_argument("--seconds", type=float, metavar="N", help="length of the clip (5)")
     length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
-    parser.add_argument("--model", type=Path, metavar="DIR|FILE", help="files to plan for (default: as published)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="(as run takes it; else as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
     parser.add_argument("--prefer", choices=PREFERENCES, help="what to choose types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
@@ -252,7 +254,8 @@ def _add_demo(commands: Commands) -> None:
 def _add_pull(commands: Commands) -> None:
     parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
     parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
-    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (Q8_0)")
+    parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (default: by plan)")
+    parser.add_argument("--task", choices=list(TASKS), help="of a repository that has transformers of several tasks")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
 

@@ -195,14 +195,19 @@ def shown(
         as_json_too: Whether every event is also a line of JSON.
         act: What else to do at an event; it returns values that the line of JSON gets.
     """
-    with progress() as display:
 
-        def on(event: Event) -> None:
-            display.show(event)
-            values = as_json(event) | (act(event) if act is not None else {})
-            log.debug("%s", values)
-            if as_json_too:
-                emit(values)
-            raise_if_asked()
+    def on(event: Event) -> None:
+        display.show(event)
+        values = as_json(event) | (act(event) if act is not None else {})
+        log.debug("%s", values)
+        if as_json_too:
+            emit(values)
+        raise_if_asked()
 
-        return listen(events, on)
+    try:
+        with progress() as display:
+            return listen(events, on)
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):
+            say(note)
+        raise

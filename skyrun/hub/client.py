@@ -1,21 +1,22 @@
 """Files of a repository on the Hugging Face Hub: list them, read pieces of them, fetch them whole.
 
 Endpoint, token, offline mode and cache are those of huggingface-hub. It begins a file anew in every process, so the
-bytes are fetched here: what has arrived is kept beside the file's place, and the next fetch goes on from there.
+bytes are fetched here: what has arrived is kept beside the file's place, and the next fetch goes on from there. Its
+listings are read here too, because it takes a hub's word for everything and has no limits.
 """
 
 import hashlib
+import logging
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,10 +25,23 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
+from skyrun.events import Event, Progress, StageEnded, StageStarted, now
+from skyrun.hub.repository import (
+    MAX_PAGES,
+    MAX_REPLY,
+    BadReply,
+    RemoteFile,
+    Repository,
+    cached_repository,
+    parse_commit,
+    parse_files,
+    printable,
+)
+
+T = TypeVar("T")
 
 # Of the HTTP client under huggingface-hub, which is another one in each of its versions.
 _HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -36,44 +50,11 @@ _TRIES = 4  # in a row that bring nothing
 _WAIT = 1.0  # seconds before the first of them, twice as long before each other
 _BUSY = (408, 429, 500, 502, 503, 504)
 
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository at one commit. sha256: "" for small files, which git keeps; blob: git's name for those."""
-
-    repo: str
-    commit: str
-    path: str
-    nbytes: int
-    sha256: str
-    blob: str
-
-    @property
-    def folder(self) -> str:
-        return self.path.rpartition("/")[0]
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    @property
-    def key(self) -> str:
-        """What a manifest calls it."""
-        return f"{self.repo}/{self.path}"
-
-    @property
-    def identity(self) -> str:
-        """Hexadecimal digits that no other content has."""
-        return self.sha256 or self.blob
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints warnings that hubs send as they come
 
 
-@dataclass(frozen=True)
-class Repository:
-    """What a repository holds at one commit."""
-
-    name: str
-    commit: str
-    files: tuple[RemoteFile, ...]
+class Unavailable(SkyrunError):
+    """A repository that the hub does not have, or does not show; another one may do instead."""
 
 
 def list_repository(name: str, commit: str | None = None) -> Repository:
@@ -81,43 +62,70 @@ def list_repository(name: str, commit: str | None = None) -> Repository:
 
     Offline, or where the hub cannot be reached, those that huggingface-hub's cache has of it.
     """
-    api = HfApi()
     with _explained(name, began_with=commit):
+        validate_repo_id(name)
+        address = f"{endpoint()}/api/models/{name}"
         try:
-            sha = commit or str(api.model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha)
-            entries = list(api.list_repo_tree(name, recursive=True, revision=sha))
+            sha = commit or parse_commit(_retried(lambda: _reply(address))[0])
+            return Repository(name, sha, tuple(_files(f"{address}/tree/{sha}?recursive=true", name, sha)))
         except (OfflineModeIsEnabled, _HTTPError) as error:
-            cached = None if isinstance(error, HfHubHTTPError) else _cached_repository(name, commit)
-            if cached is None:
+            found = None
+            if not isinstance(error, HfHubHTTPError):
+                cache = Path(constants.HF_HUB_CACHE)
+                found = cached_repository(cache, name, commit, constants.DEFAULT_REVISION)
+            if found is None:
                 raise
-            return cached
-    files = [
-        RemoteFile(name, sha, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id)
-        for entry in entries
-        if isinstance(entry, RepoFile)
-    ]
-    for file in files:
-        if "\\" in file.path or ".." in (parts := PurePosixPath(file.path).parts) or "/" in parts:
-            raise SkyrunError(f"{name} has a file {file.path!r}, which would leave its folder", "do not use it")
-    return Repository(name, sha, tuple(files))
+            return found
 
 
-def _cached_repository(name: str, commit: str | None) -> Repository | None:
-    """What the cache of huggingface-hub has of a repository; it names files by what the hub says of their content."""
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    try:
-        sha = commit or (folder / "refs" / constants.DEFAULT_REVISION).read_text().strip()
-        paths = [path for path in (folder / "snapshots" / sha).rglob("*") if path.is_file()]
-    except OSError:
-        return None
-    files = []
-    for path in sorted(paths):
-        blob = path.resolve().name
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob):  # else the cache has no links, and no names of content
-            inside = path.relative_to(folder / "snapshots" / sha).as_posix()
-            sha256 = blob if len(blob) == 64 else ""
-            files.append(RemoteFile(name, sha, inside, path.stat().st_size, sha256, "" if sha256 else blob))
-    return Repository(name, sha, tuple(files)) if files else None
+def _files(address: str, name: str, sha: str) -> Iterator[RemoteFile]:
+    seen: set[str] = set()
+    following: str | None = address
+    for _ in range(MAX_PAGES):
+        if following is None:
+            return
+        reply, following = _retried(partial(_reply, following))
+        for file in parse_files(reply, name, sha):
+            if file.path in seen:
+                raise BadReply(f"{file.path} twice in a list of files")
+            seen.add(file.path)
+            yield file
+        if following is not None and not following.startswith(f"{endpoint()}/api/"):
+            raise BadReply(f"a list of files that goes on elsewhere, at {printable(following)[:80]}")
+    raise BadReply(f"a list of files of more than {MAX_PAGES} pages")
+
+
+def _reply(address: str) -> tuple[bytes, str | None]:
+    """What the hub answers, and the address of the page after it."""
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    data = b""
+    with get_session().stream("GET", address, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT) as response:
+        _check_status(response)
+        for chunk in response.iter_bytes(_CHUNK):
+            data += chunk
+            if len(data) > MAX_REPLY:
+                raise BadReply(f"more than {MAX_REPLY >> 20} MiB where a list is expected")
+        return data, response.links.get("next", {}).get("url")
+
+
+def _check_status(response: Any) -> None:
+    """Raise what the status means. The body of an error is never read: it may be anything, of any length."""
+    if response.is_error:
+        response.close()
+    hf_raise_for_status(response)
+
+
+def _retried(ask: Callable[[], T]) -> T:
+    """The answer, asked for again where it may be better in a moment."""
+    tries = 0
+    while True:
+        try:
+            return ask()
+        except _HTTPError as error:
+            tries += 1
+            if tries == _TRIES or not _passing(error):
+                raise
+        time.sleep(_WAIT * 2 ** (tries - 1))
 
 
 def read_start(file: RemoteFile, nbytes: int) -> bytes:
@@ -126,15 +134,7 @@ def read_start(file: RemoteFile, nbytes: int) -> bytes:
         with open(cached, "rb") as content:
             return content.read(nbytes)
     with _explained(file.repo):
-        tries = 0
-        while True:
-            try:
-                return _start(file, min(nbytes, file.nbytes))
-            except _HTTPError as error:
-                tries += 1
-                if tries == _TRIES or not _passing(error):
-                    raise
-            time.sleep(_WAIT * 2 ** (tries - 1))
+        return _retried(lambda: _start(file, min(nbytes, file.nbytes)))
 
 
 def _start(file: RemoteFile, nbytes: int) -> bytes:
@@ -147,22 +147,23 @@ def _start(file: RemoteFile, nbytes: int) -> bytes:
     return data[:nbytes]
 
 
-def fetch(file: RemoteFile, place: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-    """Bring a file to its place and check it. Bytes are counted as they come, first those that were there before.
+def fetch(file: RemoteFile, place: Path) -> Generator[Event, None, None]:
+    """Bring a file to its place, check it, and say how far it is; nothing is said of one that is there.
 
     Interrupted or cut off, it goes on from there the next time. SkyrunError if it cannot be had or is damaged.
     """
     if is_here(file, place):
-        on_bytes(file.nbytes)
         return
+    stage, start = f"fetch {file.name}", now()
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(place)
-    if _from_cache(file, partial):
-        on_bytes(file.nbytes)
+    arriving = partial_of(place)
+    if _from_cache(file, arriving):
+        yield StageStarted(stage, file.nbytes, "bytes", before=file.nbytes)
     else:
         with _explained(file.repo, place):
-            _download(file, partial, on_bytes)
-    os.replace(partial, place)
+            yield from _download(file, arriving, stage)
+    os.replace(arriving, place)
+    yield StageEnded(stage, now() - start)
 
 
 def partial_of(place: Path) -> Path:
@@ -179,24 +180,24 @@ def arrived(file: RemoteFile, place: Path) -> int:
     """How many bytes of a file are on the disk."""
     if is_here(file, place):
         return file.nbytes
-    partial = partial_of(place)
-    return min(partial.stat().st_size, file.nbytes) if partial.is_file() else 0
+    arriving = partial_of(place)
+    return min(arriving.stat().st_size, file.nbytes) if arriving.is_file() else 0
 
 
-def _from_cache(file: RemoteFile, partial: Path) -> bool:
+def _from_cache(file: RemoteFile, arriving: Path) -> bool:
     """Whether huggingface-hub's cache has the file: then it is here too, without a copy where that is possible."""
     cached = _cached(file)
     if cached is None:
         return False
-    partial.unlink(missing_ok=True)
+    arriving.unlink(missing_ok=True)
     try:
-        os.link(cached.resolve(), partial)
+        os.link(cached.resolve(), arriving)
     except OSError:
-        shutil.copyfile(cached, partial)
-    with open(partial, "rb") as content:
+        shutil.copyfile(cached, arriving)
+    with open(arriving, "rb") as content:
         good = _checksum(file, content).matches()
     if not good:
-        partial.unlink()
+        arriving.unlink()
     return good
 
 
@@ -234,17 +235,18 @@ def _checksum(file: RemoteFile, content: BinaryIO) -> _Checksum:
     return checksum
 
 
-def _download(file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) -> None:
-    if partial.exists() and partial.stat().st_size > file.nbytes:
-        partial.unlink()
-    with open(partial, "a+b") as out:
+def _download(file: RemoteFile, arriving: Path, stage: str) -> Generator[Event, None, None]:
+    if arriving.exists() and arriving.stat().st_size > file.nbytes:
+        arriving.unlink()
+    with open(arriving, "a+b") as out:
         out.seek(0)
         checksum = _checksum(file, out)
-        on_bytes(out.tell())
+        yield StageStarted(stage, file.nbytes, "bytes", before=out.tell())
         most, tries = out.tell(), 0
         while out.tell() < file.nbytes and tries < _TRIES:
             try:
-                _append(file, out, checksum, on_bytes)
+                for done in _append(file, out, checksum):
+                    yield Progress(stage, done)
             except _HTTPError as error:
                 if not _passing(error) or (tries + 1 == _TRIES and out.tell() <= most):
                     raise
@@ -254,9 +256,9 @@ def _download(file: RemoteFile, partial: Path, on_bytes: Callable[[int], None]) 
                 time.sleep(_WAIT * 2**tries)
         out.flush()
         os.fsync(out.fileno())
-    if partial.stat().st_size == file.nbytes and checksum.matches():
+    if arriving.stat().st_size == file.nbytes and checksum.matches():
         return
-    partial.unlink()
+    arriving.unlink()
     raise SkyrunError(
         f"{file.path} of {file.repo} arrived damaged: {checksum.problem()}",
         "run the same command again to fetch it anew; if that does not help, a proxy or a mirror changes it",
@@ -270,12 +272,11 @@ def _passing(error: BaseException) -> bool:
     return not isinstance(error, OfflineModeIsEnabled) and (response is None or response.status_code in _BUSY)
 
 
-def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum, on_bytes: Callable[[int], None]) -> None:
-    """Fetch what is missing, or everything if the server has no ranges."""
+def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum) -> Iterator[int]:
+    """Fetch what is missing, or everything if the server has no ranges. Yields how many bytes are there."""
     at = out.tell()
     with _stream(file, at, file.nbytes) as (start, chunks):
         if start != at:
-            on_bytes(start - at)
             out.truncate(start)
             out.seek(start)
             checksum.begin()
@@ -283,7 +284,7 @@ def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum, on_bytes: Call
             room = file.nbytes - out.tell()
             out.write(chunk[:room])
             checksum.add(chunk[:room])
-            on_bytes(len(chunk[:room]))
+            yield out.tell()
             if len(chunk) > room:
                 break
 
@@ -297,7 +298,7 @@ def _stream(file: RemoteFile, start: int, stop: int) -> Iterator[tuple[int, Iter
     url = hf_hub_url(file.repo, file.path, revision=file.commit)
     session = get_session()
     with session.stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-        hf_raise_for_status(response)
+        _check_status(response)
         yield (start if response.status_code == 206 else 0), response.iter_bytes(_CHUNK)
 
 
@@ -316,23 +317,25 @@ def _explained(repo: str, place: Path | None = None, began_with: str | None = No
         yield
     except OfflineModeIsEnabled as error:
         message = f"{repo} is not on this machine as a whole, and HF_HUB_OFFLINE is set"
-        raise SkyrunError(message, "unset HF_HUB_OFFLINE and run the same command again", MODEL_MISSING) from error
+        raise Unavailable(message, "unset HF_HUB_OFFLINE and run the same command again", MODEL_MISSING) from error
     except HFValidationError as error:
         hint = "expected a task (r2v), OWNER/NAME, or OWNER/NAME:TYPE such as OWNER/NAME:Q4_K_M"
         raise SkyrunError(f"{repo!r} is not the name of a repository", hint, BAD_INPUT) from error
+    except BadReply as error:
+        hint = "check HF_ENDPOINT and HTTPS_PROXY: something between here and the hub may answer in its place"
+        raise SkyrunError(f"{endpoint()} answers with {error} when asked for {repo}", hint, MODEL_MISSING) from error
     except RevisionNotFoundError as error:
-        message = f"{repo} no longer has the commit {began_with} that its files were fetched from so far"
-        hint = f"delete the folder of the model to begin anew: skyrun-model.json in it names {repo}"
-        raise SkyrunError(message, hint, MODEL_MISSING) from error
+        message = f"{repo} no longer has the commit {began_with}"
+        hint = f"delete the folder of the model to begin anew (skyrun list, skyrun remove): it is from {repo}"
+        raise Unavailable(message, hint, MODEL_MISSING) from error
     except HfHubHTTPError as error:
         raise _refused(repo, error) from error
     except _HTTPError as error:
         hint = "check the connection (and HF_ENDPOINT, HTTPS_PROXY), then run the same command again"
         if place is not None and partial_of(place).exists():
-            raise SkyrunError(
-                f"the connection to {endpoint()} was lost: {error}", f"{hint} to go on from there", MODEL_MISSING
-            ) from error
-        raise SkyrunError(f"{endpoint()} cannot be reached: {error}", hint, MODEL_MISSING) from error
+            message = f"the connection to {endpoint()} was lost: {printable(str(error))}"
+            raise SkyrunError(message, f"{hint} to go on from there", MODEL_MISSING) from error
+        raise SkyrunError(f"{endpoint()} cannot be reached: {printable(str(error))}", hint, MODEL_MISSING) from error
     except OSError as error:
         if place is None:
             raise
@@ -346,9 +349,9 @@ def _refused(repo: str, error: HfHubHTTPError) -> SkyrunError:
     login = "`hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         hint = f"accept them at {endpoint()}/{repo}, then {login}"
-        return SkyrunError(f"{repo} is open only to those who have accepted its conditions", hint, MODEL_MISSING)
+        return Unavailable(f"{repo} is open only to those who have accepted its conditions", hint, MODEL_MISSING)
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
         message = f"{endpoint()} has no {repo} to show (status {status}): it does not exist, or it is private"
-        return SkyrunError(message, f"check the name; for a private one {login}", MODEL_MISSING)
+        return Unavailable(message, f"check the name; for a private one {login}", MODEL_MISSING)
     message = f"{endpoint()} answers with status {status} when asked for {repo}"
     return SkyrunError(message, "it may be busy: run the same command again later to go on from there", MODEL_MISSING)

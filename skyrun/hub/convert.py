@@ -4,31 +4,44 @@ Of safetensors files the headers are fetched first: they decide what will be wri
 after another, and each goes when its tensors are written. A `.pth` file cannot be looked into before it is there.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from skyrun.cli.progress import Display
 from skyrun.errors import BAD_INPUT, SkyrunError
-from skyrun.hub.client import RemoteFile, Repository, fetch, is_here, read_start
+from skyrun.events import Event, Progress, StageEnded, StageStarted, drain, now
+from skyrun.hub.client import fetch, is_here, read_start
+from skyrun.hub.repository import RemoteFile, Repository
 from skyrun.kernels import block_format
+from skyrun.kernels.recipes import find_recipe
 from skyrun.quant.conversion import write_file
 from skyrun.quant.partial import finished_before
 from skyrun.quant.plan import Conversion, PlannedFile, Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.recipes import default_encoder_quant, find_recipe
+from skyrun.quant.recipes import default_encoder_quant
 
 _WHOLE = (".pth", ".bin")  # files that are fetched before anything of them is known
 _TEXTS = (".json", ".model")
 _LARGEST_TEXT = 64 << 20
+_SMALL_TEXT = 1 << 20  # smaller ones are not worth asking what they are for
 _HEAD = 1 << 16  # bytes that are asked for at first: the headers of most files are shorter
 _LARGEST_HEAD = 100 << 20  # the limit of the format
 _SMALL = 1 << 30  # a .pth file below this size is one that is not quantized
 _SOURCE_BITS = 16.0
 
-ROLES = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}  # of .pth files, by a word of their names
+# What stands at the beginning of a file of weights, by the part that it belongs to.
+_MARKS = {
+    b"visual.cls_embedding": "image_encoder",
+    b"decoder.conv_in.weight": "vae",
+    b"decoder.conv1.weight": "vae",
+    b".SelfAttention.": "text_encoder",
+    b"pos_embedding.embedding.weight": "text_encoder",
+    b"attn1.to_q.weight": "transformer",
+    b"cross_attn.q.weight": "transformer",
+    b"feature_extractor.conv_layers": "audio_encoder",
+}
+# Words in the names of the published .pth files, which need not be looked into.
+_WORDS = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -58,20 +71,24 @@ class Step:
         """The most that is on the disk at once beside the results."""
         return max((file.nbytes for file in self.places.values()), default=0)
 
-    def run(self, display: Display) -> list[Path]:
+    def run(self) -> Generator[Event, None, list[Path]]:
         """Fetch and convert. The files that were written. What an interrupted run has done is kept."""
         files = self.files
         if not files:
             for place, file in self.sources.items():
-                fetch_shown(file, place, display)
+                yield from fetch(file, place)
             (first, *_) = self.sources
             files = _planned(first, self.out, Settings(default_encoder_quant(self.quant)), {}).files
         for planned in files:
+            done = finished_before(planned)
+            needed = {tensor.source.file for tensor in planned.tensors if tensor.name not in done}
             last = bool(self.files) and planned is files[-1]
-            written = write_file(planned, supply=partial(self._supply, display, planned, last))
-            next(written)  # what was written before
-            for nbytes in written:
-                display.advance(nbytes)
+            for place in planned.sources:
+                if place in needed:
+                    yield from fetch(self.sources[place], place)
+                    yield from _converted(planned, place)
+                    if last:
+                        place.unlink()
         return [planned.path for planned in files]
 
     def text(self) -> list[tuple[str, int]]:
@@ -87,37 +104,38 @@ class Step:
         for place in self.sources:
             place.unlink(missing_ok=True)
 
-    @contextmanager
-    def _supply(self, display: Display, planned: PlannedFile, last: bool, place: Path) -> Iterator[None]:
-        """One file of the checkpoint, there while it is needed; it goes with the last that is written from it."""
-        fetch_shown(self.sources[place], place, display)
-        nbytes = sum(tensor.nbytes for tensor in planned.tensors if tensor.source.file == place)
-        display.begin(f"convert {place.name}", nbytes, "bytes")
-        yield
-        display.end()
-        if last:
-            place.unlink()
+
+def _converted(planned: PlannedFile, place: Path) -> Generator[Event, None, None]:
+    """Write what one file of the checkpoint gives."""
+    stage, start, done = f"convert {place.name}", now(), 0
+    yield StageStarted(stage, sum(tensor.nbytes for tensor in planned.tensors if tensor.source.file == place), "bytes")
+    written = write_file(planned, source=place)
+    next(written)  # what was written before
+    for nbytes in written:
+        done += nbytes
+        yield Progress(stage, done)
+    yield StageEnded(stage, now() - start)
 
 
-def fetch_shown(file: RemoteFile, place: Path, display: Display) -> None:
-    """Fetch a file and show how far it is."""
-    if is_here(file, place):
-        return
-    display.begin(f"fetch {file.name}", file.nbytes, "bytes")
-    counts = iter([display.resume])
-    fetch(file, place, lambda nbytes: next(counts, display.advance)(nbytes))
-    display.end()
-
-
-def steps(repository: Repository, leave_out: tuple[str, ...], out: Path, work: Path, quant: str) -> list[Step]:
+def steps(
+    repository: Repository, leave_out: tuple[str, ...], out: Path, work: Path, quant: str, roles: Set[str] = frozenset()
+) -> list[Step]:
     """The parts of a checkpoint.
 
     Fetches its small files and the headers of others into the folder `work`. SkyrunError if it is none, or damaged.
+
+    Args:
+        leave_out: folders at its top that are not looked into.
+        out: the folder for the files that it becomes.
+        quant: the type of its transformer.
+        roles: of the parts that are wanted; with none all are.
     """
     files = [file for file in repository.files if file.folder.split("/")[0] not in leave_out]
+    if roles:
+        files = _wanted(files, roles)
     for file in files:
         if file.name.endswith(_TEXTS) and file.nbytes <= _LARGEST_TEXT:
-            fetch(file, work / file.path)
+            drain(fetch(file, work / file.path))
     places = {work / file.path: file for file in files}
     found = [*_safetensors_steps(places, out, quant), *_whole_steps(places, out, quant)]
     if not found:
@@ -132,6 +150,39 @@ def steps(repository: Repository, leave_out: tuple[str, ...], out: Path, work: P
             f"{repository.name} has {twice[0]} twice", "convert it by hand with skyrun convert", BAD_INPUT
         )
     return found
+
+
+def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
+    """Without what surely belongs to other parts: folders of weights of another role, and large texts of encoders."""
+    others: set[str] = set()
+    own: set[str] = set()
+    for file in files:
+        if file.name.endswith(".safetensors"):
+            role = _role_of(file)
+            (own if not role or role in roles else others).add(_group(file))
+    tokenizers = "text_encoder" in roles
+    return [
+        file
+        for file in files
+        if (_group(file) not in others or _group(file) in own)
+        and (tokenizers or not file.name.endswith(_TEXTS) or file.nbytes <= _SMALL_TEXT)
+        and not (file.name.endswith(_WHOLE) and (role := _role_of(file)) and role not in roles)
+    ]
+
+
+def _group(file: RemoteFile) -> str:
+    """Files of one folder belong together; at the top every file is one of its own."""
+    return file.folder or file.path
+
+
+def _role_of(file: RemoteFile) -> str:
+    """The part that a file of weights belongs to, "" if nothing tells."""
+    if file.name.endswith(_WHOLE):
+        for word, role in _WORDS.items():
+            if word in file.name.lower():
+                return role
+    head = read_start(file, _HEAD)
+    return next((role for mark, role in _MARKS.items() if mark in head), "")
 
 
 def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Iterator[Step]:
@@ -195,7 +246,7 @@ def _whole_steps(places: dict[Path, RemoteFile], out: Path, quant: str) -> Itera
     for place, file in places.items():
         if place.suffix not in _WHOLE or (place.suffix == ".bin" and place.parent in better):
             continue
-        role = next((role for word, role in ROLES.items() if word in place.name.lower()), "")
+        role = _role_of(file)
         share = 1.0 if file.nbytes < _SMALL else _bits(default_encoder_quant(quant)) / _SOURCE_BITS
         yield Step(role, {"": int(file.nbytes * share)}, (), {place: file}, {place: file}, out, quant)
 

@@ -1,93 +1,213 @@
 """A repository of GGUF files: what each of them is, by what it says of itself, and which of them make up a model."""
 
 import re
-import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
-from skyrun.hub.client import RemoteFile, Repository, read_start
-from skyrun.tasks import TASKS
+from skyrun.hub.client import read_start
+from skyrun.hub.head import HEAD_BYTES, Head, read_head
+from skyrun.hub.repository import RemoteFile, Repository
+from skyrun.kernels.formats import FORMATS
+from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.names import Match, recognise
+from skyrun.kernels.recipes import RECIPES
+from skyrun.planning.published import transformer_table
+from skyrun.tasks import TASKS, tasks_in
 
-_HEAD = 1 << 16  # bytes in which everything stands that decides; a tokenizer comes after it
 _ROLES = {"wan": "transformer", "t5encoder": "text_encoder", "t5": "text_encoder", "clip": "image_encoder"}
 _SAFETENSORS = {b'"decoder.conv1.weight"': "vae", b"feature_extractor.conv_layers": "audio_encoder"}
-_STRING = 8  # GGUF's number for the type
+_TOKENIZERS = ("tokenizer.huggingface.json", "tokenizer.ggml.tokens")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_QUANT = re.compile(r"[A-Z0-9_]{1,16}")
 _TYPE_IN_NAME = re.compile(r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|BF16|F16|F32)(?![A-Z0-9])")
 _ENCODER_QUANT = "Q8_0"  # the smallest with which encoders are as good as unchanged
+_READERS = 8  # beginnings of files that are fetched at once
 
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A file that is used as it is. quant: as it says, or as its name does; task: "" where nothing tells."""
+    """A file that is used as it is.
+
+    quant: its recipe, or "". task: that it was made for; by_path: whether only words of its path say so. refused: why
+    it cannot be used, or "".
+    """
 
     file: RemoteFile
     role: str
     quant: str
-    task: str
+    task: str = ""
+    by_path: bool = False
+    refused: str = ""
+
+    @property
+    def base(self) -> str:
+        """The type of most of its matrices, "" where nothing tells."""
+        return _base(self.quant)
 
 
 def look(repository: Repository) -> list[RemoteModel]:
     """The files of a repository that need no conversion. Reads the beginning of each."""
-    found = []
-    for file in repository.files:
-        if file.name.endswith(".gguf"):
-            head = read_start(file, _HEAD)
-            role = _ROLES.get(_text(head, "general.architecture"), "")
-            quant = _text(head, "skyrun.quant") or _type_in(file.name)
-            found.append(RemoteModel(file, role, quant, _text(head, "skyrun.task")))
-        elif file.name.endswith(".safetensors") and not file.folder:
-            head = read_start(file, _HEAD)
-            role = next((role for mark, role in _SAFETENSORS.items() if mark in head), "")
-            if role == "vae" or b'"skyrun"' in head:  # other names of tensors have to be converted
-                found.append(RemoteModel(file, role, "", ""))
-    return [model for model in found if model.role]
+    files = [file for file in repository.files if _may_be_used(file)]
+    readers = ThreadPoolExecutor(_READERS)
+    try:
+        heads = readers.map(lambda file: read_start(file, HEAD_BYTES), files)
+        models = [_described(file, data) for file, data in zip(files, heads, strict=True)]
+    finally:  # interrupted, nothing more is begun
+        readers.shutdown(wait=False, cancel_futures=True)
+    return [model for model in models if model.role]
 
 
-def quants(models: list[RemoteModel]) -> list[str]:
-    """The types that transformers have."""
-    return sorted({model.quant for model in models if model.role == "transformer"})
+def _may_be_used(file: RemoteFile) -> bool:
+    return file.name.endswith(".gguf") or (file.name.endswith(".safetensors") and not file.folder)
 
 
-def choose(repo: str, models: list[RemoteModel], quant: str, task: str) -> list[RemoteModel]:
-    """One file for each role that is there. SkyrunError if there is no transformer of the type, or several."""
-    transformers = [model for model in models if model.role == "transformer"]
-    fitting = [model for model in transformers if model.quant == quant and (not task or model.task in ("", task))]
-    if task and len(fitting) > 1:
-        fitting = [model for model in fitting if _task_of(model) == task] or fitting
-    if not fitting:
-        what = f"{quant} transformer" + f" for {task}" * bool(task)
-        raise SkyrunError(f"{repo} has no {what}", f"it has {', '.join(quants(models))}", MODEL_MISSING)
-    if len(fitting) > 1:
-        names = ", ".join(model.file.path for model in fitting)
-        hint = "fetch one of them by hand, and give its path with --model"
-        raise SkyrunError(f"{repo} has several {quant} transformers: {names}", hint, BAD_INPUT)
-    if _SPLIT.search(fitting[0].file.name):
-        hint = "choose another type or repository, or join them with llama-gguf-split --merge"
-        raise SkyrunError(f"{repo} has its {quant} transformer in several files", hint, BAD_INPUT)
-    chosen = {"transformer": fitting[0]}
-    for model in sorted(models, key=lambda model: (model.quant not in (_ENCODER_QUANT, ""), -model.file.nbytes)):
-        chosen.setdefault(model.role, model)
-    return list(chosen.values())
+def _described(file: RemoteFile, data: bytes) -> RemoteModel:
+    head = read_head(data)
+    match = _transformer(head)
+    role = _role(data, head, match)
+    if file.name.endswith(".safetensors"):
+        usable = role == "vae" or b'"skyrun"' in data  # other names of tensors have to be converted
+        return RemoteModel(file, role if usable else "", "")
+    task, by_path, fits = _task(head, match, file.path) if role == "transformer" else ("", False, True)
+    refused = ""
+    if head.unknown_type is not None:
+        refused = f"has tensors of a type that is not read here, number {head.unknown_type}"
+    elif role == "text_encoder" and not {*head.arrays, *head.values}.intersection(_TOKENIZERS):
+        refused = "has no tokenizer"
+    elif _SPLIT.search(file.name):
+        refused = "is one of several that belong together"
+    elif not fits:
+        refused = "has another shape than the models of SkyReels-V3"
+    return RemoteModel(file, role, _quant(head, file.name), task, by_path, refused)
 
 
-def _task_of(model: RemoteModel) -> str:
-    return model.task or next((task for task in TASKS if task in model.file.name.lower()), "")
+def _transformer(head: Head) -> Match | None:
+    return next(iter(recognise(head.shapes, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))), None)
+
+
+def _role(data: bytes, head: Head, match: Match | None) -> str:
+    """What a file is by its first bytes, "" if it is nothing that belongs to a model."""
+    if data[:4] == b"GGUF":
+        return "transformer" if match else _ROLES.get(head.text("general.architecture"), "")
+    return next((role for mark, role in _SAFETENSORS.items() if mark in data), "")
+
+
+def roles_in(folder: Path) -> set[str]:
+    """Which parts of a model are in a folder."""
+    roles = set()
+    for path in folder.iterdir():
+        if path.suffix in (".gguf", ".safetensors") and path.is_file():
+            with open(path, "rb") as file:
+                data = file.read(HEAD_BYTES)
+            head = read_head(data)
+            roles.add(_role(data, head, _transformer(head)))
+    return roles
+
+
+def _task(head: Head, match: Match | None, path: str) -> tuple[str, bool, bool]:
+    """The task of a transformer, whether only its path tells, and whether it has the shape of any task's.
+
+    Stated, or told by its tensors where one task only has such, or else by the words of its path.
+    """
+    sizes = match.check(head.shapes, {})[0] if match else {}
+    fitting = [
+        spec.name
+        for spec in TASKS.values()
+        if match is None
+        or (transformer_table(spec) is match.table and sizes.get("in", spec.dims["in"]) == spec.dims["in"])
+    ]
+    stated = head.text("skyrun.task")
+    if stated in TASKS or len(fitting) < 2:
+        return stated if stated in TASKS else "".join(fitting), False, bool(fitting)
+    words = [task for task in tasks_in(path) if task in fitting]
+    return (words[0], True, True) if len(words) == 1 else ("", False, True)
+
+
+def _quant(head: Head, name: str) -> str:
+    """The recipe of a file: as it says, or the one of its name or its file type that goes with its tensors."""
+    stated = head.text("skyrun.quant").upper()
+    if _QUANT.fullmatch(stated):
+        return stated
+    main = head.main_type
+    number = head.values.get("general.file_type")
+    by_number = next((quant for quant, recipe in RECIPES.items() if recipe.file_type == number), "")
+    for quant in (_type_in(name), by_number):
+        if quant and (not main or _base(quant) == main):
+            return quant
+    return main
+
+
+def _base(quant: str) -> str:
+    """The type of most matrices of a recipe, "" where it is not known."""
+    return RECIPES[quant].base if quant in RECIPES else quant if quant in FORMATS else ""
 
 
 def _type_in(name: str) -> str:
     found = [match[0] for match in _TYPE_IN_NAME.finditer(name.upper())]
-    return found[-1] if found else ""
+    return found[-1] if found and _QUANT.fullmatch(found[-1]) else ""
 
 
-def _text(head: bytes, key: str) -> str:
-    """A text of the metadata, "" if it does not stand in these bytes."""
-    at = head.find(struct.pack("<Q", len(key)) + key.encode())
-    if at < 0:
-        return ""
-    at += 8 + len(key)
-    try:
-        kind, length = struct.unpack_from("<IQ", head, at)
-        return head[at + 12 : at + 12 + length].decode("utf-8") if kind == _STRING else ""
-    except (struct.error, UnicodeDecodeError):
-        return ""
+def transformers(models: Iterable[RemoteModel], task: str) -> list[RemoteModel]:
+    """The transformers of a task; "" takes those of any. Where some say the task, only those."""
+    fitting = [model for model in models if model.role == "transformer" and (not task or model.task in ("", task))]
+    return [model for model in fitting if task and model.task == task] or fitting
+
+
+def quants(models: Iterable[RemoteModel], task: str = "") -> list[str]:
+    """The types that transformers have."""
+    return sorted({model.quant for model in transformers(models, task) if not model.refused})
+
+
+def choose(repo: str, models: list[RemoteModel], quant: str, task: str) -> RemoteModel:
+    """The transformer of a type. SkyrunError if there is none, or several."""
+    fitting = [model for model in transformers(models, task) if model.quant == quant]
+    usable = [model for model in fitting if not model.refused]
+    if not usable:
+        raise _none(repo, models, quant, task, fitting)
+    if len(usable) > 1:
+        raise _several(repo, usable, quant)
+    return usable[0]
+
+
+def _none(repo: str, models: list[RemoteModel], quant: str, task: str, refused: list[RemoteModel]) -> SkyrunError:
+    if refused and _SPLIT.search(refused[0].file.name):
+        hint = "choose another type or repository, or join them with llama-gguf-split --merge"
+        return SkyrunError(f"{repo} has its {quant} transformer in several files", hint, BAD_INPUT)
+    if refused:
+        message = f"{refused[0].file.path} of {repo} cannot be used: it {refused[0].refused}"
+        return SkyrunError(message, "choose another type or repository", BAD_INPUT)
+    what = f"{quant} transformer" + f" for {task}" * bool(task)
+    there = ", ".join(quants(models, task)) or "none that can be used"
+    return SkyrunError(f"{repo} has no {what}", f"it has {there}", MODEL_MISSING)
+
+
+def _several(repo: str, models: list[RemoteModel], quant: str) -> SkyrunError:
+    names = ", ".join(model.file.path for model in models)
+    hint = "fetch one of them by hand, and give its path with --model"
+    if len(tasks := {model.task for model in models}) == len(models):
+        hint = f"say which with --task {' or '.join(sorted(tasks))}"
+    return SkyrunError(f"{repo} has several {quant} transformers: {names}", hint, BAD_INPUT)
+
+
+def companions(models: list[RemoteModel], quant: str = "") -> list[RemoteModel]:
+    """One file for each role beside the transformer. quant: of the encoders, by default that which loses nothing."""
+    wanted = (quant or _ENCODER_QUANT, "")
+    usable = [model for model in models if model.role != "transformer" and not model.refused]
+    chosen: dict[str, RemoteModel] = {}
+    for model in sorted(usable, key=lambda model: (model.quant not in wanted, -model.file.nbytes)):
+        chosen.setdefault(model.role, model)
+    return list(chosen.values())
+
+
+def nearest_better(models: Iterable[RemoteModel], quant: str, most: str) -> list[RemoteModel]:
+    """Models with at least the bits of a type, but with no more than `most` has, the smallest first."""
+    fitting = [model for model in models if not model.refused and _bits(quant) <= _bits(model.quant) <= _bits(most)]
+    return sorted(fitting, key=lambda model: (model.quant != quant, _bits(model.quant), model.file.nbytes))
+
+
+def _bits(quant: str) -> float:
+    """Bits per weight of a recipe, 0 where they are not known."""
+    return FORMATS[base].bits_per_weight if (base := _base(quant)) else 0.0

@@ -2,40 +2,39 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from skyrun.cli.progress import Display, progress
 from skyrun.errors import FAILED, SkyrunError
+from skyrun.events import Event, Notice
 from skyrun.hub.client import arrived
-from skyrun.hub.resolve import Chooser, Part, default_quant
-from skyrun.hub.store import Manifest, Name, folder_of, is_complete, parse_name, pulled
+from skyrun.hub.gguf_repo import roles_in
+from skyrun.hub.manifest import Manifest
+from skyrun.hub.part import Part
+from skyrun.hub.resolve import Chooser, Main, needed_roles, planned_quant
+from skyrun.hub.store import LOCK, WORK, Name, alone_in, folder_of, pulled
 from skyrun.kernels.disk import allocated, existing_folder
 from skyrun.planning.inputs import open_inputs
 from skyrun.planning.problems import check
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
-from skyrun.tasks.sources import SOURCES
 from skyrun.units import size
-
-_WORK = ".fetched"
 
 
 @dataclass(frozen=True)
 class Pull:
-    """What will be fetched. parts: those that are not done yet."""
+    """What will be fetched. parts: those that are not done yet. saved_bytes: against the published checkpoint."""
 
     name: Name
     quant: str
     folder: Path
     manifest: Manifest
     parts: tuple[Part, ...]
+    saved_bytes: int = 0
 
     @property
     def fetch_bytes(self) -> int:
@@ -72,7 +71,12 @@ class Pull:
             "fetch_bytes": self.fetch_bytes,
             "result_bytes": self.result_bytes,
             "disk_bytes": self.peak_bytes,
-            "files": [{"path": f.path, "bytes": f.nbytes} for part in self.parts for f in part.places.values()],
+            "saved_bytes": self.saved_bytes,
+            "files": [
+                {"repository": file.repo, "path": file.path, "bytes": file.nbytes}
+                for part in self.parts
+                for file in part.places.values()
+            ],
         }
 
     def text(self) -> str:
@@ -80,7 +84,7 @@ class Pull:
         if not self.parts:
             return f"{self.name}: all files are in {self.folder}"
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
-        lines = [f"{self.name.stem}, {self.quant}, from {origin}"]
+        lines = [f"{self.name.repo or self.name.task}, {self.quant}, from {origin}"]
         for part in self.parts:
             lines += [f"  {what}" + (f"  {size(nbytes)}" if nbytes else "") for what, nbytes in part.text()]
         here = f", of which {size(self.here_bytes)} are here" if self.here_bytes else ""
@@ -89,34 +93,110 @@ class Pull:
             f"{size(self.fetch_bytes)} to fetch{here}; {about}{size(self.result_bytes)} stay in {self.folder}; "
             f"{about}{size(self.peak_bytes)} of disk are needed on the way"
         )
+        if self.saved_bytes:
+            lines.append(f"the published checkpoint would be {size(self.saved_bytes)} more to fetch")
         return "\n".join(lines)
 
 
-@contextmanager
-def planned_pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Iterator[Pull]:
-    """Decide what to fetch, and keep other processes out of the folder until that is done.
+def pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Generator[Event, None, Pull]:
+    """Fetch a model, as far as it is not there, after saying what and how large it is; or only say so.
 
-    Reads lists and headers, and keeps small files; nothing large is fetched, and with `dry_run` nothing is written.
-    out: the folder of the model, where it is not to be one among the others.
+    What is done is done for good: interrupted, the same pull goes on from there. Lists and headers are read, and small
+    files kept, before anything large is fetched; with `dry_run` nothing is written.
+
+    Args:
+        name: of the model.
+        out: its folder, where it is not to be one among the others.
+        dry_run: whether to decide and to say everything, and stop.
     """
-    quant = name.quant or default_quant(name)
-    folder = out or folder_of(name, quant)
-    manifest = Manifest.read(folder)
-    if manifest is None or (manifest.name, manifest.quant) != (name.stem, quant):
-        manifest = Manifest(name.stem, quant)
-    if is_complete(folder, manifest):
-        yield Pull(name, quant, folder, manifest, ())
-        return
+    folder, manifest, chooser, main = _decided(name, out)
+    if main is None:
+        pull = Pull(name, manifest.quant, folder, manifest, ())
+        yield Notice(pull.text())
+        return pull
     _check_folder(folder)
     with TemporaryDirectory(prefix="skyrun-") if dry_run else _alone(folder) as work:
-        parts = Chooser(name, quant, folder, Path(work), manifest).parts()
+        parts = chooser.parts(main, folder, Path(work))
+        manifest.commits = chooser.commits
         left = [part for part in parts if not _is_done(part, folder, manifest)]
         left.sort(key=lambda part: -part.passing_bytes)
-        yield Pull(name, quant, folder, manifest, tuple(left))
+        pull = Pull(name, main.quant, folder, manifest, tuple(left))
+        pull = replace(pull, saved_bytes=chooser.saved_bytes(main.task, parts))
+        for note in chooser.notes:
+            yield Notice(note)
+        yield Notice(pull.text())
+        check_space(pull)
+        if dry_run:
+            return pull
+        try:
+            yield from _carry_out(pull)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"what has arrived is kept in {folder}: run the same command again to go on from there")
+            raise
+    if missing := needed_roles(main.task) - roles_in(folder):
+        names = ", ".join(sorted(role.replace("_", " ") for role in missing))
+        yield Notice(f"{folder} has no {names}: not every clip can be made with it")
+    return pull
+
+
+def pull_for(request: Request, name: Name, named: bool = True, dry_run: bool = False) -> Generator[Event, None, Pull]:
+    """Fetch the model of a clip. What the clip is made from is looked at before: better than after a long download.
+
+    Args:
+        request: the clip.
+        name: of the model.
+        named: whether somebody asked for that model.
+        dry_run: whether only to say what would be fetched.
+    """
+    check(request)
+    failures: list[SkyrunError] = []
+    open_inputs(request, failures)
+    if failures:
+        raise failures[0]
+    choose_device(request.device)
+    begun = pulled(name)
+    if begun:
+        name = replace(name, quant=begun[0][1].quant)
+    state = f"{name} is not there{' as a whole' if begun else ''}:"
+    yield Notice(state if named else f"no model was given, and {state}")
+    return (yield from pull(name, dry_run=dry_run))
+
+
+def _decided(name: Name, out: Path | None) -> tuple[Path, Manifest, Chooser, Main | None]:
+    """Where the model will be, and where its transformer comes from: None if everything is there.
+
+    A type that nobody named is known only when the repositories have been looked into.
+    """
+    wanted = name.quant or ("" if name.repo else planned_quant(name.task))
+    begun = _begun(replace(name, quant=wanted), out)
+    while True:
+        folder, manifest = begun or (Path(), Manifest(name.stem, wanted))
+        if begun:
+            name = replace(name, quant=manifest.quant)
+        chooser = Chooser(name, wanted, manifest.commits)
+        if begun and manifest.is_whole(folder):
+            return folder, manifest, chooser, None
+        main = chooser.main()
+        if begun:
+            return folder, manifest, chooser, main
+        begun = _begun(replace(name, quant=main.quant), out)
+        if not begun:
+            folder = out or folder_of(name, main.quant)
+            return folder, Manifest(name.stem, main.quant, task=main.task), chooser, main
+
+
+def _begun(name: Name, out: Path | None) -> tuple[Path, Manifest] | None:
+    """The folder of a model that was begun or is there, and what it says."""
+    if out is None:
+        return next(iter(pulled(name)), None) if name.quant else None
+    manifest = Manifest.read(out)
+    if manifest is None or manifest.name != name.stem or name.quant not in ("", manifest.quant):
+        return None
+    return out, manifest
 
 
 def _is_done(part: Part, folder: Path, manifest: Manifest) -> bool:
-    """Whether its files are written, be it that the process ended before it could put that on record."""
+    """Whether its files are written, even if the process died before updating the manifest."""
     on_record = all(manifest.finished(folder, key) for key in part.keys)
     whole = all(name in manifest.begun and (folder / name).is_file() for name in part.results)
     if whole and not on_record:
@@ -147,87 +227,33 @@ def _check_folder(folder: Path) -> None:
 
 def _allocated(pull: Pull) -> int:
     """Bytes that unfinished files take on the disk already."""
-    unfinished = [*(pull.folder / _WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]
+    unfinished = [*(pull.folder / WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]
     return sum(allocated(path) for path in unfinished if path.is_file())
 
 
-def carry_out(pull: Pull, display: Display) -> None:
-    """Fetch and convert. What is done is done for good: after an interruption the same pull goes on."""
+def _carry_out(pull: Pull) -> Generator[Event, None, None]:
+    """Fetch and convert."""
     for part in pull.parts:
         pull.manifest.begun = [name for name in part.results if name and not (pull.folder / name).exists()]
         pull.manifest.write(pull.folder)
-        written = [path.name for path in part.run(display)]
-        pull.manifest.done |= dict.fromkeys(part.keys, written)
+        written = yield from part.run()
+        pull.manifest.done |= dict.fromkeys(part.keys, [path.name for path in written])
         pull.manifest.begun = []
         pull.manifest.write(pull.folder)
         part.clean()
     pull.manifest.complete = True
     pull.manifest.write(pull.folder)
-    shutil.rmtree(pull.folder / _WORK, ignore_errors=True)
+    shutil.rmtree(pull.folder / WORK, ignore_errors=True)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
     """The folder of what passes through. SkyrunError if another process fetches into it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        message = f"another skyrun fetches into {folder}"
-        raise SkyrunError(message, "wait for it, then run the same command again", FAILED) from error
-    try:
-        yield folder / _WORK
+        with alone_in(folder, f"another skyrun fetches into {folder}"):
+            yield folder / WORK
     finally:
-        lock.release()
         with suppress(OSError):
-            if [path.name for path in folder.iterdir()] == [".lock"]:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
                 shutil.rmtree(folder)
-
-
-Say = Callable[[str], None]
-
-
-def obtain(name: Name, say: Say, out: Path | None = None, dry_run: bool = False) -> Pull:
-    """Fetch a model, as far as it is not there, after saying what and how large it is; or only say so."""
-    with planned_pull(name, out, dry_run) as pull:
-        say(pull.text())
-        check_space(pull)
-        if pull.parts and not dry_run:
-            try:
-                with progress() as display:
-                    carry_out(pull, display)
-            except KeyboardInterrupt:
-                say(f"what has arrived is kept in {pull.folder}: run the same command again to go on from there")
-                raise
-        return pull
-
-
-def located(request: Request, model: str | None, say: Say, dry_run: bool = False) -> tuple[Request, Pull | None]:
-    """The request with the place of its model: a path, or a name, by default that of the task.
-
-    A model that is not there is fetched; of a dry run the second value is then what would be.
-    """
-    check(request)
-    if model is not None and (Path(model).exists() or not _is_name(model)):
-        return replace(request, model=Path(model)), None
-    name = parse_name(model or request.task, request.quant)
-    found = pulled(name)
-    if found and is_complete(*found[0]):
-        return replace(request, model=found[0][0], quant=None), None
-    failures: list[SkyrunError] = []
-    open_inputs(request, failures)  # better before the download than after it
-    if failures:
-        raise failures[0]
-    choose_device(request.device)
-    if found:
-        name = replace(name, quant=found[0][1].quant)
-    state = f"{name} is not there{' as a whole' if found else ''}:"
-    say(f"no model was given, and {state}" if model is None else state)
-    pull = obtain(name, say, dry_run=dry_run)
-    return replace(request, model=pull.folder, quant=None), pull if dry_run else None
-
-
-def _is_name(text: str) -> bool:
-    """Whether it cannot be meant as a path: OWNER/NAME has to have a type behind it here."""
-    return text in SOURCES or ":" in text and not Path(text).is_absolute()

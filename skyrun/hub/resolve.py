@@ -1,211 +1,262 @@
 """Which files make up a model that is asked for by name, and what has to be done to have each of them."""
 
-import os
-import shutil
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from skyrun.cli.progress import Display
 from skyrun.errors import BAD_INPUT, SkyrunError
-from skyrun.hub.client import RemoteFile, Repository, list_repository
-from skyrun.hub.convert import Step, fetch_shown, steps
-from skyrun.hub.gguf_repo import RemoteModel, choose, look, quants
-from skyrun.hub.store import Manifest, Name, manifests, models_folder
+from skyrun.hub.client import Unavailable, list_repository
+from skyrun.hub.convert import Step, steps
+from skyrun.hub.gguf_repo import RemoteModel, choose, companions, look, nearest_better, quants, transformers
+from skyrun.hub.manifest import Manifest
+from skyrun.hub.part import Part, Ready, Shared
+from skyrun.hub.repository import Repository
+from skyrun.hub.store import Name, manifests, models_folder
+from skyrun.kernels.disk import existing_folder
+from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.quant.recipes import RECIPES, default_encoder_quant, find_recipe
-from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES
+from skyrun.quant.recipes import default_encoder_quant
+from skyrun.tasks import TASKS
+from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
 
-_NEEDED = ("transformer", "text_encoder", "vae")
-_NEEDED_FOR = {"a2v": (*_NEEDED, "image_encoder", "audio_encoder")}
-_COMPANIONS = "r2v"  # whose encoder and autoencoder go with a transformer that does not say its task
+_MOST = "Q8_0"  # a better type than was wanted is not looked for above it; encoders are never above F16
+_MOST_ENCODER = "F16"
+_WEIGHTS = (".safetensors", ".pth", ".bin")
 
 
-class Part(Protocol):
-    """Something that becomes files of the model.
+def needed_roles(task: str) -> set[str]:
+    """The parts of a model that a task takes; "" stands for any."""
+    spoken = task in TASKS and TASKS[task].audio
+    return {"transformer", "text_encoder", "vae", *(("image_encoder", "audio_encoder") if spoken else ())}
 
-    keys: what a manifest calls it. places: files that are fetched for it, by where they will be. results: names of the
-    files that it becomes, and what they add to the disk. passing_bytes: the most that is there beside them meanwhile.
+
+@dataclass(frozen=True)
+class Main:
+    """Where the transformer comes from. model: None where it is converted. quant: the type that it has in the end."""
+
+    repository: Repository
+    model: RemoteModel | None
+    quant: str
+    task: str
+
+
+@dataclass
+class Chooser:
+    """Chooses the files of one model.
+
+    wanted: the type of its transformer; a better one may do, unless the name has a type. commits: that were chosen
+    before. notes: what a person should know of it.
     """
 
-    @property
-    def role(self) -> str: ...
-    @property
-    def keys(self) -> list[str]: ...
-    @property
-    def places(self) -> dict[Path, RemoteFile]: ...
-    @property
-    def results(self) -> dict[str, int]: ...
-    @property
-    def passing_bytes(self) -> int: ...
-    def text(self) -> list[tuple[str, int]]: ...
-    def run(self, display: Display) -> list[Path]: ...
-    def clean(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A file that is used as it is."""
-
-    role: str
-    file: RemoteFile
-    out: Path
-    passing_bytes: int = 0
-
-    @property
-    def keys(self) -> list[str]:
-        return [self.file.key]
-
-    @property
-    def places(self) -> dict[Path, RemoteFile]:
-        return {self.out / self.file.name: self.file}
-
-    @property
-    def results(self) -> dict[str, int]:
-        return {self.file.name: self.file.nbytes}
-
-    def text(self) -> list[tuple[str, int]]:
-        return [(self.file.path, self.file.nbytes)]
-
-    def run(self, display: Display) -> list[Path]:
-        fetch_shown(self.file, self.out / self.file.name, display)
-        return [self.out / self.file.name]
-
-    def clean(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """Files that another model has already: they get a second name, or are copied where that cannot be."""
-
-    role: str
-    keys: list[str]
-    files: tuple[Path, ...]
-    out: Path
-    passing_bytes: int = 0
-
-    @property
-    def places(self) -> dict[Path, RemoteFile]:
-        return {}
-
-    @property
-    def results(self) -> dict[str, int]:
-        return dict.fromkeys((file.name for file in self.files), 0)
-
-    def text(self) -> list[tuple[str, int]]:
-        return [(f"{file} (here already)", 0) for file in self.files]
-
-    def run(self, display: Display) -> list[Path]:
-        for file in self.files:
-            partial = self.out / f"{file.name}.part"
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(file, partial)
-            except OSError:
-                shutil.copyfile(file, partial)
-            os.replace(partial, self.out / file.name)
-        return [self.out / file.name for file in self.files]
-
-    def clean(self) -> None:
-        pass
-
-
-def default_quant(name: Name) -> str:
-    """The type of a model that was named without one: of a task's what a plan for this machine takes."""
-    if name.task:
-        planned = plan_request(Request(name.task, ""), this_machine(model=models_folder())).plan
-        return DEFAULT_QUANT if planned.problem else planned.weight_type
-    there = quants(look(list_repository(name.repo)))
-    if not there or DEFAULT_QUANT in there:
-        return DEFAULT_QUANT
-    if len(there) > 1:
-        hint = f"name one of them, such as {name.repo}:{there[0]}"
-        raise SkyrunError(f"{name.repo} has transformers of several types: {', '.join(there)}", hint)
-    return there[0]
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """Chooses the parts of one model. work: the folder of what passes through. Notes commits in the manifest."""
-
     name: Name
-    quant: str
-    folder: Path
-    work: Path
-    manifest: Manifest
+    wanted: str
+    commits: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    _repositories: dict[str, Repository] = field(default_factory=dict)
+    _looked: dict[str, list[RemoteModel]] = field(default_factory=dict)
 
-    def parts(self) -> list[Part]:
-        """Everything that the model needs, whether it is there or not. SkyrunError if it cannot be had."""
-        repository, parts, task = self._main()
-        lacking = self._lacking(task, parts)
-        source = SOURCES[task or _COMPANIONS]
-        if lacking and source.checkpoint != repository.name:
-            found = self._converted(self._list(source.checkpoint), source.leave_out, "")
-            parts += [part for part in found if part.role in lacking]
-            lacking = self._lacking(task, parts)
-        if lacking:
-            names = ", ".join(sorted(role.replace("_", " ") for role in lacking))
-            hint = "expected a repository of SkyReels-V3, or GGUF files of its transformer"
-            raise SkyrunError(f"{repository.name} has no {names}", hint, BAD_INPUT)
-        return [self._elsewhere(part) or part for part in parts]
-
-    def _main(self) -> tuple[Repository, list[Part], str]:
-        """The repository that has the transformer, its parts, and the task, "" if nothing tells."""
+    def main(self) -> Main:
+        """The transformer: of the repository that is named, or of the first source of the task that has one."""
         if self.name.repo:
-            repository = self._list(self.name.repo)
-            if quants(models := look(repository)):
-                return repository, *self._ready(repository, models)
-            return repository, self._converted(repository, (), "transformer"), ""
-        source = SOURCES[self.name.task]
+            return self._named()
+        task, wanted = self.name.task, self.name.quant or self.wanted
+        source = SOURCES[task]
         for name in source.gguf:
-            repository = self._list(name)
-            if self.quant in quants(models := look(repository)):
-                return repository, *self._ready(repository, models)
-            del self.manifest.commits[name]
-        repository = self._list(source.checkpoint)
-        return repository, self._converted(repository, source.leave_out, "transformer"), self.name.task
+            if (repository := self._offered(name)) and (model := self._fitting(repository, wanted)):
+                self._say_why(repository, model)
+                return Main(repository, model, model.quant, task)
+        find_recipe(wanted)
+        return Main(self._list(source.checkpoint), None, wanted, task)
 
-    def _list(self, name: str) -> Repository:
-        repository = list_repository(name, self.manifest.commits.get(name))
-        self.manifest.commits[name] = repository.commit
-        return repository
-
-    def _lacking(self, task: str, parts: list[Part]) -> set[str]:
-        return set(_NEEDED_FOR.get(task, _NEEDED)) - {part.role for part in parts}
-
-    def _ready(self, repository: Repository, models: list[RemoteModel]) -> tuple[list[Part], str]:
-        chosen = choose(repository.name, models, self.quant, self.name.task)
-        said = next(model.task for model in chosen if model.role == "transformer")
-        return [_Ready(model.role, model.file, self.folder) for model in chosen], self.name.task or said
-
-    def _converted(self, repository: Repository, leave_out: tuple[str, ...], main: str) -> list[Part]:
-        """What becomes of a checkpoint. main: the role that gets the type which was asked for, if it is in there."""
-        quant = self.quant
-        if main:
+    def _named(self) -> Main:
+        repository = self._list(self.name.repo)
+        models, task = self._look(repository), self.name.task
+        there = quants(models, task)
+        if not any(model.role == "transformer" for model in models):
+            quant = self.name.quant or DEFAULT_QUANT
             find_recipe(quant)
-        elif quant not in RECIPES:  # others have types of their own, which encoders do not get
-            quant = DEFAULT_QUANT
-        work = self.work / repository.name / repository.commit  # what is left of another commit is not of use
-        return list(steps(repository, leave_out, self.folder, work, quant))
+            return Main(repository, None, quant, task)
+        quant = self.name.quant or DEFAULT_QUANT
+        if not self.name.quant and there and DEFAULT_QUANT not in there:
+            if len(there) > 1:
+                hint = f"name one of them, such as {self.name.repo}:{there[0]}"
+                raise SkyrunError(f"{self.name.repo} has transformers of several types: {', '.join(there)}", hint)
+            quant = there[0]
+        model = choose(repository.name, models, quant, task)
+        self._say_why(repository, model)
+        return Main(repository, model, quant, task or model.task)
 
-    def _elsewhere(self, part: Part) -> Part | None:
-        """The same part in the folder of another model."""
-        if not isinstance(part, Step):
-            return None
-        for folder, manifest in manifests():
-            same = all(manifest.commits.get(file.repo) == file.commit for file in part.sources.values())
-            if folder == self.folder or not same or not all(manifest.finished(folder, key) for key in part.keys):
-                continue
-            files = [folder / name for name in manifest.done[part.keys[0]]]
-            sizes = {file.name: file.stat().st_size for file in files}
-            if sizes == part.results or ("" in part.results and self._same_encoders(manifest.quant)):
-                return _Shared(part.role, part.keys, tuple(files), self.folder)
+    def _fitting(self, repository: Repository, wanted: str) -> RemoteModel | None:
+        """What is taken of a source: a file of the type or, where nobody named it, the nearest better one that runs."""
+        models = [m for m in transformers(self._look(repository), self.name.task) if m.task == self.name.task]
+        usable = [model for model in models if not model.refused]
+        for model in usable:
+            if model.quant == wanted:
+                return model
+        for model in () if self.name.quant else nearest_better(usable, wanted, _MOST):
+            if _planned(self.name.task, model.base)[1]:
+                better = f"its nearest better type is {model.quant}"
+                self.notes.append(f"a plan takes {wanted}, which {repository.name} does not have: {better}")
+                return model
+        there = ", ".join(sorted({model.quant for model in usable})) or "none that can be used"
+        self.notes.append(f"{repository.name} has no {wanted} transformer for {self.name.task}, it has {there}")
         return None
 
-    def _same_encoders(self, quant: str) -> bool:
-        if not {quant, self.quant} <= set(RECIPES):
-            return False
-        return default_encoder_quant(quant) == default_encoder_quant(self.quant)
+    def _say_why(self, repository: Repository, model: RemoteModel) -> None:
+        if model.by_path:
+            self.notes.append(
+                f"{model.file.path} of {repository.name} does not say its task: by the words of its path it is for "
+                f"{model.task}"
+            )
+
+    def parts(self, main: Main, folder: Path, work: Path) -> list[Part]:
+        """Everything that the model needs, whether it is there or not. SkyrunError if it cannot be had.
+
+        Args:
+            main: where the transformer comes from.
+            folder: where the model will be.
+            work: where the files pass through that do not stay.
+        """
+        convert = partial(_converted, quant=main.quant, out=folder, work=work)
+        parts: list[Part] = []
+        if main.model:
+            ready = [main.model, *companions(self._look(main.repository))]
+            parts += [Ready(model.role, model.file, folder) for model in ready]
+        elif self.name.repo:
+            parts += convert(main.repository)
+        task = main.task or _task_of(parts)
+        source, lacking = SOURCES[task or next(iter(SOURCES))], _lacking(task, parts)
+        if "text_encoder" in lacking and (encoder := self._text_encoder(source.text_encoder, main.quant)):
+            parts.append(Ready("text_encoder", encoder.file, folder))
+            lacking.discard("text_encoder")
+        looked_through = self.name.repo == source.checkpoint
+        if lacking and not looked_through:
+            roles = lacking if parts else set()
+            found = convert(self._list(source.checkpoint), leave_out=source.leave_out, roles=roles)
+            parts += [part for part in found if part.role in lacking or not roles]
+        if lacking := _lacking(task, parts):
+            names = ", ".join(sorted(role.replace("_", " ") for role in lacking))
+            hint = "expected a repository of SkyReels-V3, or GGUF files of its transformer"
+            raise SkyrunError(f"{main.repository.name} has no {names}", hint, BAD_INPUT)
+        parts = [_elsewhere(part, folder, main.quant) or part for part in parts]
+        used = {"/".join(key.split("/")[:2]) for part in parts for key in part.keys}
+        self.commits = {name: found.commit for name, found in self._repositories.items() if name in used}
+        return _apart(parts)
+
+    def saved_bytes(self, task: str, parts: list[Part]) -> int:
+        """By how much less than the published checkpoint of a task the parts are that come from elsewhere."""
+        source = SOURCES.get(task)
+        if source is None or source.checkpoint not in self._repositories:
+            return 0
+        if not any(isinstance(part, Ready) for part in parts):
+            return 0
+        files = self._repositories[source.checkpoint].files
+        whole = [file for file in files if file.folder.split("/")[0] not in source.leave_out]
+        fetched = sum(file.nbytes for part in parts for file in part.sources.values())
+        return max(0, sum(file.nbytes for file in whole if file.name.endswith(_WEIGHTS)) - fetched)
+
+    def _text_encoder(self, sources: tuple[str, ...], quant: str) -> RemoteModel | None:
+        """A file of the text encoder that loses as little as the one that a conversion would write."""
+        wanted = _encoder_quant(quant)
+        for name in sources:
+            if repository := self._offered(name):
+                models = [model for model in self._look(repository) if model.role == "text_encoder"]
+                if found := nearest_better(models, wanted, _MOST_ENCODER):
+                    return found[0]
+                reasons = sorted({model.refused for model in models if model.refused}) or [f"is not there as {wanted}"]
+                self.notes.append(f"the text encoder of {name} {reasons[0]}: the published one is converted")
+        return None
+
+    def _offered(self, source: str) -> Repository | None:
+        """A repository of the table, None where it is not to be had, or a model was begun without it."""
+        name, commit = pinned(source)
+        if self.commits and name not in self.commits:
+            return None
+        try:
+            return self._list(name, commit)
+        except Unavailable as error:
+            if name in self.commits:
+                raise
+            self.notes.append(f"{error.message}; going on without it")
+            return None
+
+    def _list(self, name: str, commit: str | None = None) -> Repository:
+        if name not in self._repositories:
+            self._repositories[name] = list_repository(name, self.commits.get(name, commit))
+        return self._repositories[name]
+
+    def _look(self, repository: Repository) -> list[RemoteModel]:
+        if repository.name not in self._looked:
+            self._looked[repository.name] = look(repository)
+        return self._looked[repository.name]
+
+
+def planned_quant(task: str) -> str:
+    """The type that a plan for this machine takes."""
+    type, runs = _planned(task)
+    return type if runs else DEFAULT_QUANT
+
+
+def _planned(task: str, quant: str | None = None) -> tuple[str, bool]:
+    """The type that a plan for a usual clip on this machine takes, and whether the clip can be made."""
+    machine = this_machine(model=existing_folder(models_folder()))
+    plan = plan_request(Request(task, "", quant=quant), machine).plan
+    return plan.weight_type, not plan.problem
+
+
+def _converted(
+    repository: Repository,
+    quant: str,
+    out: Path,
+    work: Path,
+    leave_out: tuple[str, ...] = (),
+    roles: Set[str] = frozenset(),
+) -> list[Step]:
+    """What becomes of a checkpoint, or of the parts of it that have these roles."""
+    if quant not in RECIPES:  # others have types of their own, which encoders do not get
+        quant = DEFAULT_QUANT
+    place = work / repository.name / repository.commit  # what is left of another commit is not of use
+    return steps(repository, leave_out, out, place, quant, roles)
+
+
+def _lacking(task: str, parts: list[Part]) -> set[str]:
+    return needed_roles(task) - {part.role for part in parts}
+
+
+def _task_of(parts: list[Part]) -> str:
+    """The task of a transformer that is converted, as far as its checkpoint tells."""
+    files = [file for part in parts if isinstance(part, Step) for file in part.files]
+    return next((file.task for file in files if file.task in SOURCES), "")
+
+
+def _elsewhere(part: Part, out: Path, quant: str) -> Part | None:
+    """The same part in the folder of another model."""
+    for folder, manifest in manifests():
+        same = all(manifest.commits.get(file.repo) == file.commit for file in part.sources.values())
+        if folder == out or not same or not all(manifest.finished(folder, key) for key in part.keys):
+            continue
+        files = [folder / name for name in manifest.done[part.keys[0]]]
+        sizes = {file.name: file.stat().st_size for file in files}
+        if sizes == part.results or ("" in part.results and _same_encoders(quant, manifest)):
+            return Shared(part.role, part.keys, tuple(files), out)
+    return None
+
+
+def _apart(parts: list[Part]) -> list[Part]:
+    """SkyrunError if two parts would become files of one name."""
+    names = [name for part in parts for name in part.results if name]
+    if twice := [name for name in names if names.count(name) > 1]:
+        message = f"two parts of the model would be called {twice[0]}"
+        raise SkyrunError(message, "fetch its files by hand, and give the folder with --model", BAD_INPUT)
+    return parts
+
+
+def _encoder_quant(quant: str) -> str:
+    return default_encoder_quant(quant if quant in RECIPES else DEFAULT_QUANT)
+
+
+def _same_encoders(quant: str, manifest: Manifest) -> bool:
+    return {quant, manifest.quant} <= set(RECIPES) and _encoder_quant(quant) == _encoder_quant(manifest.quant)

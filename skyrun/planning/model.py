@@ -1,6 +1,5 @@
 """Which files of a folder make up the model of a task. The one place that chooses among them."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from skyrun.models.dit_header import DiTDims, read_dims
 from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae, read_vae_dims
-from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks import TaskSpec, tasks_in
 
 T = TypeVar("T")
 
@@ -114,14 +113,8 @@ def _misfit(file: GGUFFile, spec: TaskSpec) -> str:
         return ""  # said in full if it is the one that is taken
     if problem := _shape_problem(dims, spec):
         return f"{file.path.name} {problem}"
-    named = task_in_words(file.path.name)
-    return f"{file.path.name} is a model for {named}, by its name" if named not in ("", spec.name) else ""
-
-
-def task_in_words(text: str) -> str:
-    """The task that words of a path name, "" if none does: of models of one shape nothing else tells them apart."""
-    words = {word.lower() for word in re.split(r"[^A-Za-z0-9]+", text)}
-    return next((name for name in reversed(TASKS) if name in words), "")
+    named = tasks_in(file.path.name)
+    return f"{file.path.name} is a model for {named[-1]}, by its name" if named and spec.name not in named[-1:] else ""
 
 
 def _of_type(transformers: Sequence[GGUFFile], quant: str, folder: Path) -> GGUFFile:

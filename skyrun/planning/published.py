@@ -8,6 +8,7 @@ from math import prod
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.names import Table
+from skyrun.kernels.recipes import RECIPES, recipe_types
 from skyrun.presets import Candidate, Workload
 from skyrun.presets.workload import AREAS
 from skyrun.tasks import TASKS, TaskSpec
@@ -37,17 +38,19 @@ def with_clip(
 
 
 @cache
-def block_bytes(task: str, type: str) -> int:
-    """Bytes of a block of a task's transformer whose matrices have that type."""
-    return sum(_stored(name, shape, type) for name, shape in _block(TASKS[task]))
+def block_bytes(task: str, quant: str) -> int:
+    """Bytes of the largest block of a task's transformer, with the types that a recipe mixes."""
+    block = _block(TASKS[task])
+    types = recipe_types((name for name, shape in block if len(shape) == 2), RECIPES[quant])
+    return sum(_stored(shape, types.get(name, "F32")) for name, shape in block)
 
 
 @cache
-def published_workload(task: str, type: str | None = None) -> Workload:
-    """A task's published model, no clip yet. type: of its weights, None: whichever of those on offer is best."""
+def published_workload(task: str, quant: str | None = None) -> Workload:
+    """A task's published model, no clip yet. quant: the recipe of its file; None: the best of those on offer."""
     spec = TASKS[task]
-    avatar = _table(spec) is WAN_AUDIO_TRANSFORMER
-    outer = _table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
+    avatar = transformer_table(spec) is WAN_AUDIO_TRANSFORMER
+    outer = transformer_table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
     return Workload(
         task=task,
@@ -59,12 +62,12 @@ def published_workload(task: str, type: str | None = None) -> Workload:
         layers=LAYERS,
         dim=spec.dims["dim"],
         ffn_dim=spec.dims["ffn"],
-        weight_type=type or OFFERED[0],
-        block_bytes=block_bytes(task, type or OFFERED[0]),
-        outer_bytes=sum(_stored(name, shape, "BF16") for name, shape in outer),
+        weight_type=RECIPES[quant or OFFERED[0]].base,
+        block_bytes=block_bytes(task, quant or OFFERED[0]),
+        outer_bytes=sum(_stored(shape, "BF16") for _, shape in outer),
         text_layers=TEXT_LAYERS,
         text_dim=UMT5_XXL["dim"],
-        text_block_bytes=sum(_stored(name, shape, "Q8_0") for name, shape in text if "rel_b" not in name),
+        text_block_bytes=sum(_stored(shape, "Q8_0") for name, shape in text if "rel_b" not in name),
         vae_base_dim=VAE["base"],
         vae_weights=sum(prod(shape) for shape in WAN_VAE.shapes("original", VAE).values()),
         token_matrices=2 if avatar else 0,
@@ -72,23 +75,24 @@ def published_workload(task: str, type: str | None = None) -> Workload:
         image_layers=_CLIP_LAYERS if spec.sees_image else 0,
         image_block_bytes=2 * 12 * _CLIP_DIM**2 if spec.sees_image else 0,
         context_tokens=_TEXT_LENGTH + (_CLIP_TOKENS if spec.sees_image else 0),
-        candidates=() if type else tuple(Candidate(name, block_bytes(task, name)) for name in OFFERED),
+        candidates=() if quant else tuple(Candidate(name, block_bytes(task, name)) for name in OFFERED),
     )
 
 
-def _table(spec: TaskSpec) -> Table:
+def transformer_table(spec: TaskSpec) -> Table:
+    """The names of the tensors of a task's transformer."""
     return WAN_AUDIO_TRANSFORMER if "audio_dim" in spec.dims else WAN_TRANSFORMER
 
 
 def _block(spec: TaskSpec) -> list[tuple[str, tuple[int, ...]]]:
-    return _in_blocks(_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
+    return _in_blocks(transformer_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
 
 
 def _in_blocks(table: Table, naming: str, dims: Mapping[str, int], prefix: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, shape) for name, shape in table.shapes(naming, dims).items() if name.startswith(prefix)]
 
 
-def _stored(name: str, shape: tuple[int, ...], type: str) -> int:
+def _stored(shape: tuple[int, ...], type: str) -> int:
     """Matrices have that type, everything else is float32."""
     kind = FORMATS[type if len(shape) == 2 else "F32"]
     return prod(shape[:-1]) * kind.row_bytes(shape[-1])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.formats import FORMATS
+from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import choice_problems, length_problems, shape_problems
 from skyrun.planning.published import published_workload, with_clip
@@ -85,8 +85,8 @@ def _problems(request: Request) -> Iterator[str]:
     yield from choice_problems(request)
     if request.size is None and request.resolution not in spec.resolutions:
         yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
-    if request.quant is not None and request.model is None and request.quant not in FORMATS:
-        yield f"unknown type {request.quant!r}, known are {', '.join(FORMATS)}"
+    if request.quant is not None and request.model is None and request.quant not in RECIPES:
+        yield f"unknown type {request.quant!r}, known are {', '.join(RECIPES)}"
 
 
 def described_hardware(

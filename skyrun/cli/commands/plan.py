@@ -4,12 +4,15 @@ from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.hub.store import sources_text, wanted_name, whole_folder
 from skyrun.planning.request import SECONDS, Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.cards import card_rows
 from skyrun.tasks import TASKS
 from skyrun.units import GIB, duration, size, table
+
+_MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe another machine
 
 
 def execute(arguments: Namespace) -> int:
@@ -19,6 +22,7 @@ def execute(arguments: Namespace) -> int:
         return 0
     if arguments.task is None:
         raise SkyrunError("say which task to plan for", f"skyrun plan {', '.join(TASKS)}; --gpu list lists cards")
+    _use_pulled_model(arguments)
     request = Request(
         arguments.task,
         "",
@@ -31,7 +35,7 @@ def execute(arguments: Namespace) -> int:
         steps=arguments.steps,
         prefer=arguments.prefer,
     )
-    parts = {name: getattr(arguments, name) for name in ("gpu", "like", "vram", "ram", "disk")}
+    parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_picture
@@ -43,6 +47,19 @@ def execute(arguments: Namespace) -> int:
     else:
         display(planned_text(planned))
     return WILL_NOT_FIT if planned.plan.problem else 0
+
+
+def _use_pulled_model(arguments: Namespace) -> None:
+    """On this machine, plan with the model that a run would take; say so if it is not there."""
+    elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
+    name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
+    if name is None or any(value is not None for value in elsewhere):
+        return
+    if folder := whole_folder(name):
+        arguments.model, arguments.quant = folder, None
+    else:
+        say(sources_text(name))
+        arguments.model, arguments.quant = None, name.quant or None
 
 
 def planned_text(planned: Planned) -> str:

@@ -4,15 +4,17 @@ import shlex
 from argparse import Namespace
 
 from skyrun.cli.console import emit, say
-from skyrun.hub.pull import obtain
+from skyrun.cli.progress import shown
+from skyrun.hub.pull import pull
 from skyrun.hub.store import parse_name
 
 
 def execute(arguments: Namespace) -> int:
     """Fetch a model, or say what would be fetched."""
-    pull = obtain(parse_name(arguments.model, arguments.quant), say, arguments.output, arguments.dry_run)
+    name = parse_name(arguments.model, arguments.quant, arguments.task)
+    fetched = shown(pull(name, arguments.output, arguments.dry_run), False)
     if not arguments.dry_run:
-        say(f"{pull.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or pull.name))}")
+        say(f"{fetched.folder}: ready, for skyrun run ... --model {shlex.quote(str(arguments.output or fetched.name))}")
     if arguments.json:
-        emit({"event": "plan" if arguments.dry_run else "result"} | pull.as_json())
+        emit({"event": "plan" if arguments.dry_run else "result"} | fetched.as_json())
     return 0

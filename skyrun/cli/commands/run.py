@@ -2,14 +2,17 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 from skyrun.cli.batch import free_name, requests_of
 from skyrun.cli.console import emit, say, show_error
 from skyrun.cli.making import announce, draw_sheet, make, pictures_of, sheet_path
+from skyrun.cli.progress import shown
 from skyrun.engine.output import check_outputs, is_made
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.hub.pull import located
+from skyrun.hub.manifest import note_use
+from skyrun.hub.store import wanted_name, whole_folder
 from skyrun.planning.request import Request
 from skyrun.presets.named import preset_limits
 
@@ -59,9 +62,17 @@ def _located(request: Request, arguments: Namespace) -> Request | None:
     None if it would have to be fetched, which a dry run does not do.
     """
     model = arguments.model or (str(request.model) if request.model else None)
-    request, missing = located(request, model, say, arguments.dry_run)
-    if missing is None:
-        return request
+    name = wanted_name(model, request.task, request.quant)
+    if name is None:
+        return replace(request, model=Path(model or ""))
+    if (folder := whole_folder(name)) is not None:
+        note_use(folder)
+        return replace(request, model=folder, quant=None)
+    from skyrun.hub.pull import pull_for  # local runs need no client of the hub
+
+    missing = shown(pull_for(request, name, named=model is not None, dry_run=arguments.dry_run), False)
+    if not arguments.dry_run:
+        return replace(request, model=missing.folder, quant=None)
     say("without --dry-run this is fetched first, then the clip is made")
     if arguments.json:
         emit({"event": "pull"} | missing.as_json())
