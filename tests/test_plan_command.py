@@ -10,9 +10,9 @@ from skyrun.cli import main
 SAYS = [
     (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),
     (["r2v", "--gpu", "RTX 3060", "--width", "832", "--height", "480"], "480x832"),
-    (["r2v", "--gpu", "RTX 3060"], "Q8_0, a file of 15.4 GB,"),
+    (["r2v", "--gpu", "RTX 3060"], "Q8_0 in bfloat16, a file of 15.4 GB;"),
     (["a2v", "--gpu", "RTX 3060"], "a file of 20.4 GB"),
-    (["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K"], "Q4_K, a file of 8.4 GB"),
+    (["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K"], "Q4_K in bfloat16 and int8, a file of 8.4 GB"),
     (["r2v", "--like", "RTX 3090", "--vram", "48"], "a card like RTX 3090, 48 GB"),
     (["r2v", "--gpu", "RTX 4090 24 GB"], "RTX 4090 24 GB"),
     (["r2v", "--gpu", "list"], "RTX 3060 .* 12 GB"),

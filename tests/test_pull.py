@@ -332,7 +332,7 @@ def test_a_first_run_from_nothing_to_the_clip(hub, tmp_path, run_command, capsys
     said = capsys.readouterr().err
     assert "no model was given, and r2v:Q8_0 is not there as a whole" in said
     asked = len(hub.requests)
-    assert main([*run_command, "--dry-run"]) == 0
+    assert main([*run_command, "--dry-run", "--overwrite"]) == 0
     assert len(hub.requests) == asked
 
 

@@ -165,7 +165,7 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
     job, squares = prepare(request), SumsOfSquares()
     with out_of_memory_explained(), vram_limited(job.device, job.plan.limit_bytes - CONTEXT_BYTES):
         for event in takewhile(
-            lambda e: not isinstance(e, LatentsReady), PIPELINES[request.task](job, RunState(), squares)
+            lambda e: not isinstance(e, LatentsReady), PIPELINES[request.spec.pipeline](job, RunState(), squares)
         ):
             if isinstance(event, Progress) and event.stage == "denoise" and event.done < request.steps:
                 yield Progress(_STAGE, index + event.done / request.steps)

@@ -21,17 +21,17 @@ def execute(arguments: Namespace) -> int:
         target_size=parse_size(arguments.target_size) if arguments.target_size else None,
         imatrix=arguments.imatrix,
     )
-    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device), arguments.json)
+    conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device), False)
     say(conversion_text(conversion))
     if not arguments.dry_run:
         try:
-            shown(tool.write(conversion, arguments.device), arguments.json)
+            shown(tool.write(conversion, arguments.device), False)
         except KeyboardInterrupt:
             for kept in tool.unfinished(conversion):
                 say(f"what is finished is kept in {kept}: run the same command again to go on from there")
             raise
         if arguments.report:
-            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix), arguments.json)
+            shown(tool.draw_errors(conversion, arguments.report, arguments.imatrix), False)
     if arguments.json:
         emit({"event": "plan" if arguments.dry_run else "result"} | conversion.summary())
     return 0

@@ -105,12 +105,12 @@ def choice_text(planned: Planned) -> str:
     """What was chosen."""
     plan, work = planned.plan, planned.workload
     dtypes = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
-    file = f"{plan.weight_type}, a file of {size(planned.transformer_bytes)},"
+    file = f"a file of {size(planned.transformer_bytes)}"
     kept = blocks_text(plan.resident_blocks, work.layers)
     rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"
     waiting = ", the others wait on the host" if plan.parked_tokens else ""
     tile = f" in slabs of {plan.vae_tile[0]} rows" if plan.vae_tile else ""
-    return f"{file} in {dtypes}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
+    return f"{plan.weight_type} in {dtypes}, {file}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
 
 
 def blocks_text(resident: int, layers: int) -> str:
