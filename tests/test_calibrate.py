@@ -273,8 +273,8 @@ MISTAKES = [
     # prompts and pictures
     ([*BASE, "--prompts", "none.txt"], MODEL_MISSING, "none.txt does not exist", "one prompt per line"),
     ([*BASE, "--prompts", "{blank}"], BAD_INPUT, "blank.txt has no prompt in it", "one prompt per line"),
-    ([*BASE, "--prompts", "{latin}"], BAD_INPUT, "latin.txt is no list of prompts: .*utf-8", "UTF-8"),
-    ([*BASE, "--prompts", "{folder}"], BAD_INPUT, "is no list of prompts", "text file"),
+    ([*BASE, "--prompts", "{latin}"], BAD_INPUT, "latin.txt is not a list of prompts: .*utf-8", "UTF-8"),
+    ([*BASE, "--prompts", "{folder}"], BAD_INPUT, "is not a list of prompts", "text file"),
     ([*BASE, "--image", "none.png", "{text}"], BAD_INPUT, "(?s)none.png does not exist.*text.png is not", "PNG"),
     # settings
     ([*GOOD, "--size", "100x200"], BAD_INPUT, "size 100x200 is not on the grid", ""),
