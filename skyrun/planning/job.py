@@ -54,7 +54,8 @@ class Job:
         """What a person should know of the inputs, of the choice of files, and of the plan."""
         passed = tuple(f"passed over: {reason}" for reason in self.passed_over)
         advice = [*turned(self.height, self.width, self.inputs.shape)]
-        advice += too_long(len(self.windows), self.frames / self.fps)
+        if self.inputs.footage is None:  # windows that go on from a video have the length of training
+            advice += too_long(len(self.windows), self.frames / self.fps)
         return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
 
     @property
