@@ -44,7 +44,7 @@ BAD_MODELS = {
     "odd_vae": damaged("*.safetensors", renamed(b"decoder.upsamples.3.", b"decoder.upsamples.x.")),
     "hole_in_text": damaged("umt5*", renamed(b"blk.1.ffn_down", b"blk.1.ffn_dawn")),
     "odd_text": damaged("umt5*", renamed(b"enc.blk.1.attn_q.weight", b"enc.blk.y.attn_q.weight")),
-    "no_tokenizer": damaged("umt5*", renamed(b"tokenizer.huggingface", b"tokenizer.hugginghand")),
+    "no_tokenizer": damaged("umt5*", lambda content: content.replace(b"tokenizer.", b"tokenizes.")),
 }
 
 

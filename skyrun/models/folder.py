@@ -10,19 +10,13 @@ from typing import TypeVar
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
-from skyrun.kernels.name_tables import CLIP_VISION, UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
-from skyrun.kernels.names import recognise
+from skyrun.kernels.name_tables import role_of
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 
 CONVERT = "skyrun pull TASK, or skyrun convert CHECKPOINT -o DIR and then --model DIR"
 _ROLES = {"wan": "transformer", "t5encoder": "text encoder", "clip": "image encoder"}
-_TABLES = {
-    "transformer": (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER),
-    "text encoder": (UMT5_ENCODER,),
-    "image encoder": (CLIP_VISION,),
-}
 _TELLING = {"decoder.conv1.weight": "autoencoder", "feature_projection.projection.weight": "audio encoder"}
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
@@ -103,20 +97,16 @@ def open_folder(model: Path | None) -> ModelFolder:
 
 def gguf_role(file: GGUFFile) -> str:
     """What a file is of a model: by its architecture, or by its tensors where that is another program's word."""
-    if role := _ROLES.get(file.architecture):
-        return role
-    tables = {table.role: role for role, own in _TABLES.items() for table in own}
-    matches = recognise(file.tensors, [table for own in _TABLES.values() for table in own])
-    return tables[matches[0].table.role] if matches else ""
+    return _ROLES.get(file.architecture) or role_of(file.tensors).replace("_", " ")
 
 
 def _open_whole(path: Path) -> GGUFFile:
     """SkyrunError for one part of a model that is split over several files."""
     file = open_gguf(path)
-    count, number = file.metadata.get("split.count", 1), file.metadata.get("split.no", 0)
-    if isinstance(count, int) and isinstance(number, int) and count > 1:
+    number, count = file.part
+    if count > 1:
         raise SkyrunError(
-            f"{path} is part {number + 1} of {count} of a split GGUF",
+            f"{path} is part {number} of {count} of a split GGUF",
             "join them with skyrun convert PART-1 -o DIR, or with llama-gguf-split --merge",
         )
     return file
