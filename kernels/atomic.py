@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 import hashlib
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import psutil
 
-_PID_NAMESPACE = "/proc/self/ns/pid"  # of a container; Linux only
+_PID_NAMESPACE = "/proc/self/ns/pid"  # differs between containers; Linux only
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is flushed and renamed over `path`, on failure removed.
 
-    What a killed process of this machine left of the same file is removed too. On a folder that machines share, those
-    of another machine are not: whether their process is alive cannot be seen from here.
+    Partial files that killed processes of this machine left for the same path are removed too. Those of other machines
+    that share the folder stay: this machine cannot see whether their process is alive.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     ours = f".{path.name}.{_machine()}-"
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        os.chmod(partial, mode)  # as the user's umask has it, whatever the library that wrote it chose
+        os.chmod(partial, mode)  # the mode that the user's umask gives, whatever the writing library has set
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _machine() -> str:
-    """What tells apart places whose process ids do not mean the same: hosts, systems on a host, containers."""
+    """An id of the place where process ids are unique: the host, the system on it, and the container."""
     try:
         namespace = os.readlink(_PID_NAMESPACE)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where skyrun keeps what it has measured."""
+"""The folder where skyrun caches its measurements."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ _FOLDER = "SKYRUN_CACHE"  # environment variable
 
 
 def cache_folder() -> Path:
-    """$SKYRUN_CACHE, or a folder of skyrun's in the user's cache."""
+    """$SKYRUN_CACHE if it is set, else skyrun's folder in the user's cache."""
     if named := os.environ.get(_FOLDER):
         return Path(named)
     if sys.platform == "win32":
