@@ -1,4 +1,4 @@
-"""What the system says of the machine beside the GPU: memory, also of containers, disks, and where it runs."""
+"""What the operating system reports: memory, including container limits, disks, and the kind of system."""
 
 import mmap
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 
-ASSUMED_DISK_RATE = 0.5e9  # bytes per second of a SATA SSD
+ASSUMED_DISK_RATE = 0.5e9  # bytes per second that a SATA SSD delivers
 _CHUNK, _READERS = 4 << 20, 8
-_LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # of the measurement of a disk
+_LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # limits for measuring a disk
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of RAM, and how many of them are available: what the system or the container allows, if that is less."""
+    """(total, available) bytes of RAM: those of the system, or of the container if it allows less."""
     system = psutil.virtual_memory()
     total, available = system.total, system.available
     for limit, used in _container_limits():
@@ -28,7 +28,7 @@ def memory() -> tuple[int, int]:
 def _container_limits(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[tuple[int, int]]:
-    """(limit, used) of every control group that holds this process; pages of files that can be let go are not used."""
+    """(limit, used) of every control group of this process. Cached pages that can be dropped do not count as used."""
     found = []
     for line in _text(own).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -59,14 +59,14 @@ def _text(path: Path) -> str:
 
 
 def where() -> str:
-    """ "WSL", "Windows" or "Linux": how much memory can be page-locked, and how quick disks are, depends on it."""
+    """ "WSL", "Windows" or "Linux". How much memory can be page-locked and how fast disks are depends on it."""
     if "microsoft" in platform.release().lower():
         return "WSL"
     return platform.system()
 
 
 def cpu_name() -> str:
-    """The model of the CPU as the system has it."""
+    """The CPU's model name as the system reports it."""
     for line in _text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -74,41 +74,41 @@ def cpu_name() -> str:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the file system that holds a folder, or will hold it."""
+    """Bytes free on the file system that holds a folder or that will hold it."""
     return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists: whose disk it will be on."""
+    """The path itself if it exists, else its nearest parent that does: the path will be on the same disk."""
     return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def disk_rate(path: Path) -> float:
-    """Bytes per second of reading a file around the page cache, as measured for half a second.
+    """Measure for half a second how many bytes per second are read from a file, bypassing the page cache.
 
-    0 if the file is too small, or the system has no way around its cache.
+    0 if the file is too small, or if the system cannot bypass its cache.
     """
     size = path.stat().st_size
     if size < _LEAST_FILE or not hasattr(os, "posix_fadvise"):
         return 0.0
-    with suppress(OSError):  # of file systems that refuse it
+    with suppress(OSError):  # some file systems refuse O_DIRECT
         return _read_rate(path, size, getattr(os, "O_DIRECT", 0))
     return _read_rate(path, size, 0)
 
 
 def _read_rate(path: Path, size: int, flags: int) -> float:
-    """Several threads read chunks, at most so many and so long."""
+    """Read chunks with several threads until _MOST_READ bytes or _MOST_SECONDS are reached."""
     ends = time.perf_counter() + _MOST_SECONDS
     file = os.open(path, os.O_RDONLY | flags)
 
     def read(offset: int) -> int:
         if time.perf_counter() > ends:
             return 0
-        with mmap.mmap(-1, _CHUNK) as buffer:  # begins with a page, as reads around the page cache have to
+        with mmap.mmap(-1, _CHUNK) as buffer:  # page-aligned, which O_DIRECT requires
             return os.preadv(file, [buffer], offset)
 
     try:
-        if not flags:  # around the cache nothing of it has to go
+        if not flags:  # without O_DIRECT the file must first leave the page cache
             os.posix_fadvise(file, 0, _MOST_READ, os.POSIX_FADV_DONTNEED)
         with ThreadPoolExecutor(_READERS) as threads:
             start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What the driver says of the GPUs, without torch."""
+"""Ask the NVIDIA driver about the GPUs, without torch."""
 
 import shutil
 import subprocess
 
 
 def query(fields: str) -> str:
-    """Fields of `nvidia-smi --query-gpu`, GPUs separated by semicolons; empty without a GPU."""
+    """The answer of `nvidia-smi --query-gpu` for these fields, GPUs separated by semicolons; empty without a GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""
