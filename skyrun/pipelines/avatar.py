@@ -42,7 +42,7 @@ def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = Non
     if state.window >= len(job.windows):
         return
     speech = yield from _encode_speech(job)
-    portrait = to_pixels(crop_portrait(job.inputs.pictures[0], job.height, job.width))
+    portrait = to_pixels(crop_portrait(job.inputs.images[0], job.height, job.width))
     noise = Noise(job)
     noise.skip(state.window)
     guides: dict[int, Tensor] = {}

@@ -35,7 +35,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
     if "text" not in state.encoded:
         state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "pictures" not in state.encoded:
-        pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.inputs.pictures]
+        pixels = [to_pixels(letterbox(image, job.height, job.width)) for image in job.inputs.images]
         pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
         empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
         state.encoded["pictures"] = torch.cat((*pictures, *empty), 1).cpu()

@@ -1,4 +1,4 @@
-"""This machine, with what `skyrun tune` has measured of it. Nothing here imports torch, except to look at a GPU."""
+"""Describe this machine, with the measurements of `skyrun tune`. Imports torch only to examine a GPU."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from skyrun.presets.nvidia_smi import query
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured. Rates in operations and bytes per second.
+    """What `skyrun tune` measured.
 
-    link_rate: 0 without a GPU. disks: bytes per second by the number that the system gives a file system.
+    rates: of computing. link_rate: bytes per second to the GPU; 0 without one. disks: bytes per second by disk_number.
     """
 
     rates: Rates
@@ -29,9 +29,9 @@ class Tuned:
 
 
 def this_machine(device: str | None = None, model: Path | None = None) -> Hardware:
-    """What is at hand. device: None looks for a GPU. model: a file on the disk that counts.
+    """The hardware of this machine. If the disk and the link to the GPU were not tuned, they are measured briefly.
 
-    What was not tuned is measured in a moment where it can be: the disk, and the link to a GPU.
+    device: "cuda" or "cpu"; None looks for a GPU. model: a file on the disk that models are read from.
     """
     device = device or _found_device()
     tuned = load_tuned(device)
@@ -47,7 +47,7 @@ def this_machine(device: str | None = None, model: Path | None = None) -> Hardwa
 
 
 def _found_device() -> str:
-    """A GPU, if the driver sees one and torch can use it."""
+    """ "cuda" if the driver sees a GPU and torch can use it, else "cpu"."""
     if not query("name"):
         return "cpu"
     from skyrun.streaming.device import choose_device
@@ -56,23 +56,23 @@ def _found_device() -> str:
 
 
 def disk_number(path: Path | None) -> str:
-    """Of the file system that holds a path, or the current folder."""
+    """The device number of the file system that holds a path, or the current folder if the path does not exist."""
     return str(os.stat(path if path is not None and path.exists() else Path.cwd()).st_dev)
 
 
 def load_tuned(device: str) -> Tuned | None:
-    """What was measured by these versions on this machine; a damaged file counts for nothing."""
+    """Load the tuning results if they match the installed versions and this machine, else None."""
     try:
-        said: Any = json.loads(_path(device).read_text())
-        if said["holds_for"] != _holds_for(device):
+        saved: Any = json.loads(_path(device).read_text())
+        if saved["holds_for"] != _holds_for(device):
             return None
-        return Tuned(Rates(**said["rates"]), float(said["link_rate"]), dict(said["disks"]))
+        return Tuned(Rates(**saved["rates"]), float(saved["link_rate"]), dict(saved["disks"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def save_tuned(device: str, tuned: Tuned) -> Path:
-    """Keep it. Returns where."""
+    """Save tuning results and return the file."""
     path = _path(device)
     with replacing(path) as partial:
         partial.write_text(json.dumps({"holds_for": _holds_for(device), **asdict(tuned)}, indent=1))
@@ -84,7 +84,7 @@ def _path(device: str) -> Path:
 
 
 def _holds_for(device: str) -> dict[str, str]:
-    """What measurements depend on."""
+    """What measurements depend on. If any of these values changes, they are no longer used."""
     packages = {name: _version(name) for name in ("torch", "triton", "skyrun")}
     return {"chip": query("name,driver_version") if device == "cuda" else cpu_name()} | packages
 

@@ -1,4 +1,4 @@
-"""What a clip is made from: pictures, video and speech, read and checked before anything heavy begins."""
+"""Read and check the inputs of a clip: images, video and speech."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """pictures: RGB, upright. footage: the last frames of the video. speech: samples [n] at 16 kHz."""
+    """The inputs of a clip. images: RGB, upright. footage: the last frames of the video. speech: samples at 16 kHz."""
 
-    pictures: tuple[Image, ...] = ()
+    images: tuple[Image, ...] = ()
     footage: Footage | None = None
     speech: NDArray[np.float64] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what the clip is shaped like: the first picture, or the video."""
+        """Height and width of the video or, without one, of the first image. The clip gets this aspect ratio."""
         if self.footage is not None:
             return self.footage.frames.shape[1], self.footage.frames.shape[2]
-        return self.pictures[0].height, self.pictures[0].width
+        return self.images[0].height, self.images[0].width
 
 
 def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
-    """Read what a request names. What is wrong with it is added to the failures."""
+    """Read the inputs that a request names. Errors are added to `failures`."""
 
     def attempt(read: Callable[..., T], *what: Any) -> T | None:
         try:
@@ -43,7 +43,7 @@ def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
             failures.append(error)
             return None
 
-    pictures = [attempt(open_image, path) for path in request.images]
+    images = [attempt(open_image, path) for path in request.images]
     footage = attempt(read_footage, request.video, request.condition_frames) if request.video else None
     speech = attempt(read_speech, request.audio, request.seconds) if request.audio else None
-    return Inputs(tuple(picture for picture in pictures if picture is not None), footage, speech)
+    return Inputs(tuple(image for image in images if image is not None), footage, speech)

@@ -1,4 +1,4 @@
-"""The published models in numbers: what can be planned without having them."""
+"""Sizes of the published models, so that plans can be made without downloading them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from skyrun.tasks.windows import Window, amounts
 UMT5_XXL = {"dim": 4096, "inner": 4096, "ffn": 10240, "vocab": 256384, "buckets": 32, "heads": 64}
 VAE = {"base": 96, "z": 16}
 LAYERS, TEXT_LAYERS = 40, 24
-OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # what is worth choosing from, best first
+OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # types that a plan chooses from, best first
 _TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
@@ -24,7 +24,15 @@ _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 def with_clip(
     workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window]
 ) -> Workload:
-    """A model's workload with the numbers of a clip. size: (height, width) in pixels."""
+    """A model's workload with the size and length of a clip.
+
+    Args:
+        workload: of the model.
+        spec: the task.
+        size: (height, width) in pixels.
+        steps: denoising steps of a window.
+        windows: the windows of the clip.
+    """
     return replace(
         workload,
         height=size[0],
@@ -38,13 +46,16 @@ def with_clip(
 
 @cache
 def block_bytes(task: str, type: str) -> int:
-    """Bytes of a block of a task's transformer whose matrices have that type."""
+    """Bytes of a block in a task's transformer if its matrices have that type."""
     return sum(_stored(name, shape, type) for name, shape in _block(TASKS[task]))
 
 
 @cache
 def published_workload(task: str, type: str | None = None) -> Workload:
-    """A task's published model, no clip yet. type: of its weights, None: whichever of those on offer is best."""
+    """The workload of a task's published model, without a clip.
+
+    type: of the transformer's weights; None lets the plan choose one of OFFERED.
+    """
     spec = TASKS[task]
     avatar = _table(spec) is WAN_AUDIO_TRANSFORMER
     outer = _table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
@@ -85,6 +96,6 @@ def _in_blocks(table: Table, naming: str, dims: Mapping[str, int], prefix: str) 
 
 
 def _stored(name: str, shape: tuple[int, ...], type: str) -> int:
-    """Matrices have that type, everything else is float32."""
+    """Bytes of a tensor: matrices have that type, everything else is float32."""
     kind = FORMATS[type if len(shape) == 2 else "F32"]
     return prod(shape[:-1]) * kind.row_bytes(shape[-1])
