@@ -1,4 +1,4 @@
-"""Embeddings of prompts on disk: the text encoder runs once for a prompt, not once for every clip."""
+"""Cache prompt embeddings on disk, so that the text encoder runs once for a prompt, not once for every clip."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.identity import gguf_identity
 from skyrun.version import __version__
 
-_MOST = 64  # of up to 8 MB each; those that were used last stay
+_MOST = 64  # embeddings that are kept, of up to 8 MB each; the least recently used are removed
 _NAME = "embedding"
 
 
 class CachedEmbedding:
-    """The place of one prompt's embedding. What is damaged there counts for nothing, and a full disk is no failure."""
+    """The cache entry of one prompt's embedding. Damaged files are ignored, and a full disk is not an error."""
 
     def __init__(self, file: GGUFFile, ids: list[int], dim: int, device: torch.device) -> None:
-        """file: of the text encoder, which makes [len(ids), dim] of these tokens."""
+        """file: the text encoder. ids: the prompt's tokens, whose embedding is [len(ids), dim]."""
         self._shape = (len(ids), dim)
         self._path = _folder() / f"{_key(file, ids, device)}.safetensors"
 
     def load(self) -> Tensor | None:
-        """float32 [len(ids), dim] on the CPU, if it is there."""
+        """The embedding, float32 [len(ids), dim] on the CPU; None if it is not cached."""
         try:
             embedding = load_file(self._path)[_NAME]
         except (OSError, SafetensorError, KeyError):
@@ -43,7 +43,7 @@ class CachedEmbedding:
         return embedding
 
     def store(self, embedding: Tensor) -> None:
-        """Keep it, and let go of the ones that were not used for longest."""
+        """Store the embedding, and remove the least recently used ones."""
         with suppress(OSError, SafetensorError):
             with replacing(self._path) as partial:
                 save_file({_NAME: embedding.float().cpu().contiguous()}, partial)
@@ -56,6 +56,6 @@ def _folder() -> Path:
 
 
 def _key(file: GGUFFile, ids: list[int], device: torch.device) -> str:
-    """A digest of all that decides the numbers: tokens, the encoder's file, and what computes with it."""
+    """A digest of everything that determines the embedding's values: tokens, file, device type and versions."""
     deciding = [ids, gguf_identity(file), device.type, torch.__version__, __version__]
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]
