@@ -21,7 +21,7 @@ _PIECE, _PAGE = 32 << 20, 4096
 
 _HEAD_DIM = 128  # values per token in the rotary table
 _TEXT_ROWS = 512  # rows of the prompt's keys and values
-# Memory of the VAE, in units of its widest activations for a group of four frames: the cache of earlier frames, the
+# Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
 _VAE_MEMORY, _VAE_WHOLE, _VAE_SLAB = 6.2, 2.0, 2.5
