@@ -1,16 +1,16 @@
-"""Where models come from. Edit this table to use other repositories; nothing else names one."""
+"""The repositories that models are downloaded from. This table is the only place that names them."""
 
 from dataclasses import dataclass
 
-DEFAULT_QUANT = "Q8_0"  # where no plan says which
+DEFAULT_QUANT = "Q8_0"  # if no plan decides the type
 
 
 @dataclass(frozen=True)
 class Source:
     """The repositories of one task.
 
-    checkpoint: the published one, which is converted where there is no GGUF file of the wanted type. leave_out:
-    folders of it that other tasks use, or none. gguf: repositories of GGUF files, looked into first.
+    checkpoint: the published one; it is converted if there is no GGUF file of the wanted type. leave_out: its folders
+    that this task does not use. gguf: repositories of GGUF files, which are searched first.
     """
 
     checkpoint: str
