@@ -1,7 +1,7 @@
-"""What a run has made so far: in memory to go on after a failure, on disk to go on in another process.
+"""What a run has made so far: in memory to continue after a failure, on disk to continue in another process.
 
-The file lies beside the clip: safetensors, with a description as JSON in its metadata. It is written whole or not at
-all, and removed when the clip is finished.
+The file lies beside the clip. It is a safetensors file with a JSON description in its metadata, is written atomically,
+and is removed when the clip is finished.
 """
 
 import json
@@ -31,11 +31,12 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class RunState:
-    """Stages fill it in order; what is there is finished. All of it is on the host, whatever happens to the device.
+    """What is finished of a run. Stages fill it in order. All tensors are on the host, so that they survive the device.
 
-    encoded: what all of the clip is made from, by name: embeddings of prompts, latents of pictures or video. window:
-    how many windows are finished. carried: what these hand on to the next, by name. latents: of that one [16, F, h, w]
-    at the level of noise that the sampler has reached. groups: latent frames of it of which frames were handed out.
+    encoded: inputs of the whole clip by name: embeddings of prompts, latents of images or video. window: how many
+    windows are finished. carried: tensors by name that the last finished window passes to the next. latents: of the
+    current window, [16, F, h, w], at the sigma that the sampler has reached. groups: how many groups of frames of the
+    current window were yielded; each group is one latent frame.
     """
 
     encoded: dict[str, Tensor] = field(default_factory=dict)
@@ -47,27 +48,27 @@ class RunState:
 
     @property
     def steps(self) -> int:
-        """Denoising steps of the window that are finished."""
+        """Finished denoising steps of the current window."""
         return self.sampler.index if self.sampler is not None else 0
 
     @property
     def mark(self) -> tuple[int, ...]:
-        """Grows with everything that is finished."""
+        """A tuple that grows whenever anything is finished."""
         return len(self.encoded), self.window, self.steps, self.groups
 
     def finish_step(self, latents: Tensor, sampler: Sampler) -> None:
-        """Take over the outcome of a step: copies, so that a step that fails half-way changes nothing here."""
+        """Store copies of a step's results, so that a step that fails midway changes nothing here."""
         self.latents, self.sampler = latents.to(_CPU), sampler.on(_CPU)
 
     def finish_window(self, **carried: Tensor) -> None:
-        """All frames of the window are handed out; the next begins with what is carried on."""
+        """Record that all frames of the window were yielded. carried: what the next window begins with."""
         self.window, self.carried = self.window + 1, carried
         self.latents, self.sampler, self.groups = None, None, 0
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a state was made from and how. model: identifies its files. device, dtype, precision: of the plan."""
+    """How a state was made. model: the identity of its files. device, dtype, precision: those of its plan."""
 
     request: Request
     model: str
@@ -77,7 +78,7 @@ class Origin:
 
 
 def state_path(output: Path) -> Path:
-    """Where the state of a clip is kept; of a state's own path, that path."""
+    """The file for a clip's state. If `output` is such a file already, it is returned."""
     return output if output.name.endswith(_SUFFIX) else output.with_name(f"{output.stem}{_SUFFIX}")
 
 
@@ -87,7 +88,7 @@ def clip_path(state: Path) -> Path:
 
 
 def save_state(path: Path, state: RunState, origin: Origin) -> None:
-    """Write the state. OSError if it cannot be written; what was there before stays then."""
+    """Write the state. Raises OSError if that fails; a file from before is then unchanged."""
     tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
     tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
     if state.latents is not None:
@@ -106,11 +107,11 @@ def save_state(path: Path, state: RunState, origin: Origin) -> None:
 
 
 def load_state(path: Path) -> tuple[RunState, Origin]:
-    """Read a state and where it comes from. SkyrunError if it is damaged or from another version."""
+    """Read a state and its origin. Raises SkyrunError if the file is damaged or has another version."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is not a dict
         version, text = metadata["version"], metadata["run"]
         if version == str(_VERSION):
             if metadata["crc32"] != _checksum(text, tensors):
@@ -138,7 +139,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | None, request: Request) -> RunState:
-    """ValueError if the tensors are not those of this request."""
+    """Build the state. Raises ValueError if the tensors are not those of this request."""
 
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -160,13 +161,13 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
 
 
 def _latent_frames(request: Request, window: int) -> int:
-    """Noisy frames of a window. Those of speech are alike, however long it is, which a request does not say."""
+    """Noisy frames of a window. Windows of speech are equal: a request does not know how many there are."""
     windows = request.windows()
     return windows[min(window, len(windows) - 1) if request.spec.audio else window].latents
 
 
 def remove_state(path: Path) -> None:
-    """The clip is finished."""
+    """Remove the state of a clip that is finished."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

@@ -24,7 +24,7 @@ class Inputs:
     """pictures: RGB, upright. footage: the last frames of the video, in the size of the clip. speech: samples [n] at
     16 kHz. notices: what a person should know of them."""
 
-    pictures: tuple[Image, ...] = ()
+    images: tuple[Image, ...] = ()
     footage: Footage | None = None
     speech: NDArray[np.float64] | None = None
     notices: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ def clip_size(request: Request, height: int, width: int) -> tuple[int, int]:
 
 
 def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
-    """Read what a request names. What is wrong with it is added to the failures."""
+    """Read the inputs that a request names. Errors are added to `failures`."""
 
     def attempt(read: Callable[..., T], *what: Any) -> T | None:
         try:
