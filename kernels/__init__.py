@@ -1,4 +1,4 @@
-"""Block bytes to numbers: decode and linear. The lowest package: it imports nothing of skyrun.
+"""Kernels that decode and multiply quantized blocks. The lowest package: it imports nothing else of skyrun.
 
 This is the one place where a backend is chosen. Callers use `dequantize` and `linear` and never ask which one runs.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Format", "QuantizedWeight", "block_format", "dequantize", "linear"]
 
-# Resolved on first use: reading a header needs the format table, not torch.
+# Imported on first use: reading a header needs the format table, but not torch.
 _homes = {
     "dequantize": "skyrun.kernels.decode",
     "linear": "skyrun.kernels.matmul",

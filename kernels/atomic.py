@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-_PID_NAMESPACE = "/proc/self/ns/pid"  # of a container; Linux only
+_PID_NAMESPACE = "/proc/self/ns/pid"  # differs between containers; Linux only
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         partial.touch(0o600 if private else 0o666)
         mode = partial.stat().st_mode
         yield partial
-        os.chmod(partial, mode)  # as the user's umask has it, whatever the library that wrote it chose
+        os.chmod(partial, mode)  # the mode that the user's umask gives, whatever the writing library has set
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -38,7 +38,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def _machine() -> str:
-    """What tells apart places whose process ids do not mean the same: hosts, systems on a host, containers."""
+    """An id of the place where process ids are unique: the host, the system on it, and the container."""
     try:
         namespace = os.readlink(_PID_NAMESPACE)
     except OSError:

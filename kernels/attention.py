@@ -1,6 +1,6 @@
-"""Attention without a mask: softmax(q k^T / sqrt(d)) v, by whichever of torch's kernels and our own is quickest here.
+"""Attention without a mask: softmax(q k^T / sqrt(d)) v, by the fastest backend here: one of torch's or our own kernel.
 
-Keys and values are prepared once and stay; queries come in parts of any number of rows.
+Keys and values are prepared once and kept; queries may come in parts of any number of rows.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# A measurement takes at most so many: speed per query and key does not change beyond.
+# Backends are measured on at most this many: beyond, the time per query and key stays the same.
 _QUERIES, _KEYS = 4096, 16384
 
 
 class Keys:
-    """Keys and values [M, heads * d], taken over: those that the chosen kernel does not read are let go.
+    """Keys and values [M, heads * d]. The object owns them and frees the copies that the chosen kernel does not read.
 
-    fast: scores may be computed in int8.
+    fast: whether scores may be computed in int8.
     """
 
     def __init__(self, k: Tensor, v: Tensor, heads: int, fast: bool = False) -> None:
@@ -38,13 +38,13 @@ class Keys:
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as they came."""
-        assert self._k is not None and self._v is not None, "these were quantized and let go"
+        """Keys and values as they were given."""
+        assert self._k is not None and self._v is not None, "keys and values were quantized and the originals freed"
         return self._k, self._v
 
     @property
     def quantized(self) -> QuantizedKeys:
-        """Keys and values for int8 scores; the plain ones are gone from then on, each as soon as it can be."""
+        """Keys and values for int8 scores. The first access frees the originals, each as early as possible."""
         if self._quantized is None:
             from skyrun.kernels import triton_attention as kernels
 
@@ -57,17 +57,17 @@ class Keys:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether that has happened."""
+        """Whether the keys and values have been quantized."""
         return self._quantized is not None
 
     def first(self, count: int) -> "Keys":
-        """The first of them, to measure with."""
+        """The first `count` keys and values, to measure with."""
         k, v = self.plain
         return Keys(k[:count], v[:count], self.heads, self.fast)
 
 
 def attend(q: Tensor, keys: Keys) -> Tensor:
-    """q [L, heads * d] -> [L, heads * d]. Every query sees every key."""
+    """Attend from q [L, heads * d] to all keys -> [L, heads * d]."""
     if q.device.type != "cuda" and not (keys.fast and uses_triton(q.device)):
         return _sdpa(q, keys)
     if keys.is_quantized:
@@ -76,9 +76,9 @@ def attend(q: Tensor, keys: Keys) -> Tensor:
 
 
 def ways(q: Tensor, keys: Keys) -> dict[str, Callable[[], Tensor]]:
-    """Every way to attend that there is on q's device, by name; some may refuse what they are given.
+    """The attention backends of q's device by name, bound to q and keys. Some may raise for these shapes or dtypes.
 
-    "int8" comes last: after it the keys are no longer there for the others.
+    "int8" comes last: it frees the keys that the other backends read.
     """
     found: dict[str, Callable[[], Tensor]]
     if q.device.type == "cuda":
@@ -92,7 +92,7 @@ def ways(q: Tensor, keys: Keys) -> dict[str, Callable[[], Tensor]]:
 
 
 def _choose(q: Tensor, keys: Keys) -> str:
-    """The quickest way, measured on the first queries and keys; the one that needs memory for all scores comes last."""
+    """The backend that is fastest on the first queries and keys. "math" stores all scores: it is the last resort."""
     count = min(len(keys.plain[0]), _KEYS)
     few = q[:_QUERIES]
     candidates = ways(few, keys.first(count))

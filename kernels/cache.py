@@ -19,7 +19,7 @@ _PATIENCE = 10.0  # seconds to wait for another process that is saving
 
 
 def cache_folder() -> Path:
-    """$SKYRUN_CACHE, or a folder of skyrun's in the user's cache."""
+    """$SKYRUN_CACHE if it is set, else skyrun's folder in the user's cache."""
     if named := os.environ.get(_FOLDER):
         return Path(named)
     if sys.platform == "win32":

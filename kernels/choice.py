@@ -1,4 +1,4 @@
-"""Which of several ways is quickest on this device: measured once for each kind of work, and kept on disk."""
+"""Choose the fastest of several candidates on this device: each is timed once per kind of work and cached on disk."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,14 +21,19 @@ _tables: dict[str, Table] = {}  # by device
 
 
 def bucket(rows: int) -> int:
-    """Rows rounded up to a power of two: works of one bucket share a choice."""
+    """Rows rounded up to a power of two. Shapes in the same bucket share a choice."""
     return 1 << max(0, rows - 1).bit_length()
 
 
 def seconds(device: torch.device, key: str, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """How long each candidate takes that works on the device, from the cache or measured now.
+    """The seconds that each working candidate takes on the device, from the cache or measured now.
 
-    key names the work, the same for all work that takes alike. SkyrunError if no candidate works.
+    Args:
+        device: where the candidates run.
+        key: names the kind of work; work that takes equally long shares a key.
+        candidates: functions without arguments that do the same work, by name.
+
+    Raises SkyrunError if no candidate works.
     """
     with _lock:
         table = _table(device)
@@ -45,7 +50,7 @@ def seconds(device: torch.device, key: str, candidates: Mapping[str, Callable[[]
 
 
 def fastest(device: torch.device, key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
-    """The name of the quickest candidate; of those that are nearly as quick, the first."""
+    """The name of the fastest candidate; the first one among those that are nearly as fast."""
     if len(candidates) == 1:
         return next(iter(candidates))
     known = seconds(device, key, candidates)
@@ -54,7 +59,7 @@ def fastest(device: torch.device, key: str, candidates: Mapping[str, Callable[[]
 
 
 def known_choices(device: torch.device) -> dict[str, dict[str, float]]:
-    """All that was measured on the device: seconds by candidate, by key."""
+    """Everything that was measured on the device: seconds by candidate, by key."""
     with _lock:
         return dict(_table(device))
 
@@ -65,14 +70,14 @@ def _measure(device: torch.device, candidates: Mapping[str, Callable[[], object]
         try:
             taken[name] = median_seconds(device, work)
         except torch.OutOfMemoryError:
-            raise  # says something about this moment, not about the candidate
-        except Exception:  # compilers and libraries raise all kinds; a candidate that fails is none
+            raise  # memory is short at this moment; that does not rule out the candidate
+        except Exception:  # compilers and libraries raise all kinds of errors; a candidate that fails is ruled out
             taken[name] = float("inf")
     return taken
 
 
 def holds_for(device: torch.device) -> dict[str, str]:
-    """What measurements depend on: another value of any, and they are made anew."""
+    """What measurements depend on. If any of these values changes, they are made anew."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,

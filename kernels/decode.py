@@ -1,4 +1,4 @@
-"""Block bytes to numbers, with the kernels of the device that they are on."""
+"""Decode block bytes to values, with the kernels of the device that holds them."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,15 @@ from skyrun.kernels.formats import block_format
 
 
 def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
-    """Decode rows of blocks.
+    """Decode rows of blocks -> `dtype` [..., cols].
 
-    blocks: uint8 [..., row_bytes] on any device; planar: all of a tensor as `planes.to_planes` left it. Returns `dtype`
-    [..., cols]; float32 equals ggml's values exactly, other dtypes are those values rounded once. Raises SkyrunError
-    for an unknown type or a row that is not a whole number of blocks.
+    Args:
+        blocks: uint8 [..., row_bytes] on any device.
+        type: the GGUF type of the blocks.
+        dtype: of the result. float32 equals ggml's values exactly; other dtypes are those values, rounded once.
+        planar: whether `blocks` is a whole tensor as `planes.to_planes` returns it.
+
+    Raises SkyrunError for an unknown type or a row that is not a whole number of blocks.
     """
     if block_format(type).block_size > 1 and uses_triton(blocks.device):
         from skyrun.kernels import triton_decode

@@ -1,4 +1,4 @@
-"""What a device can do, and which kernels run on it. The only file of the kernels that talks to CUDA."""
+"""What a device can do, and which kernels run on it. The only file of kernels/ that calls CUDA."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from statistics import median
 
 import torch
 
-_OLDEST = (8, 0)  # compute capability: Triton's own limit, and the first with tensor cores for bfloat16 and int8
+_OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
 _GEFORCE = ((8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 3000, 4000 and 5000 series
-_LAUNCHES = 5  # of a measurement, after one that compiles and warms up
+_LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 
 @lru_cache
 def uses_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run on the device; torch stands in for them elsewhere."""
+    """Whether the Triton kernels run on the device. The torch versions run elsewhere."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _OLDEST
@@ -24,7 +24,7 @@ def uses_triton(device: torch.device) -> bool:
 
 @lru_cache
 def device_name(device: torch.device) -> str:
-    """The name of the graphics card, or of the kind of device."""
+    """The name of the graphics card, or the device type if it is not a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -34,7 +34,14 @@ def median_seconds(
     launches: int = _LAUNCHES,
     before: Callable[[], object] = lambda: None,
 ) -> float:
-    """The median time that `work` takes on the device. before: runs ahead of each, untimed."""
+    """The median time that `work` takes on the device, after one launch that warms up.
+
+    Args:
+        device: where `work` runs; CUDA work is timed with events.
+        work: what is timed.
+        launches: how many times it is timed.
+        before: runs before each launch and is not timed.
+    """
     work()
     if device.type != "cuda":
         return median(_host_seconds(work, before) for _ in range(launches))
@@ -59,7 +66,7 @@ def _host_seconds(work: Callable[[], object], before: Callable[[], object]) -> f
 
 @contextmanager
 def float16_accumulation() -> Iterator[None]:
-    """Let products of float16 matrices add up in float16: twice the speed on GeForce cards."""
+    """Let float16 matmuls accumulate in float16, which doubles their speed on GeForce cards."""
     backend = torch.backends.cuda.matmul
     before = backend.allow_fp16_accumulation
     backend.allow_fp16_accumulation = True
@@ -71,5 +78,5 @@ def float16_accumulation() -> Iterator[None]:
 
 @lru_cache
 def float16_sums_are_quick(device: torch.device) -> bool:
-    """Whether tensor cores add float16 products up in float16 at twice the rate of float32: GeForce cards' do."""
+    """Whether tensor cores accumulate in float16 at twice the rate of float32, as those of GeForce cards do."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in _GEFORCE

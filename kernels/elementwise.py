@@ -1,7 +1,7 @@
-"""The small steps between products, with the kernels of the device: each is one pass over memory.
+"""Elementwise and row-wise operations between matmuls, with the kernels of the device: each is one pass over memory.
 
-Shapes: L tokens, D width. Sums are in float32, results in x's type. `rotated` asks for rows in rotated int8 instead,
-which linear layers take that are `fast`; D is a multiple of 256 then.
+Shapes: L tokens, D width. Sums are computed in float32, results have x's dtype. With `rotated` the result is rotated
+int8, the input of linear layers that are `fast`; D must then be a multiple of 256.
 """
 
 from types import ModuleType
@@ -25,24 +25,24 @@ def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: Rope | None = None) -> Tensor:
     """x / sqrt(mean square + eps) * weight over the full width, then the rotary embedding. x [L, D], weight [D].
 
-    rope: cosines and sines [L, d / 2] for heads of d numbers: neighbours (a, b) of every head become
+    rope: cosines and sines [L, d / 2] for heads of dimension d. Each neighbouring pair (a, b) of a head becomes
     (a cos - b sin, a sin + b cos).
     """
     return cast(Tensor, _twin(x.device).rms_norm(x, weight, eps, rope))
 
 
 def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
-    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). x [L, D]."""
+    """GELU in its tanh approximation, x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). x [L, D]."""
     return cast(Tensor | RotatedInt8, _twin(x.device).gelu(x, rotated))
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x + gate * y, without a gate x + y. x and y [L, D], gate [D]."""
+    """x + gate * y, or x + y without a gate. x and y [L, D], gate [D]."""
     return cast(Tensor, _twin(x.device).add_gated(x, y, gate))
 
 
 def quantize_rows(x: Tensor) -> RotatedInt8:
-    """x [..., D] in rotated int8."""
+    """Rotate the rows of x [..., D] and quantize them to int8."""
     return cast(RotatedInt8, _twin(x.device).quantize_rows(x))
 
 

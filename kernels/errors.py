@@ -1,12 +1,12 @@
-"""The one exception that a user meets. It lives in the lowest package so that every package can raise it."""
+"""The one exception that users see. It lives in the lowest package so that every package can raise it."""
 
 FAILED, BAD_INPUT, WILL_NOT_FIT, MODEL_MISSING, INTERRUPTED = 1, 2, 3, 4, 130
 
 
 class SkyrunError(Exception):
-    """A failure with a sentence about it, a next step, and the exit code of the command line.
+    """A failure: a sentence about it, a next step, and the exit code of the command line.
 
-    message: what was got and what was expected. hint: what to type or change next.
+    message: what was received and what was expected. hint: what to type or change next.
     code: 1 failed, 2 bad input, 3 will not fit, 4 a model is missing, 130 interrupted.
     """
 
@@ -18,7 +18,7 @@ class SkyrunError(Exception):
 
     @classmethod
     def listing(cls, title: str, problems: list[str], hint: str = "", code: int = BAD_INPUT) -> "SkyrunError":
-        """All problems in one error; a single problem stands alone, without the title."""
+        """All problems in one error. A single problem is shown without the title."""
         if len(problems) == 1:
             return cls(problems[0], hint, code)
         return cls(f"{title}:\n" + "\n".join(f"  - {problem}" for problem in problems), hint, code)

@@ -1,4 +1,4 @@
-"""What a file is that has the name of a model and is none: told by its first bytes."""
+"""Recognise by its first bytes a file that has a model's name but is not a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ _HEAD = 512
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file that is met where a model was expected. what: a clause about it. hint: what to do."""
+    """A kind of file that people mistake for a model. what: a clause that says what it is. hint: what to do."""
 
     what: str
     hint: str
@@ -44,7 +44,7 @@ _KINDS = (
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """What a file is, if it is one of the kinds that people have by mistake. Reads its first bytes."""
+    """The kind of a file, judged by its first bytes, if it is one that people mistake for a model; else None."""
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD)

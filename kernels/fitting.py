@@ -1,4 +1,4 @@
-"""Whether the tensors of a file are a whole model: all there, and of shapes that fit each other. Nothing is read."""
+"""Check that a file's tensors are a whole model: none is missing and their shapes agree. No tensor data is read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +10,17 @@ from skyrun.kernels.names import Shape, Table, solve
 def check_tensors(
     path: Path, table: Table, shapes: Mapping[str, Shape], hint: str, layers: int = 0, **known: int
 ) -> dict[str, int]:
-    """The dims that tensors imply. SkyrunError if one is missing, or if its shape is not what the others imply.
+    """The dims that the tensors' shapes imply.
 
     Args:
-        path: the file, for the message.
-        table: the tensors that the model reads, under the names that it reads them by.
-        shapes: of the file's tensors by name; the file may have more than the table lists.
-        hint: what to do where they do not fit.
+        path: the file, named in the error.
+        table: the tensors that the model reads, under the names it reads them by.
+        shapes: shapes of the file's tensors by name; the file may have more tensors than the table lists.
+        hint: what the error tells the user to do.
         layers: how many blocks the model reads.
         known: dims that are fixed whatever the tensors say.
+
+    Raises SkyrunError if a tensor is missing or its shape disagrees with those of the others.
     """
     rows = {row.name(): row for row in table.expand(layers)}
     dims = solve([(row, shapes[name]) for name, row in rows.items() if name in shapes], known)

@@ -1,7 +1,7 @@
-"""Products that add up in float16: twice as quick on GeForce cards, but numbers end at 65504.
+"""Matmuls that accumulate in float16: twice as fast on GeForce cards, but values beyond 65504 overflow.
 
-A number that leaves the range becomes infinite or NaN and stays so. Whether one did is known to the device; the host
-would have to wait for it after every product. So the device keeps a flag for each, and they are looked at together.
+A value that overflows becomes infinite or NaN and stays so. Checking after every matmul would make the host wait for
+the device each time, so the device keeps a flag for each matmul and the host reads all flags together.
 """
 
 from collections.abc import Callable
@@ -17,38 +17,38 @@ from skyrun.kernels.weight import QuantizedWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_Flags = list[tuple[str, Tensor]]  # whose product it was, and bool []: whether all of it is finite
+_Flags = list[tuple[str, Tensor]]  # name of the weight, and bool []: whether the whole result is finite
 
 _gathered: ContextVar[_Flags | None] = ContextVar("gathered", default=None)
-_overflowed: set[str] = set()  # names of weights; in the next step they would leave the range again
+_overflowed: set[str] = set()  # names of weights whose matmul would overflow again in the next step
 
 
 def may_overflow(weight: QuantizedWeight) -> bool:
-    """Whether a product with this weight has left float16's range before."""
+    """Whether a matmul with this weight has overflowed float16 before."""
     return weight.name in _overflowed
 
 
 def multiply(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x [L, cols] times weight transposed -> [L, rows] in x's dtype, which counts only inside of `within_range`."""
+    """x [L, cols] @ weight^T -> [L, rows] in x's dtype. The result may have overflowed: call it in `within_range`."""
     with float16_accumulation():
         bias16 = None if bias is None else bias.to(torch.float16)
-        product = F.linear(x.to(torch.float16), weight.dense(torch.float16), bias16)
+        y = F.linear(x.to(torch.float16), weight.dense(torch.float16), bias16)
     if uses_triton(x.device):
         from skyrun.kernels.triton_cast import cast_checked
     else:
         from skyrun.kernels.torch_cast import cast_checked
-    result, finite = cast_checked(product, x.dtype)
+    result, finite = cast_checked(y, x.dtype)
     flags = _gathered.get()
-    assert flags is not None, "nobody would look at the flag"
+    assert flags is not None, "outside of within_range nobody reads the flag"
     flags.append((weight.name, finite))
     return result
 
 
 def within_range(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """What `compute` gives when no product in it leaves float16's range; it may be called several times.
+    """Call `compute` until no matmul in it overflows float16, and return its result.
 
-    The first weight whose product does is remembered: it is not multiplied so again. What came after it followed from
-    it, so everything is computed anew. Inside of another `within_range`, that one looks at the flags of both.
+    After an overflow, the first weight that caused it is remembered and not multiplied in float16 again. Everything
+    after it depends on the bad values, so `compute` runs anew. A nested call leaves the check to the outer one.
     """
     if _gathered.get() is not None:
         return compute(*args, **kwargs)
@@ -61,7 +61,7 @@ def within_range(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> 
             _gathered.reset(token)
         if not flags:
             return result
-        finite = torch.stack([flag for _, flag in flags]).tolist()  # the one time that the host waits
+        finite = torch.stack([flag for _, flag in flags]).tolist()  # the host waits for the device here only
         if all(finite):
             return result
         _overflowed.add(flags[finite.index(False)][0])

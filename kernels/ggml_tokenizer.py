@@ -1,7 +1,7 @@
-"""Tokenizers of text encoder files: the JSON of the tokenizers library, or the arrays that ggml's programs keep.
+"""Read the tokenizer in a text encoder file: JSON of the tokenizers library, or the arrays that ggml's programs store.
 
-A SentencePiece unigram model is pieces with log probabilities and types; llama.cpp and ComfyUI-GGUF read it from
-`tokenizer.ggml.*`. Files that skyrun writes have both; where there is JSON, it is the authority.
+A SentencePiece unigram model consists of pieces with log probabilities and types; llama.cpp and ComfyUI-GGUF read it
+from `tokenizer.ggml.*`. Files that skyrun writes have both; if there is JSON, it is used.
 """
 
 import base64
@@ -19,8 +19,8 @@ from skyrun.kernels.gguf_file import GGUFFile
 JSON_KEY, _GGML = "tokenizer.huggingface.json", "tokenizer.ggml."
 _NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_CONTROLS = ("<pad>", "</s>", "<s>")  # other special tokens stand for themselves in a text
-_PAD_SCORE = -10000.0  # of rows of the embedding that no piece belongs to
+_CONTROLS = ("<pad>", "</s>", "<s>")  # other special tokens may occur literally in a text
+_PAD_SCORE = -10000.0  # for rows of the embedding that have no piece
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 _SAMPLE = "A cat, 猫, on the Sea: é ﬁ 🙂\t1/2  </s>"
 _CONVERT = "convert the published checkpoint: skyrun convert puts the tokenizer in"
@@ -28,7 +28,7 @@ _CONVERT = "convert the published checkpoint: skyrun convert puts the tokenizer 
 
 @dataclass(frozen=True)
 class Unigram:
-    """A model's pieces with their log probabilities and types, and how text is prepared for it."""
+    """A unigram model: its pieces with log probabilities and types, and how text is normalised for it."""
 
     pieces: list[tuple[str, float]]
     types: list[int]
@@ -38,7 +38,7 @@ class Unigram:
     squeeze_spaces: bool
 
     def tokenizer(self) -> Tokenizer:
-        """The same model in the tokenizers library. Whatever the library raises if it cannot be."""
+        """The same model in the tokenizers library. Passes on whatever the library raises for an unusable one."""
         unknown = self.types.index(UNKNOWN)
         tokenizer = Tokenizer(models.Unigram(self.pieces, unk_id=unknown, byte_fallback=BYTE in self.types))
         steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
@@ -54,12 +54,12 @@ class Unigram:
         return tokenizer
 
     def tokenizer_json(self) -> str:
-        """The same model as text that the tokenizers library reads."""
+        """The same model as the JSON that the tokenizers library reads."""
         text: str = self.tokenizer().to_str()
         return text
 
     def metadata(self, rows: int) -> dict[str, Any]:
-        """The keys that ggml's programs read, with a piece for each of the embedding's rows."""
+        """The metadata that ggml's programs read, padded to one piece for each of the embedding's rows."""
         texts = [piece for piece, _ in self.pieces]
         fill = range(len(texts), rows)
         keys: dict[str, Any] = {
@@ -80,14 +80,14 @@ class Unigram:
 
 
 def has_tokenizer(file: GGUFFile) -> bool:
-    """Whether a text encoder file has a tokenizer inside, of either kind."""
+    """Whether a text encoder file contains a tokenizer of either kind."""
     return isinstance(file.metadata.get(JSON_KEY), str) or f"{_GGML}tokens" in file.arrays
 
 
 def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
-    """The tokenizer in a text encoder file. rows: of its embedding.
+    """The tokenizer in a text encoder file whose embedding has `rows` rows.
 
-    SkyrunError if there is none, if it cannot be used, or if it belongs to another embedding.
+    Raises SkyrunError if there is none, if it cannot be used, or if it belongs to another embedding.
     """
     if not has_tokenizer(file):
         raise SkyrunError(f"{file.path} has no tokenizer inside ({JSON_KEY} or {_GGML}tokens)", _CONVERT)
@@ -102,13 +102,19 @@ def read_tokenizer(file: GGUFFile, rows: int) -> Tokenizer:
 
 
 def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> Tokenizer:
-    """A tokenizer out of the text of its JSON. SkyrunError if it cannot be used for an embedding of `rows` rows.
+    """Load a tokenizer from its JSON.
 
-    where: what to call it. hint: what to do about one that is damaged.
+    Args:
+        where: how the error names it.
+        text: the JSON.
+        rows: how many rows the embedding has.
+        hint: what the error tells the user to do if the JSON is damaged.
+
+    Raises SkyrunError if it is damaged or has more tokens than the embedding has rows.
     """
     with guarded(where, hint):
         tokenizer = Tokenizer.from_str(text)
-        tokenizer.no_padding()  # a file may ask for padding; here every id counts as a token
+        tokenizer.no_padding()  # a file may enable padding, but here every id counts as a token
         tokenizer.encode(_SAMPLE)
     _check_size(where, tokenizer.get_vocab_size(with_added_tokens=True), rows)
     return tokenizer
@@ -116,7 +122,7 @@ def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> To
 
 @contextmanager
 def guarded(where: str, hint: str) -> Iterator[None]:
-    """What the tokenizers library raises becomes a SkyrunError: plain Exceptions, and panics, which are none."""
+    """Turn what the tokenizers library raises into a SkyrunError: Exceptions, and panics, which are BaseExceptions."""
     try:
         yield
     except (SkyrunError, KeyboardInterrupt, SystemExit, MemoryError):
@@ -135,18 +141,17 @@ def _check_size(where: str, tokens: int, rows: int, least: int = 0) -> None:
 
 
 def from_gguf(file: GGUFFile, rows: int) -> Unigram:
-    """The model that ggml's programs keep in arrays, for an embedding of `rows` rows, which their writers fill up.
+    """The model that ggml's programs store in arrays, which their writers pad to the `rows` rows of the embedding.
 
-    ValueError if they are not such a model, SkyrunError if they belong to another embedding.
+    Raises ValueError if the arrays are not such a model, SkyrunError if they belong to another embedding.
     """
     _check_size(f"the tokenizer in {file.path}", file.arrays[f"{_GGML}tokens"].count, rows, least=-(-rows // 2))
-    said = {key: file.metadata.get(f"{_GGML}{key}") for key in ("model", "eos_token_id")}
+    model, end = (file.metadata.get(f"{_GGML}{key}") for key in ("model", "eos_token_id"))
     tokens, scores, types = (file.array(f"{_GGML}{name}") for name in ("tokens", "scores", "token_type"))
-    if said["model"] != "t5" or not len(tokens) == len(scores) == len(types):
+    if model != "t5" or not len(tokens) == len(scores) == len(types):
         counts = f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types"
-        raise ValueError(f"a tokenizer {said['model']!r} of {counts}, expected 't5' with as many of each")
-    used = max((place for place, type in enumerate(types) if type != UNUSED), default=-1) + 1  # then rows without piece
-    end = said["eos_token_id"]
+        raise ValueError(f"a tokenizer {model!r} of {counts}, expected 't5' with as many of each")
+    used = max((place for place, type in enumerate(types) if type != UNUSED), default=-1) + 1  # padding follows
     return Unigram(
         pieces=list(zip(tokens[:used], scores[:used], strict=True)),
         types=types[:used],
@@ -158,16 +163,16 @@ def from_gguf(file: GGUFFile, rows: int) -> Unigram:
 
 
 def from_json(text: str) -> Unigram | None:
-    """The model in a tokenizer.json; None if it is of another kind than SentencePiece's unigram."""
+    """The model in a tokenizer.json; None if it is not a SentencePiece unigram model."""
     try:
-        said = json.loads(text)
-        vocabulary, unknown = said["model"]["vocab"], said["model"]["unk_id"]
-        if said["model"]["type"] != "Unigram" or not isinstance(unknown, int):
+        parsed = json.loads(text)
+        vocabulary, unknown = parsed["model"]["vocab"], parsed["model"]["unk_id"]
+        if parsed["model"]["type"] != "Unigram" or not isinstance(unknown, int):
             return None
         pieces = [(str(piece), float(score)) for piece, score in vocabulary]
-        added = {token["id"]: token["content"] for token in said["added_tokens"]}
-        steps = _steps(said["normalizer"])
-        spaces = [step for step in _steps(said["pre_tokenizer"]) if step["type"] == "Metaspace"]
+        added = {token["id"]: token["content"] for token in parsed["added_tokens"]}
+        steps = _steps(parsed["normalizer"])
+        spaces = [step for step in _steps(parsed["pre_tokenizer"]) if step["type"] == "Metaspace"]
         maps = [base64.b64decode(step["precompiled_charsmap"]) for step in steps if step["type"] == "Precompiled"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -187,11 +192,11 @@ def from_json(text: str) -> Unigram | None:
     )
 
 
-def _steps(said: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be one, several or none."""
-    if not said:
+def _steps(parsed: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer: none, one, or several."""
+    if not parsed:
         return []
-    return list(said.get("normalizers") or said.get("pretokenizers") or [said])
+    return list(parsed.get("normalizers") or parsed.get("pretokenizers") or [parsed])
 
 
 def _types(texts: Sequence[str], unknown: int, added: set[str]) -> list[int]:

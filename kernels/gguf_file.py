@@ -1,6 +1,6 @@
-"""Read the header of a GGUF file: metadata, and where each tensor lies. Trusts nothing but offsets it has checked.
+"""Read the header of a GGUF file: the metadata and each tensor's place. Every offset is checked before it is used.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf's own reader maps the file and builds a Python
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf-py's reader maps the file and builds a Python
 list for every array; this one reads the header once, keeps only the places of arrays, and checks every length against
 the file's size before it reads or allocates.
 """
@@ -22,8 +22,8 @@ _MAX_ENTRIES = 1 << 16  # tensors, or metadata keys
 _MAX_DIMS = 8
 _MAX_NESTING = 4
 _STRING, _ARRAY = 8, 9
-_WALK = 1 << 13  # bytes of an array of texts that are looked at in one go
-# Types that other programs write and that are not decoded here, by GGUF's number.
+_WALK = 1 << 13  # bytes of an array of texts that are read at a time
+# Types that other programs write and skyrun does not decode, by their number in GGUF.
 _OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S"}
 _OTHER_TYPES |= {22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"}
 _OTHER_TYPES |= {35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
@@ -32,7 +32,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file. shape: as torch has it, rows before columns. offset: bytes from the start of the file."""
+    """A tensor of a file. shape: in torch's order, rows before columns. offset: bytes from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """An array of the metadata, not read. kind: GGUF's number for the type of its items."""
+    """Where an array of the metadata lies; its items are not read. kind: GGUF's number for the type of the items."""
 
     kind: int
     count: int
@@ -51,9 +51,9 @@ class ArrayInfo:
     nbytes: int
 
 
-@dataclass(frozen=True, eq=False)  # each opening is one of its own, and can be a key
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class GGUFFile:
-    """The header of a GGUF file. metadata: scalars and strings. arrays: where the others lie."""
+    """The header of a GGUF file. metadata: its scalars and strings. arrays: where its arrays lie."""
 
     path: Path
     metadata: dict[str, Any]
@@ -66,28 +66,28 @@ class GGUFFile:
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which file this is of how many that a model was split into; (1, 1) of a whole one."""
+        """(number, count) of a file that is one of several parts of a model; (1, 1) if the model was not split."""
         number, count = self.metadata.get("split.no"), self.metadata.get("split.count")
         if isinstance(number, int) and isinstance(count, int) and 0 <= number < count:
             return number + 1, count
         return 1, 1
 
     def number(self, key: str, default: float) -> float:
-        """A number of the metadata. SkyrunError if it is something else."""
+        """A number in the metadata. Raises SkyrunError if the value is something else."""
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SkyrunError(f"{self.path} says {key} = {value!r}, expected a number", "convert or download it again")
         return value
 
     def read(self, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> bytearray:
-        """`nbytes` bytes of a tensor from byte `start` of it; the whole tensor by default."""
+        """Read `nbytes` bytes of a tensor, beginning at its byte `start`; by default the whole tensor."""
         data = bytearray(info.nbytes - start if nbytes is None else nbytes)
         with open_unbuffered(self.path) as file:
             read_into(file, memoryview(data), info.offset + start)
         return data
 
     def array(self, key: str) -> list[Any]:
-        """The numbers or texts of an array, [] where there is none. SkyrunError for what is not UTF-8, or nested."""
+        """Read an array of numbers or texts; [] if there is none. Raises SkyrunError if it is nested or not UTF-8."""
         info = self.arrays.get(key, ArrayInfo(0, 0, 0, 0))
         data = bytearray(info.nbytes)
         with open_unbuffered(self.path) as file:
@@ -107,7 +107,7 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Read and check a header. SkyrunError if the file is missing, not GGUF, cut, or inconsistent."""
+    """Read and check a header. Raises SkyrunError if the file is missing, not GGUF, truncated, or inconsistent."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -121,7 +121,7 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 class _Malformed(Exception):
-    """What is wrong with a header, before the path is known."""
+    """What is wrong with a header; the path is added later."""
 
     def __init__(self, message: str, hint: str = "it is damaged: take it from another source, or convert it") -> None:
         super().__init__(message)
@@ -202,7 +202,10 @@ class _Header:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
 
     def _count(self, smallest: int, most: int | None = None) -> int:
-        """A number of items, at most `most`, that each take at least `smallest` bytes of what is left."""
+        """Read a count of items. Checks that it is at most `most` and that the rest of the file can hold that many.
+
+        smallest: the least bytes that an item takes.
+        """
         count = int(self._scalar("<Q"))
         if most is not None and count > most:
             raise _Malformed(f"{count} entries cannot fit a header, expected at most {most}")
@@ -254,7 +257,7 @@ class _Header:
         return ArrayInfo(kind, count, start, self._at - start)
 
     def _skip_texts(self, count: int) -> None:
-        """Walk over the lengths of texts; a vocabulary has a quarter of a million."""
+        """Skip texts by their lengths, in large reads: a vocabulary has a quarter of a million texts."""
         while count:
             self._file.seek(self._at)
             window = self._file.read(min(_WALK, self._size - self._at))
@@ -267,7 +270,7 @@ class _Header:
             self._skip(at)
 
     def _tensor(self) -> TensorInfo:
-        """A tensor whose offset still counts from the start of the data."""
+        """Read a tensor's entry. Its offset still counts from the start of the data section."""
         name = self._string(_MAX_NAME)
         dims = self._scalar("<I")
         if not 1 <= dims <= _MAX_DIMS:

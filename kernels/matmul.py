@@ -1,8 +1,8 @@
-"""Multiply activations with a weight that may still be in block form: one name, and the quickest way behind it.
+"""Multiply activations with a weight that may be quantized, by the fastest backend on this device.
 
-Exact: a few rows are multiplied while the blocks are decoded; more rows are worth a decoded copy and the vendor's
-product, in bfloat16 or, where a card is quicker so, in float16 with sums in float16. Fast: weight and activations as
-rotated int8.
+Exact: a few rows go through a kernel that decodes the blocks while it multiplies; for more rows the weight is decoded
+first and multiplied by the vendor's GEMM, in x's dtype or in float16 with float16 accumulation if that is faster on
+the card. Fast: weight and activations are multiplied as rotated int8.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.synthetic import random_weight
 from skyrun.kernels.weight import QuantizedWeight
 
-FEW_ROWS = 64  # up to here decoding while multiplying can pay
-_MEASURED_ROWS = 8192  # rates hardly change beyond
-Way = Callable[[slice], Tensor]  # of multiplying: for these rows
+FEW_ROWS = 64  # up to here the fused kernel can be faster than decoding first
+_MEASURED_ROWS = 8192  # beyond, the time per row hardly changes
+Backend = Callable[[slice], Tensor]  # multiplies these rows
 
 
 def linear(
@@ -33,45 +33,54 @@ def linear(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [..., cols] times weight [rows, cols] transposed, plus bias [rows] -> [..., rows], in x's dtype.
+    """A linear layer, y = x @ weight^T + bias, or residual + gate * y with a residual -> [..., rows] in x's dtype.
 
-    With a residual [..., rows] the result is residual + gate * product; gate float32 [rows], or None for one. Rows in
-    rotated int8 need a weight that is `fast`; such a weight rotates plain rows itself.
+    Args:
+        x: [..., cols]. Rows in rotated int8 need a weight that is `fast`; plain rows are rotated for such a weight.
+        weight: [rows, cols].
+        bias: [rows].
+        gate: float32 [rows] for the residual form; None stands for ones.
+        residual: [..., rows].
     """
     if isinstance(weight, QuantizedWeight) and weight.fast:
         rows = x if isinstance(x, RotatedInt8) else elementwise.quantize_rows(x)
         flat = RotatedInt8(rows.codes.reshape(-1, x.shape[-1]), rows.scales.reshape(-1), rows.dtype)
-        product = _fast(flat, weight, bias, gate, None if residual is None else residual.reshape(-1, weight.shape[0]))
-        return product.view(*x.shape[:-1], -1)
-    assert isinstance(x, Tensor), "rotated rows are for fast weights"
+        y = _fast(flat, weight, bias, gate, None if residual is None else residual.reshape(-1, weight.shape[0]))
+        return y.view(*x.shape[:-1], -1)
+    assert isinstance(x, Tensor), "rotated rows need a fast weight"
     if isinstance(weight, QuantizedWeight):
-        product = float16_sums.within_range(_exact, x, weight, bias)
+        y = float16_sums.within_range(_exact, x, weight, bias)
     else:
-        product = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return product if residual is None else elementwise.add_gated(residual, product, gate)
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if residual is None else elementwise.add_gated(residual, y, gate)
 
 
 def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    ways: dict[str, Way] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
+    backends: dict[str, Backend] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
     if x.device.type != "cpu" and x.dtype != torch.float32:
         if len(flat) > FEW_ROWS:
             if not float16_sums.may_overflow(weight):
-                ways["decode, float16 sums"] = lambda part: float16_sums.multiply(flat[part], weight, bias)
+                backends["decode, float16 sums"] = lambda part: float16_sums.multiply(flat[part], weight, bias)
         elif uses_triton(x.device):
-            ways["fused"] = lambda part: _fused(flat[part], weight, bias)
-    way = _choose(f"linear {weight.type}", len(flat), weight, x.dtype, x.device, ways)
-    return ways[way](slice(None)).view(*x.shape[:-1], -1)
+            backends["fused"] = lambda part: _fused(flat[part], weight, bias)
+    chosen = _choose(f"linear {weight.type}", len(flat), weight, x.dtype, x.device, backends)
+    return backends[chosen](slice(None)).view(*x.shape[:-1], -1)
 
 
 def _choose(
-    what: str, rows: int, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device, ways: Mapping[str, Way]
+    what: str,
+    rows: int,
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Mapping[str, Backend],
 ) -> str:
-    """The quickest way, measured on no more rows than tell."""
+    """The name of the fastest backend, measured on at most _MEASURED_ROWS rows."""
     out, cols = weight.shape
     size = f"{bucket(min(rows, _MEASURED_ROWS))}x{cols}x{out} {str(dtype).removeprefix('torch.')}"
     some = slice(0, _MEASURED_ROWS)
-    return fastest(device, f"{what} {size}", {name: partial(way, some) for name, way in ways.items()})
+    return fastest(device, f"{what} {size}", {name: partial(multiply, some) for name, multiply in backends.items()})
 
 
 def _decoded(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -95,19 +104,22 @@ def _fast(
     blocks = FORMATS[weight.type].block_size > 1
     encoded = triton_encode.encode_weight(weight) if blocks else elementwise.quantize_rows(weight.dense(x.dtype))
 
-    def way(multiply: Callable[..., Tensor], part: slice) -> Tensor:
+    def run(multiply: Callable[..., Tensor], part: slice) -> Tensor:
         rows = RotatedInt8(x.codes[part], x.scales[part], x.dtype)
         return multiply(rows, encoded, bias, gate, None if residual is None else residual[part])
 
-    ways: dict[str, Way] = {
-        "triton": partial(way, triton_int8.multiply),
-        "_int_mm": partial(way, torch_int8.multiply),
+    backends: dict[str, Backend] = {
+        "triton": partial(run, triton_int8.multiply),
+        "_int_mm": partial(run, torch_int8.multiply),
     }
-    return ways[_choose("int8", len(x.codes), weight, x.dtype, device, ways)](slice(None))
+    return backends[_choose("int8", len(x.codes), weight, x.dtype, device, backends)](slice(None))
 
 
 def fast_gain(device: torch.device, rows: int, cols: int) -> float:
-    """How many times quicker than exact products fast ones are here, at most 8192 rows of `cols`; 0 without Triton."""
+    """How many times faster fast matmuls are than exact ones for rows of `cols`; 0 without Triton.
+
+    More than 8192 rows are not measured: the ratio no longer changes.
+    """
     if not uses_triton(device) or cols % FORMATS["Q4_K"].block_size:
         return 0.0
     rows = min(rows, _MEASURED_ROWS)

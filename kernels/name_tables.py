@@ -1,4 +1,4 @@
-"""The families: every tensor of the published models with its shape, and its name in every naming in use."""
+"""The model families: every tensor of the published models with its shape and its name in every naming in use."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ from skyrun.kernels.names import Row, Table, recognise
 
 
 def _layer(shape: str, *names: str) -> list[Row]:
-    """Weight and bias of a linear layer, a convolution or, where there is one axis only, an affine norm."""
+    """Weight and bias of a linear layer or a convolution or, if the shape has one axis only, of an affine norm."""
     bias = shape.split()[0]
     return [
         Row(shape, tuple(f"{name}.weight" for name in names)),
@@ -56,8 +56,8 @@ WAN_TRANSFORMER = Table(
 )
 
 # The talking-avatar transformer: image tokens as in Wan's image-to-video, audio tokens per latent frame.
-# audio_window frames of audio_features (layers * channels) numbers are seen by the first latent frame, middle_window
-# by every later one.
+# The first latent frame sees audio_window frames of audio_features (layers * channels) values, each later one sees
+# middle_window frames.
 WAN_AUDIO_TRANSFORMER = Table(
     "transformer",
     ("original",),
@@ -89,14 +89,14 @@ WAN_AUDIO_TRANSFORMER = Table(
 
 TRANSFORMERS = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
 TASKS = tuple(task for table in TRANSFORMERS for task in table.tasks)
-# What tells tasks apart whose tensors are the same: the class that the config of diffusers' layout names, and the
-# folders of the repository that has two transformers.
+# Tasks whose tensors are the same are told apart by the class in the config of the diffusers layout, and by the folder
+# in the repository that has two transformers.
 CLASS_TASKS = {"SkyReelsC1WanI2v3DModel": "r2v", "SkyReelsA2WanI2v3DModel": "r2v"}
 FOLDER_TASKS = {"transformer": "v2v", "shot_transformer": "shot"}
 
 
 def needed_roles(task: str) -> tuple[str, ...]:
-    """Roles of the models that a task takes beside its transformer; of any task those that all take."""
+    """Roles of the models that a task needs beside its transformer; for an unknown task those that all tasks need."""
     return next((table.needs for table in TRANSFORMERS if task in table.tasks), WAN_TRANSFORMER.needs)
 
 
@@ -126,7 +126,7 @@ def _umt5_block() -> list[Row]:
     return [Row(row.shape, (*row.names, row.names[1])) for row in rows]
 
 
-# UMT5 encoder. The last naming is of files where only the encoder's reference to the shared embeddings was kept.
+# The UMT5 encoder. "tied" names files that kept the shared embedding only under the encoder's name for it.
 UMT5_ENCODER = Table(
     "text_encoder",
     ("gguf", "transformers", "original", "tied"),
@@ -184,7 +184,7 @@ def _vae_encoder() -> list[Row]:
         if level < 3:
             original, diffusers = f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}"
             rows += _layer(f"{width} {width} 3 3", f"{original}.resample.1", f"{diffusers}.resample.1")
-            if level > 0:  # the first level halves space only, the others time too
+            if level > 0:  # the first level halves space only, the others also halve time
                 rows += _layer(f"{width} {width} 3 1 1", f"{original}.time_conv", f"{diffusers}.time_conv")
             index += 1
     rows += _middle("encoder")
@@ -201,7 +201,7 @@ def _vae_decoder() -> list[Row]:
             names = f"decoder.upsamples.{index}", f"decoder.up_blocks.{level}.resnets.{layer}"
             rows += _residual((width, wider), *names)
             width, index = wider, index + 1
-        if halved:  # every level but the last doubles space and halves the channels; the first two double time too
+        if halved:  # every level but the last doubles space and halves the channels; the first two also double time
             original, diffusers = f"decoder.upsamples.{index}", f"decoder.up_blocks.{level}.upsamplers.0"
             rows += _layer(f"{halved} {wider} 3 3", f"{original}.resample.1", f"{diffusers}.resample.1")
             if level < 2:
@@ -211,7 +211,7 @@ def _vae_decoder() -> list[Row]:
     return rows + _layer("3 base 3 3 3", "decoder.head.2", "decoder.conv_out")
 
 
-# Wan video autoencoder.
+# The VAE of Wan 2.1.
 WAN_VAE = Table(
     "vae",
     ("original", "diffusers"),
@@ -224,8 +224,8 @@ WAN_VAE = Table(
 )
 
 _VISION, _LAYER = "vision_model", "vision_model.encoder.layers.{n}"
-# The vision tower of CLIP ViT-H/14, whose file holds a text tower too. Transformers keeps q, k and v apart and the
-# projection transposed: its readers put them as the table has them.
+# The vision tower of CLIP ViT-H/14; its file may hold the text tower too. Transformers stores q, k and v separately and
+# the projection transposed: the readers of that layout convert them to the layout of this table.
 CLIP_VISION = Table(
     "image_encoder",
     ("gguf", "original", "transformers"),
@@ -282,7 +282,7 @@ def _wav2vec2() -> list[Row]:
     ]
 
 
-# wav2vec2 base; the second naming is of newer versions of torch, which spell weight normalisation differently.
+# wav2vec2 base. The second naming comes from newer versions of torch, which spell weight normalisation differently.
 WAV2VEC2 = Table(
     "audio_encoder",
     ("transformers", "parametrized"),
@@ -294,5 +294,5 @@ TABLES = (*TRANSFORMERS, UMT5_ENCODER, WAN_VAE, CLIP_VISION, WAV2VEC2)
 
 
 def role_of(names: Collection[str]) -> str:
-    """What a file does in a pipeline, by the names of its tensors, whatever it says of itself; "" if none is known."""
+    """The role of a file in a pipeline, judged by its tensors' names alone; "" if no family has such tensors."""
     return next((match.table.role for match in recognise(names, TABLES)), "")

@@ -1,7 +1,7 @@
-"""Tables of tensor names: recognise whose tensors a file holds, rename them, and find what is missing or misshapen.
+"""Tables of tensor names: recognise which model a file holds, rename its tensors, find missing and misshapen ones.
 
-A table lists every tensor of a family once: its shape in terms of the model's dims, and its name in every naming that
-is in use. The first naming is the one that skyrun writes and runs.
+A table lists every tensor of a family once: its shape in terms of the model's dims, and its name in every naming in
+use. The first naming is the one that skyrun writes and runs.
 """
 
 import re
@@ -13,15 +13,16 @@ from math import prod
 
 Shape = tuple[int, ...]
 
-_MOST_LINES = 6  # about problems of one kind
-_LEAST_SHARE = 0.3  # of a table's rows that a file must hold to be taken for that family
+_MOST_LINES = 6  # that are shown for problems of one kind
+_LEAST_SHARE = 0.3  # of a table's rows that a file must hold to be recognised as that family
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. shape: words such as "6*dim dim". `{n}` in the names is the index of the block.
+    """One tensor of a family.
 
-    optional: files may leave it out, no model that runs here reads it.
+    shape: one word per axis, such as "6*dim dim". names: one per naming; `{n}` stands for the index of the block.
+    optional: whether files may leave it out, because no model that runs here reads it.
     """
 
     shape: str
@@ -29,14 +30,14 @@ class Row:
     optional: bool = False
 
     def name(self, naming: int = 0) -> str:
-        """Its name in a naming; the written one where the naming has no name of its own."""
+        """The tensor's name in a naming; its first name if the naming has none of its own."""
         return self.names[naming] if naming < len(self.names) else self.names[0]
 
     def for_block(self, index: int) -> "Row":
         return replace(self, names=tuple(name.replace("{n}", str(index)) for name in self.names))
 
     def sizes(self, dims: Mapping[str, int]) -> Shape | None:
-        """The shape, or None where it depends on a dim that is not known."""
+        """The shape, or None if it depends on a dim that is not known."""
         words = [word.split("*") for word in self.shape.split()]
         if any(factor not in dims and not factor.isdigit() for word in words for factor in word):
             return None
@@ -45,10 +46,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors of a family in the order they are written. ignored: what its files may hold and no model reads.
+    """All tensors of a family, in the order in which they are written.
 
-    role: what the family does in a pipeline; several may have the same. tasks: that a transformer may have been
-    trained for. needs: roles of the other models that these tasks take.
+    role: what the family does in a pipeline; several families may have the same role. namings: names of the namings.
+    ignored: pattern of tensor names that files may hold but no model reads. tasks: what a transformer may have been
+    trained for. needs: roles of the other models that these tasks need.
     """
 
     role: str
@@ -59,7 +61,7 @@ class Table:
     needs: tuple[str, ...] = ()
 
     def expand(self, layers: int = 0) -> list[Row]:
-        """Every tensor: before the blocks, block after block, after the blocks."""
+        """Every tensor of a model with that many blocks: those before the blocks, of each block, and after them."""
         block = [row for row in self.rows if "{n}" in row.name()]
         if not block:
             return list(self.rows)
@@ -69,7 +71,7 @@ class Table:
         return [*self.rows[:first], *blocks, *after]
 
     def shapes(self, naming: str, dims: Mapping[str, int]) -> dict[str, Shape]:
-        """Every name in a naming and its shape, for a model whose dims (and "layers") are all known."""
+        """Every tensor's name in a naming and its shape, for a model whose dims (and "layers") are all known."""
         column = self.namings.index(naming)
         return {row.name(column): row.sizes(dims) or () for row in self.expand(dims.get("layers", 0))}
 
@@ -77,7 +79,7 @@ class Table:
         return re.fullmatch(self.ignored, name) is not None
 
     def locate(self, name: str, naming: int) -> tuple[Row, int | None] | None:
-        """The row of a name, and the index of its block."""
+        """The row that a name belongs to and the index of its block; None if the table has no such name."""
         rows, numbered = self._by_name[naming]
         if name in rows and "{n}" not in name:
             return rows[name], None
@@ -87,7 +89,7 @@ class Table:
         return None
 
     def prefixes(self, names: Collection[str], naming: int) -> Iterator[str]:
-        """Prefixes under which names hold a good part of the table, "" included."""
+        """Prefixes under which `names` hold at least _LEAST_SHARE of the table; "" may be one of them."""
         found: Counter[str] = Counter()
         for row in self.rows:
             ending = row.name(naming).replace("{n}", "0")
@@ -98,7 +100,7 @@ class Table:
 
     @cached_property
     def _by_name(self) -> list[tuple[dict[str, Row], re.Pattern[str] | None]]:
-        """For every naming its rows by name, and what the names of block tensors look like."""
+        """For every naming its rows by name, and a pattern that matches the names of block tensors."""
         columns = []
         for naming in range(len(self.namings)):
             rows = {row.name(naming): row for row in self.rows}
@@ -110,7 +112,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Match:
-    """A family that was recognised: in which naming, under which prefix, and its tensors, written name -> file's."""
+    """A family that was recognised in a file.
+
+    naming, prefix: how the file names its tensors. names: the name that skyrun writes -> the name in the file.
+    """
 
     table: Table
     naming: int
@@ -119,7 +124,7 @@ class Match:
 
     @property
     def layers(self) -> int:
-        """How many blocks there are; gaps show as missing tensors."""
+        """How many blocks the file has; a gap between them shows up as missing tensors."""
         located = (self.table.locate(name, 0) for name in self.names)
         return len({place[1] for place in located if place and place[1] is not None})
 
@@ -127,11 +132,11 @@ class Match:
         return self.prefix + row.name(self.naming)
 
     def check(self, shapes: Mapping[str, Shape], known: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
-        """The dims that the shapes (by name in the file) imply, and what is missing or misshapen.
+        """The dims that the shapes (by name in the file) imply, and sentences about missing and misshapen tensors.
 
-        known: dims that no shape tells by itself.
+        known: dims that cannot be solved from shapes alone.
         """
-        rows = self.table.expand(max(1, self.layers))  # of a model without blocks the first is missing
+        rows = self.table.expand(max(1, self.layers))  # if there is no block at all, the first is reported as missing
         present = [(row, shapes[self.file_name(row)]) for row in rows if self.file_name(row) in shapes]
         dims = solve(present, {**known, "layers": self.layers})
         missing, misshapen = [], []
@@ -147,7 +152,7 @@ class Match:
 
 
 def brief(problems: list[str], what: str) -> list[str]:
-    """Problems of one kind, of more than a few only some and the number of the others. what: "are missing"."""
+    """Problems of one kind; of many only the first few and how many others `what`, for example "are missing"."""
     if len(problems) <= _MOST_LINES:
         return problems
     shown = _MOST_LINES // 2
@@ -155,7 +160,7 @@ def brief(problems: list[str], what: str) -> list[str]:
 
 
 def recognise(names: Collection[str], tables: Collection[Table]) -> list[Match]:
-    """The families whose tensors these are, by the names alone; no tensor belongs to two of them."""
+    """The families that a file holds, judged by its tensors' names alone. No tensor belongs to two of them."""
     candidates = []
     for table in tables:
         for naming in range(len(table.namings)):
@@ -166,22 +171,22 @@ def recognise(names: Collection[str], tables: Collection[Table]) -> list[Match]:
                         row, index = place
                         found[row.name() if index is None else row.for_block(index).name()] = name
                 candidates.append(Match(table, naming, prefix, found))
-    # Most tensors first; among equals the family that is more nearly whole.
+    # Most tensors first; among equals the family that is closer to complete.
     candidates.sort(key=lambda match: (-len(match.names), len(match.table.expand(match.layers))))
     taken: set[str] = set()
     matches = []
     for match in candidates:
         if match.names and taken.isdisjoint(match.names.values()):
             taken.update(match.names.values())
-            taken.update(name for name in names if match.table.ignores(name))  # it may look like another family's
+            taken.update(name for name in names if match.table.ignores(name))  # these may look like another family's
             matches.append(match)
     return matches
 
 
 def strays(names: Collection[str], matches: Collection[Match]) -> tuple[list[str], list[str]]:
-    """Names that no match lists: those under the prefix of one, which does not know them, and those of nobody.
+    """Names that no match lists: first those under the prefix of a match, then those under the prefix of none.
 
-    What a family ignores is in neither.
+    Names that a family ignores are in neither list.
     """
     listed = {name for match in matches for name in match.names.values()}
     unknown: list[str] = []
@@ -195,7 +200,7 @@ def strays(names: Collection[str], matches: Collection[Match]) -> tuple[list[str
 
 
 def solve(found: Collection[tuple[Row, Shape]], known: Mapping[str, int]) -> dict[str, int]:
-    """The dims in the shapes of rows, from the first row on that tells each."""
+    """Solve the dims from rows and their actual shapes; each dim is taken from the first row that determines it."""
     dims = dict(known)
     while True:
         before = len(dims)
@@ -204,7 +209,7 @@ def solve(found: Collection[tuple[Row, Shape]], known: Mapping[str, int]) -> dic
             if len(words) == len(shape):
                 for word, size in zip(words, shape, strict=True):
                     _solve_word(word, size, dims)
-        for row, shape in found:  # axes merged or dropped: the product still tells
+        for row, shape in found:  # if axes were merged or dropped, the number of values still determines a dim
             _solve_word("*".join(row.shape.split()), prod(shape), dims)
         if len(dims) == before:
             return dims
@@ -219,7 +224,7 @@ def _solve_word(word: str, size: int, dims: dict[str, int]) -> None:
 
 
 def fits(shape: Shape, expected: Shape) -> bool:
-    """Whether a shape is the expected one but for axes of length 1 and, beyond matrices, leading axes merged."""
+    """Whether a shape is the expected one, except for axes of length 1 and, beyond matrices, merged leading axes."""
     plain, target = [n for n in shape if n != 1], [n for n in expected if n != 1]
     merged = len(target) - len(plain) + 1
     return plain == target or (len(target) > 2 and merged > 1 and plain == [prod(target[:merged]), *target[merged:]])

@@ -1,8 +1,8 @@
-"""Blocks with their fields apart, so that a graphics card can read every field in wide, aligned words.
+"""Repack blocks into planes, one per field, so that a GPU can read every field in wide, aligned words.
 
-A block of most types is no multiple of 16 bytes. Such a tensor is repacked into planes: one array per field, each
-holding the field of all n = rows * blocks_per_row blocks in order, one array after the other in the tensor's own bytes.
-Wide fields come first, which keeps their planes aligned. A slice of rows of such a tensor means nothing.
+The block size of most types is not a multiple of 16 bytes. A tensor of such a type is repacked: each plane holds one
+field of all n = rows * blocks_per_row blocks in order, and the planes follow each other in the tensor's own bytes. Wide
+fields come first, which keeps their planes aligned. A slice of rows of a repacked tensor is meaningless.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from torch import Tensor
 from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.formats import block_format
 
-_CHUNK_BYTES = 1 << 18  # repacked at a time: the fields after the first are read from the cache
+_CHUNK_BYTES = 1 << 18  # repacked at a time, so that all fields but the first are read from the CPU's cache
 
 
 @dataclass(frozen=True)
 class Field:
-    """Bytes [block_start, block_start + width) of a block; of n blocks, its plane starts at byte n * plane_start."""
+    """A field: bytes [block_start, block_start + width) of each block. For n blocks its plane is at n * plane_start."""
 
     name: str
     width: int
@@ -27,7 +27,7 @@ class Field:
     plane_start: int
 
 
-# Fields in the order of the block (ggml-common.h), then in the order of the planes.
+# Each type's fields with their bytes in the order of the block (ggml-common.h), then in the order of the planes.
 _ORDERS = {
     "Q8_0": ("d2 qs32", "qs d"),
     "Q6_K": ("ql128 qh64 scales16 d2", "ql qh scales d"),
@@ -61,12 +61,12 @@ FIELDS: dict[str, tuple[Field, ...]] = {name: _fields(*orders) for name, orders 
 
 
 def needs_planes(type: str) -> bool:
-    """Whether kernels read the type from planes. The others have aligned blocks already, or none."""
+    """Whether the Triton kernels read the type from planes. The other types have aligned blocks or no blocks."""
     return type in FIELDS
 
 
 def decoded_shape(blocks: Tensor, type: str) -> tuple[int, ...]:
-    """The shape of what blocks uint8 [..., row_bytes] decode to. SkyrunError unless they are whole blocks of a type."""
+    """The shape that blocks uint8 [..., row_bytes] decode to. Raises SkyrunError unless the rows are whole blocks."""
     format = block_format(type)
     if blocks.dtype != torch.uint8 or blocks.shape[-1] % format.block_bytes:
         raise SkyrunError(
@@ -78,9 +78,9 @@ def decoded_shape(blocks: Tensor, type: str) -> tuple[int, ...]:
 
 
 def to_planes(blocks: Tensor, type: str, out: Tensor | None = None) -> Tensor:
-    """Move the fields of all blocks apart: uint8 [rows, row_bytes] -> uint8 of the same shape, in `out` if given.
+    """Repack blocks uint8 [rows, row_bytes] into planes -> uint8 of the same shape, written to `out` if it is given.
 
-    Tensors of types that need no planes come back as they are.
+    Tensors of types that need no planes are returned unchanged.
     """
     return _repacked(blocks, type, out, apart=True)
 
@@ -113,7 +113,7 @@ def _copy(blocks: Tensor, planes: Tensor, type: str, apart: bool) -> None:
 
 
 def _copy_on_host(blocks: Tensor, planes: Tensor, type: str, apart: bool) -> None:
-    """One item of numpy is one field of one block: its strided copies are twice as quick as torch's."""
+    """Copy with numpy, where one item is one field of one block: its strided copies are twice as fast as torch's."""
     width = block_format(type).block_bytes
     n = blocks.numel() // width
     pairs = []

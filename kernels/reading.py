@@ -1,4 +1,4 @@
-"""Read pieces of files into buffers of one's own: a mapping would keep every page it touched in memory."""
+"""Read parts of files into the caller's buffers. Memory-mapping would keep every page it touches in memory."""
 
 import io
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from skyrun.kernels.errors import FAILED, SkyrunError
 
-# Reads into a buffer from a byte of a file on, at most as much as fits; returns how many bytes it got, 0 at the end.
+# Reads from a byte offset of a file into a buffer; returns how many bytes it read, 0 at the end of the file.
 ReadAt = Callable[[memoryview, int], int]
 
 
 def open_unbuffered(path: Path) -> io.FileIO:
-    """The file, for reading into buffers of one's own. SkyrunError if it has gone."""
+    """Open a file for unbuffered reading. Raises SkyrunError if it is gone."""
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
@@ -21,12 +21,12 @@ def open_unbuffered(path: Path) -> io.FileIO:
 
 
 def read_into(file: io.FileIO, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from byte `offset` of an unbuffered file, or raise SkyrunError."""
+    """Fill the buffer from byte `offset` of an unbuffered file. Raises SkyrunError if the file is too short."""
     fill(buffer, offset, read_at(file), str(file.name))
 
 
 def read_at(file: io.FileIO) -> ReadAt:
-    """Reads of a file that no other thread uses."""
+    """A ReadAt for a file that no other thread uses: it seeks."""
 
     def read(buffer: memoryview, offset: int) -> int:
         file.seek(offset)
@@ -36,7 +36,16 @@ def read_at(file: io.FileIO) -> ReadAt:
 
 
 def fill(buffer: memoryview, offset: int, read: ReadAt, name: str) -> None:
-    """Fill the buffer from byte `offset` of the file `name`, in as many reads as it takes, or raise SkyrunError."""
+    """Fill the buffer with as many reads as it takes.
+
+    Args:
+        buffer: what is filled.
+        offset: the first byte of the file to read.
+        read: reads from the file.
+        name: the file, named in the error.
+
+    Raises SkyrunError if the file ends too early or cannot be read.
+    """
     try:
         done = 0
         while done < len(buffer):

@@ -1,18 +1,18 @@
-"""Rows in rotated int8: what the fast path multiplies."""
+"""Rows in rotated int8, which the fast path multiplies."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-GROUP = 256  # neighbouring numbers of a row that are rotated together
+GROUP = 256  # neighbouring values of a row that are rotated together
 
 
 @dataclass(frozen=True)
 class RotatedInt8:
-    """Rows that stand for `codes * scales`, turned back: codes int8 [..., cols], scales float32 [...].
+    """Rows that were rotated and quantized to int8; rotating `codes * scales` again gives the rows.
 
-    dtype: of the numbers before, and of what a multiplication gives.
+    codes: int8 [..., cols]. scales: float32 [...]. dtype: of the original rows and of matmul results.
     """
 
     codes: Tensor
@@ -25,6 +25,6 @@ class RotatedInt8:
 
 
 def check_width(cols: int) -> None:
-    """ValueError unless rows of `cols` are whole groups."""
+    """Raise ValueError unless `cols` is a multiple of GROUP."""
     if cols % GROUP:
         raise ValueError(f"rows of {cols} are not whole groups of {GROUP}")

@@ -1,4 +1,4 @@
-"""Read the header of a safetensors file, without torch and without trusting it."""
+"""Read and check the header of a safetensors file, without torch."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.file_kind import kind_of
 
 _MAX_HEADER = 100 << 20  # the limit of the format
-_MAX_ITEMS = 1 << 21  # of the header's JSON, those in metadata included; a tensor has about eight
+_MAX_ITEMS = 1 << 21  # in the header's JSON, metadata included; a tensor has about eight
 _MAX_DIMS = 16
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
@@ -28,16 +28,18 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """Tensors by name, and the texts that the writer left."""
+    """A file's tensors by name, and the metadata that its writer left."""
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def read_safetensors_header(path: Path, nbytes: int | None = None) -> SafetensorsHeader:
-    """SkyrunError if the file is missing, none of the format, shorter than its header says, or contradicts itself.
+    """Read and check the header.
 
-    nbytes: that the file will have, where only its beginning is there yet.
+    nbytes: the final size of a file of which only the beginning has been downloaded.
+
+    Raises SkyrunError if the file is missing, not safetensors, shorter than its header says, or contradicts itself.
     """
     try:
         size = path.stat().st_size if nbytes is None else nbytes
@@ -85,7 +87,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def _check_places(tensors: dict[str, StoredTensor], start: int, data_bytes: int) -> None:
-    """ValueError unless tensors lie one after the other, and _Cut if the data ends before they do."""
+    """Raise ValueError unless the tensors follow each other without gaps, _Cut if the data ends before they do."""
     last, end = "", start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset < end:

@@ -1,4 +1,4 @@
-"""Weights of random blocks: as many bytes and as much work as real ones, to measure with."""
+"""Random quantized weights to measure with: they take as many bytes and as much work as real ones."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,17 @@ from skyrun.kernels.formats import block_format
 from skyrun.kernels.planes import needs_planes, to_planes
 from skyrun.kernels.weight import QuantizedWeight
 
-# Where in a block its float16 scales lie; all other bytes may be anything.
+# Byte offsets of the float16 scales in a block. All other bytes may have any value.
 _SCALES = {
     **dict.fromkeys(("Q8_0", "Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS"), (0,)),
     **dict.fromkeys(("Q5_K", "Q4_K", "Q5_1", "Q4_1"), (0, 2)),
     **{"Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)},
 }
-_SCALE = 2.0**-14  # of the size that blocks of real weights have
+_SCALE = 2.0**-14  # as large as the scales of real weights
 
 
 def random_blocks(type: str, rows: int, cols: int, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 [rows, row_bytes] of a quantized type: valid blocks, their scales between half and once 2^-14."""
+    """Valid random blocks of a quantized type, uint8 [rows, row_bytes], with scales between 2^-15 and 2^-14."""
     format = block_format(type)
     blocks = torch.randint(0, 256, (rows, format.row_bytes(cols)), dtype=torch.uint8, generator=generator)
     by_block = blocks.view(-1, format.block_bytes)
@@ -29,7 +29,7 @@ def random_blocks(type: str, rows: int, cols: int, generator: torch.Generator | 
 
 
 def random_weight(type: str, rows: int, cols: int, device: torch.device, *, fast: bool = False) -> QuantizedWeight:
-    """A weight of random blocks on the device, laid out as its kernels want it."""
+    """A weight of random blocks on the device, in the layout that the device's kernels read."""
     blocks = random_blocks(type, rows, cols)
     planar = uses_triton(device) and needs_planes(type)
     return QuantizedWeight((to_planes(blocks, type) if planar else blocks).to(device), type, planar, fast)

@@ -1,7 +1,7 @@
-"""Attention with int8 scores in plain torch: one scale per token and head, keys less their mean, values in float16.
+"""Attention with int8 scores in plain torch: one scale per token and head, keys minus their mean, values in float16.
 
-What the scheme costs is in the scores. Probabilities and values stay in float16: int8 there would cost several times as
-much (SageAttention, arXiv:2410.02367).
+Only the scores lose precision. Probabilities and values stay in float16: int8 there would add several times the error
+(SageAttention, arXiv:2410.02367).
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import Tensor
 from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys
 
 _LEVELS = 127
-_LARGEST_VALUE = 512.0  # 64 of these, times probabilities, add up within float16
-_CHUNK = 1 << 24  # scores at a time
+_LARGEST_VALUE = 512.0  # 64 of these, weighted by probabilities, add up without overflowing float16
+_CHUNK = 1 << 24  # scores that are computed at a time
 
 
 def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,20 +23,20 @@ def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [M, H * 128] -> float16 of that shape, and the powers of two they are to be multiplied with, [H]."""
+    """Values [M, H * 128] -> float16 of that shape, and per head the power of two to multiply them with, [H]."""
     scales = value_scales(v)
     return (_heads(v).float() / scales.unsqueeze(1)).half().flatten(1), scales
 
 
 def value_scales(v: Tensor) -> Tensor:
-    """1 for a head whose values are at most 512, else the power of two that makes them so; float32 [H]."""
+    """Per head the power of two that scales its values to at most 512, or 1 if they are smaller; float32 [H]."""
     largest = _heads(v).abs().amax((0, 2)).float()
     powers: Tensor = torch.log2(largest.clamp_min(_LARGEST_VALUE) / _LARGEST_VALUE).ceil()
     return torch.exp2(powers)
 
 
 def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
-    """softmax(q k^T / sqrt(128)) v. q [L, H * 128] -> [L, H * 128] in q's type."""
+    """softmax(q k^T / sqrt(128)) v. q [L, H * 128] -> [L, H * 128] in q's dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads = len(keys.scales)
     rows = max(1, _CHUNK // max(1, heads * len(keys.codes)))
@@ -57,7 +57,7 @@ def _heads(t: Tensor) -> Tensor:
 
 
 def _quantize(x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """float32 [L, H * 128] -> codes int8, and scales [H, L], times a factor."""
+    """float32 [L, H * 128] -> codes int8 [L, H * 128], and scales [H, L] multiplied by `factor`."""
     heads = _heads(x)
     scales = heads.abs().amax(2, keepdim=True) / _LEVELS
     codes = (heads / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)

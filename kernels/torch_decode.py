@@ -1,7 +1,7 @@
-"""Decode block bytes with plain torch, on any device: the oracle of faster kernels and their stand-in.
+"""Decode block bytes with plain torch, on any device: the reference for the Triton kernels, and their fallback.
 
-Every decoder takes blocks uint8 [n, block_bytes] and gives float32 [n, block_size]. Layouts and formulas are those
-of ggml (ggml-common.h, ggml-quants.c): scale, sub-scale and code multiply exactly in float32 and at most one addition
+Every decoder takes blocks uint8 [n, block_bytes] and returns float32 [n, block_size]. Layouts and formulas are those of
+ggml (ggml-common.h, ggml-quants.c). Scale, sub-scale and code multiply exactly in float32 and at most one addition
 follows, so the values equal ggml's bit for bit.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from skyrun.kernels.formats import block_format
 from skyrun.kernels.planes import decoded_shape, from_planes
 
-_CHUNK_WEIGHTS = 1 << 21  # decoded at a time: keeps the temporaries of a decoder inside the cache and out of the peak
+_CHUNK_WEIGHTS = 1 << 21  # decoded at a time: temporaries stay in the CPU's cache and add little to the memory peak
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @lru_cache
 def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor, made once per device: making one on a GPU stops the host."""
+    """A small tensor, made once per device: making one on a GPU blocks the host."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -32,13 +32,13 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 
 def _shifted(codes: Tensor, shifts: range | tuple[int, ...], mask: int) -> Tensor:
-    """uint8 [n, groups, width] -> int8 [n, groups, len(shifts), width]: the fields that `shifts` and `mask` cut out."""
+    """Extract bit fields: uint8 [n, groups, width] -> int8 [n, groups, len(shifts), width]."""
     by = _constant(tuple(shifts), torch.uint8, codes.device).view(1, 1, -1, 1)
     return ((codes.unsqueeze(2) >> by) & mask).to(torch.int8)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """uint8 [n, 16] -> int8 [n, 32]: low halves first, then high halves."""
+    """uint8 [n, 16] -> int8 [n, 32]: all low nibbles first, then all high ones."""
     return _shifted(codes.unsqueeze(1), (0, 4), 15).flatten(1)
 
 
@@ -152,12 +152,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
-    """Decode rows of blocks.
-
-    blocks: uint8 [..., row_bytes] on any device; planar: all of a tensor as `planes.to_planes` left it. Returns `dtype`
-    [..., cols]; float32 equals ggml's values exactly, other dtypes are those values rounded once. Raises SkyrunError
-    for an unknown type or a row that is not a whole number of blocks.
-    """
+    """Decode rows of blocks, as `decode.dequantize` describes."""
     shape = decoded_shape(blocks, type)
     if type in _PLAIN:
         return blocks.contiguous().view(_PLAIN[type]).to(dtype).view(shape)

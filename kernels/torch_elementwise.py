@@ -1,4 +1,4 @@
-"""The small steps between products in plain torch: what `elementwise` describes."""
+"""The operations that `elementwise` describes, in plain torch."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x / sqrt(mean square + eps) * weight over the last axis; then neighbouring pairs turn by the token's angles."""
+    """x / sqrt(mean square + eps) * weight over the last axis, then neighbouring pairs rotated by the token's angle."""
     normed = F.rms_norm(x.float(), (x.shape[-1],), weight, eps)
     if rope is None:
         return normed.to(x.dtype)
@@ -23,11 +23,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] 
     half = cos.shape[-1]
     pairs = (len(x), x.shape[-1] // (2 * half), half, 2)
     a, b = normed.view(pairs).unbind(3)
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    real, imaginary = turned.view(pairs).unbind(3)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    real, imaginary = rotated.view(pairs).unbind(3)
     real.copy_(a * cos - b * sin)
     imaginary.copy_(a * sin + b * cos)
-    return turned
+    return rotated
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:

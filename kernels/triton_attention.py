@@ -1,7 +1,7 @@
-"""Attention with int8 scores with Triton: the twin of `torch_attention`.
+"""Attention with int8 scores in Triton: the twin of `torch_attention`.
 
-A program has 128 queries of a head and goes over all keys once, with the softmax computed on the way (FlashAttention,
-arXiv:2205.14135): scores from int8 tensor cores, values multiplied in float16.
+A program takes 128 queries of a head and passes over all keys once with an online softmax (FlashAttention,
+arXiv:2205.14135). Scores are computed by int8 tensor cores, values are multiplied in float16.
 """
 
 import math
@@ -17,13 +17,13 @@ from skyrun.kernels.torch_attention import value_scales
 from skyrun.kernels.triton_rotation import to_codes
 
 QUERIES, KEYS, WARPS, STAGES = 128, 64, 8, 3
-ROWS, ROW_WARPS = 64, 4  # of the kernels that prepare
+ROWS, ROW_WARPS = 64, 4  # of the kernels that quantize queries, keys and values
 _LOG2_E = math.log2(math.e)
 
 
 @triton.jit
 def quantize_kernel(x, mean, codes, scales, count, factor, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of one head, less the mean if there is one, in int8 with a scale each, times a factor."""
+    """Quantize rows of one head, minus the mean if there is one, to int8. `factor` is multiplied into the scales."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     lane = head * 128 + tl.arange(0, 128)
@@ -35,7 +35,7 @@ def quantize_kernel(x, mean, codes, scales, count, factor, HEADS: tl.constexpr, 
     peak = tl.max(tl.abs(values), 1)
     inverse = 127 / tl.where(peak > 0, peak, 1.0)
     tl.store(codes + at, to_codes(values, inverse[:, None]), mask=inside[:, None])
-    # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
+    # An infinite or NaN value makes the scale NaN: the maximum may miss NaN, this sum does not.
     tl.store(scales + head * count + row, peak * (factor / 127) + tl.sum(values * 0.0, 1), mask=inside)
 
 
@@ -55,7 +55,7 @@ def _add_keys(
     q, q_scale, k, k_scales, v, start, M, peak, total, mixed, HEADS: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, FLOAT16_SUMS: tl.constexpr
 ):  # fmt: skip
-    """KEYS more keys: their probabilities into the total, their values into the mix, both relative to the peak."""
+    """Add KEYS more keys: their weights to `total`, their weighted values to `mixed`, both relative to the peak."""
     key = start + tl.arange(0, KEYS)
     at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
     if MASKED:
@@ -66,7 +66,7 @@ def _add_keys(
     else:
         codes, values, scale = tl.load(k + at), tl.load(v + at), tl.load(k_scales + key)
     scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
-    # Scales of queries are not negative: the largest score is the same before them, and one multiply-add is left after.
+    # Query scales are not negative, so the maximum may be taken before scaling; one multiply-add per score remains.
     seen = tl.where(there[None, :], scores, float("-inf")) if MASKED else scores
     higher = tl.maximum(peak, tl.max(seen, 1) * q_scale)
     shrink = tl.exp2(peak - higher)
@@ -87,7 +87,7 @@ def attend_kernel(
     q, q_scales, k, k_scales, v, v_scales, out, L, M, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     FLOAT16_SUMS: tl.constexpr
 ):  # fmt: skip
-    """QUERIES queries of one head against all M keys. Scales of q hold 1 / sqrt(128) and the base 2 of the softmax."""
+    """Attend from QUERIES queries of one head to all M keys. q_scales include log2(e) / sqrt(128): exp2 is used."""
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
     at = row[:, None] * (HEADS * 128) + head * 128 + tl.arange(0, 128)[None, :]

@@ -1,12 +1,13 @@
-"""Decode a tile of blocks inside a kernel: what the kernels for whole weights and for products share.
+"""Decode a tile of blocks inside a kernel: shared by the kernels that decode, encode and multiply.
 
-A block is a matrix of codes with rows of 16 bytes, which become P rows of 16 numbers each: its pieces. A tile of `NB`
-blocks gives a tuple of P pieces, float32 [NB, R, 16], where row r of piece p starts at number
-(r // S * P + p) * S * 16 + r % S * 16 of its block, see `PIECES`. The 16 bytes and their numbers lie next to each other
-in memory and in the registers of a thread, so loads and stores are as wide as they get and nothing is exchanged.
+A block is a matrix of codes with rows of 16 bytes; each such row decodes to P rows of 16 values, one in each of P
+pieces. A tile of `NB` blocks decodes to a tuple of P pieces, float32 [NB, R, 16], where row r of piece p starts at
+value (r // S * P + p) * S * 16 + r % S * 16 of its block; `PIECES` lists P, R and S. The 16 bytes and their values lie
+next to each other in memory and in the registers of a thread, so loads and stores have full width and threads exchange
+nothing.
 
-Formulas are those of `torch_decode`. Products of scale, sub-scale and code are exact in float32 and at most one
-addition follows, so that fusing it with the product changes nothing.
+Formulas are those of `torch_decode`. Scale * sub-scale * code is exact in float32 and at most one addition follows, so
+fused multiply-add gives the same values.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from skyrun.kernels.triton_blocks_io import bytes_of, half, halves, plane, word
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of one block: how many, rows of one, and how many rows of one follow each other in the block."""
+    """The pieces of a block. count: P, how many. rows: R, rows of each. run: S, consecutive rows of a piece."""
 
     count: int
     rows: int
@@ -65,7 +66,7 @@ def _q4_1(data, n, block, keep):
 
 @triton.jit
 def _q5(data, n, block, keep):
-    """The codes of Q5_0 and Q5_1: four bits, and the fifth of number i in bit i of a word."""
+    """The codes of Q5_0 and Q5_1: four bits each, and the fifth bit of value i is bit i of a word."""
     codes = bytes_of(plane(data, n, block, 0, 16), keep, 1).to(tl.int32)
     fifth = word(plane(data, n, block, 16, 4), keep) >> tl.arange(0, 16)[None, None, :]
     return (codes & 15) | ((fifth & 1) << 4), (codes >> 4) | ((fifth >> 12) & 16)
@@ -87,7 +88,7 @@ def _q5_1(data, n, block, keep):
 
 @triton.jit
 def decode(data, n, block, keep, TYPE: tl.constexpr):
-    """The pieces of blocks `block` (int64 [NB]) of the n blocks at `data`; zero codes and scales where not `keep`."""
+    """Decode blocks `block` (int64 [NB]) of the n blocks at `data` to pieces; zeros are loaded where not `keep`."""
     block = block[:, None, None]
     keep = keep[:, None, None]
     if TYPE == "Q8_0":

@@ -1,4 +1,4 @@
-"""Loads that decoders of blocks are made of. Pointers are uint8, one per block: [NB, 1, 1]."""
+"""Loads that the block decoders share. Pointers are uint8, one per block: [NB, 1, 1]."""
 
 import triton
 import triton.language as tl
@@ -6,26 +6,26 @@ import triton.language as tl
 
 @triton.jit
 def plane(data, n, block, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the field of each block lies in its plane, see `planes`."""
+    """The address of each block's field in its plane, see `planes`."""
     return data + n * START + block * WIDTH
 
 
 @triton.jit
 def bytes_of(at, keep, ROWS: tl.constexpr):
-    """16 * ROWS bytes of each block: uint8 [NB, ROWS, 16]."""
+    """Load 16 * ROWS bytes of each block: uint8 [NB, ROWS, 16]."""
     row = tl.arange(0, ROWS)[None, :, None]
     return tl.load(at + row * 16 + tl.arange(0, 16)[None, None, :], mask=keep, other=0)
 
 
 @triton.jit
 def half(at, keep):
-    """A float16, as float32."""
+    """Load a float16, as float32."""
     return tl.load(at.to(tl.pointer_type(tl.float16)), mask=keep, other=0).to(tl.float32)
 
 
 @triton.jit
 def word(at, keep):
-    """Four bytes as an int32, the first of them lowest."""
+    """Load four bytes as a little-endian int32."""
     return tl.load(at.to(tl.pointer_type(tl.int32)), mask=keep, other=0)
 
 

@@ -1,6 +1,6 @@
-"""Decoders of the types with blocks of 256, and of the types with a table: parts of `triton_blocks`.
+"""Decoders of the K types and of the IQ4 types, for `triton_blocks`.
 
-In a tile of rows, r is the row of 16 bytes of codes. Sub-scales are found per row, four to a word.
+In a tile, a row is a row of 16 bytes of codes. Each row has its own sub-scales, which are loaded four to a word.
 """
 
 import triton
@@ -27,11 +27,11 @@ def _byte(packed, at):
 
 @triton.jit
 def _scales_and_mins(at, keep):
-    """What Q4_K and Q5_K scale and subtract, by row: (scale, min) for low nibbles, then for high ones."""
+    """Scales and mins of Q4_K and Q5_K by row: (scale, min) of the low nibbles, then of the high nibbles."""
     row = _rows(8)
     d, m = halves(word(at, keep))
     first, second, third = word(at + 4, keep), word(at + 8, keep), word(at + 12, keep)
-    early = row < 4  # the first four of the eight scales; the others keep their top bits above the first's
+    early = row < 4  # the first four of the eight scales; the others store their top bits beside those
     scales = tl.where(early, first & 0x3F3F3F3F, (third & 0x0F0F0F0F) | ((first >> 2) & 0x30303030))
     mins = tl.where(early, second & 0x3F3F3F3F, ((third >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030))
     low = row // 2 % 2 * 2
@@ -45,7 +45,7 @@ def _scales_and_mins(at, keep):
 
 @triton.jit
 def q4_k(data, n, block, keep):
-    """Blocks as they are: d, dmin, twelve bytes of scales, 128 of codes."""
+    """Blocks in ggml's layout: d, dmin, 12 bytes of scales and mins, 128 of codes."""
     at = data + block * 144
     d0, m0, d1, m1 = _scales_and_mins(at, keep)
     codes = bytes_of(at + 16, keep, 8)
@@ -54,7 +54,7 @@ def q4_k(data, n, block, keep):
 
 @triton.jit
 def q5_k(data, n, block, keep):
-    """Blocks as they are: those of Q4_K with 32 bytes of fifth bits before the codes."""
+    """Blocks in ggml's layout: that of Q4_K with 32 bytes of fifth bits before the codes."""
     at = data + block * 176
     d0, m0, d1, m1 = _scales_and_mins(at, keep)
     codes = bytes_of(at + 48, keep, 8).to(tl.int32)
@@ -91,7 +91,7 @@ def _q6(codes, d, scales, at):
 
 @triton.jit
 def q3_k(data, n, block, keep):
-    """Planes of 64 bytes of low bits, 32 of third bits, twelve of scales, d."""
+    """Planes of 64 bytes of low bits, 32 of third bits, 12 of scales, d."""
     row = _rows(4)
     group = row // 2
     codes = bytes_of(plane(data, n, block, 0, 64), keep, 4).to(tl.int32)
@@ -139,9 +139,9 @@ def _q2(codes, d, m, scales, at):
 
 @triton.jit
 def _iq4_value(codes):
-    """Entry `codes` of IQ4's table: a polynomial that passes within 0.45 of it, rounded to an integer.
+    """Entry `codes` of IQ4's table: the rounded value of a polynomial that is within 0.45 of every entry.
 
-    So the table needs no memory and no comparisons. Adding 1.5 * 2^23 is what rounds.
+    This needs no memory for the table and no comparisons. Adding 1.5 * 2^23 rounds to an integer.
     """
     x = codes.to(tl.float32)
     slope = ((1.4480e-3 * x + 3.6273e-2) * x - 1.4386) * x + 24.501

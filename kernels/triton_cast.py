@@ -1,4 +1,4 @@
-"""Narrow numbers and notice those that are none, in one pass."""
+"""Cast to another dtype and check that all values are finite, in one pass."""
 
 import torch
 import triton
@@ -11,18 +11,18 @@ _LARGEST: tl.constexpr = tl.constexpr(65504.0)
 
 @triton.jit
 def cast_kernel(source, target, broken, count, BLOCK: tl.constexpr):
-    """target = source, which is float16, in its own type; broken becomes 1 if a number is infinite or NaN."""
+    """Cast source, float16, to target's dtype. broken becomes 1 if a value is infinite or NaN."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     y = tl.load(source + offsets, mask=inside, other=0.0)
     tl.store(target + offsets, y.to(target.dtype.element_ty), mask=inside)
-    finite = tl.abs(y.to(tl.float32)) <= _LARGEST  # no NaN is
+    finite = tl.abs(y.to(tl.float32)) <= _LARGEST  # false for NaN
     if tl.min(finite.to(tl.int32), 0) == 0:
         tl.store(broken, 1)
 
 
 def cast_checked(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float16 y in another type, and bool []: whether all of y is finite."""
+    """As `torch_cast.cast_checked`."""
     y = y.contiguous()
     target = torch.empty_like(y, dtype=dtype)
     broken = torch.zeros((), dtype=torch.int32, device=y.device)

@@ -1,4 +1,4 @@
-"""Block bytes to numbers with Triton: the twin of `torch_decode`."""
+"""Decode block bytes to values in Triton: the twin of `torch_decode`."""
 
 import torch
 import triton
@@ -10,10 +10,10 @@ from skyrun.kernels.planes import decoded_shape, needs_planes, to_planes
 from skyrun.kernels.triton_blocks import PIECES, decode
 
 WARPS = 4
-TILE = 4096  # numbers that a program decodes
+TILE = 4096  # values that a program decodes
 
 
-@triton.jit(do_not_specialize=["n"])  # one block is no kernel of its own
+@triton.jit(do_not_specialize=["n"])  # n = 1 must not compile a kernel of its own
 def decode_kernel(
     data,
     out,
@@ -24,7 +24,7 @@ def decode_kernel(
     RUN: tl.constexpr,
     NB: tl.constexpr,
 ):
-    """Blocks at `data`, n in all, to numbers at `out`. One program decodes NB blocks."""
+    """Decode the n blocks at `data` to values at `out`. One program decodes NB blocks."""
     block = tl.program_id(0).to(tl.int64) * NB + tl.arange(0, NB)
     keep = block < n
     pieces = decode(data, n.to(tl.int64), block, keep, TYPE)
@@ -36,14 +36,14 @@ def decode_kernel(
 
 
 def constants(type: str, tile: int = TILE) -> dict[str, int | str]:
-    """What a launch gives the kernel beside its arguments."""
+    """The kernel's constexpr arguments."""
     pieces = PIECES[type]
     blocks = tile // block_format(type).block_size
     return {"TYPE": type, "COUNT": pieces.count, "ROWS": pieces.rows, "RUN": pieces.run, "NB": blocks}
 
 
 def aligned(blocks: Tensor, type: str, planar: bool) -> Tensor:
-    """The blocks as kernels read them: in planes if the type needs them, at an address for wide loads."""
+    """The blocks as kernels read them: in planes if the type needs them, and aligned for wide loads."""
     data = blocks.contiguous()
     if needs_planes(type) and not planar:
         return to_planes(data, type)
@@ -51,7 +51,7 @@ def aligned(blocks: Tensor, type: str, planar: bool) -> Tensor:
 
 
 def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
-    """As `torch_decode.dequantize` for types with blocks, bit for bit."""
+    """As `torch_decode.dequantize` for block types, bit for bit."""
     return _dequantize(blocks, type, dtype, planar, TILE)
 
 

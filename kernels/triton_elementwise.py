@@ -1,7 +1,7 @@
-"""The small steps between products with Triton: each reads its numbers once and writes its result once.
+"""The operations that `elementwise` describes, in Triton: each reads its input once and writes its result once.
 
-A program owns a whole row, as a tile of groups of 256: it sums over the row and, where the result is rotated int8,
-turns and rounds it before it leaves the registers.
+Where a sum runs over the row or the result is rotated int8, a program holds a whole row as a tile of groups of 256 and
+rotates and rounds it in registers. The other operations use tiles of _ROWS x _COLS.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from skyrun.kernels.rotated import GROUP, RotatedInt8, check_width
 from skyrun.kernels.triton_rotation import store_row
 
-_ROWS, _COLS = 4, 1024  # a program's tile where no sum runs over the row
+_ROWS, _COLS = 4, 1024  # a program's tile if no sum runs over the row
 _WARPS = 4
 _GELU: tl.constexpr = tl.constexpr(
     -2 * 0.7978845608028654
@@ -21,14 +21,14 @@ _GELU: tl.constexpr = tl.constexpr(
 
 @triton.jit
 def _row_tile(D: tl.constexpr, TILE: tl.constexpr):
-    """Where the numbers of a row are, [TILE, 256], and which of them there are."""
+    """Offsets of a row's values, [TILE, 256], and the mask of those that are inside the row."""
     at = tl.arange(0, TILE)[:, None] * 256 + tl.arange(0, 256)[None, :]
     return at, at < D
 
 
 @triton.jit
 def _store_row(y, out, scales, row, at, inside, D: tl.constexpr, TILE: tl.constexpr, ROTATED: tl.constexpr):
-    """A row of float32 in the type of `out`, or turned and rounded, with its scale. y is 0 outside the row."""
+    """Store a float32 row in out's dtype, or as rotated int8 with its scale. y must be 0 outside the row."""
     out += row * D
     if ROTATED:
         store_row(y, out, scales, row, at, inside, TILE)
@@ -52,7 +52,7 @@ def layer_norm_kernel(
 
 @triton.jit
 def rms_norm_kernel(x, weight, cos, sin, out, stride, eps, D: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr):
-    """x / sqrt(mean square + eps) * weight; then, unless HALF is 0, pairs of every head of 2 * HALF turn."""
+    """x / sqrt(mean square + eps) * weight, then RoPE on heads of dimension 2 * HALF unless HALF is 0."""
     row = tl.program_id(0).to(tl.int64)
     at, inside = _row_tile(D, TILE)
     values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -72,7 +72,7 @@ def _gelu(x):
 
 @triton.jit
 def gelu_rotated_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.constexpr):
-    """tanh-GELU of a row, turned and rounded."""
+    """tanh-GELU of a row, as rotated int8."""
     row = tl.program_id(0).to(tl.int64)
     at, inside = _row_tile(D, TILE)
     y = _gelu(tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32))
@@ -81,7 +81,7 @@ def gelu_rotated_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def quantize_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.constexpr):
-    """A row, turned and rounded."""
+    """A row as rotated int8."""
     row = tl.program_id(0).to(tl.int64)
     at, inside = _row_tile(D, TILE)
     y = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def quantize_kernel(x, out, scales, stride, D: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _places(stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows and columns of a program's tile, and which of them there are."""
+    """Rows and columns of a program's tile, and the mask of those that are inside the matrix."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     return row, col, (row < rows) & (col < D)
@@ -108,7 +108,7 @@ def gelu_kernel(x, out, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS:
 def add_gated_kernel(
     x, y, gate, out, x_stride, y_stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """x + gate * y; gate may be left out."""
+    """x + gate * y, or x + y if gate is None."""
     row, col, inside = _places(x_stride, rows, D, ROWS, COLS)
     total = tl.load(y + row * y_stride + col, mask=inside, other=0.0).to(tl.float32)
     if gate is not None:
@@ -118,17 +118,17 @@ def add_gated_kernel(
 
 
 def row_tile(cols: int) -> int:
-    """Groups of a tile that holds a row."""
+    """How many groups the tile of a row has: a power of two."""
     return 1 << (-(-cols // GROUP) - 1).bit_length()
 
 
 def row_warps(cols: int) -> int:
-    """Warps of a program that holds a row: 32 numbers per thread."""
+    """How many warps a program with a whole row has: 32 values per thread."""
     return max(1, min(16, row_tile(cols) // 4))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with neighbours of a row side by side."""
+    """x with contiguous rows."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -146,13 +146,13 @@ def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """As `torch_elementwise.rms_norm`; heads have a power of two of numbers, at most 256."""
+    """As `torch_elementwise.rms_norm`. The head dimension must be a power of two and at most 256."""
     x, (rows, cols) = _rows(x), x.shape
     out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
     cos, sin = (x, x) if rope is None else (table.contiguous() for table in rope)
     half = 0 if rope is None else cos.shape[1]
     if half and GROUP % (2 * half):
-        raise ValueError(f"heads of {2 * half} numbers do not divide {GROUP}")
+        raise ValueError(f"the head dimension {2 * half} does not divide {GROUP}")
     if rows:
         rms_norm_kernel[(rows,)](
             *(x, weight.float().contiguous(), cos, sin, out, x.stride(0), eps, cols, row_tile(cols), half),
@@ -199,7 +199,7 @@ def _grid(rows: int, cols: int) -> tuple[int, int]:
 
 
 def _result(x: Tensor, rotated: bool) -> tuple[Tensor, Tensor, Tensor | RotatedInt8]:
-    """What a kernel writes to, numbers and scales, and what the caller gets."""
+    """The output and scale buffers that a kernel writes, and the result that the caller returns."""
     rows, cols = x.shape
     if not rotated:
         out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)

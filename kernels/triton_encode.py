@@ -1,6 +1,6 @@
-"""Block bytes to rotated int8 with Triton: what the fast path multiplies with.
+"""Encode quantized weights as rotated int8 in Triton, for the fast path.
 
-A program decodes a whole row into registers, turns and rounds it there, and writes one byte per weight.
+A program decodes a whole row into registers, rotates and rounds it there, and writes one byte per weight.
 """
 
 import torch
@@ -18,7 +18,7 @@ from skyrun.kernels.weight import QuantizedWeight
 
 @triton.jit
 def _in_order(pieces, COUNT: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, NB: tl.constexpr, TILE: tl.constexpr):
-    """Pieces of NB blocks -> their numbers in order, [TILE, 256]."""
+    """Pieces of NB blocks -> their values in order, [TILE, 256]."""
     if COUNT == 1:
         last = pieces[0]
     elif COUNT == 2:
@@ -29,7 +29,7 @@ def _in_order(pieces, COUNT: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr
     return tl.reshape(tl.permute(apart, (0, 1, 3, 2)), (TILE, 256))
 
 
-@triton.jit(do_not_specialize=["n"])  # one block is no kernel of its own
+@triton.jit(do_not_specialize=["n"])  # n = 1 must not compile a kernel of its own
 def encode_kernel(
     data,
     codes,
@@ -43,7 +43,7 @@ def encode_kernel(
     RUN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A row of D numbers, one of those that the n blocks of SIZE numbers at `data` hold, in rotated int8."""
+    """Encode one row of D values as rotated int8. data: the weight's n blocks of SIZE values each."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, TILE * (256 // SIZE))
     pieces = decode(data, n.to(tl.int64), row * (D // SIZE) + block, block < D // SIZE, TYPE)
@@ -53,7 +53,7 @@ def encode_kernel(
 
 
 def constants(type: str, cols: int) -> dict[str, int | str]:
-    """What a launch gives the kernel beside its arguments."""
+    """The kernel's constexpr arguments."""
     pieces = PIECES[type]
     tile: dict[str, int | str] = {
         "D": cols,
@@ -65,7 +65,7 @@ def constants(type: str, cols: int) -> dict[str, int | str]:
 
 
 def encode_weight(weight: QuantizedWeight) -> RotatedInt8:
-    """As `torch_int8.encode_weight`, for types with blocks."""
+    """As `torch_int8.encode_weight`, for block types."""
     rows, cols = weight.shape
     check_width(cols)
     codes = torch.empty((rows, cols), dtype=torch.int8, device=weight.data.device)

@@ -1,7 +1,7 @@
-"""A few rows times a weight in block form with Triton: blocks are decoded in registers and multiplied there.
+"""Multiply a few rows with a quantized weight in Triton: blocks are decoded in registers and multiplied there.
 
-The weight is read once, in block form, which is what a product with few rows takes its time for. Sixteen rows are the
-least that tensor cores take: one row costs as much, and less than the reading.
+With few rows, time goes into reading the weight; here it is read once and in its quantized form. Tensor cores take at
+least 16 rows: fewer rows cost as much as 16, but still less than reading the weight.
 """
 
 import torch
@@ -14,11 +14,11 @@ from skyrun.kernels.triton_blocks import PIECES, decode
 from skyrun.kernels.triton_decode import aligned
 from skyrun.kernels.weight import QuantizedWeight
 
-COLS, WARPS = 16, 4  # rows of the weight that a program multiplies with, and its warps
-_LEAST = 16
+COLS, WARPS = 16, 4  # rows of the weight that a program multiplies, and its warps
+_LEAST = 16  # rows that tensor cores take
 
 
-@triton.jit(do_not_specialize=["n"])  # one block is no kernel of its own
+@triton.jit(do_not_specialize=["n"])  # n = 1 must not compile a kernel of its own
 def few_rows_kernel(
     x,
     data,
@@ -38,11 +38,11 @@ def few_rows_kernel(
     SIZE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """out [M, N] = x [M, K] w^T + bias, w [N, K] in n blocks of SIZE numbers. DOT: the type that is multiplied in."""
+    """out [M, N] = x [M, K] @ w^T + bias, with w [N, K] in n blocks of SIZE values. DOT: dtype of the operands."""
     m = tl.program_id(1) * MROWS + tl.arange(0, MROWS)
     w = tl.program_id(0) * NROWS + tl.arange(0, NROWS)
     per_step: tl.constexpr = 256 // SIZE
-    width: tl.constexpr = per_step * ROWS * 16  # numbers of a step in one piece
+    width: tl.constexpr = per_step * ROWS * 16  # values of a step in one piece
     column = tl.arange(0, width)
     row = column // 16 % ROWS
     at = column // (ROWS * 16) * SIZE + row // RUN * (COUNT * RUN * 16) + row % RUN * 16 + column % 16
@@ -66,7 +66,7 @@ def few_rows_kernel(
 
 
 def constants(type: str, cols: int, rows: int) -> dict[str, int | str]:
-    """What a launch gives the kernel beside its arguments and the type to multiply in."""
+    """The kernel's constexpr arguments, except DOT."""
     pieces = PIECES[type]
     tile = {"K": cols, "MROWS": max(_LEAST, triton.next_power_of_2(rows)), "NROWS": COLS, "TYPE": type}
     block = {"COUNT": pieces.count, "ROWS": pieces.rows, "RUN": pieces.run, "SIZE": block_format(type).block_size}
@@ -74,9 +74,9 @@ def constants(type: str, cols: int, rows: int) -> dict[str, int | str]:
 
 
 def multiply(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x [M, cols] times weight [rows, cols] transposed, plus bias [rows] -> [M, rows] in x's type.
+    """x [M, cols] @ weight [rows, cols]^T + bias [rows] -> [M, rows] in x's dtype.
 
-    M is at most 64, x float16 or bfloat16: float32 on tensor cores takes more registers than there are.
+    M is at most 64. x is float16 or bfloat16: float32 on tensor cores would need more registers than there are.
     """
     return _multiply(x, weight, bias, tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16)
 

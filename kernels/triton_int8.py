@@ -1,4 +1,4 @@
-"""Products of rotated int8 rows with Triton: int32 sums on tensor cores; scales, bias, gate and residual at the end."""
+"""The GEMM of rotated int8 rows in Triton: int32 sums on tensor cores; scales, bias, gate, residual in the epilogue."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from skyrun.kernels.rotated import RotatedInt8
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is divided: a program makes rows x cols numbers and takes depth numbers of the sum at a time."""
+    """How a GEMM is tiled: a program computes rows x cols values and sums over `depth` columns of x at a time."""
 
     rows: int
     cols: int
@@ -22,9 +22,9 @@ class Tile:
 
 
 LARGE, SMALL = Tile(128, 256, 64, 8, 2), Tile(64, 128, 64, 4, 2)
-SUMMING = Tile(128, 128, 128, 8, 2)  # the residual needs registers
-_FEW = 256  # rows; below, large tiles would leave most of a card idle
-_ORDER = 8  # tiles of rows that share the weight's tiles while these are in the cache
+SUMMING = Tile(128, 128, 128, 8, 2)  # with a residual, which needs registers
+_FEW = 256  # rows; up to here large tiles would leave most of a card idle
+_ORDER = 8  # row tiles that are computed together, so that they share the weight's tiles in the cache
 
 
 @triton.jit
@@ -45,16 +45,16 @@ def multiply_kernel(
     DEPTH: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """out [M, N] = residual + gate * (x_scales * w_scales * (x [M, K] w [N, K]^T) + bias); what is None is left out."""
+    """out [M, N] = residual + gate * (x_scales * w_scales * (x [M, K] @ w [N, K]^T) + bias); None is left out."""
     row, col = _tile_of(tl.program_id(0), M, N, ROWS, COLS, ORDER)
     rows = row * ROWS + tl.arange(0, ROWS)
     cols = col * COLS + tl.arange(0, COLS)
     depth = tl.arange(0, DEPTH)
-    # Beyond the edge the last row is read again: what comes of it is not stored, and no mask is in the loop.
+    # Beyond the edge the last row is read again, so that the loop needs no mask; those results are not stored.
     x_at = x + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * K + depth[None, :]
     w_at = w + tl.minimum(cols, N - 1).to(tl.int64)[:, None] * K + depth[None, :]
     total = tl.zeros((ROWS, COLS), tl.int32)
-    # Unrolled once, or Triton 3.8 and later spill the prefetched bytes on sm_86 and sm_89.
+    # Without this unrolling, Triton 3.8 and later spill the prefetched bytes on sm_86 and sm_89.
     for start in tl.range(0, K, DEPTH, loop_unroll_factor=2):
         total = tl.dot(tl.load(x_at + start), tl.trans(tl.load(w_at + start)), total, out_dtype=tl.int32)
     in_rows, in_cols = rows < M, cols < N
@@ -73,7 +73,7 @@ def multiply_kernel(
 
 @triton.jit
 def _tile_of(program, M, N, ROWS: tl.constexpr, COLS: tl.constexpr, ORDER: tl.constexpr):
-    """Row and column of a program's tile: ORDER rows of tiles go through all columns together."""
+    """Row and column of a program's tile. Programs go through all columns of ORDER row tiles before the next ones."""
     row_tiles, col_tiles = tl.cdiv(M, ROWS), tl.cdiv(N, COLS)
     band = program // (ORDER * col_tiles)
     height = tl.minimum(row_tiles - band * ORDER, ORDER)

@@ -1,10 +1,10 @@
-"""Rotation and rounding inside kernels, as `torch_int8` defines them. The tiles' products run on tensor cores."""
+"""Rotation and rounding inside kernels, as `torch_int8` defines them. The rotation's matmuls run on tensor cores."""
 
 import triton
 import triton.language as tl
 
 _SIDE: tl.constexpr = tl.constexpr(16)
-_SMALLEST: tl.constexpr = tl.constexpr(1.2e-38)  # that can be divided by: below, float32 has no inverse
+_SMALLEST: tl.constexpr = tl.constexpr(1.2e-38)  # the inverses of smaller values overflow float32
 _TO_INTEGER: tl.constexpr = tl.constexpr(
     12582912.0
 )  # 1.5 * 2^23: adding it rounds a float32 to an integer, half to even
@@ -22,31 +22,31 @@ def hadamard():
 
 @triton.jit
 def rotate(x, GROUPS: tl.constexpr):
-    """x float32 [GROUPS, 256] with |x| <= 1 -> turned float32 [GROUPS, 256], |y| <= 16.
+    """Rotate x float32 [GROUPS, 256] with |x| <= 1 -> float32 [GROUPS, 256] with |y| <= 16.
 
-    The bound keeps the products inside float16.
+    The bound keeps the intermediate results inside float16.
     """
-    turn = hadamard()
-    first = tl.dot(tl.reshape(x.to(tl.float16), (GROUPS * _SIDE, _SIDE)), turn)
+    matrix = hadamard()
+    first = tl.dot(tl.reshape(x.to(tl.float16), (GROUPS * _SIDE, _SIDE)), matrix)
     crossed = tl.trans(tl.reshape(first.to(tl.float16), (GROUPS, _SIDE, _SIDE)), (0, 2, 1))
-    second = tl.dot(tl.reshape(crossed, (GROUPS * _SIDE, _SIDE)), turn)
+    second = tl.dot(tl.reshape(crossed, (GROUPS * _SIDE, _SIDE)), matrix)
     return tl.reshape(second, (GROUPS, _SIDE * _SIDE)) * (1.0 / _SIDE)
 
 
 @triton.jit
 def to_codes(y, inverse):
-    """y * inverse rounded to int8; inverse is 127 / absmax, so that nothing exceeds 127."""
+    """y * inverse, rounded to int8. inverse is 127 / absmax, so that no code exceeds 127."""
     rounded = y * inverse + _TO_INTEGER
     return (rounded - _TO_INTEGER).to(tl.int8)
 
 
 @triton.jit
 def store_row(y, codes, scales, row, at, inside, GROUPS: tl.constexpr):
-    """A row y, float32 [GROUPS, 256], in rotated int8 at codes + at and scales + row. y is 0 where not `inside`."""
+    """Store row y, float32 [GROUPS, 256], as rotated int8 at codes + at and scales + row. y is 0 where not `inside`."""
     largest = tl.max(tl.abs(y))
     bound = tl.where(largest > _SMALLEST, largest, 1.0)
-    turned = rotate(y * (1 / bound), GROUPS)
-    peak = tl.max(tl.abs(turned))
-    tl.store(codes + at, to_codes(turned, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
-    # What is infinite or NaN makes the scale NaN: a maximum may overlook it, this sum does not.
+    rotated = rotate(y * (1 / bound), GROUPS)
+    peak = tl.max(tl.abs(rotated))
+    tl.store(codes + at, to_codes(rotated, 127 / tl.where(peak > 0, peak, 1.0)), mask=inside)
+    # An infinite or NaN value makes the scale NaN: the maximum may miss NaN, this sum does not.
     tl.store(scales + row, peak * bound / 127 + tl.sum(y * 0.0))

@@ -1,4 +1,4 @@
-"""A weight matrix whose numbers are still in block form."""
+"""A quantized weight matrix."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from skyrun.kernels.formats import block_format
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix in block form: data uint8 [rows, row_bytes] of GGUF type `type`.
+    """A quantized matrix: data uint8 [rows, row_bytes] of GGUF type `type`.
 
-    planar: the blocks' fields lie apart, see `planes`. fast: multiply in rotated int8, see `linear`. name: the
-    tensor's in its file.
+    planar: whether the blocks were repacked into planes, see `planes`. fast: whether `linear` multiplies it in rotated
+    int8. name: the tensor's name in its file.
     """
 
     data: Tensor
@@ -25,7 +25,7 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, cols) of the matrix that the blocks stand for."""
+        """(rows, cols) of the decoded matrix."""
         format = block_format(self.type)
         return self.data.shape[0], self.data.shape[1] // format.block_bytes * format.block_size
 

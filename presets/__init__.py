@@ -1,4 +1,4 @@
-"""Hardware and workload to a plan. A leaf: it imports nothing of skyrun and sees no tensor."""
+"""Make a plan from the hardware and the workload. A leaf: it imports nothing else of skyrun and handles no tensors."""
 
 from skyrun.presets.hardware import Hardware, probe
 from skyrun.presets.plan import Plan, StagePlan, choose

@@ -1,4 +1,4 @@
-"""What a plan says beside its numbers: what another choice would gain, and what to do where no card is there."""
+"""The notes of a plan: what another option would gain, and what to do without a graphics card."""
 
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from skyrun.presets.plan import Plan
 
 USUAL_CARD = "RTX 3060"
-PATIENCE = 3600  # seconds that nobody needs advice for
-_MORE = 1.1  # times as much memory is worth a word
+PATIENCE = 3600  # seconds that a clip may take on a CPU without advice
+_MORE = 1.1  # times as much memory is worth mentioning
 
 
 def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
-    """That a quicker plan could be had; empty if it is not noticeably quicker, or does not fit.
+    """A note that another plan is faster; empty if it does not fit or is not noticeably faster.
 
     Args:
-        plan: the one that was chosen.
-        other: the quicker one.
-        option: how to ask for it.
-        what_for: what the chosen one is slower for.
+        plan: the plan that was chosen.
+        other: the faster plan.
+        option: the command line option that selects the faster plan.
+        what_for: what the chosen plan gains by being slower, for example "quality".
     """
     if other.problem or NEARLY * other.seconds >= plan.seconds:
         return ""
@@ -37,7 +37,14 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
 
 
 def without_card(plan: "Plan", with_card: "Plan", smaller: Workload, smaller_plan: "Plan") -> str:
-    """What a CPU takes so long for, beside what a usual card would take, and what it makes sooner."""
+    """A note for plans on a CPU.
+
+    Args:
+        plan: the plan for the CPU.
+        with_card: a plan for the same clip on a common graphics card.
+        smaller: a smaller clip.
+        smaller_plan: the plan for the smaller clip on the CPU.
+    """
     text = f"a CPU takes about {about(plan.seconds)} for this clip"
     if not with_card.problem:
         text += f", an {USUAL_CARD} would take about {about(with_card.seconds)}"
@@ -46,7 +53,7 @@ def without_card(plan: "Plan", with_card: "Plan", smaller: Workload, smaller_pla
 
 
 def about(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration rounded to hours, minutes or seconds."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""What would fit where a clip does not: a smaller picture, or fewer frames."""
+"""Find what fits if a clip does not: a lower resolution, or fewer frames."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +10,14 @@ _SMALLEST, _FEWEST = 256 * 448, 25  # pixels, and frames: a second
 
 
 def what_fits(workload: Workload, fits: Callable[[Workload], bool]) -> str:
-    """In words; empty if nothing smaller fits."""
+    """A sentence that names a smaller size, fewer frames, or both; empty if nothing smaller fits."""
     size, frames = largest_size(workload, fits), most_frames(workload, fits)
-    ways = [size] * bool(size) + [f"{frames} frames"] * bool(frames)
-    return f"{' or '.join(ways)} would fit" if ways else ""
+    fitting = [size] * bool(size) + [f"{frames} frames"] * bool(frames)
+    return f"{' or '.join(fitting)} would fit" if fitting else ""
 
 
 def largest_size(workload: Workload, fits: Callable[[Workload], bool]) -> str:
-    """A resolution below the workload's, or height x width; empty if none fits."""
+    """The largest smaller resolution that fits, by name or as height x width; empty if none fits."""
     for name, area in workload.areas:
         if area < _area(workload) and fits(_scaled(workload, area)):
             return name
@@ -26,7 +26,7 @@ def largest_size(workload: Workload, fits: Callable[[Workload], bool]) -> str:
 
 
 def smallest(workload: Workload) -> Workload:
-    """A small picture for a second, or as long as the clip is where windows make it."""
+    """A small clip of one second, or of the workload's length if it is made in windows."""
     small = _scaled(workload, min(_SMALLEST, _area(workload)))
     return small if workload.windowed or workload.frames <= _FEWEST else _shorter(small, _FEWEST)
 
@@ -36,20 +36,20 @@ def _area(workload: Workload) -> int:
 
 
 def _scaled(workload: Workload, area: int) -> Workload:
-    """A picture of the same shape and about that many pixels."""
+    """The workload with the same aspect ratio and about `area` pixels."""
     scale = (area / _area(workload)) ** 0.5
     height, width = (max(1, round(side * scale / _GRID)) * _GRID for side in (workload.height, workload.width))
     return replace(workload, height=height, width=width)
 
 
 def most_frames(workload: Workload, fits: Callable[[Workload], bool]) -> int:
-    """The most frames that fit, 0 if not even one does: a group of four frames is one latent frame.
+    """The most frames that fit, fewer than the workload has; 0 if none fit.
 
-    Of a clip made in windows the length does not matter.
+    0 also for a clip that is made in windows: its length does not change how much memory it takes.
     """
     if workload.windowed:
         return 0
-    low, high = 0, (workload.frames - 1) // 4
+    low, high = 0, (workload.frames - 1) // 4  # latent frames after the first hold four frames each
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(_shorter(workload, 4 * middle + 1)) else (low, middle - 1)

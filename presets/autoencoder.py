@@ -1,19 +1,20 @@
-"""How the autoencoder works in the memory there is: types, how much of a frame at a time, what waits on the host."""
+"""Fit the VAE into memory: choose its dtype, its tile, and how much of its cache waits on the host."""
 
 from dataclasses import dataclass
 
 from skyrun.presets.memory import vae_bytes, vae_copy_bytes, vae_memory_bytes
 from skyrun.presets.workload import Workload
 
-SLABS = (2, 4, 8)  # of a frame; with more of them, what stays whole outweighs what they save
+SLABS = (2, 4, 8)  # parts that a frame is cut into; with more, buffers of whole frames outweigh what tiles save
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A part of the plan.
+    """How the VAE runs: a part of the plan.
 
-    tile: height and width of what a convolution works on at a time, None: whole frames. room: bytes of the device for
-    what is remembered of earlier frames, None: all of it. working_bytes: on the device, parked_bytes: on the host.
+    tile: height and width in pixels that a convolution works on at a time; None stands for whole frames.
+    room: bytes of device memory for the cache of earlier frames; None if all of the cache stays on the device.
+    working_bytes: device memory that the VAE takes. parked_bytes: host memory that the rest of the cache takes.
     """
 
     dtype: str
@@ -24,11 +25,17 @@ class Autoencoder:
 
 
 def fit(workload: Workload, dtype: str, usable: int, park: bool, exact: bool = True) -> Autoencoder:
-    """The best way that takes at most `usable` bytes of the device; where there is none, the one that takes least.
+    """The best setting that takes at most `usable` bytes of the device; if none does, the one that takes least.
 
-    float32 on whole frames is best (exact: if it may be that slow), then `dtype`, on the largest tile. Tiles cost next
-    to nothing; what does not fit then waits on the host (park: there is another memory than the device's) and travels
-    for every group of frames.
+    float32 on whole frames is best, then `dtype` on the largest tile that fits. Tiles cost almost no time. If even the
+    smallest tile does not fit, a part of the cache waits on the host and is copied for every group of frames.
+
+    Args:
+        workload: the clip.
+        dtype: the 16-bit dtype to use if float32 does not fit.
+        usable: bytes of the device that may be used.
+        park: whether the host has memory of its own, that is, whether the device is a GPU.
+        exact: whether float32, which is slower, may be chosen.
     """
     slabs = [(-(-workload.height // count), workload.width) for count in SLABS]
     for kind, tile in [(("float32" if exact else dtype), None), (dtype, None), *((dtype, slab) for slab in slabs)]:

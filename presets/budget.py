@@ -1,4 +1,4 @@
-"""How much memory a plan may use, and what a stage takes of it."""
+"""How much memory a plan may use, and how much a stage takes."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,11 @@ from skyrun.presets.memory import (
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that may be used. usable: of the device, with something to spare. base: taken before the first tensor."""
+    """Memory that a plan may use, in bytes.
+
+    cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: the limit minus a reserve.
+    host: bytes of host memory that may be used. base: bytes that are in use before the first tensor.
+    """
 
     cuda: bool
     limit: int
@@ -25,7 +29,7 @@ class Budget:
     base: int
 
     def fits(self, device_bytes: int, host_bytes: int) -> bool:
-        """Whether a stage that takes so much may run."""
+        """Whether a stage that takes this much memory may run."""
         if self.cuda:
             return device_bytes <= self.limit and host_bytes <= self.host
         return host_bytes <= self.limit
@@ -34,16 +38,16 @@ class Budget:
         """Bytes of the device and of the host that a stage takes.
 
         Args:
-            block_bytes: the largest block of weights that passes, of which a few are there at a time.
-            working_bytes: what the stage works in.
-            waiting: what waits on the host for its turn.
+            block_bytes: the largest block of weights that is streamed; RING_SLOTS of them are in memory at a time.
+            working_bytes: activations and other buffers of the stage.
+            waiting: activations that wait on the host.
         """
         total = RING_SLOTS * block_bytes + working_bytes + self.base
         return (total, staging_bytes(block_bytes) + PROCESS_BYTES + waiting) if self.cuda else (0, total)
 
 
 def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None) -> Budget:
-    """What is free, or less where a limit in GiB says so."""
+    """The free memory, or less if a limit in GiB is given."""
     host = hardware.ram_free if max_ram is None else min(int(max_ram * GIB), hardware.ram_free)
     if hardware.device != "cuda":
         return Budget(False, host, host, host, PROCESS_BYTES)

@@ -1,24 +1,26 @@
-"""A graphics card: its peaks, and what of them a run is expected to reach."""
+"""A graphics card: its peak rates, and the rates that a run is expected to reach."""
 
 from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
 
-# Shares of the peak that long clips reached in published measurements; good to 15 to 30 %. Products in bfloat16 with
-# sums in float32, or in float16 with float16 sums where a card is twice as quick so; products in int8 with all that
-# belongs to them; attention; attention with int8 scores, in shares of plain attention; convolutions; memory.
+# Shares of the peak that long clips reached in published measurements, accurate to 15 to 30 %. In order: matmuls in
+# bfloat16 with float32 accumulation; matmuls with float16 accumulation, for cards where that is twice as fast; int8
+# matmuls including quantization; attention; attention with int8 scores, relative to plain attention; convolutions;
+# memory bandwidth.
 _LINEAR, _LINEAR16, _INT8, _ATTENTION, _ATTENTION_INT8, _CONVOLUTION, _MEMORY = 0.65, 0.58, 0.42, 0.60, 1.7, 0.40, 0.65
-_OLDEST = (8, 0)  # that Triton's kernels and bfloat16 are for
-_LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation carries from page-locked memory
+_OLDEST = (8, 0)  # compute capability that the Triton kernels and bfloat16 need
+_LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation transfers from page-locked memory
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 9): "Ada", (9, 0): "Hopper"}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second: operations, additions and multiplications counted singly, or bytes.
+    """Operations or bytes that a machine processes per second. A multiply-add counts as two operations.
 
-    fast_linear, fast_attention: in int8, 0 where there is none. convolution: of the autoencoder in 16 bits; it takes
-    twice as long in float32 on a GPU. decode: bytes that decoding a matrix reads and writes.
+    linear, attention: operations of exact matmuls and attention. fast_linear, fast_attention: the same in int8, or 0 if
+    the machine has no int8 kernels. convolution: operations of the VAE in a 16-bit dtype; in float32 a GPU takes twice
+    as long. decode: bytes that are read and written when weights are decoded.
     """
 
     linear: float
@@ -31,8 +33,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Card:
-    """capability: as CUDA counts it. vram: GiB. memory: GB/s. pcie: generation and lanes. Peaks in 10^12 operations
-    per second, dense: float16 with float32 sums, with float16 sums, int8."""
+    """A graphics card.
+
+    capability: its CUDA compute capability. vram: GiB. memory: its bandwidth in GB/s. pcie: generation and lanes.
+    float16, float16_sums, int8: dense peaks in 10^12 operations per second, of float16 with float32 accumulation, of
+    float16 with float16 accumulation, and of int8.
+    """
 
     name: str
     capability: tuple[int, int]
@@ -45,7 +51,7 @@ class Card:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether tensor cores take it."""
+        """Whether its tensor cores support bfloat16."""
         return self.capability >= _OLDEST
 
     @property
@@ -55,10 +61,10 @@ class Card:
 
     @property
     def rates(self) -> Rates:
-        """What a run is expected to reach."""
+        """The rates that a run is expected to reach."""
         attention = _ATTENTION * self.float16 * TERA
         triton = self.capability >= _OLDEST
-        gains = self.float16_sums > self.float16  # server cards have one rate for both sums, and int8 gains less
+        gains = self.float16_sums > self.float16  # not on server cards: their rates are equal, and int8 gains less
         return Rates(
             linear=max(_LINEAR * self.float16, _LINEAR16 * self.float16_sums) * TERA,
             attention=attention,
@@ -75,5 +81,5 @@ class Card:
 
 
 def link_rate(generation: int, lanes: int) -> float:
-    """Bytes per second that a PCIe link is expected to carry."""
+    """Bytes per second that a PCIe link is expected to transfer."""
     return _LANE[min(5, max(3, generation))] * lanes * GIGA

@@ -1,9 +1,9 @@
-"""Graphics cards that are not at hand, as data.
+"""A table of graphics cards, so that plans can be made for cards that this machine does not have.
 
-Multiprocessors, boost clocks, memory and its bandwidth are those of NVIDIA's data sheets and architecture papers; peaks
-are multiprocessors x boost clock x operations per clock, which gives the peaks of those papers. Laptop cards differ by
-what power they are given, 25 % either way; those of 75 watts and less (A2, T4, L4) keep their boost clock for moments
-only and may take twice as long.
+Multiprocessors, boost clocks, memory and its bandwidth come from NVIDIA's data sheets and architecture papers. Peaks
+are multiprocessors x boost clock x operations per clock, which gives the peaks of those papers. Laptop cards are up to
+25 % faster or slower, depending on their power limit; cards of 75 watts and less (A2, T4, L4) cannot hold their boost
+clock and may take twice as long.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from skyrun.presets.card import Card
 
 @dataclass(frozen=True)
 class Chip:
-    """Operations of a multiprocessor in a clock, dense: float16 with float32 sums, with float16 sums, int8."""
+    """Dense operations of a multiprocessor per clock.
+
+    float16: with float32 accumulation. float16_sums: float16 with float16 accumulation. int8: with int32 accumulation.
+    """
 
     capability: tuple[int, int]
     float16: int = 512
@@ -22,19 +25,19 @@ class Chip:
     int8: int = 2048
 
     def peaks(self, processors: int, megahertz: float) -> tuple[int, int, int]:
-        """Of a card with so many multiprocessors, in 10^12 operations per second."""
+        """The peaks of a card with that many multiprocessors, in 10^12 operations per second."""
         rates = (self.float16, self.float16_sums, self.int8)
         sums, sums16, int8 = (round(processors * megahertz * rate / 1e6) for rate in rates)
         return sums, sums16, int8
 
 
-# GeForce cards add float16 products up in float32 at half the rate, professional ones of the same chips at full rate.
+# GeForce cards accumulate float16 in float32 at half the rate, professional cards with the same chips at full rate.
 TURING, AMPERE, ADA, BLACKWELL = Chip((7, 5)), Chip((8, 6)), Chip((8, 9)), Chip((12, 0))
 _TURING_PRO, _AMPERE_PRO, _ADA_PRO, _BLACKWELL_PRO, _GB10 = (
     Chip(capability, 1024) for capability in ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
 )
 _A10G, _L40 = Chip((8, 6), 512, 512, 1024), Chip((8, 9), 512, 512, 1024)
-VOLTA = Chip((7, 0), 1024, 1024, 1024)  # its tensor cores have no int8, which no plan takes there
+VOLTA = Chip((7, 0), 1024, 1024, 1024)  # its tensor cores have no int8, but no plan uses int8 there
 GA100, HOPPER, B200 = Chip((8, 0), 2048, 2048, 4096), Chip((9, 0), 4096, 4096, 8192), Chip((10, 0), 8192, 8192, 16384)
 _H20 = Chip((9, 0), 1024, 1024, 2048)
 
@@ -42,7 +45,7 @@ _Row = tuple[str, int, int, int, int]
 
 
 def _cards(chip: Chip, pcie: tuple[int, int], *rows: _Row) -> list[Card]:
-    """Rows: name, GiB, GB/s, multiprocessors, boost clock in MHz. Of a name that comes twice the usual one is first."""
+    """Cards from rows of name, GiB, GB/s, multiprocessors, boost MHz. Of equal names the more common card is first."""
     return [
         Card(name, chip.capability, vram, memory, pcie, *chip.peaks(processors, boost))
         for name, vram, memory, processors, boost in rows

@@ -1,4 +1,4 @@
-"""Find a card by the name that people or drivers give it, or say why there is none."""
+"""Find a card by the name that people or drivers use, or explain why there is none."""
 
 import re
 from collections import defaultdict
@@ -24,11 +24,11 @@ _IGNORED = {
     *("nvidia", "geforce", "tesla", "rtx", "gpu", "graphics", "card", "tensor", "core", "with", "design"),
     *("edition", "generation", "blackwell", "workstation", "server", "desktop"),
 }
-_FORMS = {"sxm", "pcie", "nvl"}  # which tell some server cards apart, and are said of others too
+_FORMS = {"sxm", "pcie", "nvl"}  # needed to tell some server cards apart, and ignored for others
 
 _Words = frozenset[str]
 
-# What cards that no plan is made for are called. The first that matches counts.
+# Names of cards that skyrun makes no plans for. The first pattern that matches decides.
 _OTHERS = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -48,10 +48,10 @@ _REASONS = {
 
 
 def find_card(name: str, vram: float | None = None) -> Card | None:
-    """The card of that name, as people or drivers write it; None if there is none.
+    """The card of that name, in the spelling of people or drivers; None if there is none.
 
-    Of several sizes it is the one nearest to `vram` GiB, or the usual one. A memory that the name states and no such
-    card is sold with makes it a card like it with that memory.
+    Of several memory sizes it is the one nearest to `vram` GiB, else the most common one. If the name states a memory
+    size that no such card is sold with, the result is the nearest card with that memory.
     """
     words, memory = _parse(name)
     found = _by_words().get(words) or _by_words().get(words - _FORMS) or []
@@ -64,25 +64,25 @@ def find_card(name: str, vram: float | None = None) -> Card | None:
 
 
 def card_like(name: str, vram: float) -> Card | None:
-    """A card as quick as the one of that name, with another memory; None if there is none of that name."""
+    """A card as fast as the named one but with `vram` GiB of memory; None if there is no card of that name."""
     card = find_card(name, vram)
     return card and replace(card, name=f"a card like {card.name},", vram=vram)
 
 
 def card_rows() -> list[list[str]]:
-    """Every card as text, below a row that says what is what."""
+    """A table of all cards as text, headings first."""
     rows = [[card.name, f"{card.vram:g} GB", f"{card.memory} GB/s", card.generation] for card in CARDS]
     return [["card", "VRAM", "bandwidth", "generation"], *rows]
 
 
 def why_unknown(name: str) -> str:
-    """What to say of a name that find_card does not know: why skyrun has no plans for it, or which names are near."""
+    """Why find_card does not know a name: skyrun has no plans for such cards, or similar names are meant."""
     for pattern, kind in _OTHERS:
         if pattern.search(name.lower()):
             return f"{name!r} {_REASONS[kind]}"
     names = list(dict.fromkeys(card.name for card in CARDS))
     near = get_close_matches(name.upper(), names, 3, 0.5) or ["RTX 3060", "RTX 4070 Ti SUPER"]
-    return f"{name!r} is no card that skyrun knows, such as {', '.join(near)}"
+    return f"{name!r} is not a card that skyrun knows, such as {', '.join(near)}"
 
 
 @cache
@@ -96,7 +96,7 @@ def _by_words() -> dict[_Words, list[Card]]:
 
 @cache
 def _parse(name: str) -> tuple[_Words, float]:
-    """The words that tell cards apart, and the GiB that the name states, or 0.
+    """The words in a name that identify the card, and the GiB that the name states, or 0.
 
     "NVIDIA GeForce RTX 4070 Laptop GPU" is an RTX 4070 Laptop, "4070tis 16g" an RTX 4070 Ti SUPER.
     """
@@ -107,6 +107,6 @@ def _parse(name: str) -> tuple[_Words, float]:
     text = _MEMORY_KIND.sub("", _MEMORY.sub(" ", text))
     words = set(_WORD.findall(text))
     if any(re.fullmatch(r"[2-5]0\d0", word) for word in words) and not words & {"pro", "quadro", "a", "ada"}:
-        short = {"s": "super", "m": "laptop", "maxq": "laptop"}  # as people say them of GeForce cards
+        short = {"s": "super", "m": "laptop", "maxq": "laptop"}  # abbreviations for GeForce cards
         words = {short.get(word, word) for word in words}
     return frozenset(words - _IGNORED), float(memory[1]) if memory else 0.0

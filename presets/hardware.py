@@ -1,4 +1,4 @@
-"""What the machine has: each number as it was measured, as the system reports it, as it was stated, or as assumed."""
+"""What the machine has, and where each value comes from: measured, reported by the system, stated, or assumed."""
 
 import re
 import time
@@ -15,21 +15,22 @@ from skyrun.presets.nvidia_smi import query
 
 MEASURED, REPORTED, ASSUMED, STATED = "measured", "reported", "assumed", "stated"
 _CORE_RATE = 25e9  # operations per second of a core, float32
-_CORE_DECODE = 0.4e9  # bytes per second that a core decodes blocks from and to
+_CORE_DECODE = 0.4e9  # bytes per second that a core reads and writes when it decodes blocks
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
-_KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # that are not as GeForce cards are
-_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the system and a desktop use
+_KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # chips with other rates than GeForce cards
+_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the operating system and a desktop use
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine that a plan is for. device: "cuda" or "cpu". Sizes in bytes; VRAM is 0 without a GPU.
+    """The machine that a plan is for. Sizes are in bytes.
 
-    fast_gain: how many times quicker linear layers are in int8, as measured; 0 where they are not or were not.
-    disk_rate, link_rate: bytes per second from the disk that holds the model, and to the GPU. rates: of computing, None
-    if nothing is known. system: "Linux", "WSL" or "Windows". origins: where numbers come from, by field: "measured",
-    "reported", "stated" or "assumed"; those that are missing are assumed.
+    device: "cuda" or "cpu". vram_total, vram_free: 0 without a GPU. fast_gain: how many times faster linear layers are
+    in int8, as measured; 0 if int8 is not available or was not measured. disk_rate: bytes per second from the disk that
+    holds the model. link_rate: bytes per second to the GPU. rates: of computing; None if nothing is known.
+    system: "Linux", "WSL" or "Windows". origins: where the values come from, by field: "measured", "reported", "stated"
+    or "assumed"; fields that are missing are assumed.
     """
 
     device: str
@@ -51,25 +52,28 @@ class Hardware:
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
     def origin(self, name: str) -> str:
-        """Where a number comes from."""
+        """Where the value of a field comes from."""
         return self.origins.get(name, ASSUMED)
 
     def knowing(self, origin: str, **values: Any) -> "Hardware":
-        """The same machine with other numbers, and where they come from."""
+        """The same machine with other values of some fields, which come from `origin`."""
         return replace(self, **values, origins=self.origins | dict.fromkeys(values, origin))
 
 
 def cpu_rates(cores: int) -> Rates:
-    """What a CPU is expected to do; `skyrun tune` measures it."""
+    """The rates that a CPU is expected to reach. `skyrun tune` measures them."""
     rate = cores * _CORE_RATE
     return Rates(rate, rate, 0.0, 0.0, rate / 2, cores * _CORE_DECODE)
 
 
 def probe(device: str, model: Path | None = None, measure: bool = True) -> Hardware:
-    """Look at this machine. Imports torch only for a GPU.
+    """Examine this machine. Imports torch only for a GPU.
 
-    model: a file, or the folder it is to be in, on the disk that counts. measure: its rate if the file is large enough
-    for that, and the link to the GPU, in less than a second.
+    Args:
+        device: "cuda" or "cpu".
+        model: a file of the model, or the folder where it will be; its disk is examined.
+        measure: whether to measure the disk, if the file is large enough, and the link to the GPU. This takes less than
+            a second.
     """
     import psutil
 
@@ -93,22 +97,22 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
         name, capability, total, torch.cuda.get_device_properties(0).multi_processor_count
     )
     found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate)
-    said = re.match(r"([\d.]+), (\d+), (\d+)", query("driver_version,pcie.link.gen.max,pcie.link.width.max"))
-    if said:
-        found = found.knowing(REPORTED, driver=said[1]).knowing(
-            ASSUMED, link_rate=link_rate(int(said[2]), int(said[3]))
+    match = re.match(r"([\d.]+), (\d+), (\d+)", query("driver_version,pcie.link.gen.max,pcie.link.width.max"))
+    if match:
+        found = found.knowing(REPORTED, driver=match[1]).knowing(
+            ASSUMED, link_rate=link_rate(int(match[2]), int(match[3]))
         )
     return found.knowing(MEASURED, link_rate=measure_link()) if measure else found
 
 
 def unknown_card(name: str, capability: tuple[int, int], vram: int, processors: int) -> Card:
-    """A card that is in no table: as quick for each of its multiprocessors as others of its kind, 1.7 GHz."""
+    """A card for a GPU that the table does not list: rates per multiprocessor of its generation, at 1.7 GHz."""
     kind = _KINDS.get(capability, AMPERE)
     return Card(name, capability, vram >> 30, 15 * processors, (3, 8), *kind.peaks(processors, 1700))
 
 
 def measure_link() -> float:
-    """Bytes per second from page-locked memory to the GPU, copied for a tenth of a second."""
+    """Measure for a tenth of a second how many bytes per second are copied from page-locked memory to the GPU."""
     import torch
 
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -131,7 +135,14 @@ def _with_disk(found: Hardware, model: Path, measure: bool) -> Hardware:
 
 
 def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Hardware:
-    """A machine that is not at hand: GiB of RAM and of VRAM, GB/s of its disk. A desktop takes some of both."""
+    """Another machine with a graphics card. Some of its RAM and VRAM is taken by a desktop.
+
+    Args:
+        card: its graphics card.
+        ram: GiB of RAM.
+        disk: GB/s that its disk delivers.
+        vram: GiB of VRAM; by default what the card has.
+    """
     total = int((card.vram if vram is None else vram) * GIB)
     return Hardware(
         "cuda",
@@ -150,11 +161,17 @@ def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Ha
 
 
 def stated_cpu(ram: float, disk: float, cores: int = 8) -> Hardware:
-    """A machine without a GPU: GiB of RAM, GB/s of its disk."""
+    """Another machine, without a GPU.
+
+    Args:
+        ram: GiB of RAM.
+        disk: GB/s that its disk delivers.
+        cores: how many cores its CPU has.
+    """
     name, rates = f"CPU with {cores} cores", cpu_rates(cores)
     return Hardware("cpu", name, 0, 0, int(ram * GIB), free_ram(ram), disk_rate=disk * 1e9, rates=rates)
 
 
 def free_ram(gib: float) -> int:
-    """Bytes of so many GiB that are free while a desktop runs."""
+    """How many bytes of `gib` GiB of RAM are free while a desktop runs."""
     return max(0, int((gib - _DESKTOP_RAM) * GIB))

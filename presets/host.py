@@ -1,4 +1,4 @@
-"""What the system says of the machine beside the GPU: memory, also of containers, disks, and where it runs."""
+"""What the operating system reports: memory, including container limits, disks, and the kind of system."""
 
 import mmap
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 ASSUMED_DISK_RATE = 0.5e9  # bytes per second of a SATA SSD
 CACHED_SHARE = 0.7  # of the free memory: larger files would push each other's pages out of the page cache
 _CHUNK, _READERS = 4 << 20, 8
-_LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # of the measurement of a disk
+_LEAST_FILE, _MOST_READ, _MOST_SECONDS = 64 << 20, 512 << 20, 0.5  # limits for measuring a disk
 
 
 def memory() -> tuple[int, int]:
@@ -29,7 +29,7 @@ def memory() -> tuple[int, int]:
 def _container_limits(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[tuple[int, int]]:
-    """(limit, used) of every control group that holds this process; pages of files that can be let go are not used."""
+    """(limit, used) of every control group of this process. Cached pages that can be dropped do not count as used."""
     found = []
     for line in _text(own).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -60,14 +60,14 @@ def _text(path: Path) -> str:
 
 
 def where() -> str:
-    """ "WSL", "Windows" or "Linux": how much memory can be page-locked, and how quick disks are, depends on it."""
+    """ "WSL", "Windows" or "Linux". How much memory can be page-locked and how fast disks are depends on it."""
     if "microsoft" in platform.release().lower():
         return "WSL"
     return platform.system()
 
 
 def cpu_name() -> str:
-    """The model of the CPU as the system has it."""
+    """The CPU's model name as the system reports it."""
     for line in _text(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -75,19 +75,19 @@ def cpu_name() -> str:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free on the file system that holds a folder, or will hold it."""
+    """Bytes free on the file system that holds a folder or that will hold it."""
     return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that exists: whose disk it will be on."""
+    """The path itself if it exists, else its nearest parent that does: the path will be on the same disk."""
     return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def disk_rate(path: Path) -> float:
     """Measure for half a second how many bytes per second of a file are read around the page cache.
 
-    0 if the file is too small, or the system has no way around its cache.
+    0 if the file is too small, or if the system cannot bypass its cache.
     """
     if path.stat().st_size < _LEAST_FILE:
         return 0.0

@@ -1,38 +1,44 @@
-"""How much memory each stage works in, from sizes alone. Weights of blocks are not part of it."""
+"""How much working memory each stage needs, computed from sizes alone. Streamed weights are not included."""
 
 from skyrun.presets.workload import Workload
 
 GIB = 1 << 30
 
-# Taken before the first tensor: the interpreter with torch on the host, the CUDA context on the device.
+# In use before the first tensor: the interpreter with torch on the host, the CUDA context on the device.
 PROCESS_BYTES = int(0.45 * GIB)
 CONTEXT_BYTES = int(0.6 * GIB)
 
-# Left free on a GPU: workspaces of the vendor's libraries, and what fragmentation costs.
+# Left free on a GPU for workspaces of the vendor's libraries and for fragmentation.
 RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Of the stream of blocks. Pieces wait for the device in page-locked memory, 256 MiB at most; Windows and WSL lock
-# little more. Every loader has a piece under way: one is read, others are laid out for the kernels or wait for room.
+# Streaming of blocks. Pieces wait for the device in page-locked memory, at most 256 MiB: Windows and WSL cannot lock
+# much more. Each loader handles one piece at a time: it reads it, repacks it for the kernels, or waits for room.
 STAGING_PIECES, LOADERS = 8, 4
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
 _PIECE, _PAGE = 32 << 20, 4096
 
-_HEAD_DIM = 128  # numbers per token of the rotary table
-_TEXT_ROWS = 512  # of the prompt's keys and values
-# In the autoencoder, in activations of its widest level while a group of four frames passes: what convolutions remember
-# of earlier frames, the input and output of the one at work, and of a slab its input with the past and its output.
+_HEAD_DIM = 128  # values per token in the rotary table
+_TEXT_ROWS = 512  # rows of the prompt's keys and values
+# Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
+# input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
 _VAE_MEMORY, _VAE_WHOLE, _VAE_SLAB = 6.2, 2.0, 2.5
 
 
 def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parked: bool = False) -> int:
-    """Activations, one decoded matrix, and what of the transformer lies outside its blocks.
+    """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
 
-    Of all tokens their numbers, keys and values are there, the rotary table, and the prompt's keys and values. Of the
-    `rows` that pass at a time (None: all) either numbers and twice the hidden ones, before and after GELU, or numbers,
-    product, hidden ones and the float32 sum (tests/test_memory.py counts them). parked: tokens wait on the host.
+    For all tokens there are activations, keys and values, the rotary table, and the prompt's keys and values. For the
+    rows of a chunk there are either activations and the hidden layer before and after GELU, or activations, the hidden
+    layer, a matmul's result and a float32 sum (tests/test_memory.py counts them).
+
+    Args:
+        workload: the clip and its models.
+        dtype: of activations.
+        rows: how many tokens pass through a block at a time; None stands for all.
+        parked: whether the activations of the other tokens wait on the host.
     """
     size, tokens, dim, ffn = BYTES[dtype], workload.tokens, workload.dim, workload.ffn_dim
     of_all = tokens * ((2 if parked else 3) * dim * size + _HEAD_DIM * 4) + 2 * _TEXT_ROWS * dim * size
@@ -42,27 +48,27 @@ def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parke
 
 
 def parked_bytes(workload: Workload, dtype: str) -> int:
-    """Host memory of tokens that wait there."""
+    """Host memory that the activations of parked tokens take."""
     return workload.tokens * workload.dim * BYTES[dtype]
 
 
 def vae_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
-    """The autoencoder's weights, and activations of encoding or decoding a group of frames.
+    """Bytes of the VAE's weights, and of its activations when it encodes or decodes a group of frames.
 
-    tile: height and width of what a convolution works on at a time, None: whole frames.
+    tile: height and width in pixels that a convolution works on at a time; None stands for whole frames.
     """
-    numbers = workload.vae_weights + (_VAE_MEMORY + _VAE_WHOLE) * _vae_level(workload)
-    return int(numbers * BYTES[dtype]) + vae_copy_bytes(workload, dtype, tile)
+    values = workload.vae_weights + (_VAE_MEMORY + _VAE_WHOLE) * _vae_level(workload)
+    return int(values * BYTES[dtype]) + vae_copy_bytes(workload, dtype, tile)
 
 
 def vae_copy_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
-    """A convolution's input and output, of which its library makes copies in an order of its own."""
+    """Bytes of a convolution's input and output, which its library copies into another memory layout."""
     share = 1.0 if tile is None else min(1.0, tile[0] * tile[1] / (workload.height * workload.width))
     return int(_VAE_SLAB * share * _vae_level(workload) * BYTES[dtype])
 
 
 def vae_memory_bytes(workload: Workload, dtype: str) -> int:
-    """What the autoencoder remembers of earlier frames: the part of its activations that can wait on the host."""
+    """Bytes of the VAE's cache of earlier frames: the part of its activations that can wait on the host."""
     return int(_VAE_MEMORY * _vae_level(workload) * BYTES[dtype])
 
 
@@ -71,15 +77,15 @@ def _vae_level(workload: Workload) -> int:
 
 
 def piece_bytes(block_bytes: int) -> int:
-    """Bytes of the buffers through which a block reaches a GPU, in whole pages: one more than the pieces take."""
+    """Bytes of one staging buffer for a block, in whole pages: one page more than its pieces take."""
     return min(_PIECE, (-(-block_bytes // _PAGE) + 1) * _PAGE) if block_bytes else 0
 
 
 def staging_bytes(block_bytes: int) -> int:
-    """Host memory that blocks pass through on their way to a GPU: page-locked, and one buffer for each thread."""
+    """Host memory that stages blocks on their way to a GPU: page-locked pieces, and one buffer for each thread."""
     return (STAGING_PIECES + LOADERS) * piece_bytes(block_bytes)
 
 
 def text_bytes(workload: Workload) -> int:
-    """The largest decoded matrix of the encoder, float32; its feed-forward is at most four times its width."""
+    """Bytes of the text encoder's largest decoded matrix in float32. Its ffn_dim is at most four times its dim."""
     return 4 * workload.text_dim**2 * 4

@@ -1,10 +1,10 @@
-"""Presets by name: plans of the same function for machines as they are sold."""
+"""Named presets: typical machines that plans can be made for."""
 
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated, stated_cpu
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 
-# Card, GiB of VRAM, GiB of RAM; disks deliver what a SATA SSD does.
+# Card, GiB of VRAM, GiB of RAM. Disks are as fast as a SATA SSD.
 _MACHINES = {
     "6gb": ("RTX 3060 Laptop", 6, 16),
     "8gb": ("RTX 4060", 8, 16),
@@ -25,7 +25,7 @@ def preset(name: str) -> Hardware:
 
 
 def preset_limits(name: str) -> dict[str, float]:
-    """What a plan of the preset may use, in GiB, as limits for another machine."""
+    """The preset's free memory in GiB, as max_ram and max_vram for a plan on another machine."""
     machine = preset(name)
     limits = {"max_ram": machine.ram_free / GIB}
     return limits | ({"max_vram": (machine.vram_free + CONTEXT_BYTES) / GIB} if machine.device == "cuda" else {})

@@ -1,4 +1,4 @@
-"""What the driver says of the GPUs, without torch."""
+"""Ask the NVIDIA driver about the GPUs, without torch."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The ways to make the steps of a clip, and which of them is taken."""
+"""List the options for the denoising steps of a clip, and choose one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,26 +10,32 @@ from skyrun.presets.memory import denoise_bytes, parked_bytes
 from skyrun.presets.timing import Time, denoise_time, step_time
 from skyrun.presets.workload import Workload
 
-EXACT_TYPES = ("F32", "F16", "BF16", "Q8_0")  # int8 products would add visibly to the error of these
-POOR_TYPES = ("Q3_K", "Q2_K")  # visibly worse clips: taken where nothing better fits, or where they are asked for
+EXACT_TYPES = ("F32", "F16", "BF16", "Q8_0")  # int8 matmuls would visibly add to the small error of these types
+POOR_TYPES = ("Q3_K", "Q2_K")  # clips look visibly worse: chosen only if nothing better fits or the user asks
 PREFERENCES = ("quality", "speed", "memory")
-WORTH_GAIN = 1.1  # times quicker than exact that int8 has to be
-# Times as long as the quickest is as good as it: better weights are worth that. A plan may be so much slower than the
-# one for speed without saying so, and that one than the quickest there is: 3 % in all.
+WORTH_GAIN = 1.1  # times faster than exact matmuls that int8 must be
+# An option that takes at most NEARLY times as long as the fastest counts as equally fast, and better weights win. The
+# plan for speed may be that much slower than the fastest option, and another plan that much slower than the plan for
+# speed without a note: 3 % in all.
 NEARLY = 1.03**0.5
-_FEWEST_ROWS = 512  # tokens at a time
+_FEWEST_ROWS = 512  # tokens of a chunk
 
-Way = tuple[int | None, bool]  # how many tokens pass at a time, None: all; whether the others wait on the host
+# How many tokens pass through a block at a time, None: all; and whether the others wait on the host.
+Chunking = tuple[int | None, bool]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A file, a precision and a way to pass the tokens, with what a step and all of them take."""
+    """A transformer file with a precision and a chunking of the tokens, and the memory and time that it takes.
+
+    work: the workload with this file. precision: "exact" or "fast". resident: how many blocks stay on the device.
+    fits: whether it stays within the budget. step: the time of a denoising step.
+    """
 
     hardware: Hardware
     work: Workload
     precision: str
-    way: Way
+    chunking: Chunking
     resident: int
     device_bytes: int
     host_bytes: int
@@ -38,43 +44,43 @@ class Option:
 
     @cached_property
     def denoise(self) -> Time:
-        """What all steps take."""
+        """The time of all steps."""
         return denoise_time(self.hardware, self.work, self.step)
 
     @property
     def memory(self) -> tuple[int, int]:
-        """What it takes, the device first."""
+        """(device, host) bytes, to compare options by memory."""
         return self.device_bytes, self.host_bytes
 
     @property
     def order(self) -> tuple[float, int, bool, int]:
-        """The quickest first, then what reads less."""
-        rows, parked = self.way
+        """A sort key: the fastest option first; among equals the one that reads and copies less."""
+        rows, parked = self.chunking
         return self.step.seconds, -self.resident, parked, -(rows or self.work.tokens)
 
     @property
     def is_poor(self) -> bool:
-        """Whether clips by this file look visibly worse."""
+        """Whether clips made with this file look visibly worse."""
         return self.work.weight_type in POOR_TYPES
 
 
 def options(
     hardware: Hardware, workload: Workload, budget: Budget, precision: str | None, dtype: str, keep: bool
 ) -> Iterator[Option]:
-    """Every file with every way to pass the tokens.
+    """Every candidate file with every chunking of the tokens.
 
     Args:
         hardware: the machine.
-        workload: the clip and the files on offer.
-        budget: what may be used; what takes more is among the options too, and says so.
-        precision: "exact" or "fast", None: what suits the type of the file.
+        workload: the clip and the candidate files.
+        budget: the memory that may be used; options that exceed it are listed too, with `fits` False.
+        precision: "exact" or "fast"; None chooses what suits the type of each file.
         dtype: of activations.
-        keep: as many blocks stay in memory as fit then.
+        keep: whether as many blocks stay on the GPU as fit.
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
-        for way in _ways(work, budget.cuda):
-            rows, parked = way
+        for chunking in _chunkings(work, budget.cuda):
+            rows, parked = chunking
             working = denoise_bytes(work, dtype, rows, parked)
             device, host = budget.taken(work.block_bytes, working, parked_bytes(work, dtype) if parked else 0)
             spare = max(0, budget.usable - device) if budget.cuda and keep else 0
@@ -83,10 +89,10 @@ def options(
                 hardware, work, fast=how == "fast", dtype=dtype, rows=rows, parked=parked, resident=resident
             )
             fits, kept = budget.fits(device, host), resident * work.block_bytes
-            yield Option(hardware, work, how, way, resident, device + kept, host, fits, step)
+            yield Option(hardware, work, how, chunking, resident, device + kept, host, fits, step)
 
 
-def _ways(workload: Workload, cuda: bool) -> list[Way]:
+def _chunkings(workload: Workload, cuda: bool) -> list[Chunking]:
     counts = [-(-workload.tokens // parts) for parts in (2, 4, 8, 16, 32, 64, 128)]
     rows = [count for count in counts if count >= _FEWEST_ROWS]
     return [(None, False), *((count, parked) for parked in ((False, True) if cuda else (False,)) for count in rows)]
@@ -98,7 +104,7 @@ def _precision(hardware: Hardware, workload: Workload) -> str:
 
 
 def best(found: list[Option], prefer: str) -> Option:
-    """By what is preferred. Files of poor types are only looked at where no other fits."""
+    """The best option for a preference. Files of poor types are considered only if no other file fits."""
     fitting = [option for option in found if option.fits]
     good = [option for option in fitting if not option.is_poor]
     if not fitting or prefer == "memory":
@@ -108,14 +114,14 @@ def best(found: list[Option], prefer: str) -> Option:
 
 
 def _quick(options: list[Option]) -> list[Option]:
-    """Of the best file with which neither a step nor the clip takes noticeably longer than with the quickest."""
+    """The options of the best file with which neither a step nor the clip is noticeably slower than the fastest."""
     quickest = min(options, key=lambda option: (option.denoise.seconds, option.order))
     step, clip = NEARLY * quickest.step.seconds, NEARLY * quickest.denoise.seconds
     return _largest([option for option in options if option.step.seconds <= step and option.denoise.seconds <= clip])
 
 
 def _hidden(options: list[Option]) -> list[Option]:
-    """Of the best file whose reading is hidden behind computing; of the smallest where that is so of none."""
+    """The options of the best file whose reading is hidden behind computing, or of the smallest file if none is."""
     hidden = [option for option in options if option.step.is_hidden]
     return _largest(hidden) if hidden else _largest(options, smallest=True)
 

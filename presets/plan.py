@@ -1,4 +1,4 @@
-"""Decide once how a clip is made: file, numbers' type, what stays in memory, and what each stage will take."""
+"""Decide how a clip is made: the file, the dtype, which blocks stay in memory, and what each stage will take."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,14 +19,14 @@ from skyrun.presets.workload import Workload
 
 __all__ = ["EXACT_TYPES", "GIB", "POOR_TYPES", "PREFERENCES", "Plan", "StagePlan", "choose"]
 
-_USUAL_RAM, _USUAL_DISK = 16, 0.5  # GiB and GB/s beside the usual card
+_USUAL_RAM, _USUAL_DISK = 16, 0.5  # GiB of RAM and GB/s of the disk in a machine with the usual card
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage is expected to take: bytes, on a CPU all of them host memory, and seconds.
+    """What a stage is expected to take: peak memory in bytes, which is all host memory on a CPU, and seconds.
 
-    bound: what it waits for: "compute", "disk" or "link". hidden: the share of reading that happens behind computing.
+    bound: what limits its speed: "compute", "disk" or "link". hidden: the share of reading that overlaps computing.
     """
 
     name: str
@@ -39,16 +39,17 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a clip will be made. Frozen: what the run does is what was printed.
+    """How a clip will be made. It is frozen: the run does exactly what was printed.
 
-    weight_type: of the transformer file that was chosen. precision: "exact", or "fast": linear layers and attention in
-    int8.
-    token_rows: how many tokens pass through a block at a time, None: all. parked_tokens: they wait on the host.
-    vae_tile: height and width in pixels that the autoencoder's convolutions work on at a time, None: whole frames.
-    vae_room: bytes of the device for what they remember of earlier frames, the rest waits on the host; None: all of it.
-    step_seconds: of a denoising step after the first.
-    problem: why it will not fit, and remedy: what would; empty if it does fit. notes: sentences on what takes long, and
-    how to have it sooner.
+    weight_type: type of the chosen transformer file. precision: "exact", or "fast" for linear layers and attention in
+    int8. dtype: of activations. ring_slots: streaming buffers, one block each. resident_blocks: blocks that stay on the
+    device. token_rows: how many tokens pass through a block at a time; None stands for all. parked_tokens: whether the
+    other tokens wait on the host.
+    vae_tile: height and width in pixels that a VAE convolution works on at a time; None stands for whole frames.
+    vae_room: bytes of the device for the VAE's cache of earlier frames, the rest of which waits on the host; None if
+    all of it stays on the device. step_seconds: expected for a denoising step after the first.
+    problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
+    notes: sentences that say what takes long and how to make it faster.
     """
 
     device: str
@@ -76,12 +77,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that any stage takes on the device; on a CPU, of host memory."""
+        """The most memory that any stage takes on the device; on a CPU, the most host memory."""
         return max(stage.device_bytes if self.device == "cuda" else stage.host_bytes for stage in self.stages)
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """The expected time of all stages together."""
         return sum(stage.seconds for stage in self.stages)
 
 
@@ -95,12 +96,21 @@ def choose(
     max_ram: float | None = None,
     prefer: str = "quality",
 ) -> Plan:
-    """The best plan for this hardware. max_vram, max_ram: limits in GiB instead of what is free.
+    """The best plan for this hardware.
 
-    prefer: "quality" takes the best file whose reading is hidden behind computing, "speed" the quickest, "memory" what
-    takes least. Blocks stay in memory only on a GPU: a CPU is slow enough that reading them again costs nothing. The
-    plan of a workload that does not fit says so in `problem`, and in `remedy` what would fit. If another plan that fits
-    is noticeably quicker, `notes` say how to have it.
+    If the workload does not fit, the plan's `problem` says why and its `remedy` what would fit. If another plan that
+    fits is noticeably faster, its `notes` say how to select it. Blocks stay in memory only on a GPU: a CPU computes so
+    slowly that reading them again costs no time.
+
+    Args:
+        hardware: the machine.
+        workload: the clip and its models.
+        precision: "exact" or "fast"; None chooses what suits the file's type and the card.
+        dtype: of activations; None chooses one for the device.
+        max_vram: a limit in GiB; None allows all that is free.
+        max_ram: a limit in GiB; None allows all that is free.
+        prefer: "quality" chooses the best file whose reading is hidden behind computing, "speed" the fastest option,
+            "memory" the one that takes the least memory.
     """
     budget = budget_of(hardware, max_vram, max_ram)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
@@ -110,8 +120,8 @@ def choose(
         return [*options(hardware, work, budget, precision, kind, keep)]
 
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
-        ways = [way for way in found(work, prefer != "memory") if type in (None, way.work.weight_type)]
-        return _plan(hardware, best(ways, prefer), budget, kind, prefer)
+        allowed = [option for option in found(work, prefer != "memory") if type in (None, option.work.weight_type)]
+        return _plan(hardware, best(allowed, prefer), budget, kind, prefer)
 
     plan = decide(workload)
     if plan.problem:
@@ -138,8 +148,8 @@ def _notes(plan: Plan, workload: Workload, prefer: str, decide: Callable[..., Pl
 
 
 def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer: str) -> Plan:
-    """The stages around the steps, and all of it together."""
-    work, (rows, parked) = option.work, option.way
+    """Complete an option for the denoising steps with the other stages."""
+    work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
     vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
@@ -179,13 +189,13 @@ def _vae_stage(name: str, vae: Autoencoder, budget: Budget) -> StagePlan:
 
 
 def _images_stage(workload: Workload, vae: Autoencoder, budget: Budget) -> StagePlan:
-    """The autoencoder, or the tower that looks at pictures if that takes more."""
+    """The memory of the VAE, or of the image encoder if that takes more."""
     encoding = _vae_stage("images", vae, budget)
-    looking = _stage("images", budget, workload.image_block_bytes, 0)
+    vision = _stage("images", budget, workload.image_block_bytes, 0)
     return replace(
         encoding,
-        device_bytes=max(encoding.device_bytes, looking.device_bytes),
-        host_bytes=max(encoding.host_bytes, looking.host_bytes),
+        device_bytes=max(encoding.device_bytes, vision.device_bytes),
+        host_bytes=max(encoding.host_bytes, vision.host_bytes),
     )
 
 

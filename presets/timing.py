@@ -1,4 +1,4 @@
-"""How long each stage takes, from sizes and rates alone, and what it waits for."""
+"""How long each stage takes and what limits its speed, computed from sizes and rates alone."""
 
 import math
 from dataclasses import dataclass, replace
@@ -28,9 +28,10 @@ _TEXT_SQUARES = 11.5  # weights of a block of the text encoder in squares of its
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a stage or a step. bound: what it waits for: "compute", "disk" or "link".
+    """The time of a stage or a step.
 
-    compute: seconds if weights were there. hidden: the share of reading that happens behind it.
+    seconds: in all. compute: seconds of computing alone. bound: what limits the speed: "compute", "disk" or "link".
+    hidden: the share of reading that overlaps computing.
     """
 
     seconds: float
@@ -40,12 +41,12 @@ class Time:
 
     @property
     def is_hidden(self) -> bool:
-        """Whether reading costs nothing worth mentioning."""
+        """Whether reading adds no noticeable time."""
         return self.seconds <= max(HIDDEN * self.compute, self.compute + _UNNOTICED)
 
 
 def rates_of(hardware: Hardware) -> Rates:
-    """What the machine does in a second; of one that says nothing, what an RTX 3060 or four cores would do."""
+    """The machine's rates; if they are not known, those of an RTX 3060 or of a CPU with four cores."""
     return hardware.rates or _usual_rates(hardware.device)
 
 
@@ -66,7 +67,17 @@ def step_time(
     parked: bool = False,
     resident: int = 0,
 ) -> Time:
-    """A denoising step after the first. Names of settings are those of the plan."""
+    """The time of a denoising step after the first.
+
+    Args:
+        hardware: the machine.
+        workload: the clip and its models.
+        fast: whether linear layers and attention run in int8.
+        dtype: of activations.
+        rows: how many tokens pass through a block at a time; None stands for all.
+        parked: whether the other tokens wait on the host.
+        resident: how many blocks stay on the device.
+    """
     computing = _computing(hardware, workload, fast, dtype, rows, parked)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if _is_cached(hardware, workload) else hardware.disk_rate
@@ -74,7 +85,10 @@ def step_time(
 
 
 def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
-    """All steps, given one of them. In the first of a window every block comes from disk, after what is in no block."""
+    """The time of all steps, given that of one.
+
+    In a window's first step every block is read from disk, and before it the weights outside of blocks.
+    """
     everything = workload.layers * workload.block_bytes
     first = _overlapped(hardware, step.compute, everything, hardware.disk_rate)
     cold = 1 if _is_cached(hardware, workload) else workload.windows
@@ -84,7 +98,7 @@ def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
 
 
 def text_time(hardware: Hardware, workload: Workload) -> Time:
-    """Reading the encoder once, with as long a prompt as the model takes."""
+    """The time to encode a prompt of full length, which reads the text encoder once."""
     rates, weights = rates_of(hardware), workload.text_layers * _TEXT_SQUARES * workload.text_dim**2
     reading = workload.text_layers * workload.text_block_bytes
     computing = 2 * weights * _TEXT_TOKENS / rates.linear + (reading + 4 * weights) / rates.decode
@@ -92,20 +106,20 @@ def text_time(hardware: Hardware, workload: Workload) -> Time:
 
 
 def images_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
-    """Encoding what the clip starts from, and looking at it where there is a tower for that."""
+    """The time to encode images and frames that the clip starts from, by the VAE and the image encoder."""
     reading = 2 * workload.vae_weights + workload.windows * workload.image_layers * workload.image_block_bytes
     time = _convolving(hardware, workload, vae, _ENCODE, workload.encoded_frames)
     return _one_after_the_other(hardware, time, reading)
 
 
 def decode_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
-    """Latents to frames."""
+    """The time to decode latents to frames."""
     time = _convolving(hardware, workload, vae, _DECODE, workload.decoded_frames or workload.frames)
     return _one_after_the_other(hardware, time, 2 * workload.vae_weights)
 
 
 def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype: str) -> int:
-    """From how many tokens on reading every block from the disk is hidden behind a step."""
+    """The least number of tokens for which reading all blocks from disk is hidden behind a step."""
     reading = workload.layers * workload.block_bytes / min(hardware.disk_rate, _link_rate(hardware))
     low, high = 1, 1 << 22
     while low < high:
@@ -116,14 +130,14 @@ def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype:
 
 
 def with_tokens(workload: Workload, tokens: int) -> Workload:
-    """The workload with as many tokens, in one long row."""
+    """The workload with that many tokens, as one long row of latents."""
     return replace(workload, latent_frames=1, height=16, width=16 * tokens)
 
 
 def corrected(plan: "Plan", step_seconds: float) -> "Plan":
-    """The plan with its times as a measured step says.
+    """The plan with its times scaled by a measured step.
 
-    What computing waits for is the same in decoding: where a step computes longer than expected, so will decoding.
+    If steps and decoding are both bound by computing, decoding is scaled too: it will be off by the same factor.
     """
     if plan.step_seconds <= 0:
         return plan
@@ -142,13 +156,13 @@ def _bound(plan: "Plan") -> str:
 
 
 def block_weights(workload: Workload) -> int:
-    """Weights of a block's matrices: two attentions and the feed-forward, and what the workload has beside them."""
+    """How many weights a block's matrices have: two attentions, the feed-forward, and the workload's extra matrices."""
     dim, ffn = workload.dim, workload.ffn_dim
     return (8 + workload.token_matrices + workload.context_matrices) * dim**2 + 2 * dim * ffn
 
 
 def step_operations(workload: Workload) -> tuple[float, float]:
-    """Operations of a step: in products with weights, and in attention."""
+    """Operations of a step: (in linear layers, in attention)."""
     dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
     linear = 2 * (tokens * per_token + context * 2 * dim**2)
@@ -174,7 +188,7 @@ def _is_cached(hardware: Hardware, workload: Workload) -> bool:
 
 
 def _overlapped(hardware: Hardware, computing: float, reading: int, rate: float) -> Time:
-    """Reading happens during the computation; the longer of them is what is waited for."""
+    """The time if reading overlaps computing: the slowest of computing, the disk and the link decides."""
     waits = {"compute": computing, "disk": reading / rate, "link": reading / _link_rate(hardware)}
     bound = max(waits, key=waits.__getitem__)
     longest = max(waits["disk"], waits["link"])

@@ -1,15 +1,15 @@
-"""What is to be made, in numbers."""
+"""The size of a clip and of the models that make it."""
 
 from dataclasses import dataclass, replace
 
-AREAS = (("540P", 544 * 960), ("480P", 480 * 848))  # smaller resolutions, with their pixels, largest first
+AREAS = (("540P", 544 * 960), ("480P", 480 * 848))  # smaller resolutions with their numbers of pixels, largest first
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A transformer file that there is or could be.
+    """A transformer file that exists or could be made.
 
-    weight_type: of most weights of its blocks, as GGUF names it. block_bytes: its largest block as stored.
+    weight_type: GGUF type of most weights in its blocks. block_bytes: bytes of its largest block as stored.
     """
 
     weight_type: str
@@ -18,19 +18,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Workload:
-    """A clip and the models that make it.
+    """The size of a clip and of the models that make it.
 
-    task: what it is called. height, width, frames: of the clip in pixels. latent_frames: frames that the transformer
-    sees in its largest window, with those that stand beside the clip. windows: how often it denoises and decodes;
-    windowed: a longer clip is made in more of them, not in larger ones. areas: resolutions to make it in instead.
-    weight_type: of most weights of the transformer's blocks, as GGUF names it. block_bytes and text_block_bytes: the
-    largest block of the transformer and of the text encoder as stored. outer_bytes: what of the transformer is not in
-    blocks. vae_weights: their number. image_layers, image_block_bytes: of the tower that looks at pictures.
-    token_matrices, context_matrices: square matrices in a block, of the model's width, beside those of two attentions
-    and the feed-forward: that every token passes, and that only what it attends to passes.
-    context_tokens: that the clip attends to besides itself. encoded_frames: that the autoencoder encodes in all;
-    decoded_frames: that it decodes, 0: those of the clip. candidates: transformer files to choose from; where there are
-    none, it is the one described here.
+    task: name of the task. height, width: of the clip in pixels. frames: of the clip.
+    latent_frames: that the transformer sees in its largest window, conditioning frames included.
+    steps: denoising steps of a window. layers, dim, ffn_dim: of the transformer.
+    weight_type: GGUF type of most weights in the transformer's blocks. block_bytes, text_block_bytes: the largest block
+    of the transformer and of the text encoder, as stored. outer_bytes: the transformer's weights outside of blocks.
+    text_layers, text_dim: of the text encoder. vae_base_dim: the VAE's narrowest width. vae_weights: how many weights
+    the VAE has. windows: how many windows are denoised and decoded. image_layers, image_block_bytes: of the image
+    encoder.
+    token_matrices, context_matrices: matrices [dim, dim] of a block, beside two attentions and the feed-forward, that
+    are applied to all tokens or to the context only. context_tokens: that every token attends to by cross-attention.
+    windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
+    made instead. encoded_frames: that the VAE encodes in all. decoded_frames: that it decodes; 0 stands for `frames`.
+    candidates: transformer files to choose from; without any, it is the one described here.
     """
 
     task: str
@@ -64,11 +66,11 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass: one for every 2 x 2 latents, each of 8 x 8 pixels."""
+        """Tokens of a forward pass: one for each patch of 2 x 2 latents, which stand for 8 x 8 pixels each."""
         return self.latent_frames * (self.height // 16) * (self.width // 16)
 
     def offers(self) -> list["Workload"]:
-        """The workload with each of the files that there are to choose from."""
+        """The workload with each of the candidate files."""
         offered = self.candidates or (Candidate(self.weight_type, self.block_bytes),)
         return [
             replace(self, weight_type=one.weight_type, block_bytes=one.block_bytes, candidates=()) for one in offered

@@ -1,4 +1,4 @@
-"""Checkpoint to GGUF: read, rename, choose types, encode, write."""
+"""Convert checkpoints to GGUF: read, rename, choose types, encode, write."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

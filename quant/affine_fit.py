@@ -1,11 +1,12 @@
-"""Least squares for groups of weights: value = scale * code - minimum, with codes from 0 to a maximum.
+"""Least squares fits for groups of weights: value = scale * code - minimum, with codes from 0 to a maximum.
 
-As in ggml's make_qkx3_quants, several ways to round a group's weights each get the scale and minimum that fit best,
-and the best of them stays; ggml's ways differ in the scale alone, these in both directions (see Starts).
+As in ggml's make_qkx3_quants, a group's weights are rounded several times with different scales, each rounding gets the
+scale and minimum that fit it best, and the best of these fits is kept. ggml varies the scale only; here the minimum is
+varied too (see Starts).
 
-Tensors of weights are [tiles, groups, width, n], of groups [tiles, groups, n], with n blocks side by side (see
-tiles.py). Whatever touches every weight writes into buffers of one tile, which stay in the cache. Masks are float
-tensors of zeros and ones that steer a lerp: on CPUs, torch selects by booleans an order of magnitude slower.
+Tensors of weights are [tiles, groups, width, n], tensors of groups [tiles, groups, n], with n blocks side by side (see
+tiles.py). Operations on all weights write to buffers of one tile, which stay in the cache. Masks are float tensors of
+zeros and ones that control a lerp: on CPUs, selecting by boolean tensors is ten times slower in torch.
 """
 
 from typing import NamedTuple
@@ -16,21 +17,21 @@ from torch import Tensor
 from skyrun.quant.tiles import Workspace
 
 _TINY = 1e-15  # a group whose range is below this is zero, as in ggml
-_FLAT = 1e-6  # codes that vary less than this, in proportion to their squares, define no slope
-_FIELD = 2048.0  # holds a sum of 32 centred codes; times the sum of their squares, at most 2^13, it is still exact
-ENDLESS = 2.0**27  # stands for the step of a group of scale 0: every code becomes 0, every error stays exact
+_FLAT = 1e-6  # codes whose variance is below this share of their squares determine no slope
+_FIELD = 2048.0  # larger than a sum of 32 centred codes; times a sum of their squares, at most 2^13, it is still exact
+ENDLESS = 2.0**27  # replaces the step of a group with scale 0: every code becomes 0, and every error stays exact
 
-Sums = tuple[Tensor, Tensor, Tensor]  # of code, code^2, code * x over each group
+Sums = tuple[Tensor, Tensor, Tensor]  # sums of code, code^2 and code * x over each group
 
 
 class Groups(NamedTuple):
-    """What a fit needs to know of the weights once."""
+    """Groups of weights with the statistics that fits need; these are computed once."""
 
     x: Tensor  # [tiles, groups, width, n]
-    weight: Tensor | None  # same shape: how much each error counts
+    weight: Tensor | None  # of the same shape: how much each error counts
     weighted: Tensor  # x * weight
     weight_sum: Tensor  # over each group, [tiles, groups, n]
-    x_sum: Tensor  # of the weighted
+    x_sum: Tensor  # of `weighted` over each group
     mean: Tensor
     low: Tensor
     high: Tensor
@@ -45,22 +46,22 @@ class Fit(NamedTuple):
     """Scale and minimum per group, [tiles, groups, n]."""
 
     scale: Tensor
-    minimum: Tensor  # subtracted
-    gain: Tensor  # squared error below that of coding every weight by the mean
-    mean_code: Tensor  # how the best minimum follows a change of the scale
-    curvature: Tensor  # what a change of the scale costs once the minimum has followed
+    minimum: Tensor  # is subtracted
+    gain: Tensor  # how much lower the squared error is than if every weight were coded by the mean
+    mean_code: Tensor  # derivative of the best minimum with respect to the scale
+    curvature: Tensor  # second derivative of the error with respect to the scale, with the best minimum for each scale
 
 
 class Starts(NamedTuple):
-    """Roundings to begin with.
+    """The roundings that a search starts with.
 
-    A clip is how many code steps of a group's range to cut off at the bottom and at the top. Clipping on one side and
-    stretching on the other explores the direction in which scale and minimum trade off, where the error is flat and a
-    better fit hides.
+    A clip is how many code steps of a group's range are cut off at the bottom and at the top. Clipping one side and
+    stretching the other explores the direction in which scale and minimum compensate each other, where the error is
+    flat and better fits are found.
     """
 
     clips: tuple[tuple[float, float], ...]
-    aligned: tuple[float, ...] = ()  # clips of both sides together, with a code at exactly zero: for sparse weights
+    aligned: tuple[float, ...] = ()  # the total of both clips, with one code at exactly zero: for sparse weights
 
 
 def above(a: Tensor, b: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def above(a: Tensor, b: Tensor) -> Tensor:
 
 
 def describe(x: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, max_code: int, space: Workspace) -> Groups:
-    """Sums of the weights [tiles, groups, width, n] whose extremes `low` and `high` are known."""
+    """The statistics of weights [tiles, groups, width, n] whose extremes are `low` and `high`."""
     if weight is None:
         weighted, x_sum = x, x.sum(2)
         weight_sum = torch.full_like(x_sum, x.shape[2])
@@ -80,15 +81,15 @@ def describe(x: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, max_co
 
 
 def encode_tile(x: Tensor, inverse: Tensor, bias: Tensor, low: float, high: float, out: Tensor) -> Tensor:
-    """Codes of one tile [groups, width, n] from inverse scales and biases [groups, 1, n]."""
+    """The codes of one tile [groups, width, n], with inverse scales and biases [groups, 1, n]."""
     return torch.addcmul(bias, x, inverse, out=out).round_().clamp_(low, high)
 
 
 def moments(g: Groups, inverse: Tensor, bias: Tensor, space: Workspace) -> Sums:
-    """Sums of code, code^2 and code * x over each group, for each of k ways to round.
+    """Sums of code, code^2 and code * x over each group, for each of k roundings: [k, tiles, groups, n] each.
 
-    inverse, bias: [k, tiles, groups, n], code = round(x * inverse + bias). Returns [k, tiles, groups, n] each. Codes
-    are centred (from -centre), so that their sum and that of their squares share one float32.
+    inverse, bias: [k, tiles, groups, n], with code = round(x * inverse + bias). Codes are centred (they begin at
+    -centre), so that their sum and the sum of their squares fit into one float32.
     """
     low, high = float(-g.centre), float(g.max_code - g.centre)
     code, work = space("code", *g.x.shape[1:]), space("work", *g.x.shape[1:])
@@ -113,14 +114,17 @@ def moments(g: Groups, inverse: Tensor, bias: Tensor, space: Workspace) -> Sums:
 
 
 def from_zero(g: Groups, sums: Sums) -> Sums:
-    """In place: `moments` of codes from 0."""
+    """Convert `moments` of centred codes, in place, to those of codes that begin at 0."""
     first, second, along = sums
     second.add_(first, alpha=2 * g.centre).add_(g.weight_sum, alpha=g.centre**2)
     return first.add_(g.weight_sum, alpha=g.centre), second, along.add_(g.x_sum, alpha=g.centre)
 
 
 def least_squares(g: Groups, sums: Sums, signed: bool) -> Fit:
-    """Best scale and minimum for given codes, from `moments`, which it uses up; no minimum below 0 unless `signed`."""
+    """The best scale and minimum for codes with these `moments`, which are overwritten.
+
+    signed: whether the minimum may be below 0.
+    """
     first, second, along = sums
     mean_code = first / g.weight_sum
     curvature = torch.addcmul(second, first, mean_code, value=-1)
@@ -133,7 +137,7 @@ def least_squares(g: Groups, sums: Sums, signed: bool) -> Fit:
     gain = moment.mul_(scale)
     minimum = torch.mul(scale, mean_code).sub_(g.mean)
     if not signed:
-        # A minimum below zero cannot be stored: the line goes through zero instead.
+        # A minimum below zero cannot be stored, so the best line through zero is used instead.
         negative = torch.lt(minimum, 0, out=scratch)
         slope = torch.div(inner, square.clamp_min_(_TINY**2)).clamp_min_(0)
         scale.lerp_(slope, negative)
@@ -149,7 +153,7 @@ def _better(fit: Fit, new: Fit) -> Fit:
 
 
 def fit_groups(g: Groups, starts: Starts, signed: bool, space: Workspace, rounds: int = 0) -> Fit:
-    """The best of all starts for every group, then `rounds` times rounded and fitted again."""
+    """The best fit of all starts for every group, which is then `rounds` times rounded and fitted again."""
     span = (g.high - g.low).clamp_min_(_TINY)
     clips = (*starts.clips, *((clip / 2, clip / 2) for clip in starts.aligned))
     inverse, bias = (space(name, len(clips), *span.shape) for name in ("inverse", "bias"))

@@ -1,6 +1,6 @@
-"""Level two of the affine K types: scales and minima of groups as d * scale code and dmin * minimum code.
+"""Level two of the affine K types: the scales and minima of groups as d * scale code and dmin * minimum code.
 
-d and dmin are float16 numbers per block. Tensors of groups are [tiles, groups, n], of blocks [tiles, 1, n].
+Each block has a float16 d and dmin. Tensors of groups are [tiles, groups, n], tensors of blocks [tiles, 1, n].
 """
 
 from typing import NamedTuple
@@ -13,9 +13,8 @@ from skyrun.quant.tiles import Workspace
 
 _HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24  # the smallest float16
-_TRIALS = 12  # grids to round to, from the finest that the codes allow to one 30 % coarser
-# Steps of the codes of (scale, minimum). Both move together along the valley in which a change of one makes up for
-# the other.
+_TRIALS = 12  # grids that are tried, from the finest that the codes allow to one that is 30 % coarser
+# Changes of the codes of (scale, minimum). Both change together along the valley in which they compensate each other.
 _NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0), (1, 2), (-1, -2))
 
 
@@ -24,26 +23,26 @@ class Super(NamedTuple):
 
     d: Tensor  # [tiles, 1, n], float16 values
     dmin: Tensor
-    scale: Tensor  # [tiles, groups, n], whole numbers
+    scale: Tensor  # [tiles, groups, n], integers
     minimum: Tensor
 
     def step(self) -> Tensor:
-        """Distance between neighbouring codes [tiles, groups, n]."""
+        """The distance between the values of neighbouring codes, [tiles, groups, n]."""
         step = self.d * self.scale
         return step.add_(torch.eq(step, 0, out=torch.empty_like(step)), alpha=ENDLESS)
 
     def rounding(self, centre: int) -> tuple[Tensor, Tensor]:
-        """inverse, bias: code = round(x * inverse + bias)."""
+        """(inverse, bias) such that code = round(x * inverse + bias)."""
         inverse = self.step().reciprocal_()
         return inverse, self.dmin * self.minimum * inverse - centre
 
 
 def mirror(x: Tensor, low: Tensor, high: Tensor, max_code: int, max_scale: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Multiply blocks by +1 or -1 [tiles, 1, n] in place: the sign that wastes less of the codes on offsets.
+    """Multiply blocks in place by the sign, [tiles, 1, n], that wastes fewer codes on offsets.
 
-    Groups start at or below zero, so a group far from zero on the positive side would spend codes on nothing; its
-    negative has a minimum instead. d and dmin are signed, so storing both negated undoes it. Returns the sign and the
-    groups' new extremes.
+    Ranges of groups must begin at or below zero, so a group of large positive values would waste codes; negated, it has
+    a minimum instead. d and dmin are signed, so negating both reverses the sign. Returns the sign and the groups' new
+    extremes.
     """
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
@@ -65,9 +64,9 @@ def to_half(x: Tensor) -> Tensor:
 
 
 def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspace) -> Tensor:
-    """Float16 d [tiles, 1, n] whose multiples by whole numbers are nearest to `values` [tiles, groups, n], weighted.
+    """The float16 d [tiles, 1, n] with the least weighted error if `values` [tiles, groups, n] are multiples of it.
 
-    Each trial rounds the values to a grid and fits d to the codes; scores count d as rounded to float16.
+    Each trial rounds the values to a grid and fits d to the codes. Trials are scored with d rounded to float16.
     """
     unit = max_scale / values.amax(1, keepdim=True).clamp_min_(max_scale * HALF_TINY)
     weighted = values * weight
@@ -88,12 +87,12 @@ def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspac
 
 
 def _codes_of(values: Tensor, d: Tensor, max_scale: int) -> Tensor:
-    """Whole multiples of d nearest to values, up to max_scale."""
+    """The values in units of d, rounded to integers from 0 to max_scale."""
     return (values / d.clamp_min(HALF_TINY)).round_().clamp_(0, max_scale)
 
 
 def level_two(g: Groups, fit: Fit, max_scale: int, space: Workspace) -> Super:
-    """Units and codes for scales, then for minima that follow what rounding did to the scales."""
+    """Units and codes for the scales, then for the minima that are best for the rounded scales."""
     d = _super_scale(fit.scale, fit.curvature, max_scale, space)
     scale = _codes_of(fit.scale, d, max_scale)
     minimum = torch.addcmul(fit.minimum, fit.mean_code, d * scale - fit.scale).clamp_min_(0)
@@ -102,7 +101,7 @@ def level_two(g: Groups, fit: Fit, max_scale: int, space: Workspace) -> Super:
 
 
 def _errors(g: Groups, choices: list[Super], space: Workspace) -> list[Tensor]:
-    """Weighted squared error of every group [tiles, groups, n], for each choice of level two."""
+    """The weighted squared error of every group [tiles, groups, n], for each choice of level two."""
     roundings = [[part.unsqueeze(2) for part in choice.rounding(0)] for choice in choices]
     errors = list(space("errors", len(choices), *choices[0].scale.shape))
     code, work = space("code", *g.x.shape[1:]), space("work", *g.x.shape[1:])
@@ -118,7 +117,7 @@ def _errors(g: Groups, choices: list[Super], space: Workspace) -> list[Tensor]:
 
 
 def neighbours(g: Groups, found: Super, max_scale: int, space: Workspace) -> Super:
-    """The best of neighbouring codes for every group."""
+    """Replace the codes of every group by the best of their neighbours."""
     choices = [
         found._replace(
             scale=(found.scale + scale).clamp_(0, max_scale), minimum=(found.minimum + minimum).clamp_(0, max_scale)
@@ -135,7 +134,7 @@ def neighbours(g: Groups, found: Super, max_scale: int, space: Workspace) -> Sup
 
 
 def refit(g: Groups, found: Super, space: Workspace) -> Super:
-    """d and dmin by least squares for the codes of all groups of a block, where that lowers the error."""
+    """Fit d and dmin of every block to the codes of its groups by least squares, where that lowers the error."""
     inverse, bias = found.rounding(g.centre)
     first, second, along = (part[0] for part in moments(g, inverse[None], bias[None], space))
     first, second, along = from_zero(g, (first, second, along))
@@ -155,6 +154,6 @@ def refit(g: Groups, found: Super, space: Workspace) -> Super:
     def error(d: Tensor, dmin: Tensor) -> Tensor:
         return d * (d * ss - 2 * dmin * sm - 2 * sx) + dmin * (dmin * mm + 2 * mx)
 
-    # Rounding the weights again, to the new grid, can only lower the error further.
+    # The weights will be rounded to the new grid, which can only lower the error further.
     mask = above(error(found.d, found.dmin), error(d, dmin)) * solvable
     return found._replace(d=found.d.lerp(d, mask), dmin=found.dmin.lerp(dmin, mask))

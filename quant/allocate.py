@@ -1,4 +1,4 @@
-"""Choose one option for each tensor so that the sizes fit a budget and the errors add up to the least."""
+"""Choose one option for each tensor so that the sizes fit a budget and the sum of errors is least."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MAX_CELLS = 1 << 16  # of the table over sizes; sizes are rounded up to multiples of budget / cells
+_MAX_CELLS = 1 << 16  # of the table by size; sizes are rounded up to multiples of budget / cells
 
 
 class Option(NamedTuple):
-    """A type that a tensor could have: its size and the error that it adds."""
+    """A type that a tensor could have, with its size and the error that it adds."""
 
     type: str
     nbytes: int
@@ -18,10 +18,11 @@ class Option(NamedTuple):
 
 
 def allocate(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
-    """The best choice within `budget` bytes: the multiple-choice knapsack, by dynamic programming over sizes.
+    """The best choice within `budget` bytes: the multiple-choice knapsack, solved by dynamic programming over sizes.
 
-    Exact where sizes have a common divisor of at least budget / 65536, else within that of each tensor's size, with
-    the bytes left over given to the upgrades that gain most for them. The smallest options must fit.
+    The solution is exact if sizes have a common divisor of at least budget / 65536. Otherwise sizes are rounded up to
+    multiples of that, and the bytes left over go to the upgrades that gain most per byte. The smallest options must
+    fit.
     """
     tables = [_efficient(choices) for choices in options]
     smallest = [min(option.nbytes for option in table) for table in tables]
@@ -36,7 +37,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
 
 
 def _efficient(choices: Sequence[Option]) -> list[Option]:
-    """The options that no smaller one equals, smallest first."""
+    """The options that have less error than every smaller one, smallest first."""
     kept: list[Option] = []
     for option in sorted(choices, key=lambda option: (option.nbytes, option.error)):
         if not kept or option.error < kept[-1].error:
@@ -45,7 +46,7 @@ def _efficient(choices: Sequence[Option]) -> list[Option]:
 
 
 def _solve(tables: list[list[Option]], costs: list[list[int]], room: int) -> list[int]:
-    """Index of the option for each table. best[j]: the least error of the tables so far with costs of at most j."""
+    """The index of the chosen option in each table. best[j]: the least error of the tables so far at a cost of j."""
     best = np.zeros(room + 1)
     picks = np.zeros((len(tables), room + 1), np.uint8)
     for row, (table, cost) in enumerate(zip(tables, costs, strict=True)):
@@ -66,7 +67,7 @@ def _solve(tables: list[list[Option]], costs: list[list[int]], room: int) -> lis
 
 
 def _fill(tables: list[list[Option]], chosen: list[Option], budget: int) -> list[Option]:
-    """Spend what rounding left over, on the upgrade with the most gain per byte as long as one fits."""
+    """Spend the bytes that rounding left over: take the upgrade with the most gain per byte as long as one fits."""
     left = budget - sum(option.nbytes for option in chosen)
     while True:
         upgrades = [

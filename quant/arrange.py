@@ -1,7 +1,7 @@
-"""Bring the tensors of a file into the arrangement that the tables of names list.
+"""Arrange the tensors of a file as the name tables list them.
 
-Compilers and distributed trainers wrap names, ComfyUI puts scales and markers beside weights, and transformers keeps
-apart or transposed what the original of CLIP has together.
+Compilers and distributed trainers wrap names, ComfyUI stores scales and markers beside weights, and transformers splits
+or transposes tensors of the original CLIP.
 """
 
 import re
@@ -13,21 +13,21 @@ from skyrun.quant.source import PLAIN, SourceTensor, scale_blocks
 
 Tensors = dict[str, SourceTensor]
 
-# What torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed put between the names of modules.
+# What torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed insert between the names of modules.
 _WRAPPER = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
 )
 _MARKERS = ("scaled_fp8", "v_pred", "ztsnr", "num_batches_tracked")
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
-NOTE = ".comfy_quant"  # JSON about a layer's format
-_INPUT_SCALES = (".scale_input", ".input_scale", ".scale_output", ".output_scale", NOTE)  # of activations, or notes
+NOTE = ".comfy_quant"  # suffix of a tensor with JSON about a layer's format
+_INPUT_SCALES = (".scale_input", ".input_scale", ".scale_output", ".output_scale", NOTE)  # not needed for weights
 _SCALE_TYPES = ("F32", "F16", "BF16")
 _QUERY = re.compile(r"(.+\.self_attn\.)q_proj(\.weight|\.bias)")
 _PROJECTION = re.compile(r"(.+\.)?visual_projection\.weight")
 
 
 def unwrap(tensors: Mapping[str, SourceTensor]) -> tuple[Tensors, list[str]]:
-    """Tensors without markers, and by names without wrappers; also names that are there twice then."""
+    """Remove markers, and wrappers from names -> the tensors, and problems with names that are then not unique."""
     plain: Tensors = {}
     problems = []
     for name, tensor in tensors.items():
@@ -41,10 +41,7 @@ def unwrap(tensors: Mapping[str, SourceTensor]) -> tuple[Tensors, list[str]]:
 
 
 def apply_scales(tensors: Mapping[str, SourceTensor]) -> tuple[Tensors, list[str]]:
-    """Give weights the scales that lie beside them; also what is wrong with scales.
-
-    The tensors that come back are the weights alone.
-    """
+    """Attach the scales that are stored beside weights to them -> the weights, and problems with scales."""
     plain = dict(tensors)
     orphans, misfits = [], []
     for name, scale in tensors.items():
@@ -66,7 +63,7 @@ def apply_scales(tensors: Mapping[str, SourceTensor]) -> tuple[Tensors, list[str
 
 
 def join(tensors: Mapping[str, SourceTensor]) -> tuple[Tensors, list[str]]:
-    """Put together and transpose what transformers' CLIP has apart; also what of it is missing."""
+    """Join and transpose tensors of transformers' CLIP -> the tensors, and problems with missing parts."""
     plain = dict(tensors)
     problems = []
     for name, query in tensors.items():

@@ -1,4 +1,4 @@
-"""What lies in a folder: files of tensors, which of them belong together as one part, and the config beside them."""
+"""Read what a folder holds: files of tensors, grouped into parts that belong together, and the configs beside them."""
 
 import json
 import os
@@ -17,18 +17,19 @@ from skyrun.quant.foreign import check_known
 from skyrun.quant.source import SourceTensor
 from skyrun.quant.torch_file import read_torch_file
 
-SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin")  # of a part that is there twice the first of these is taken
-_NAMED_ONLY = (".pt", ".ckpt")  # trainers' own files: read when they are asked for
-_DEPTH = 2  # google/umt5-xxl
+SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin")  # best first, if the same part exists in several formats
+_NAMED_ONLY = (".pt", ".ckpt")  # trainers' own files, which are read only if the user names them
+_DEPTH = 2  # of subfolders, such as google/umt5-xxl
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-_LINKS = (*SUFFIXES, ".json", ".model", "")  # what a model is made of; "" of a folder
+_LINKS = (*SUFFIXES, ".json", ".model", "")  # suffixes of links that a model needs; "" for links to folders
 
 
 @dataclass(frozen=True)
 class Part:
     """Files that make up one set of tensors.
 
-    config: what stands beside or inside them about the model, in the words of whoever wrote it.
+    label: how messages name it. config: the model's settings that are stored inside or beside the files, with the keys
+    of the program that wrote them. config_source: where they are stored.
     """
 
     label: str
@@ -45,16 +46,16 @@ class Part:
 
 @dataclass
 class _Group:
-    """Files to be read as one part: the shards that an index names or that are numbered, or a file alone."""
+    """Files that are read as one part: shards that an index lists, numbered shards, or a single file."""
 
     files: list[Path]
     index: Path | None = None
 
 
 def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], list[SkyrunError]]:
-    """Every part that a folder holds, or the one that a file belongs to; and what is wrong with the others.
+    """Every part that a folder holds, or the one that a file belongs to; and the errors of parts that cannot be read.
 
-    coming: bytes that files will have of which only the header is there yet.
+    coming: the final sizes of files of which only the header has been downloaded.
     """
     if not source.exists():
         raise SkyrunError(f"{source} does not exist", "give a downloaded checkpoint", MODEL_MISSING)
@@ -64,7 +65,7 @@ def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], li
     else:
         if source.suffix not in SUFFIXES + _NAMED_ONLY:
             raise SkyrunError(
-                f"{source} is no file of tensors",
+                f"{source} is not a file of tensors",
                 f"expected a checkpoint folder, or a file that ends in {', '.join(SUFFIXES)}",
             )
         groups = [group for group in _groups(source.parent) if source in group.files] or [_Group([source])]
@@ -78,7 +79,7 @@ def open_parts(source: Path, coming: Mapping[Path, int]) -> tuple[list[Part], li
 
 
 def snapshot(source: Path) -> Path:
-    """The revision in a folder of Hugging Face's cache, which is meant with it; any other source itself."""
+    """The snapshot's folder if the source is a repository in Hugging Face's cache; otherwise the source itself."""
     revisions = source / "snapshots"
     if not (revisions.is_dir() and (source / "blobs").is_dir()):
         return source
@@ -106,7 +107,7 @@ def _check_links(source: Path) -> None:
 
 
 def folders(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The folder and those in it, two levels deep."""
+    """The folder and its subfolders, two levels deep by default."""
     yield folder
     for inside in sorted(folder.iterdir()):
         if depth and inside.is_dir() and not inside.name.startswith("."):
@@ -130,7 +131,7 @@ def _groups(folder: Path) -> list[_Group]:
 
 
 def _named_shards(index: Path) -> list[Path]:
-    """The files that an index names; none of a damaged one, about which `_check_whole` complains."""
+    """The files that an index lists; none if it is damaged, which `_check_whole` reports."""
     try:
         weight_map = read_json(index).get("weight_map")
     except SkyrunError:
@@ -167,7 +168,7 @@ def _part(group: _Group, source: Path, coming: Mapping[Path, int]) -> Part:
     for file in group.files:
         if file.suffix == ".gguf":
             opened = open_gguf(file)
-            gguf = gguf or opened  # of a file in parts the first has the metadata
+            gguf = gguf or opened  # the first part of a split file has the metadata
             found = _gguf_tensors(opened)
         elif file.suffix == ".safetensors":
             header = read_safetensors_header(file, coming.get(file))
@@ -192,7 +193,7 @@ def _part(group: _Group, source: Path, coming: Mapping[Path, int]) -> Part:
 def _arranged(
     label: str, tensors: dict[str, SourceTensor], texts: Mapping[str, Any]
 ) -> tuple[dict[str, SourceTensor], list[str]]:
-    """As the tables of names have them; and what is wrong. Unsupported if they are of a kind that is not read."""
+    """The tensors as the name tables list them, and problems. Raises Unsupported for formats that are not read."""
     tensors, wrapped = unwrap(tensors)
     check_known(label, tensors, texts)
     tensors, unscaled = apply_scales(tensors)
@@ -208,7 +209,7 @@ def _gguf_tensors(file: GGUFFile) -> dict[str, SourceTensor]:
 
 
 def _own_words(gguf: GGUFFile | None, texts: dict[str, Any]) -> dict[str, Any]:
-    """What a file says of its model: GGUF keys without their family's name, or what skyrun put in a safetensors."""
+    """The settings in a file's metadata: GGUF keys without their prefix, or skyrun's JSON in a safetensors file."""
     if gguf:
         own = {key: value for key, value in gguf.metadata.items() if not key.startswith(("general.", "tokenizer."))}
         return {re.sub(r"^(skyrun|clip\.vision|clip|[^.]+)\.", "", key): value for key, value in own.items()}
@@ -220,7 +221,7 @@ def _own_words(gguf: GGUFFile | None, texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} where there is no file. SkyrunError for anything else."""
+    """The object in a JSON file; {} if the file does not exist. Raises SkyrunError for anything else."""
     if not path.is_file():
         return {}
     try:

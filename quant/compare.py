@@ -1,4 +1,4 @@
-"""The error of every tensor of a file against the checkpoint that it was made from."""
+"""Measure the error of every tensor in a file against the checkpoint that it was made from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +17,11 @@ _PIECE_WEIGHTS = 1 << 21
 
 @dataclass(frozen=True)
 class TensorError:
-    """error: of a layer's output relative to it, root mean square; largest: of a single weight, absolute."""
+    """The error of a tensor.
+
+    error: root mean square of the error of the layer's output, relative to the output. largest: the largest absolute
+    error of a single weight.
+    """
 
     name: str
     type: str
@@ -35,10 +39,15 @@ def compare(
     importance: Callable[[str], Tensor | None] = lambda name: None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TensorError]:
-    """Decode all of `path` and compare it with the component of `source` that has its role.
+    """Decode all tensors of `path` and compare them with the model in `source` that has the same role.
 
-    importance: the mean squares [cols] of a matrix's input channels, by name. on_done: called with the bytes compared
-    so far, and of how many. SkyrunError if the two are not the same model.
+    Args:
+        path: a converted file.
+        source: the checkpoint that it was made from.
+        importance: returns the mean squares [cols] of a matrix's input channels by its name, or None.
+        on_done: called with the number of bytes that were compared so far, and the total.
+
+    Raises SkyrunError if the two are not the same model.
     """
     (written,) = find_families(path).families
     original = _counterpart(written, source)
@@ -52,7 +61,7 @@ def compare(
 
 
 def _counterpart(written: Family, source: Path) -> Family:
-    """The family of the source with the same tensors."""
+    """The model in the source with the same role, task, names and shapes."""
     shapes = {tensor.name: tensor.shape for tensor in written.tensors}
     families = find_families(source).families
     for family in families:
@@ -78,8 +87,8 @@ def _error(written: ModelTensor, original: ModelTensor, importance: Tensor | Non
 
 
 def _pieces(ours: SourceTensor, theirs: SourceTensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same rows of both, some at a time."""
-    if ours.cols != theirs.cols:  # a convolution whose axes one of them has merged; it is small
+    """The same rows of both tensors, a few at a time."""
+    if ours.cols != theirs.cols:  # a convolution whose axes are merged in one of the two; it is small
         yield ours.read().view(1, -1), theirs.read().view(1, -1)
         return
     step = max(1, _PIECE_WEIGHTS // ours.cols)

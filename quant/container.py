@@ -1,4 +1,4 @@
-"""The two kinds of file that are written: their header, and where in the file each tensor lies."""
+"""Lay out the two kinds of output files, GGUF and safetensors: their header, and the offset of each tensor."""
 
 import json
 import tempfile
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-# What metadata holds: a scalar, a text, or an array of one kind of them; bytes are an array of numbers.
+# A value of the metadata: a scalar, a text, or an array of one of these. Bytes stand for an array of uint8.
 Value = str | int | float | bytes | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 
 
 class Entry(NamedTuple):
-    """A tensor as a header lists it."""
+    """A tensor's entry in a header."""
 
     name: str
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Everything of a file but its tensors. offsets: of each tensor, from the start of the file."""
+    """A file's header and size. offsets: of each tensor, from the start of the file."""
 
     header: bytes
     offsets: tuple[int, ...]
@@ -42,14 +42,14 @@ def _placed(header: bytes, entries: Sequence[Entry], alignment: int) -> Layout:
 
 
 def gguf_layout(architecture: str, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> Layout:
-    """A GGUF v3 file with tensors in the order given, each at a multiple of 32 bytes."""
+    """Lay out a GGUF v3 file with tensors in the given order, each at a multiple of 32 bytes."""
     with tempfile.TemporaryDirectory() as folder:  # gguf's writer only writes to paths
         path = Path(folder) / "header"
         writer = GGUFWriter(path, architecture)
         for key, value in metadata.items():
             _add_value(writer, key, value)
         for entry in entries:
-            # float32 stands for "the shape is in weights": the real type is `raw_dtype`
+            # float32 tells gguf's writer that the shape counts weights, not bytes; the real type is `raw_dtype`
             kind = GGMLQuantizationType[entry.type]
             writer.add_tensor_info(entry.name, entry.shape or (1,), np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
         writer.write_header_to_file()
@@ -74,7 +74,7 @@ def _add_value(writer: GGUFWriter, key: str, value: Value) -> None:
 
 
 def safetensors_layout(metadata: Mapping[str, str], entries: Sequence[Entry]) -> Layout:
-    """A safetensors file. Give wide types first: then every tensor lies at a multiple of its width.
+    """Lay out a safetensors file. If wide types come first, every tensor lies at a multiple of its width.
 
     Format: https://huggingface.co/docs/safetensors, "Format".
     """

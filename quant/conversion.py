@@ -1,4 +1,4 @@
-"""Convert a checkpoint: plan every tensor of every file first, then write them."""
+"""Convert a checkpoint: plan every tensor of every file, then write the files."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from skyrun.quant.worker import Workers, pieces
 
 
 def check_space(conversion: Conversion) -> None:
-    """SkyrunError if the folder or the disk cannot take the files. Writes nothing."""
+    """Raise SkyrunError if the files cannot be written to the folder or do not fit on its disk. Writes nothing."""
     folder = conversion.files[0].path.absolute().parent
     existing = existing_folder(folder)
     if not existing.is_dir():
@@ -30,7 +30,7 @@ def check_space(conversion: Conversion) -> None:
         message = f"cannot write to the folder {folder}: {existing} is not writable"
         raise SkyrunError(message, "choose another with -o, or change its permissions")
     if folders := [str(file.path) for file in conversion.files if file.path.is_dir()]:
-        raise SkyrunError(f"{folders[0]} is a folder, a file of that name would be written", "move it away")
+        raise SkyrunError(f"{folders[0]} is a folder, but a file of that name has to be written", "move it away")
     needed = sum(file.nbytes - allocated(partial_path(file.path)) for file in conversion.files)
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -44,7 +44,7 @@ def check_space(conversion: Conversion) -> None:
 def write_file(
     file: PlannedFile, device: str = "cpu", workers: int | None = None, source: Path | None = None
 ) -> Iterator[int]:
-    """Write a planned file beside its place and rename it when it is whole. Yields bytes as they are finished.
+    """Write a planned file under a temporary name and rename it when it is complete.
 
     workers: processes that encode; by default as many as pay. What an interrupted conversion finished is not done
     again; it is the first that is yielded. source: the only file of the source that has to be there; what others give
@@ -96,7 +96,7 @@ def _check_unchanged(source: SourceTensor, stamps: Mapping[Path, Stamp]) -> None
 
 
 def check_device(device: str) -> None:
-    """SkyrunError if encoders cannot run there."""
+    """Raise SkyrunError if encoders cannot run on the device."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -115,13 +115,20 @@ def convert(
     target_size: str | int | None = None,
     imatrix: Path | str | None = None,
 ) -> Mapping[str, Any]:
-    """Convert the checkpoint `source`, a folder or a file, to files in the folder `out`.
+    """Convert a checkpoint. If a conversion was interrupted, calling it again continues it.
 
-    quant: recipe of the transformer. text_encoder_quant: of the text encoder, by default the same but not below Q8_0.
-    device: where encoders run. type_rules: "regex=TYPE" each, on top of the recipe. target_size: such as "9GB",
-    instead of a recipe. imatrix: file of importances. Returns a summary: files with path, role, bytes, types and
-    fallbacks. Raises SkyrunError for a checkpoint that is incomplete, misshapen or damaged; what was in `out`
-    survives it. An interrupted conversion goes on where it was when it is called again.
+    Args:
+        source: the checkpoint, a folder or a file.
+        out: the folder for the converted files.
+        quant: recipe of the transformer.
+        text_encoder_quant: recipe of the text encoder; by default that of the transformer, but not below Q8_0.
+        device: where encoders run.
+        type_rules: "regex=TYPE" each; they take precedence over the recipe.
+        target_size: of the transformer's file, such as "9GB", instead of a recipe.
+        imatrix: a file of importances.
+
+    Returns a summary with the path, role, bytes, types and fallbacks of each file. Raises SkyrunError for a checkpoint
+    that is incomplete, misshapen or damaged; existing files in `out` are then unchanged.
     """
     size = parse_size(target_size) if isinstance(target_size, str) else target_size
     settings = Settings(quant, text_encoder_quant, tuple(type_rules), size, Path(imatrix) if imatrix else None)

@@ -1,6 +1,6 @@
-"""What a written file says about its model: sizes from the tensors, the rest from the checkpoint's config.
+"""The metadata of a converted file: dims derived from the tensors, everything else from the checkpoint's config.
 
-A config may leave things out, but not contradict the tensors.
+A config may omit values, but must not contradict the tensors.
 """
 
 import json
@@ -19,12 +19,12 @@ _PUBLISHED = "compare it with the published checkpoint, or download that"
 _HEAD_DIM = 128  # of every Wan transformer
 _CLIP_HEAD_DIM, _AUDIO_HEAD_DIM = 80, 64
 _AUDIO_WINDOW = 5  # frames of audio around a video frame
-_AUDIO_LAYERS = 12  # layers of wav2vec2 whose outputs are kept
-_REDUCED = "tiny_dims.json"  # beside checkpoints of reduced size: sizes that the real models have hard-coded
+_AUDIO_LAYERS = 12  # layers of wav2vec2 whose outputs are features
+_REDUCED = "tiny_dims.json"  # beside checkpoints of reduced size: dims that are hard-coded for the real models
 
 
 class Said:
-    """The config of one part, asked about one model. A config of another model in the same folder says nothing."""
+    """Reads and checks values of a part's config. It is ignored unless it has one of `marks`, the model's own keys."""
 
     def __init__(self, part: Part, *marks: str) -> None:
         self._config = part.config if any(mark in part.config for mark in marks) else {}
@@ -43,7 +43,7 @@ class Said:
         return value
 
     def numbers(self, key: str, length: int) -> list[float] | None:
-        """A list of `length` numbers, or None where the config has none."""
+        """A list of `length` numbers, or None if the config has no such key."""
         values = self._config.get(key)
         if values is None:
             return None
@@ -55,7 +55,7 @@ class Said:
         return str(self._config.get(key, ""))
 
     def agree(self, expected: Mapping[str, Any]) -> None:
-        """SkyrunError unless the config has these values, or none. Keys: all names of a value, with spaces between."""
+        """Raise SkyrunError if the config contradicts these values. A key lists all names of a value, with spaces."""
         problems = [
             f"{self._where} says {key} = {self._config[key]}, the tensors say {value}"
             for keys, value in expected.items()
@@ -71,7 +71,7 @@ def _is_number(value: Any) -> bool:
 
 
 def task_of(part: Part, match: Match) -> str:
-    """What a transformer was trained for, "" where nothing tells: its tensors are the same for several tasks."""
+    """The task that a transformer was trained for; "" if that is unknown, since several tasks have the same tensors."""
     said = Said(part, "ffn_dim", "task")
     if said.text("task") in TASKS:
         return said.text("task")
@@ -83,20 +83,20 @@ def task_of(part: Part, match: Match) -> str:
 
 
 def unknown_class(part: Part, match: Match) -> str:
-    """A sentence about a transformer whose config names a class that is no SkyReels-V3; "" for others."""
+    """A note about a transformer whose config names a class that is not of SkyReels-V3; "" for others."""
     name = Said(part, "ffn_dim").text("_class_name")
     if task_of(part, match) or not name or match.table.namings[match.naming] != "diffusers":
         return ""
-    return f"{part.config_source} says {name}, which is no class of SkyReels-V3: {part.label} is taken for no task"
+    return f"{part.config_source} says {name}, which is not a class of SkyReels-V3: the task of {part.label} is unknown"
 
 
 def known_dims(part: Part) -> dict[str, int]:
-    """Dims that no shape tells by itself."""
+    """Dims that cannot be derived from shapes."""
     return {"audio_window": Said(part, "ffn_dim").count("audio_window", _AUDIO_WINDOW)}
 
 
 def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
-    """The keys of a transformer of any task."""
+    """The metadata of a transformer."""
     if dims["dim"] % _HEAD_DIM:
         raise SkyrunError(
             f"{part.label} is {dims['dim']} wide, expected a multiple of the {_HEAD_DIM} of a head",
@@ -127,9 +127,9 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
 
 
 def _audio(part: Part, dims: Dims) -> dict[str, int]:
-    """Sizes of the modules that only the talking-avatar transformer has."""
+    """Dims of the modules that only the talking-avatar transformer has."""
     if dims["audio_features"] % _AUDIO_LAYERS:
-        features = f"{dims['audio_features']} numbers per frame of audio"
+        features = f"{dims['audio_features']} features per frame of audio"
         raise SkyrunError(f"{part.label} takes {features}, expected a multiple of {_AUDIO_LAYERS}", _PUBLISHED)
     return {
         "image_dim": dims["image"],
@@ -144,7 +144,7 @@ def _audio(part: Part, dims: Dims) -> dict[str, int]:
 
 
 def text_encoder(part: Part, dims: Dims, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The keys of GGUF's t5encoder, and those of the tokenizer."""
+    """The metadata of GGUF's t5encoder architecture, and of the tokenizer."""
     said = Said(part, "d_model", "embedding_length")
     values = {
         "block_count num_layers": dims["layers"],
@@ -164,7 +164,7 @@ def text_encoder(part: Part, dims: Dims, tokenizer: dict[str, Any]) -> dict[str,
 
 
 def vae(part: Part, dims: Dims) -> dict[str, Any]:
-    """One entry of JSON: safetensors writes several in random order."""
+    """The metadata of the VAE as one JSON entry: safetensors writes several entries in random order."""
     config = Said(part, "base_dim", "z_dim")
     config.agree({"base_dim": dims["base"], "z_dim": dims["z"]})
     said: dict[str, Any] = {"role": "vae", "base_dim": dims["base"], "z_dim": dims["z"]}
@@ -175,7 +175,7 @@ def vae(part: Part, dims: Dims) -> dict[str, Any]:
 
 
 def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
-    """The keys of GGUF's clip."""
+    """The metadata of GGUF's clip architecture."""
     side = isqrt(dims["positions"] - 1)
     if side * side + 1 != dims["positions"]:
         raise SkyrunError(
@@ -183,7 +183,7 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
         )
     reduced = read_json(part.folder / _REDUCED).get("clip_visual")
     usual = reduced.get("num_heads") if isinstance(reduced, dict) else None
-    said = Said(part, "embedding_length", "projection_dim")  # GGUF's words, or those of transformers
+    said = Said(part, "embedding_length", "projection_dim")  # a key of GGUF, or of transformers
     in_transformers = bool(said.text("num_attention_heads"))
     heads = said.count(
         "num_attention_heads" if in_transformers else "attention.head_count",
@@ -209,7 +209,7 @@ def image_encoder(part: Part, dims: Dims) -> dict[str, Any]:
 
 
 def audio_encoder(part: Part, dims: Dims) -> dict[str, Any]:
-    """One entry of JSON, in the words of wav2vec2's config.json."""
+    """The metadata of the audio encoder as one JSON entry, with the keys of wav2vec2's config.json."""
     if dims["layers"] != _AUDIO_LAYERS:
         raise SkyrunError(
             f"{part.label} is a wav2vec2 of {dims['layers']} blocks, SkyReels-V3 uses the base one of {_AUDIO_LAYERS}",

@@ -1,4 +1,4 @@
-"""Numbers to block bytes. Each type is one encoder and one line in the table at the end."""
+"""Encode weights to block bytes. Each type has an encoder and a line in the table ENCODERS."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +22,8 @@ from skyrun.quant.encode_iq4 import IQ4_NL, IQ4_XS
 from skyrun.quant.encode_plain import encode_q4_0_plain, encode_q5_0_plain, encode_q8_0
 from skyrun.quant.encode_symmetric import Q3_K, Q4_0, Q5_0, Q6_K, encode_symmetric
 
-# Of the bytes that encoders write, and readers of sources decode: a conversion that was interrupted goes on only with
-# the version that began it. Raise it whenever the test of the encoders' bytes has to be changed.
+# Version of the bytes that encoders write and that readers decode from sources. An interrupted conversion continues
+# only with the version that began it. Raise it whenever the test of the encoders' bytes has to be changed.
 ENCODER_VERSION = 1
 
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
@@ -32,15 +32,15 @@ Encode = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Encoder(NamedTuple):
-    """How a type is written."""
+    """How a type is encoded."""
 
     encode: Encode
-    largest: float  # the magnitude up to which its scales, or its numbers, are finite
-    plain: Encode | None = None  # ggml's rounding without a search, byte for byte; None where ggml always searches
+    largest: float  # magnitude up to which its scales, or its values, are finite
+    plain: Encode | None = None  # ggml's rounding without a search, byte for byte; None if ggml always searches
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Any [n, k] tensor -> its bytes, uint8 [n, k * itemsize]."""
+    """The bytes of any tensor [n, k]: uint8 [n, k * itemsize]."""
     return x.contiguous().view(torch.uint8)
 
 
@@ -67,13 +67,17 @@ ENCODERS = {
 
 
 def quantize(x: Tensor, type: str, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
-    """Encode rows of weights.
+    """Encode rows of weights -> uint8 [rows, row_bytes] on x's device.
 
-    x: [rows, cols], of any floating type. importance: float32 [cols], the mean square of each input channel; the error
-    of a weight counts in proportion to it (types whose format leaves no choice ignore it). search: False gives ggml's
-    plain rounding, for the types that have one. Returns uint8 [rows, row_bytes] on x's device. Raises SkyrunError for
-    an unknown type, a row that is not a whole number of blocks, or numbers that are not finite or that the type
-    cannot hold.
+    Args:
+        x: [rows, cols], of any floating dtype.
+        type: the GGUF type.
+        importance: float32 [cols], the mean square of each input channel. The error of a weight is weighted by it;
+            types whose format leaves no choice ignore it.
+        search: False selects ggml's plain rounding, which not all types have.
+
+    Raises SkyrunError for an unknown type, a row that is not a whole number of blocks, and weights that are not finite
+    or too large for the type.
     """
     format = block_format(type)
     if x.ndim != 2:
@@ -101,12 +105,12 @@ def quantize(x: Tensor, type: str, importance: Tensor | None = None, *, search: 
 
 
 def _relative(importance: Tensor, cols: int) -> Tensor | None:
-    """Importance in proportion to its largest; None if it says nothing.
+    """Importance divided by its largest value; None if it is all zero.
 
-    A group without any importance would have no defined fit: a floor far below the rest gives it one.
+    A group with no importance at all would have no defined fit, so there is a floor far below the other values.
     """
     if importance.shape != (cols,) or not torch.isfinite(importance).all() or (importance < 0).any():
-        got = list(importance.shape) if importance.shape != (cols,) else "negative, NaN or infinite numbers"
-        raise SkyrunError(f"an importance of {got}, expected {cols} numbers from 0", "collect it again")
+        got = list(importance.shape) if importance.shape != (cols,) else "negative, NaN or infinite values"
+        raise SkyrunError(f"an importance of {got}, expected {cols} values of at least 0", "collect it again")
     top = importance.max()
     return (importance.float() / top).clamp_min(1e-6) if top > 0 else None

@@ -1,8 +1,8 @@
-"""Q2_K, Q4_K, Q5_K and Q4_1, Q5_1: value = scale * code - minimum, found by search.
+"""Encoders of Q2_K, Q4_K, Q5_K and Q4_1, Q5_1, which search for the best value = scale * code - minimum.
 
-Level one fits scale and minimum of each group of weights (affine_fit.py). In the K types scales and minima are coded
-in turn: level two (affine_super.py) searches their float16 units, tries neighbouring codes, and fits the units again.
-Errors count in proportion to importance.
+Level one fits scale and minimum of each group of weights (affine_fit.py). In the K types the scales and minima are
+themselves quantized: level two (affine_super.py) searches their float16 units, tries neighbouring codes, and fits the
+units again. Errors are weighted by importance.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from skyrun.quant.tiles import EncodeBatch, Workspace, in_batches
 
 
 class _KType(NamedTuple):
-    """A type with two levels of scales: its numbers, the bytes of its fields, and where its search starts."""
+    """A type with two levels of scales: its constants, the bytes of its fields, and where its search starts."""
 
     groups: int
     max_code: int
@@ -29,11 +29,11 @@ class _KType(NamedTuple):
     put_scales: Callable[[Tensor, Tensor, Tensor], None]
     put_codes: Callable[[Tensor, Tensor], None]
     starts: Starts
-    weighted_starts: Starts  # importance makes far outliers cheap, which shrinks the best range
+    weighted_starts: Starts  # with importance, outliers may cost little, so that the best range is smaller
 
 
 class _LegacyType(NamedTuple):
-    """A type with float16 scale and minimum (added, of any sign) for each block of 32, in its first four bytes."""
+    """A type whose blocks of 32 begin with a float16 scale and a float16 minimum, which is added and has any sign."""
 
     max_code: int
     codes: slice
@@ -41,8 +41,8 @@ class _LegacyType(NamedTuple):
     clips: tuple[tuple[float, float], ...]
 
 
-# Clips were chosen from a grid, one by one and then exchanged, for the least error of groups of Gaussian, Student and
-# matrix-like weights.
+# Clips were chosen from a grid, one at a time and then by exchanging them, for the least error on Gaussian, Student-t
+# and matrix-like weights.
 _Q2_K = _KType(
     groups=16,
     max_code=3,
@@ -106,7 +106,7 @@ _Q5_1 = _LegacyType(
         *((0.4, -0.3), (-0.2, -0.2), (0.6, -0.5), (0.1, 0.4), (-0.1, -0.4), (-0.3, 0.3)),
     ),
 )
-# Sparse weights want a code at exactly zero; importance makes far outliers cheap.
+# Sparse weights need a code at exactly zero; with importance, outliers may cost little.
 _LEGACY_ALIGNED = (0.0, 1.0, 0.5, -0.5)
 _LEGACY_WEIGHTED = ((0.1, 0.9), (0.7, 0.7), (0.3, 1.5), (1.5, 0.1), (1.1, 0.3), (0.5, 2.5))
 
@@ -158,7 +158,7 @@ def _legacy_batch(kind: _LegacyType) -> EncodeBatch:
 
 
 def _plain_batch(kind: _LegacyType) -> EncodeBatch:
-    """ggml's quantize_row_q4_1_ref and quantize_row_q5_1_ref: the range in equal steps, halves rounded up."""
+    """ggml's quantize_row_q4_1_ref and quantize_row_q5_1_ref: equal steps over the range, halves rounded up."""
 
     def encode(lanes: Tensor, _: Tensor | None, space: Workspace) -> Tensor:
         tiles, width, n = lanes.shape

@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS: the search of the symmetric types with codes that stand for sixteen unevenly spaced numbers."""
+"""IQ4_NL and IQ4_XS: the search of the symmetric types with codes for sixteen unevenly spaced values."""
 
 from functools import lru_cache
 from itertools import pairwise
@@ -16,9 +16,9 @@ _LOW, _HIGH = IQ4_VALUES[0], IQ4_VALUES[-1]
 
 @lru_cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest number and its code for each half step from _LOW to _HIGH, and the half steps from _LOW to 0.
+    """The nearest value and its code for each half step from _LOW to _HIGH, and the count of half steps from _LOW to 0.
 
-    Midpoints between neighbours are whole or half, so that one number is the nearest to all of a half step.
+    Midpoints between neighbouring values are multiples of 1/2, so each half step has one nearest value.
     """
     midpoints = torch.tensor([a + b for a, b in pairwise(IQ4_VALUES)])
     code = torch.bucketize(torch.arange(2 * _LOW, 2 * _HIGH + 1), midpoints, right=True)
@@ -32,13 +32,13 @@ class _Codebook:
         return space("index", x.numel(), dtype=torch.int32).copy_(steps.view(-1))
 
     def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
-        """x rounded, in place, to the grid."""
+        """Round x in place to the nearest values."""
         steps = self._half_steps(x.clamp_(_LOW, _HIGH), space)
         torch.index_select(_tables(x.device)[0], 0, steps, out=x.view(-1))
         return x
 
     def code(self, x: Tensor, space: Workspace) -> Tensor:
-        """Numbers of the grid -> uint8 codes."""
+        """Values -> uint8 codes."""
         code = space("code", x.numel(), dtype=torch.uint8)
         return torch.index_select(_tables(x.device)[1], 0, self._half_steps(x, space), out=code).view(x.shape)
 

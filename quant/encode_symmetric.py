@@ -1,12 +1,12 @@
-"""Types whose value is scale * code: one float16 scale per block, or d * sub-scale for each group of weights.
+"""Encoders of types with value = scale * code, where a scale is one float16 per block, or d * sub-scale per group.
 
-Level one fits a scale to each group: it rounds x / s to the codes q for several s, takes the least-squares scale of
-those codes, sum(w x q) / sum(w q q), and keeps the one that removes most of the squared error. Level two fits the
-float16 d and the integer sub-scales of a block to these scales in the same way, tries both sub-scales around each with
-the weights rounded anew, and fits d again. Errors are weighted by importance.
+Level one fits a scale to each group: it rounds x / s to codes q for several s, computes the least-squares scale of
+those codes, sum(w x q) / sum(w q q), and keeps the one with the least squared error. Level two fits the float16 d and
+the integer sub-scales of a block to these scales in the same way, tries the two nearest sub-scales of each group with
+weights rounded again, and fits d again. Errors are weighted by importance.
 
-All arithmetic writes into buffers of the workspace, and choices are lerps by masks of 0.0 and 1.0: on a CPU, fresh
-memory and boolean masks would cost several times the search.
+All operations write to buffers of the workspace, and choices are lerps by masks of 0.0 and 1.0: on a CPU, new memory
+and boolean masks would take several times as long as the search.
 """
 
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from torch import Tensor
 from skyrun.quant.pack_symmetric import pack_q3_k, pack_q4_0, pack_q5_0, pack_q6_k
 from skyrun.quant.tiles import Workspace, in_tiles
 
-# Weights in a tile. On a CPU, its buffers fit the last-level cache and the cost of calls is small beside their work.
-# Elsewhere, calls cost more than memory.
+# Weights in a tile. On a CPU its buffers fit into the last-level cache, and calls take little time compared to their
+# work. On other devices calls cost more than memory.
 _CPU_TILE, _TILE = 1 << 19, 1 << 22
 _TINY = 1e-15  # a group whose largest magnitude is below this is zero, as in ggml
 _HALF = torch.finfo(torch.float16).max
 
 
 class Grid(Protocol):
-    """The numbers that codes stand for."""
+    """The values that codes stand for."""
 
     def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
-        """x, of magnitudes up to `reach`, rounded in place to the grid."""
+        """Round x in place to the grid. reach: a bound for the magnitude of x."""
 
     def code(self, x: Tensor, space: Workspace) -> Tensor:
-        """Numbers of the grid -> uint8 codes, counted from its lowest number."""
+        """Values of the grid -> uint8 codes, counted from its lowest value."""
 
 
 class Integers(NamedTuple):
@@ -44,21 +44,22 @@ class Integers(NamedTuple):
     high: int
 
     def nearest(self, x: Tensor, reach: float, space: Workspace) -> Tensor:
-        """x, of magnitudes up to `reach`, rounded in place to the grid."""
+        """Round x in place to the grid. reach: a bound for the magnitude of x."""
         x.round_()
         return x if reach < self.high + 0.5 else x.clamp_(self.low, self.high)
 
     def code(self, x: Tensor, space: Workspace) -> Tensor:
-        """Numbers of the grid -> uint8 codes. Floats convert fast to int8 only; the subtraction wraps around."""
+        """Values of the grid -> uint8 codes. Only conversion to int8 is fast; the subtraction wraps around."""
         signed = space(f"signed {x.ndim}", *x.shape, dtype=torch.int8).copy_(x)
         return signed.view(torch.uint8).sub_(self.low % 256)
 
 
 class Symmetric(NamedTuple):
-    """A type, and where its search starts: to which numbers it scales the weight of largest magnitude of a group.
+    """A type and its search. A start is the value that a group's weight of largest magnitude is scaled to.
 
-    The starts are those that together leave the least error of normal, Student-t and low-rank weights, found by adding
-    and exchanging one at a time. Importance asks for wider ones: the largest weight may be clipped where others matter.
+    Together the starts leave the least error on normal, Student-t and low-rank weights; they were found by adding and
+    exchanging one at a time. With importance a wider range is searched: the largest weight may be clipped if others
+    matter more.
     """
 
     width: int  # weights in a group
@@ -68,7 +69,7 @@ class Symmetric(NamedTuple):
     weighted_starts: tuple[float, ...]
     pack: Callable[[Tensor, Tensor, Tensor, Workspace], Tensor]  # (codes, sub-scales, d, space) -> [block_bytes, n]
     scale_grid: Grid | None = None  # of sub-scales
-    scale_starts: tuple[float, ...] = ()  # the same for the scale of largest magnitude of a block
+    scale_starts: tuple[float, ...] = ()  # starts for the sub-scales: for a block's scale of largest magnitude
 
 
 class _Tile(NamedTuple):
@@ -79,12 +80,12 @@ class _Tile(NamedTuple):
     space: Workspace
 
     def round(self, inverse: Tensor, reach: float = inf) -> Tensor:
-        """x * inverse, of magnitudes up to `reach`, rounded; inverse: [groups, n]."""
+        """x * inverse rounded to the grid. inverse: [groups, n]. reach: a bound for the magnitude of x * inverse."""
         codes = torch.mul(self.x, inverse.unsqueeze(1), out=self.space("codes", *self.x.shape))
         return self.type.grid.nearest(codes, reach, self.space)
 
     def moments(self, inverse: Tensor, reach: float = inf) -> tuple[Tensor, Tensor]:
-        """sum(w x q) and sum(w q q) of every group [groups, n], for the codes q of an inverse scale."""
+        """sum(w x q) and sum(w q q) of every group, [groups, n] each, for the codes q of an inverse scale."""
         q, product = self.round(inverse, reach), self.space("product", *self.x.shape)
         along, square = (self.space(name, *inverse.shape) for name in ("along", "square"))
         torch.sum(torch.mul(self.wx, q, out=product), 1, out=along)
@@ -95,7 +96,7 @@ class _Tile(NamedTuple):
 
 
 class _Best:
-    """The best candidate yet in every place, by its gain; to begin with, zeros that gain nothing."""
+    """Keeps the candidate with the most gain for every element. It begins with zeros, whose gain is 0."""
 
     def __init__(self, space: Workspace, name: str, shape: tuple[int, ...], count: int) -> None:
         self._mask = space(f"{name} mask", *shape)
@@ -103,7 +104,7 @@ class _Best:
         self.values = tuple(space(f"{name} {k}", *shape).zero_() for k in range(count))
 
     def offer(self, gain: Tensor, *candidate: Tensor) -> None:
-        """Take the candidate where it gains more. Ties keep the older: averaged, they would fit nothing."""
+        """Take the candidate where its gain is higher. Ties keep the older one: an average would fit neither."""
         torch.gt(gain, self._gain, out=self._mask)
         torch.maximum(gain, self._gain, out=self._gain)
         for value, new in zip(self.values, candidate, strict=True):
@@ -111,13 +112,13 @@ class _Best:
 
 
 def _reciprocal(x: Tensor, name: str, space: Workspace) -> Tensor:
-    """1/x, and 0 where x is 0."""
+    """1 / x, or 0 where x is 0."""
     zero = torch.eq(x, 0, out=space("zero", *x.shape))
     return torch.add(x, zero, out=space(name, *x.shape)).reciprocal_().sub_(zero)
 
 
 def _inverse_peak(x: Tensor, dim: int, space: Workspace) -> Tensor:
-    """The reciprocal of the number of largest magnitude along dim, with its sign; 0 if it is tiny."""
+    """The reciprocal of the value of largest magnitude along dim, with its sign; 0 if that value is tiny."""
     shape = x.select(dim, 0).shape
     high, low, magnitude, mask = (space(f"peak {k}", *shape) for k in range(4))
     torch.amax(x, dim, out=high)
@@ -129,18 +130,18 @@ def _inverse_peak(x: Tensor, dim: int, space: Workspace) -> Tensor:
 
 
 def _least_squares(along: Tensor, square: Tensor, name: str, space: Workspace) -> Tensor:
-    """along / square; where there is nothing to fit, both are 0 and so is the scale."""
+    """along / square, the least-squares scale. If there is nothing to fit, both are 0 and so is the scale."""
     return torch.div(along, torch.add(square, 1e-30, out=space("gain", *square.shape)), out=space(name, *square.shape))
 
 
 def _gain(scale: Tensor, along: Tensor, square: Tensor, space: Workspace) -> Tensor:
-    """By how much codes at `scale` lower the squared error below that of zeros: scale * (2 along - scale * square)."""
+    """How much lower the squared error is than with zeros: scale * (2 along - scale * square)."""
     gain = torch.mul(scale, square, out=space("gain", *scale.shape))
     return torch.sub(along, gain, out=gain).add_(along).mul_(scale)
 
 
 def _fit_groups(tile: _Tile) -> tuple[Tensor, Tensor]:
-    """Scale of every group, and how steeply its error grows around it, both [groups, n]."""
+    """The best scale of every group, and the curvature of its error at that scale, both [groups, n]."""
     space = tile.space
     inverse_peak = _inverse_peak(tile.x, 1, space)
     best = _Best(space, "group", inverse_peak.shape, 2)
@@ -156,12 +157,12 @@ def _fit_groups(tile: _Tile) -> tuple[Tensor, Tensor]:
 
 
 def _to_half(d: Tensor, space: Workspace) -> Tensor:
-    """d rounded, in place, to finite float16."""
+    """Round d in place to finite float16 values."""
     return d.copy_(space("half", *d.shape, dtype=torch.float16).copy_(d.clamp_(-_HALF, _HALF)))
 
 
 def _fit_d(sub: Tensor, along: Tensor, square: Tensor, space: Workspace) -> tuple[Tensor, Tensor]:
-    """The least-squares d [..., n] of sub-scales [..., groups, n], a float16, for their groups' moments; its gain."""
+    """The least-squares d [..., n] in float16 for sub-scales [..., groups, n] and the groups' moments, and its gain."""
     product, shape = space("sub product", *sub.shape), (*sub.shape[:-2], sub.shape[-1])
     d_along, d_square = (space(name, *shape) for name in ("d along", "d square"))
     torch.sum(torch.mul(sub, along, out=product), -2, out=d_along)
@@ -171,7 +172,7 @@ def _fit_d(sub: Tensor, along: Tensor, square: Tensor, space: Workspace) -> tupl
 
 
 def _fit_block(tile: _Tile, scale: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """d [n], a float16, and sub-scales [groups, n] for the best scales of the groups."""
+    """The float16 d [n] and the sub-scales [groups, n] for the best scales of the groups."""
     type, space, (groups, n) = tile.type, tile.space, scale.shape
     assert type.scale_grid is not None
     inverse_peak = _inverse_peak(scale, 0, space)
@@ -186,7 +187,7 @@ def _fit_block(tile: _Tile, scale: Tensor, curvature: Tensor) -> tuple[Tensor, T
         best_d.offer(gain, d)
     (d,) = best_d.values
 
-    # Which of the two sub-scales around scale / d is better shows when the weights are rounded anew.
+    # To find out which of the two sub-scales around scale / d is better, the weights are rounded with both.
     ratio = torch.mul(scale, _reciprocal(d, "inverse", space), out=scale).floor_()
     best = _Best(space, "sub", (groups, n), 3)
     for step in (0, 1):

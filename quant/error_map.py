@@ -1,4 +1,4 @@
-"""Errors per tensor and block as a picture: HTML to hover over, or PNG to show. The worst ones are named."""
+"""Draw the errors per tensor and block as an interactive HTML page or a PNG image that lists the worst tensors."""
 
 import html
 import math
@@ -16,7 +16,7 @@ from skyrun.quant.compare import TensorError
 
 _IN_BLOCK = re.compile(r"(?:blocks|enc\.blk|v\.blk)\.(\d+)\.(.+)\.weight")
 _WORST = 12
-# Colours of the scale from the least error to the most, readable for the colour-blind (viridis).
+# Colors from the least error to the most (viridis, which color-blind people can read).
 _SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _CELL, _MARGIN, _LINE = 22, 24, 18
 
@@ -25,7 +25,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """Errors of the matrices of blocks by kind and block, and the range of their colours."""
+    """Errors of the matrices in blocks, by kind and block, and the range of errors that the colors cover."""
 
     title: str
     blocks: int
@@ -35,7 +35,7 @@ class ErrorMap:
     worst: tuple[TensorError, ...]
 
     def colour(self, error: float) -> Colour:
-        """On a logarithmic scale: types are a factor of two apart."""
+        """The color of an error, on a logarithmic scale: neighbouring types differ by about a factor of two."""
         if error <= 0 or self.high <= self.low:
             return _SCALE[0]
         place = math.log(error / self.low) / math.log(self.high / self.low) * (len(_SCALE) - 1)
@@ -46,7 +46,7 @@ class ErrorMap:
 
 
 def error_map(title: str, errors: Sequence[TensorError]) -> ErrorMap:
-    """Arrange the errors of a file."""
+    """Arrange the errors of a file by kind and block."""
     kinds: dict[str, dict[int, TensorError]] = {}
     for error in errors:
         if match := _IN_BLOCK.fullmatch(error.name):
@@ -59,14 +59,14 @@ def error_map(title: str, errors: Sequence[TensorError]) -> ErrorMap:
 
 
 def write_error_map(path: Path, shown: ErrorMap) -> None:
-    """Write the picture in the format of the path's suffix, .html or .png."""
+    """Write the image in the format of the path's suffix, .html or .png."""
     write = {".html": _write_html, ".png": _write_png}[check_suffix(path)]
     with replacing(path) as partial:
         write(partial, shown)
 
 
 def check_suffix(path: Path) -> str:
-    """The suffix of a report. SkyrunError for a format that is none."""
+    """The suffix of a report's path. Raises SkyrunError if reports cannot be written in that format."""
     suffix = path.suffix.lower()
     if suffix not in (".html", ".png"):
         raise SkyrunError(f"a report cannot be written as {path.name}", "name it .html or .png")

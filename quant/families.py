@@ -1,4 +1,4 @@
-"""The models in a checkpoint, recognised by their tensors: what each is, its tensors in order, what its file says."""
+"""Recognise the models in a checkpoint by their tensors: each one's role, its tensors in order, and its metadata."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _CHECK = "check again that this is a SkyReels-V3 model, or download the publishe
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A tensor of a file to be written. shape: the source's but for axes of length 1, or merged ones restored."""
+    """A tensor of an output file. shape: the source's, with axes restored that are merged there or have length 1."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,9 +33,10 @@ class ModelTensor:
 class Family:
     """One model of a checkpoint.
 
-    role: transformer, text_encoder, vae, image_encoder or audio_encoder. task: of a transformer, "" where nothing
-    tells. architecture: GGUF's name for it, "" for a safetensors file. tensors: in the order of the file, blocks whole
-    and in execution order.
+    role: transformer, text_encoder, vae, image_encoder or audio_encoder. task: of a transformer; "" if it is unknown.
+    basename: what its file is named after. architecture: its name in GGUF; "" if it becomes a safetensors file.
+    tensors: in the order of the output file, where each block is contiguous and blocks are in execution order.
+    metadata: of the output file.
     """
 
     role: str
@@ -48,21 +49,21 @@ class Family:
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds. notes: what was there and is not used, in words."""
+    """The models in a source. notes: sentences about what is not used."""
 
     source: Path
     families: tuple[Family, ...]
     notes: tuple[str, ...]
 
 
-_MOST_LINES, _MOST_HINTS = 20, 4  # of an error about several models
+_MOST_LINES, _MOST_HINTS = 20, 4  # that an error about several models shows
 _TASKS = ("", *TASKS)
 _ROLES = [table.role for table in TABLES]
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A family that was recognised in a part. unknown: tensors that are under its names and that it does not know."""
+    """A family that was recognised in a part. unknown: tensors under its prefix that the family does not have."""
 
     part: Part
     match: Match
@@ -83,9 +84,11 @@ class _Model:
 
 
 def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> Found:
-    """Look into a folder or a file; reads headers only. SkyrunError lists all that keeps it from being converted.
+    """Find the models in a folder or a file. Only headers are read.
 
-    coming: bytes that files will have of which only the header is there yet.
+    coming: the final sizes of files of which only the header has been downloaded.
+
+    Raises one SkyrunError that lists everything that prevents a conversion.
     """
     source = snapshot(source)
     parts, errors = open_parts(source, coming)
@@ -97,7 +100,7 @@ def find_families(source: Path, coming: Mapping[Path, int] = NOTHING_COMING) -> 
         for match in matches:
             model = _Model(part, match, tuple(unknown))
             groups[model.role, model.task].append(model)
-            unknown = []  # said with the first
+            unknown = []  # reported with the first match only
         if others:
             strangers.append(f"not used: {_some(others)} in {part.label}")
     notes = brief(strangers, "are not used either")
@@ -128,7 +131,7 @@ def _nothing(source: Path, notes: list[str]) -> SkyrunError:
     if source.is_dir() and not notes:
         inside = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
         return SkyrunError(
-            f"{source} is no checkpoint: it holds {inside}",
+            f"{source} is not a checkpoint: it holds {inside}",
             f"expected the folder of a SkyReels-V3 repository, or files that end in {', '.join(SUFFIXES)}",
         )
     title = f"{source} holds no model that skyrun knows"
@@ -136,7 +139,7 @@ def _nothing(source: Path, notes: list[str]) -> SkyrunError:
 
 
 def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
-    """The one error, or a list of all that they list."""
+    """The error itself if there is only one, else one error with the lines of all."""
     if len(errors) == 1:
         return errors[0]
     lines = []
@@ -150,9 +153,10 @@ def _all(source: Path, errors: list[SkyrunError]) -> SkyrunError:
 
 
 def _choose(source: Path, task: str, models: list[_Model], notes: list[str], errors: list[SkyrunError]) -> list[Family]:
-    """One model of a role and a task: of those that can be used, where there are several formats, the best.
+    """Choose the model of a role and a task: the best format of those that can be used.
 
-    Adds to the notes what is passed over, and to the errors what is wrong if none can be used, or if two can.
+    Models that are not used are added to `notes`. If none can be used, or two different ones can, that is added to
+    `errors`.
     """
     usable: list[tuple[_Model, Family]] = []
     failed: list[tuple[_Model, SkyrunError]] = []
@@ -197,7 +201,7 @@ def _family(source: Path, model: _Model) -> Family:
 
 
 def _unreadable(tensors: list[SourceTensor]) -> list[str]:
-    """A line for each type that is not read; of int8 only with the scales that make numbers of it."""
+    """A line for each type that cannot be read. int8 can be read only with scales."""
     kinds: dict[str, list[SourceTensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.dtype not in READABLE or (tensor.dtype == "I8" and tensor.scale is None):
@@ -213,7 +217,7 @@ def _unreadable(tensors: list[SourceTensor]) -> list[str]:
 
 
 def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[str, str, dict[str, Any]]:
-    """Basename, architecture and metadata."""
+    """The basename, architecture and metadata of a model's output file."""
     part = model.part
     match model.role:
         case "transformer":

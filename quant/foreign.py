@@ -1,4 +1,4 @@
-"""Formats and models that people have and that are not read here: told by their tensors, each with what to do."""
+"""Recognise by their tensors formats and models that skyrun does not read, and say what to do instead."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from skyrun.quant.source import SourceTensor
 _OTHER_COPY = "take a copy of the model in BF16, F16, fp8 or GGUF, or skyrun pull TASK for the published one"
 _PUBLISHED = "skyrun pull TASK gets the published model"
 _MOST_NOTE = 1 << 12  # bytes of a note about a layer
-_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise")  # notes on what needs its scales only
+_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise")  # formats in notes that are supported
 
 
 class Unsupported(SkyrunError):
-    """A file that is something else. role: of the model it would be, "" for what belongs to no pipeline by itself."""
+    """A file that skyrun does not read. role: of the model that it is; "" for files that are not a whole model."""
 
     def __init__(self, message: str, hint: str, role: str) -> None:
         super().__init__(message, hint, BAD_INPUT)
@@ -27,7 +27,11 @@ class Unsupported(SkyrunError):
 
 @dataclass(frozen=True)
 class _Kind:
-    """pattern: of names that only this kind has. what: a clause about the file. role: None where names tell it."""
+    """A kind of file that skyrun does not read.
+
+    pattern: matches names that only this kind has. what: a clause that says what the file is. role: of the model; None
+    if it is recognised by names. also: a further condition on the tensors.
+    """
 
     pattern: str
     what: str
@@ -41,7 +45,7 @@ def _lacks(pattern: str) -> Callable[[Mapping[str, SourceTensor]], bool]:
 
 
 def _wide(tensors: Mapping[str, SourceTensor]) -> bool:
-    """Whether the latents of an autoencoder have more channels than Wan 2.1's."""
+    """Whether the latents of a VAE have 48 channels, as in Wan 2.2."""
     names = (r"decoder\.conv1\.weight$", r"decoder\.conv_in\.weight$")
     shapes = [tensor.shape for name, tensor in tensors.items() if any(re.search(n, name) for n in names)]
     return any(len(shape) == 5 and shape[1] == 48 for shape in shapes)
@@ -65,7 +69,7 @@ _KINDS = (
     _Kind(r"\.qweight$", "is in a format of GPTQ or AWQ, which skyrun does not read", _OTHER_COPY),
     _Kind(
         r"(lora_(A|B|up|down)\b|\.lokr_|\.hada_|\.lora\.|\.diff_b$)",
-        "is a LoRA, which changes a model and is none",
+        "is a LoRA, which changes a model but is not one",
         "merge it into a whole transformer with a program that does that, and convert the result",
         role="",
     ),
@@ -116,7 +120,7 @@ _KINDS = (
 
 
 def check_known(label: str, tensors: Mapping[str, SourceTensor], texts: Mapping[str, str]) -> None:
-    """Unsupported if these are the tensors of a known format or model that is not read. texts: of the file's header."""
+    """Raise Unsupported for a known format or model that is not read. texts: the metadata in the file's header."""
     if format := _unread_format(tensors, texts):
         kept = {"convrot": "int8 with rotated weights (ConvRot)"}.get(format, format)
         raise Unsupported(f"{label} is in {kept}, which skyrun does not read", _OTHER_COPY, role_of(tensors))
@@ -126,7 +130,7 @@ def check_known(label: str, tensors: Mapping[str, SourceTensor], texts: Mapping[
 
 
 def _unread_format(tensors: Mapping[str, SourceTensor], texts: Mapping[str, str]) -> str:
-    """The first format that notes on layers name and that needs more than scales; "" where there is none."""
+    """The first format in notes about layers that is not supported; "" if there is none."""
     for name, tensor in tensors.items():
         if name.endswith(NOTE):
             if format := _format(_text(tensor)):
@@ -142,7 +146,7 @@ def _unread_format(tensors: Mapping[str, SourceTensor], texts: Mapping[str, str]
 
 
 def _format(note: str) -> str:
-    """A format that is not read, out of a note such as {"format": "nvfp4"}; "" for what is read."""
+    """The format in a note such as {"format": "nvfp4"}; "" if it is supported."""
     try:
         said = json.loads(note)
         if said.get("convrot"):

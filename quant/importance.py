@@ -1,7 +1,8 @@
-"""Importance of input channels ("imatrix"): how large the numbers are that each column of a weight is multiplied with.
+"""Importance of input channels ("imatrix"): how large the activations are that each column of a weight multiplies.
 
-Two formats are read and written, told apart by content: GGUF, as llama.cpp's tools/imatrix writes it today (tensors
-`NAME.in_sum2` and `NAME.counts`), and the older .dat of llama.cpp and stable-diffusion.cpp (means times calls).
+Two formats are read and written, which are told apart by content: GGUF, as llama.cpp's tools/imatrix writes it today
+(tensors `NAME.in_sum2` and `NAME.counts`), and the older .dat of llama.cpp and stable-diffusion.cpp (means times
+calls).
 """
 
 import json
@@ -33,9 +34,9 @@ _MAX_INT32, _MAX_UINT32 = (1 << 31) - 1, (1 << 32) - 1
 class Importance:
     """Second moments of the inputs of weights, by original Wan name ("blocks.0.ffn.0.weight").
 
-    sums: float64 [cols], squares of each input channel added over the rows seen. counts: those rows; files of the older
-    format count calls instead. origin: the model and the settings that it was collected with, if known. samples: the
-    clips that went in, if known. chunks: how many, known or not.
+    sums: float64 [cols], the sum of squares of each input channel over all rows. counts: how many rows; files of the
+    older format count calls instead. origin: the model and the settings that it was collected with, if known. samples:
+    the clips that it was collected from, if known. chunks: how many clips, whether they are known or not.
     """
 
     sums: Mapping[str, Tensor] = field(default_factory=dict)
@@ -45,11 +46,11 @@ class Importance:
     chunks: int = 0
 
     def mean(self, name: str) -> Tensor | None:
-        """The mean square of each input channel of a weight, float32 [cols]; None if it was not seen."""
+        """The mean square of each input channel of a weight, float32 [cols]; None if the weight is not included."""
         return (self.sums[name] / self.counts[name]).float() if name in self.sums else None
 
     def merge(self, other: "Importance") -> "Importance":
-        """Both together, as if collected in one go. SkyrunError if a width differs or a clip is in both."""
+        """Add both, as if they were collected together. Raises SkyrunError if a width differs or a clip is in both."""
         problems = [
             f"{name} has {len(self.sums[name])} input channels in one and {len(other.sums[name])} in the other"
             for name in sorted(self.sums.keys() & other.sums.keys())
@@ -69,7 +70,7 @@ class Importance:
 
 
 def original_name(name: str) -> str:
-    """A weight's name as Wan has it, whichever prefix or naming the file has."""
+    """A weight's original Wan name, whichever prefix and naming the file uses."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     for naming in range(len(WAN_TRANSFORMER.namings)):
@@ -80,13 +81,14 @@ def original_name(name: str) -> str:
 
 
 class _Malformed(Exception):
-    """What is wrong with a file, before its path is known."""
+    """What is wrong with a file; its path is added later."""
 
 
 def read_importance(path: Path) -> Importance:
-    """Read a file of either format. Weights that no row was seen for are absent.
+    """Read a file of either format. Weights with a count of 0 are left out.
 
-    SkyrunError if it is missing, neither format, cut, contradicts itself, or holds numbers that are no sums of squares.
+    Raises SkyrunError if the file is missing, has neither format, is truncated, contradicts itself, or holds values
+    that cannot be sums of squares.
     """
     try:
         with open(path, "rb") as file:
@@ -144,7 +146,7 @@ def _read_gguf(file: GGUFFile) -> tuple[_Entries, str, tuple[str, ...], int]:
 
 
 def _numbers(file: GGUFFile, info: TensorInfo) -> Tensor:
-    """A row of numbers, float32 [n]."""
+    """Read a row of values, float32 [n]."""
     if info.format.name != "F32" or prod(info.shape) != info.shape[-1]:
         raise _Malformed(f"{info.name} is {info.format.name} {list(info.shape)}, expected one row of F32")
     return torch.frombuffer(file.read(info), dtype=torch.float32)
@@ -153,16 +155,17 @@ def _numbers(file: GGUFFile, info: TensorInfo) -> Tensor:
 def _texts(value: Any) -> tuple[str, ...]:
     try:
         texts = json.loads(value)
-        "".join(texts).encode()  # an escaped half of a surrogate pair is a text that cannot be written again
+        "".join(texts).encode()  # fails for half of a surrogate pair, which could not be written again
     except (TypeError, ValueError, RecursionError) as error:
-        raise _Malformed(f"its {_SAMPLES} are no list of texts") from error
+        raise _Malformed(f"its {_SAMPLES} are not a list of texts") from error
     return tuple(texts)
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[_Entries, str, tuple[str, ...], int]:
-    """int32 entries; each int32 length, name, int32 calls, int32 values, float32 means times calls.
+    """Read the older format.
 
-    Then, if the writer was so kind: int32 chunks; int32 length and the name of the data set.
+    int32 number of entries; for each int32 length, name, int32 calls, int32 number of values, and the values: float32
+    means times calls. Some writers add int32 chunks, int32 length and the name of the data set.
     """
 
     def take(count: int) -> bytes:
@@ -175,7 +178,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[_Entries, str, tuple[str, .
 
     total = number()
     if not 1 <= total <= size // 12:
-        raise _Malformed(f"it is no GGUF, and as the older format it would have {total} weights in {size} bytes")
+        raise _Malformed(f"it is not GGUF, and as the older format it would have {total} weights in {size} bytes")
     entries = []
     for _ in range(total):
         length = number()
@@ -192,9 +195,10 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[_Entries, str, tuple[str, .
 
 
 def write_importance(path: Path, importance: Importance) -> None:
-    """Write it as GGUF or in the older format, by the suffix: .gguf or .dat. What was there survives a failure.
+    """Write an importance as GGUF or in the older format, depending on the suffix: .gguf or .dat.
 
-    Sums are rounded to float32. The older format keeps no list of clips, and counts only up to 2^31 - 1.
+    An existing file is unchanged if that fails. Sums are rounded to float32. The older format does not store the list
+    of clips, and limits counts to 2^31 - 1.
     """
     writers = {".gguf": _write_gguf, ".dat": _write_legacy}
     if path.suffix.lower() not in writers:
@@ -211,7 +215,7 @@ def write_importance(path: Path, importance: Importance) -> None:
 def _write_gguf(path: Path, importance: Importance) -> None:
     writer = GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
-    # All three `imatrix.` keys: llama.cpp takes no file without them.
+    # llama.cpp accepts a file only if it has all three `imatrix.` keys.
     writer.add_array("imatrix.datasets", importance.samples or (importance.origin or "unknown",))
     rows = max(importance.counts.values()) // max(1, importance.chunks)
     writer.add_uint32(_CHUNKS, min(importance.chunks, _MAX_UINT32))

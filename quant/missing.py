@@ -1,4 +1,4 @@
-"""Which models of a task a folder will still lack after a conversion."""
+"""Find which models of a task a folder will still lack after a conversion."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +18,7 @@ _WORDS = {
 
 
 def missing_roles(files: Collection[PlannedFile], out: Path) -> tuple[str, ...]:
-    """Roles that the transformers among the files need and that neither the files nor the folder `out` have."""
+    """Roles that the transformers among the files need but that neither the files nor the folder `out` have."""
     needed = [role for file in files if file.role == "transformer" for role in needed_roles(file.task)]
     made = {file.role for file in files}
     missing = [role for role in dict.fromkeys(needed) if role not in made]
@@ -27,7 +27,7 @@ def missing_roles(files: Collection[PlannedFile], out: Path) -> tuple[str, ...]:
 
 
 def missing_text(files: Collection[PlannedFile], source: Path, missing: Collection[str]) -> str:
-    """A sentence about missing roles; "" where nothing is missing."""
+    """A note about missing roles; "" if none are missing."""
     if not missing:
         return ""
     tasks = [file.task for file in files if file.role == "transformer" and file.task]

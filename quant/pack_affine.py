@@ -1,8 +1,8 @@
-"""Bytes of the affine types, laid out as in ggml-common.h.
+"""Pack blocks of the affine types in the layout of ggml-common.h.
 
-Packers fill uint8 [..., block_bytes, n], byte by byte along the axis before the last and block by block along that.
-Codes come as whole floats. Fields that share a byte are added in float, where that is exact; only finished bytes are
-converted, by way of integers, which torch converts far faster than floats.
+Packers fill uint8 [..., block_bytes, n]: the bytes of a block lie along the second to last axis, blocks along the last.
+Codes are floats with integer values. Fields that share a byte are added as floats, which is exact; only the result is
+converted to bytes, by way of int32, because torch converts integers to bytes much faster than floats.
 """
 
 import torch
@@ -18,20 +18,20 @@ def _nibbles(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _eight_bits(bit: Tensor) -> Tensor:
-    """[..., 8, k, n] of zeros and ones -> bytes [..., k, n], the first bit lowest."""
+    """Zeros and ones [..., 8, k, n] -> bytes [..., k, n], with the first bit lowest."""
     for shift in (1, 2, 4):
         bit = torch.add(bit[..., 0::2, :, :], bit[..., 1::2, :, :], alpha=2**shift)
     return bit.squeeze(-3)
 
 
 def _split(code: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    """code -> what remains below `at`, how many times `at` goes into it."""
+    """Split codes at a power of two -> (code % at, code // at)."""
     high = (code * (1 / at)).floor_()
     return torch.sub(code, high, alpha=at), high
 
 
 def put_halves(out: Tensor, first: Tensor, second: Tensor) -> None:
-    """Two float16 numbers per block, [..., n] each -> rows of bytes [..., 4, n]."""
+    """Two float16 values per block, [..., n] each -> bytes [..., 4, n]."""
     pair = torch.stack((first, second), -1).half().view(torch.uint8)
     out.copy_(pair.transpose(-1, -2))
 
@@ -42,7 +42,7 @@ def put_scales_4(out: Tensor, scale: Tensor, minimum: Tensor) -> None:
 
 
 def put_scales_6(out: Tensor, scale: Tensor, minimum: Tensor) -> None:
-    """Q4_K, Q5_K: scales and mins of 6 bits [..., 8, n]. The upper two bits of the last four ride on the first four."""
+    """Q4_K, Q5_K: scales and mins of 6 bits [..., 8, n]. The first four also store the top bits of the last four."""
     scale_low, scale_high = _split(scale[..., 4:, :], 16)
     minimum_low, minimum_high = _split(minimum[..., 4:, :], 16)
     _put(out[..., :4, :], torch.add(scale[..., :4, :], scale_high, alpha=64))
@@ -51,7 +51,7 @@ def put_scales_6(out: Tensor, scale: Tensor, minimum: Tensor) -> None:
 
 
 def put_codes_2(out: Tensor, code: Tensor) -> None:
-    """Q2_K: codes [16, 16, n] of 2 bits; a byte holds those of four runs of 32."""
+    """Q2_K: codes [16, 16, n] of 2 bits; a byte holds one code of each of four runs of 32."""
     runs = code.view(2, 4, 32, -1)
     pairs = torch.add(runs[:, 0::2], runs[:, 1::2], alpha=4)
     _put(out, _nibbles(pairs[:, 0], pairs[:, 1]))

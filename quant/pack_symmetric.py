@@ -1,8 +1,8 @@
-"""ggml's layouts (ggml-common.h, ggml-quants.c) of the types whose value is scale * code, block beside block.
+"""Pack blocks of the types with value = scale * code in ggml's layouts (ggml-common.h, ggml-quants.c).
 
-Every function takes codes [block_size, n], sub-scales [groups, n], both uint8 counted from 0, and d float32 [n], and
-gives blocks uint8 [block_bytes, n]; it overwrites the codes and sub-scales. Fields are cut and joined along the first
-axis, so that each operation runs over whole rows of blocks.
+Every function takes codes [block_size, n] and sub-scales [groups, n], both uint8 from 0, and d float32 [n], and returns
+blocks uint8 [block_bytes, n]. It overwrites the codes and sub-scales. Fields are split and joined along the first axis,
+so that each operation runs over whole rows of blocks.
 """
 
 import torch
@@ -12,14 +12,14 @@ from skyrun.quant.tiles import Workspace
 
 
 def _join(out: Tensor, fields: Tensor, bits: int) -> None:
-    """out[i] = fields[0, i] + fields[1, i] * 2^bits + ...; fields: [k, rows, n], each number below 2^bits."""
+    """out[i] = fields[0, i] + fields[1, i] * 2^bits + ...; fields: [k, rows, n], with values below 2^bits."""
     out.copy_(fields[0])
     for place, field in enumerate(fields[1:], 1):
         out.add_(field, alpha=1 << (place * bits))
 
 
 def _store_half(out: Tensor, d: Tensor) -> None:
-    """The two bytes of each of d [n] as float16 into out [2, n]."""
+    """Store d [n] as float16 in the bytes of out [2, n]."""
     out.copy_(d.half().unsqueeze(1).view(torch.uint8).T)
 
 
@@ -29,7 +29,7 @@ def _low_bits(code: Tensor, bits: int, space: Workspace) -> Tensor:
 
 
 def pack_q4_0(code: Tensor, _: Tensor, d: Tensor, space: Workspace) -> Tensor:
-    """d, then 16 bytes: the first half of the weights in the low nibbles, the second in the high ones."""
+    """d, then 16 bytes with the first half of the weights in the low nibbles and the second in the high ones."""
     out = space("blocks", 18, len(d), dtype=torch.uint8)
     _store_half(out[:2], d)
     _join(out[2:], code.view(2, 16, -1), 4)
@@ -37,7 +37,7 @@ def pack_q4_0(code: Tensor, _: Tensor, d: Tensor, space: Workspace) -> Tensor:
 
 
 def pack_q5_0(code: Tensor, _: Tensor, d: Tensor, space: Workspace) -> Tensor:
-    """d, a plane of the fifth bits (weight i in bit i % 8 of byte i / 8), nibbles as in Q4_0."""
+    """d, a plane of the fifth bits (weight i in bit i % 8 of byte i // 8), nibbles as in Q4_0."""
     out = space("blocks", 22, len(d), dtype=torch.uint8)
     _store_half(out[:2], d)
     _join(out[6:], _low_bits(code, 4, space).view(2, 16, -1), 4)
@@ -59,7 +59,7 @@ def pack_q3_k(code: Tensor, scale: Tensor, d: Tensor, space: Workspace) -> Tenso
 
 
 def pack_q6_k(code: Tensor, scale: Tensor, d: Tensor, space: Workspace) -> Tensor:
-    """128 bytes of low nibbles, 64 bytes of high bits, 16 signed scales (the exclusive or takes 128 away), d."""
+    """128 bytes of low nibbles, 64 bytes of high bits, 16 signed scales (the exclusive or subtracts 128), d."""
     out = space("blocks", 210, len(d), dtype=torch.uint8)
     low = _low_bits(code, 4, space).view(2, 2, 64, -1)
     high = code.bitwise_right_shift_(4).view(2, 4, 32, -1)

@@ -1,7 +1,7 @@
-"""An output file in the making: beside its place, with a journal of the tensors that are whole.
+"""An unfinished output file, with a journal of the tensors that are complete.
 
-An interrupted conversion leaves both; the next one of the same sources with the same settings goes on from there, any
-other begins anew. Nothing under the final name changes before the file is complete.
+An interrupted conversion leaves both. The next conversion of the same sources with the same settings continues there;
+any other starts again. Nothing under the final name changes before the file is complete.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from skyrun.quant.encode import ENCODER_VERSION
 from skyrun.quant.plan import PlannedFile, PlannedTensor
 from skyrun.quant.source import SourceTensor
 
-_SYNC_SECONDS = 2.0  # how much work a power failure may cost
+_SYNC_SECONDS = 2.0  # how much work may be lost in a power failure
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is while it is not complete."""
+    """The path of a file while it is not complete."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -36,7 +36,7 @@ def _journal_path(path: Path) -> Path:
 
 
 class PartialFile:
-    """A file while it is written. done: names of the tensors that are in it."""
+    """A file that is being written. done: names of the tensors that are complete."""
 
     def __init__(self, path: Path, done: set[str], journal: BinaryIO) -> None:
         self.path, self.done = path, done
@@ -45,14 +45,14 @@ class PartialFile:
         self._synced = time.monotonic()
 
     def finished(self, tensor: PlannedTensor) -> None:
-        """All bytes of a tensor are in the file."""
+        """Record that all bytes of a tensor are in the file."""
         self.done.add(tensor.name)
         self._unsynced.append(tensor.name)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        """Bring the data to the disk, then the journal that vouches for it."""
+        """Write the data to disk, then the journal that says that it is complete."""
         with open(self.path, "rb+") as data:
             os.fsync(data.fileno())
         self._journal.writelines(_line({"done": name}) for name in self._unsynced)
@@ -67,7 +67,7 @@ def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
     """A partial file that gets its name when the body ends and every tensor is in it.
 
     It is kept if the body is interrupted or the disk fails, but not if the source is bad or if nothing was finished.
-    SkyrunError if another conversion is writing it.
+    Raises SkyrunError if another conversion is writing it.
     """
     path, journal_path = partial_path(file.path), _journal_path(file.path)
     with _alone(file.path), open(journal_path, "a+b") as journal:
@@ -84,20 +84,20 @@ def resumable(file: PlannedFile, device: str) -> Iterator[PartialFile]:
             bad_source = isinstance(error, SkyrunError) and error.code != FAILED
             keep = bool(partial.done) and not bad_source
             if keep:
-                with suppress(OSError):  # the one that is being raised says more
+                with suppress(OSError):  # the error that is being raised says more
                     partial.sync()
             raise
         finally:
             if not keep:
                 path.unlink(missing_ok=True)
                 journal.truncate(0)
-                with suppress(PermissionError):  # Windows keeps what is open
+                with suppress(PermissionError):  # Windows cannot delete open files
                     journal_path.unlink()
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """No other process writes this file. SkyrunError if one does."""
+    """Hold a lock on the output file. Raises SkyrunError if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.partial.lock"))
     try:
@@ -108,13 +108,13 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.platform != "win32":  # where a file that is open cannot go, and one that is free may be taken by others
+        if sys.platform != "win32":  # Windows cannot delete open files, and a released lock may be taken by others
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
-    """Bring the partial file and its journal into a state to go on from. The names of tensors that are in the file."""
+    """Prepare the partial file and its journal for writing. Returns the names of tensors that are already complete."""
     path = partial_path(file.path)
     head = _line({"fingerprint": _fingerprint(file, device)})
     journal.seek(0)
@@ -122,7 +122,7 @@ def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
     if good is not None:
         journal.truncate(len(head) + sum(map(len, good)))
         return {good[line] for line in good}
-    journal.truncate(0)  # before the data: a journal must never vouch for what is not there
+    journal.truncate(0)  # before the data: a journal must never list tensors that are not in the file
     with open(path, "wb") as out:
         out.truncate(file.nbytes)
         out.write(file.header)
@@ -132,17 +132,17 @@ def _prepare(file: PlannedFile, device: str, journal: BinaryIO) -> set[str]:
 
 
 def _good_lines(file: PlannedFile, head: bytes, journal: bytes) -> dict[bytes, str] | None:
-    """Lines of a journal and the tensors that they vouch for; None if it is about another file."""
+    """The valid lines of a journal with the tensors that they list; None if the journal belongs to another file."""
     path = partial_path(file.path)
     first, *rest = journal.splitlines(keepends=True) or [b""]
     if first != head or not path.is_file() or path.stat().st_size != file.nbytes:
         return None
     names = {_line({"done": tensor.name}): tensor.name for tensor in file.tensors}
-    return {line: names[line] for line in takewhile(names.__contains__, rest)}  # the last line may be cut
+    return {line: names[line] for line in takewhile(names.__contains__, rest)}  # the last line may be incomplete
 
 
 def finished_before(file: PlannedFile, device: str = "cpu") -> set[str]:
-    """Names of the tensors that an interrupted conversion has finished. Changes nothing."""
+    """Names of the tensors that an interrupted conversion has finished. No file is changed."""
     try:
         journal = _journal_path(file.path).read_bytes()
     except OSError:
@@ -156,7 +156,7 @@ def _line(entry: dict[str, str]) -> bytes:
 
 
 def _fingerprint(file: PlannedFile, device: str) -> str:
-    """Everything that decides the bytes of a file: what is read, what it becomes, and the encoders that do it."""
+    """A digest of everything that determines the bytes of a file: sources, types, and the encoders' version."""
     digest = hashlib.sha256(file.header)
     digest.update(f"{device} {torch.__version__} {ENCODER_VERSION}".encode())
     for source, stamp in file.sources.items():
@@ -169,6 +169,6 @@ def _fingerprint(file: PlannedFile, device: str) -> str:
 
 
 def _place(source: SourceTensor) -> str:
-    """Where a tensor's numbers lie in its file and how they are read, wherever the file is."""
+    """Where a tensor's bytes lie in its file and how they are read. It does not depend on where the file is."""
     more = [_place(part) for part in (*source.parts, *([source.scale] if source.scale else []))]
     return f"{source.name} {source.shape} {source.dtype} {source.offset} {source.transposed} {more}"

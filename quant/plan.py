@@ -1,4 +1,4 @@
-"""What a conversion will write, decided to the byte before it begins."""
+"""The plan of a conversion: what it will write, to the byte."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from skyrun.quant.source import SourceTensor, Stamp
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of a conversion.
+    """What the user asks of a conversion.
 
-    quant: recipe of the transformer, or of what there is if there is none. text_encoder_quant: of the text encoder, by
-    default as quant but not below Q8_0. type_rules: "regex=TYPE" each; the first that matches a matrix of a transformer
-    wins over the recipe. target_size: bytes that a transformer's file may have, instead of a recipe. imatrix: a file of
-    importances, which weigh a transformer's errors.
+    quant: recipe of the transformer, or of the other models if there is no transformer. text_encoder_quant: recipe of
+    the text encoder; by default `quant`, but not below Q8_0. type_rules: "regex=TYPE" each; the first one that matches
+    a matrix of a transformer takes precedence over the recipe. target_size: how many bytes a transformer's file may
+    have, instead of a recipe. imatrix: a file of importances, by which errors of the transformer are weighted.
     """
 
     quant: str = "Q8_0"
@@ -29,7 +29,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of an output file: where it comes from, what it becomes, and where it will lie."""
+    """A tensor of an output file.
+
+    source: where it is read. type, offset, nbytes: in the output file. fallback: why it does not have the type of the
+    recipe or rule; empty if it has. importance: float32 [cols], by which its errors are weighted.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,9 +49,9 @@ class PlannedTensor:
 class PlannedFile:
     """An output file.
 
-    errors: noise over signal in the output of each matrix that a recipe or a rule gives its type, by name, as sampled.
-    sources: the files that are read, and their stamps when they were looked at. matrices: how many tensors a recipe or
-    a rule gives a type.
+    errors: noise over signal in the output of each matrix whose type comes from a recipe or a rule, by name, measured
+    on a sample. sources: the files that are read, with their stamps at the time of planning. matrices: how many tensors
+    have a type that comes from a recipe or a rule.
     """
 
     path: Path
@@ -62,14 +66,14 @@ class PlannedFile:
 
     @property
     def error(self) -> float:
-        """Relative error of a matrix's output: root mean square over the matrices, each counting by its weights."""
+        """The relative error of a matrix's output: root mean square over all matrices, weighted by their sizes."""
         weights = {tensor.name: tensor.source.numel for tensor in self.tensors if tensor.name in self.errors}
         total = sum(self.errors[name] * count for name, count in weights.items())
         return (total / sum(weights.values())) ** 0.5 if weights else 0.0
 
     @property
     def weighted(self) -> bool:
-        """Whether errors count by importance."""
+        """Whether errors are weighted by importance."""
         return any(tensor.importance is not None for tensor in self.tensors)
 
     def summary(self) -> dict[str, Any]:
@@ -89,8 +93,8 @@ class PlannedFile:
 class Conversion:
     """All files that a conversion writes.
 
-    notes: what a person should know before it begins. missing: roles of models that the transformers need and that
-    are neither among the files nor in their folder.
+    notes: sentences for the user before it begins. missing: roles of models that the transformers need but that are
+    neither among the files nor in their folder.
     """
 
     source: Path

@@ -1,4 +1,4 @@
-"""Plan a conversion: find what a source holds, choose types, measure what they cost, lay the files out."""
+"""Plan a conversion: find the models in a source, choose types, measure their errors, lay out the files."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ from skyrun.quant.source import stamp
 from skyrun.quant.target_size import candidates, fit, size_text
 from skyrun.quant.threads import one_thread
 
-# Called with how many matrices have been measured, and of how many.
+# Called with the number of matrices that have been measured, and the total.
 OnMeasured = Callable[[int, int], None]
 
 
@@ -48,10 +48,16 @@ def plan_conversion(
     on_measured: OnMeasured = lambda *_: None,
     coming: Mapping[Path, int] = NOTHING_COMING,
 ) -> Conversion:
-    """Decide every file, name and type. Reads headers, and some rows to measure errors on; writes nothing.
+    """Decide every file, name and type. Reads headers, and some rows to measure errors; writes nothing.
 
-    coming: bytes that files will have of which only the header is there yet; nothing is measured on them.
-    Raises SkyrunError for anything that will not convert.
+    Args:
+        source: the checkpoint, a folder or a file.
+        out: the folder for the converted files.
+        settings: what the user asks for.
+        on_measured: called after the error of each matrix has been measured.
+        coming: the final sizes of files of which only the header has been downloaded; no errors are measured on them.
+
+    Raises SkyrunError for anything that cannot be converted.
     """
     quant, asked = settings.quant.upper(), settings.text_encoder_quant
     for name in (quant, asked or quant):
@@ -79,7 +85,7 @@ def plan_conversion(
 
 
 def _check_out(source: Path, out: Path) -> None:
-    """What is written into a checkpoint's own folder would be a second one of everything the next time."""
+    """Raise SkyrunError if `out` is inside the checkpoint: the next conversion would find every model twice."""
     if source.is_dir() and (out.resolve() == source.resolve() or source.resolve() in out.resolve().parents):
         raise SkyrunError(
             f"{out} lies in the checkpoint {source}, where the files would be taken for parts of it later",
@@ -113,7 +119,7 @@ def _check_paths(files: tuple[PlannedFile, ...]) -> None:
 
 
 def _notes(out: Path, files: tuple[PlannedFile, ...], settings: Settings) -> Iterator[str]:
-    """What surprises people afterwards."""
+    """Notes about results that might surprise the user."""
     for file in files:
         if file.path.exists():
             yield f"{file.path} is there already and will be replaced"
@@ -129,7 +135,7 @@ def _notes(out: Path, files: tuple[PlannedFile, ...], settings: Settings) -> Ite
     mine = {partial_path(file.path) for file in files}
     for path in sorted(out.glob("*.partial")):
         if path not in mine:
-            yield f"{path} is left of another conversion that was not finished: delete it if it is not wanted"
+            yield f"{path} is left from another conversion that was not finished: delete it if you do not need it"
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class _Planner:
     coming: Mapping[Path, int]
 
     def plan(self, family: Family, quant: str, on_measured: Callable[[], None]) -> PlannedFile:
-        if not family.architecture:  # wide types first: then each tensor lies at a multiple of its width
+        if not family.architecture:  # wide types first, so that each tensor lies at a multiple of its width
             family = replace(family, tensors=tuple(sorted(family.tensors, key=_width, reverse=True)))
         transformer = family.role == "transformer"
         choices = choose_types(family.tensors, family.role, quant, self.rules if transformer else ())
@@ -166,7 +172,7 @@ class _Planner:
         return self._file(family, label, choices, chosen, weights)
 
     def matrices(self, family: Family) -> list[ModelTensor]:
-        """Those that a recipe or a rule gives a type."""
+        """The matrices whose type comes from a recipe or a rule."""
         ruled = family.role == "transformer"
         return [t for t in family.tensors if is_quantizable(t, family.role) or (ruled and self._ruled(t))]
 
@@ -174,7 +180,7 @@ class _Planner:
         return any(rule.matches(tensor) for rule in self.rules)
 
     def _weights(self, family: Family) -> dict[str, Tensor]:
-        """The importance of each matrix's columns, by name. SkyrunError unless it belongs to this model."""
+        """The importance of each matrix's columns, by name. Raises SkyrunError if it belongs to another model."""
         assert self.importance
         path, matrices = self.settings.imatrix, self.matrices(family)
         means = {tensor.name: self.importance.mean(tensor.name) for tensor in matrices}
@@ -193,7 +199,7 @@ class _Planner:
     def _fit(
         self, family: Family, choices: dict[str, Choice], errors: dict[str, dict[str, float]], label: str, target: int
     ) -> dict[str, Choice]:
-        """The choices that meet the target size with the least error, for all matrices that were measured."""
+        """The choices that meet the target size with the least error, for all matrices that have been measured."""
         free = {tensor.name: tensor for tensor in family.tensors if tensor.name in errors}
         sizes = {name: {type: _padded(_nbytes(free[name], type)) for type in row} for name, row in errors.items()}
         whole = self._layout(family, label, choices).nbytes
@@ -232,7 +238,7 @@ class _Planner:
         return gguf_layout(family.architecture, family.metadata | self._about(family, label, choices), entries)
 
     def _about(self, family: Family, label: str, choices: dict[str, Choice]) -> dict[str, Any]:
-        """What the file says of itself beyond the model's dims: what it is, and how it came about."""
+        """The metadata that identifies the file and says how it was made, beside the model's dims."""
         weights: Counter[str] = Counter()
         for tensor in self.matrices(family):
             weights[choices[tensor.name].type] += tensor.source.numel

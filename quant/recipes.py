@@ -1,4 +1,4 @@
-"""Which type each tensor gets: the mix that a file's type stands for, and rules on top of it."""
+"""Choose the type of each tensor: by a recipe, which is the mix that a file's type stands for, and by rules."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.recipes import Recipe, find_recipe, recipe_types
 from skyrun.quant.families import ModelTensor
 
-KEPT = ("F32", "F16", "BF16")  # types of GGUF that a source may have
+KEPT = ("F32", "F16", "BF16")  # plain types, which a tensor can keep
 
 
 # What llama.cpp takes for rows that are not whole blocks of 256: a type with blocks of 32 that loses no more.
@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"(blocks|enc\.blk|v\.blk)\.\d+\.")
 
 @dataclass(frozen=True)
 class TypeRule:
-    """Matrices whose name in the file matches `pattern` anywhere get `type`."""
+    """A rule that gives `type` to matrices whose name in the file contains a match of `pattern`."""
 
     pattern: re.Pattern[str]
     type: str
@@ -32,14 +32,14 @@ class TypeRule:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of one tensor, and why it is not the one asked for, if it is not."""
+    """The type of a tensor. fallback: why it is not the requested type; empty if it is."""
 
     type: str
     fallback: str = ""
 
 
 def parse_rule(text: str) -> TypeRule:
-    """ "regex=TYPE" as on the command line. SkyrunError for a pattern or a type that is none."""
+    """Parse "regex=TYPE" from the command line. Raises SkyrunError if the pattern or the type is not valid."""
     pattern, equals, type = text.rpartition("=")
     if not equals or not pattern:
         raise SkyrunError(f"the rule {text!r} is not regex=TYPE", r"for example --type-rule 'ffn\.2=Q6_K'")
@@ -51,19 +51,19 @@ def parse_rule(text: str) -> TypeRule:
 
 
 def default_encoder_quant(quant: str) -> str:
-    """The type of text and image encoders when none is asked for: as the transformer's, but never below Q8_0.
+    """The default recipe of text and image encoders: that of the transformer, but not below Q8_0.
 
-    They run once per clip and their error is in every step, so bits saved here buy nothing.
+    They run once per clip but their error affects every step, so saving bits here gains nothing.
     """
     bits = block_format(find_recipe(quant).base).bits_per_weight
     return quant if bits >= FORMATS["Q8_0"].bits_per_weight else "Q8_0"
 
 
 def is_quantizable(tensor: ModelTensor, role: str) -> bool:
-    """Whether a tensor is a matrix that a recipe gives its type to.
+    """Whether a tensor is a matrix whose type comes from a recipe.
 
-    In a transformer those of the blocks; in an encoder all but the position bias. Norms, biases, modulation and
-    convolutions are F32: readers of GGUF use those as they are, without a decode.
+    In a transformer and an image encoder these are the matrices in blocks, in a text encoder all but the position bias.
+    Norms, biases, modulation and convolutions are F32, because readers of GGUF use them without decoding.
     """
     if len(tensor.shape) != 2 or role not in ("transformer", "text_encoder", "image_encoder"):
         return False
@@ -73,12 +73,12 @@ def is_quantizable(tensor: ModelTensor, role: str) -> bool:
 
 
 def keep_type(tensor: ModelTensor) -> str:
-    """The plain type that a tensor keeps: its source's, or for one that is in blocks or 8 bits the widest."""
+    """The plain type that a tensor keeps: that of its source, or F32 if the source is quantized or has 8 bits."""
     return tensor.source.dtype if tensor.source.dtype in KEPT else "F32"
 
 
 def _kept(tensor: ModelTensor, recipe: Recipe | None) -> str:
-    """The type of a tensor that no recipe quantizes."""
+    """The type of a tensor that is not quantized."""
     if recipe is None:
         return keep_type(tensor)
     matrix = len(tensor.shape) == 2 and not tensor.name.endswith("attn_rel_b.weight")
@@ -89,13 +89,13 @@ def _kept(tensor: ModelTensor, recipe: Recipe | None) -> str:
 
 
 def _fallback(type: str, cols: int) -> str:
-    """The type of rows that `type` cannot hold."""
+    """The type for rows of `cols` that are not whole blocks of `type`."""
     smaller = _FALLBACKS.get(type, "F16")
     return "F16" if cols % block_format(smaller).block_size else smaller
 
 
 def label_of(quant: str, tensors: Iterable[ModelTensor], choices: Mapping[str, "Choice"]) -> str:
-    """The recipe that a file is named after: the one asked for, or the type that most weights fell back to."""
+    """The recipe that a file is named after: the requested one, or the type that most weights fell back to."""
     weights: Counter[str] = Counter()
     for tensor in tensors:
         weights[choices[tensor.name].type] += tensor.source.numel
@@ -107,9 +107,15 @@ def label_of(quant: str, tensors: Iterable[ModelTensor], choices: Mapping[str, "
 def choose_types(
     tensors: tuple[ModelTensor, ...], role: str, quant: str, rules: tuple[TypeRule, ...] = ()
 ) -> dict[str, Choice]:
-    """A choice for each tensor by name. The first rule that matches a matrix wins over the recipe.
+    """The choice for each tensor, by name. The first rule that matches a matrix takes precedence over the recipe.
 
-    Raises SkyrunError listing the matrices whose rows a rule's type cannot hold.
+    Args:
+        tensors: in file order.
+        role: of the model.
+        quant: name of the recipe; empty keeps the types of the source.
+        rules: from the command line.
+
+    Raises one SkyrunError that lists the matrices whose rows a rule's type cannot hold.
     """
     recipe = find_recipe(quant) if quant else None
     matrices = [tensor for tensor in tensors if is_quantizable(tensor, role)]

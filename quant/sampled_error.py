@@ -1,4 +1,4 @@
-"""What a type costs in accuracy, measured on some rows of a tensor before anything is written."""
+"""Measure the error of a type on some rows of a tensor, before anything is written."""
 
 from collections.abc import Iterable
 
@@ -16,10 +16,15 @@ _RUNS = 8
 
 
 def noise_power(x: Tensor, decoded: Tensor, importance: Tensor | None) -> tuple[float, float]:
-    """Power of the error and of the signal in a layer's output, for inputs whose channels do not correlate.
+    """Power of the error and of the signal in a layer's output, assuming that input channels are not correlated.
 
-    x, decoded: float32 [rows, cols]; importance: mean square of each input channel [cols], ones when it is unknown.
-    Output i errs by sum_j (x - decoded)_ij * input_j, whose mean square is sum_j (x - decoded)_ij^2 * importance_j.
+    The error of output i is sum_j (x - decoded)_ij * input_j; its mean square is then the sum over j of
+    (x - decoded)_ij^2 * importance_j.
+
+    Args:
+        x: the weights, float32 [rows, cols].
+        decoded: the weights after quantization.
+        importance: the mean square of each input channel, [cols]; None stands for ones.
     """
     noise, signal = (part.square().sum(0, dtype=torch.float64) for part in (x - decoded, x))
     if importance is not None:
@@ -37,7 +42,7 @@ def sample_rows(source: SourceTensor) -> Tensor:
 
 
 def sampled_errors(tensor: ModelTensor, types: Iterable[str], importance: Tensor | None) -> dict[str, float]:
-    """Noise over signal in the output for each type. SkyrunError, naming the tensor, if it cannot be encoded."""
+    """Noise over signal in the output for each type. Raises SkyrunError, which names the tensor, if encoding fails."""
     x = sample_rows(tensor.source)
     errors = {}
     for type in types:

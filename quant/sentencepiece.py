@@ -1,4 +1,4 @@
-"""SentencePiece unigram models out of their own files."""
+"""Read SentencePiece unigram models from their own files."""
 
 import struct
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from typing import Any
 
 from skyrun.kernels.ggml_tokenizer import Unigram
 
-_NORMAL, _UNIGRAM = 1, 1  # the types of a piece and of a model that are not written down
+_NORMAL, _UNIGRAM = 1, 1  # the default types of a piece and of a model, which files leave out
 
 
 def parse(data: bytes) -> Unigram:
-    """A spiece.model: protocol buffers, of which four messages matter. ValueError if it is something else."""
+    """Parse a spiece.model, a protocol buffer of which four messages matter. Raises ValueError for anything else."""
     pieces, types = [], []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -35,7 +35,7 @@ def parse(data: bytes) -> Unigram:
 
 
 def _fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a message's fields: integers, or bytes."""
+    """The (number, value) of each field in a message; values are integers or bytes."""
     if not isinstance(data, bytes):
         raise ValueError("a number where a message was expected")
     at = 0

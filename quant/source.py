@@ -1,4 +1,4 @@
-"""A tensor that lies in a file of any format: where, and how to read rows of it."""
+"""A tensor in a file of any format: where it lies, and how its rows are read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ PLAIN = {
 
 READABLE = tuple(dict.fromkeys((*PLAIN, *FORMATS)))
 
-_BLOCK_SIDES = (128, 64, 32, 16, 256, 512)  # of scales per block, the usual one first
+_BLOCK_SIDES = (128, 64, 32, 16, 256, 512)  # rows or columns that a scale of a grid may be for, the usual number first
 
 Stamp = tuple[int, int, int]
 
 
 def stamp(file: Path) -> Stamp:
-    """What changes when a file is written again: its inode, size and time. SkyrunError if it has gone."""
+    """The inode, size and modification time of a file, to notice changes. Raises SkyrunError if the file is gone."""
     try:
         status = file.stat()
     except OSError as error:
@@ -40,11 +40,12 @@ def stamp(file: Path) -> Stamp:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor, not read yet.
+    """A tensor in a file; it is read on demand.
 
-    dtype: F32, F16, BF16, F8_E4M3, F8_E5M2, I8 or a type of GGUF such as Q8_0. offset: of its first byte in the file.
-    scale: what the stored numbers are multiplied by: one number, one per row, or a grid [rows, cols] of one per block.
-    parts: tensors of the same file whose rows follow each other in this one. transposed: rows are columns in the file.
+    dtype: F32, F16, BF16, F8_E4M3, F8_E5M2, I8 or a GGUF type such as Q8_0. offset: of its first byte in the file.
+    scale: what the stored values are multiplied by: a scalar, one value per row, or a grid [rows, cols] with one per
+    block. parts: tensors of the same file whose rows are concatenated in this one. transposed: whether rows are columns
+    in the file.
     """
 
     name: str
@@ -66,7 +67,7 @@ class SourceTensor:
 
     @property
     def rows(self) -> int:
-        """Rows of the tensor seen as a matrix; a vector or a scalar has one."""
+        """Rows of the tensor seen as a matrix; a vector and a scalar have one."""
         return self.numel // self.cols if self.cols else 0
 
     @property
@@ -82,7 +83,7 @@ class SourceTensor:
         return self.rows * self.row_bytes
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` as float32 [stop - start, cols]. SkyrunError if the file has gone or shrunk."""
+        """Read rows `start` to `stop` as float32 [stop - start, cols]. SkyrunError if the file is gone or too short."""
         stop = self.rows if stop is None else stop
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of {self.name}, which has {self.rows}")
@@ -99,13 +100,13 @@ class SourceTensor:
         return weights.mul_(self._scales(self.scale, start, stop))
 
     def is_stored_as(self, type: str) -> bool:
-        """Whether the file has the bytes that its rows have in a type of GGUF."""
+        """Whether the rows are already stored in a GGUF type, byte for byte."""
         if self.parts:
             return all(part.is_stored_as(type) for part in self.parts)
         return self.dtype == type and self.scale is None and not self.transposed
 
     def stored_rows(self, start: int, stop: int) -> memoryview:
-        """The bytes of rows in the file, of a tensor that is stored as it will be written."""
+        """The stored bytes of rows, for a tensor that is copied without encoding."""
         if self.parts:
             pieces = [part.stored_rows(first, last) for part, first, last in self._split(start, stop)]
             return memoryview(b"".join(pieces))
@@ -118,7 +119,7 @@ class SourceTensor:
         return data
 
     def _split(self, start: int, stop: int) -> "Iterator[tuple[SourceTensor, int, int]]":
-        """Which rows of which part make up rows `start` to `stop`; vectors are one row, end to end."""
+        """(part, first, last) of the rows that make up rows `start` to `stop`. Vectors are concatenated to one row."""
         before = 0
         for part in self.parts:
             if len(self.shape) == 1:
@@ -130,14 +131,14 @@ class SourceTensor:
             before += part.rows
 
     def _scales(self, scale: "SourceTensor", start: int, stop: int) -> Tensor:
-        """What rows are multiplied by, [stop - start, 1 or cols]."""
+        """The scales of rows `start` to `stop`, [stop - start, 1 or cols]."""
         blocks = scale_blocks(self, scale)
         assert blocks, f"{scale.name} was checked"
         grid = scale.read().view(blocks.rows, blocks.cols)[torch.arange(start, stop) // blocks.height]
         return grid if blocks.cols == 1 else grid.repeat_interleave(blocks.width, 1)[:, : self.cols]
 
     def as_json(self) -> dict[str, Any]:
-        """Enough for another process to read it."""
+        """The tensor as plain values, so that another process can read it."""
         place = {"file": str(self.file), "offset": self.offset, "transposed": self.transposed}
         place |= {"scale": self.scale.as_json() if self.scale else None}
         place |= {"parts": [part.as_json() for part in self.parts]}
@@ -151,7 +152,7 @@ class SourceTensor:
 
 
 class Blocks(NamedTuple):
-    """A grid of scales, and how many rows and columns of the weight each is for."""
+    """A grid of scales [rows, cols]. height, width: how many rows and columns of the weight each scale is for."""
 
     rows: int
     cols: int
@@ -160,9 +161,9 @@ class Blocks(NamedTuple):
 
 
 def scale_blocks(weight: SourceTensor, scale: SourceTensor) -> Blocks | None:
-    """How scales lie over a weight; None if they do not fit it."""
+    """The grid that scales form over a weight; None if they do not fit it."""
     sides = [*scale.shape]
-    while len(sides) > 2 and sides[-1] == 1:  # some keep an axis for the numbers of a block
+    while len(sides) > 2 and sides[-1] == 1:  # some programs keep an axis for the values of a block
         sides.pop()
     if scale.numel == 1:
         sides = [1, 1]
@@ -170,14 +171,14 @@ def scale_blocks(weight: SourceTensor, scale: SourceTensor) -> Blocks | None:
         sides = [sides[0], 1]
     if len(scale.shape) == 1 < scale.numel != weight.rows:
         return None
-    if len(sides) != 2 or sides[0] == 1 < sides[1] == weight.rows:  # a row of scales is a column
+    if len(sides) != 2 or sides[0] == 1 < sides[1] == weight.rows:  # one scale per row, stored as a row
         sides = [scale.numel, 1]
     height, width = _block_side(weight.rows, sides[0]), _block_side(weight.cols, sides[1])
     return Blocks(sides[0], sides[1], height, width) if height and width else None
 
 
 def _block_side(size: int, count: int) -> int:
-    """Rows or columns of a block of which `count` cover `size`, 0 if none do. The last block may be cut."""
+    """Rows or columns of a block if `count` blocks cover `size`, 0 if that is impossible. The last may be smaller."""
     if count in (1, size):
         return size // count
     usual = next((side for side in _BLOCK_SIDES if -(-size // side) == count), 0)

@@ -1,4 +1,4 @@
-"""A size instead of a recipe: the types that fit it with the least error."""
+"""Choose types by a target size instead of a recipe: those that fit it with the least error."""
 
 import re
 
@@ -12,7 +12,7 @@ _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "9GB", "8.5 GiB" or "900M". SkyrunError for anything else."""
+    """The number of bytes in "9GB", "8.5 GiB" or "900M". Raises SkyrunError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)B?", text.strip().upper())
     if not match:
         raise SkyrunError(f"{text!r} is not a size", "write it as 9GB, 8.5GiB or 900MB")
@@ -20,13 +20,13 @@ def parse_size(text: str) -> int:
 
 
 def size_text(nbytes: int) -> str:
-    """ "9GB", as file names and messages have it."""
+    """A size as in file names and messages, for example "9GB"."""
     unit = "G" if nbytes >= 10**9 else "M"
     return f"{nbytes / _UNITS[unit]:.4g}{unit}B"
 
 
 def candidates(tensor: ModelTensor) -> list[str]:
-    """The types that a matrix could have: all that hold its rows, and 16 bits, which stand for everything above."""
+    """The types that a matrix could have: all quantized types that can hold its rows, and one of 16 bits."""
     plain = tensor.source.dtype if tensor.source.dtype in ("F16", "BF16") else "BF16"
     blocks = [name for name in ENCODERS if block_format(name).block_size > 1]
     return [name for name in blocks if tensor.shape[-1] % block_format(name).block_size == 0] + [plain]
@@ -39,10 +39,16 @@ def fit(
     rest: int,
     target: int,
 ) -> dict[str, str]:
-    """The type of each matrix, by name, so that the file has at most `target` bytes and its errors add up to the least.
+    """The type of each matrix, by name, with which the file has at most `target` bytes and the least sum of errors.
 
-    sizes, errors: of a matrix's output, noise over signal; by name and type. A matrix counts in proportion to its
-    number of weights. rest: bytes of the file besides. SkyrunError says the smallest possible size.
+    Args:
+        sizes: bytes of each matrix, by name and type.
+        errors: noise over signal in each matrix's output, by name and type.
+        weights: how many weights each matrix has; its error counts in proportion to that.
+        rest: bytes of the file that are not matrices.
+        target: the most bytes that the file may have.
+
+    Raises SkyrunError, which names the smallest possible size, if that is above the target.
     """
     tables = [
         [Option(type, sizes[name][type], weights[name] * error) for type, error in row.items()]

@@ -1,4 +1,4 @@
-"""How many threads torch may use."""
+"""Limit the threads that torch uses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Encoders are small operations inside the cache: handing each to several threads takes longer than doing it."""
+    """Let torch use one thread. Encoders consist of small operations, which take longer if threads share them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,9 +1,9 @@
-"""The layout in which encoders search, and the memory they search in.
+"""The memory layout in which encoders search, and their buffers.
 
-Blocks lie side by side: a tile is [block_size, n], weight by weight along the first axis and block by block along the
-contiguous one. A sum or a maximum over a group of weights then adds whole rows of blocks, which vectorises, and each
-operation on a tile stays inside the cache. Arithmetic on groups touches far fewer numbers: done for a batch of tiles
-at a time, it does not drown in the cost of calls.
+Blocks lie side by side: a tile is [block_size, n], with a block's weights along the first axis and blocks along the
+contiguous one. A sum or a maximum over a group of weights then works on whole rows of blocks, which vectorises, and
+each operation on a tile stays in the cache. Operations on groups process far fewer values; they are done for a batch of
+tiles at a time, so that the cost of calls does not dominate.
 """
 
 import threading
@@ -13,31 +13,31 @@ from math import prod
 import torch
 from torch import Tensor
 
-_LANES = 32  # a tile of fewer blocks would take another code path of torch's kernels and round differently
-# Weights in a tile, tiles in a batch. On a CPU a tile, its codes and a scratch alike share the cache of a core;
-# elsewhere calls cost more than memory.
+_LANES = 32  # with fewer blocks, torch's kernels would take another code path and round differently
+# Weights in a tile, tiles in a batch. On a CPU a tile, its codes and a scratch buffer fit into the cache of a core; on
+# other devices calls cost more than memory.
 _CPU_TILE, _CPU_TILES = 384 * 256, 5
 _TILE, _TILES = 1 << 22, 1
 
 # (weights float32 [block_size, n], importance of the same shape or None, buffers) -> blocks uint8 [n, block_bytes]
 EncodeTile = Callable[[Tensor, Tensor | None, "Workspace"], Tensor]
-# (weights float32 [tiles, block_size, n], importance alike or None, buffers) -> blocks uint8 [tiles * n, block_bytes]
+# The same for a batch: weights float32 [tiles, block_size, n] -> blocks uint8 [tiles * n, block_bytes]
 EncodeBatch = Callable[[Tensor, Tensor | None, "Workspace"], Tensor]
 
 
 class Workspace:
-    """Buffers by name, made once per size: on a CPU, page faults of fresh memory cost more than the arithmetic."""
+    """Reusable buffers by name: on a CPU, page faults of newly allocated memory cost more than the arithmetic."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The buffer called `name`, holding whatever it held last."""
+        """The buffer called `name`, with whatever content it had before."""
         size = prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or len(buffer) < size:
-            with torch.inference_mode(False):  # usable in either mode later
+            with torch.inference_mode(False):  # so that it can be used in either mode
                 buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
         return buffer[:size].view(shape)
 
@@ -51,7 +51,7 @@ def _workspace(device: torch.device) -> Workspace:
 
 
 def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode: EncodeBatch) -> Tensor:
-    """Batches of up to `tiles` tiles of up to `tile` blocks, a multiple of 32. Tiles are filled up with zeros."""
+    """Encode batches of up to `tiles` tiles of up to `tile` blocks, a multiple of 32. Tiles are padded with zeros."""
     count, width = x.shape
     space = _workspace(x.device)
     columns = None if importance is None else importance.T.contiguous()
@@ -78,15 +78,19 @@ def _encode(x: Tensor, importance: Tensor | None, tile: int, tiles: int, encode:
 def in_batches(x: Tensor, importance: Tensor | None, encode: EncodeBatch) -> Tensor:
     """Encode blocks, a batch of tiles at a time: float32 [n, block_size] -> uint8 [n, block_bytes].
 
-    importance: float32 [k, block_size]; block i has that of row i % k. Bytes do not depend on how the blocks are
-    divided.
+    The bytes do not depend on how the blocks are divided into tiles.
+
+    Args:
+        x: the blocks.
+        importance: float32 [k, block_size]; block i has the importance of row i % k.
+        encode: encodes a batch.
     """
     weights, tiles = (_CPU_TILE, _CPU_TILES) if x.device.type == "cpu" else (_TILE, _TILES)
     return _encode(x, importance, weights // x.shape[1], tiles, encode)
 
 
 def in_tiles(x: Tensor, importance: Tensor | None, tile: int, encode: EncodeTile) -> Tensor:
-    """As in_batches, a tile of up to `tile` blocks, a multiple of 32, at a time."""
+    """As in_batches, but one tile of up to `tile` blocks, a multiple of 32, at a time."""
 
     def single(batch: Tensor, weights: Tensor | None, space: Workspace) -> Tensor:
         return encode(batch[0], None if weights is None else weights[0], space)

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a text encoder, as the text of a tokenizer.json: inside its file, or beside it."""
+"""Find the tokenizer of a text encoder inside its file or beside it, and convert it to the text of a tokenizer.json."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,15 +12,20 @@ from skyrun.quant import sentencepiece
 from skyrun.quant.checkpoint import Part, folders
 
 _JSON, _SENTENCEPIECE = "tokenizer.json", "spiece.model"
-_TENSOR = "spiece_model"  # ComfyUI keeps the bytes of a spiece.model as a tensor
+_TENSOR = "spiece_model"  # ComfyUI stores the bytes of a spiece.model as a tensor
 _HINT = "download it again"
 _PLACES = (".", "tokenizer", "google/umt5-xxl")
 
 
 def tokenizer_keys(source: Path, part: Part, rows: int) -> dict[str, Any]:
-    """What a text encoder's file says of its tokenizer: its JSON, and the arrays that other programs read.
+    """The tokenizer's metadata for a text encoder's file: its JSON, and the arrays that other programs read.
 
-    rows: of the embedding. SkyrunError if there is no tokenizer, or one that cannot be used.
+    Args:
+        source: the checkpoint.
+        part: the text encoder.
+        rows: how many rows its embedding has.
+
+    Raises SkyrunError if there is no tokenizer, or if it cannot be used.
     """
     where, read = _place(source, part, rows)
     with guarded(where, _HINT):
@@ -31,7 +36,7 @@ def tokenizer_keys(source: Path, part: Part, rows: int) -> dict[str, Any]:
 
 
 def _place(source: Path, part: Part, rows: int) -> tuple[str, Callable[[], str]]:
-    """What to call it, and how to read it. A tokenizer.json is the authority; other forms are put into its words."""
+    """How messages name the tokenizer, and a function that reads it as JSON. Other formats are converted to JSON."""
     gguf = part.gguf
     if gguf and has_tokenizer(gguf):
         inside = gguf.metadata.get(JSON_KEY)

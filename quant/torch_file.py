@@ -1,7 +1,7 @@
-"""Where the tensors of a `.pth` file lie, found without torch and without building one object of its choice.
+"""Find where the tensors of a `.pth` file lie, without torch and without running any code from the file.
 
-The pickle in the file is read by Python's own unpickler, which here knows a handful of names and stands them in for by
-records of shapes and places. Its opcodes are looked through first, and every place is checked against the zip file's
+The pickle in the file is read by Python's unpickler, which is restricted to a few names; these create records of shapes
+and offsets instead of tensors. The opcodes are checked first, and every offset is checked against the zip file's
 directory.
 """
 
@@ -21,8 +21,8 @@ from skyrun.kernels.file_kind import kind_of
 from skyrun.kernels.names import brief
 from skyrun.quant.source import SourceTensor
 
-# torch's names of storages and dtypes, what they are called here, and bytes per number. int8 keeps torch's name: no
-# program writes the scales that it would need into such files.
+# torch's dtypes -> the names that are used here, and bytes per value. int8 keeps torch's name, which cannot be read: it
+# needs scales, and no program writes scales to such files.
 _DTYPES = {
     "float32": ("F32", 4),
     "float16": ("F16", 2),
@@ -43,21 +43,21 @@ _STORAGES |= {
     "Double": "float64",
     "Untyped": "uint8",
 }
-# Of what trainers wrap around a state dict, the averaged weights first: those are meant for use.
+# Keys that trainers wrap around a state dict. Averaged weights come first: they are the ones to use.
 _WRAPPERS = (
     *("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "generator_ema", "params_ema"),
     *("state_dict", "model", "module", "model_state", "model_state_dict", "generator", "params", "net", "network"),
     *("dit", "weights"),
 )
-_MOST_WRAPPERS = 4  # a dictionary may hold itself
+_MOST_WRAPPERS = 4  # nested ones that are searched; a dictionary may contain itself
 _MOST_AXES, _LARGEST = 16, 1 << 48
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
-_MOST_OBJECTS = 8 << 20  # bytes of the pickle: names and shapes, no weights
+_MOST_OBJECTS = 8 << 20  # bytes of the pickle, which has names and shapes but no weights
 
 
-# Tuples: the pickle may ask to change what it made, and these cannot be changed.
+# Tuples, because a pickle can change the objects that it creates, and tuples cannot be changed.
 class _Storage(NamedTuple):
-    """Where the numbers of tensors lie. dtype: torch's name."""
+    """Where the values of tensors lie. dtype: torch's name."""
 
     dtype: str
     offset: int
@@ -65,7 +65,7 @@ class _Storage(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A tensor of the pickle. layout: torch's name for one that is no plain run of numbers."""
+    """A tensor of the pickle. skipped: values before it in the storage. layout: torch's name if it is not dense."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,11 +76,11 @@ class _Stored(NamedTuple):
 
 
 class _Refused(Exception):
-    """A name that the pickle wants and that is not one of a state dict."""
+    """The pickle uses a name that does not belong in a state dict."""
 
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of a state dict. SkyrunError if it is damaged, of torch before 1.6, or holds more than tensors."""
+    """The tensors of a state dict. SkyrunError if it is damaged, older than torch 1.6, or holds more than tensors."""
     objects, storages = _open(path)
     try:
         _check_opcodes(objects)
@@ -90,20 +90,20 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
             f"{path} holds more than tensors, and skyrun runs no code from files: it wants {error}",
             "get the model as .safetensors, or save only its state_dict()",
         ) from error
-    except Exception as error:  # the unpickler meets whatever a damaged file makes of its stack
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         raise SkyrunError(f"{path} is damaged: {error}", "download it again") from error
     return _located(path, _state_dict(path, loaded))
 
 
 def _check_opcodes(objects: bytes) -> None:
-    """ValueError for a place in the unpickler's memory far beyond what was put there: it would be allocated."""
+    """Raise ValueError for a memo index that is larger than the number of opcodes: it would allocate memory."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(objects), 1):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > count):
             raise ValueError(f"object number {argument} after {count} opcodes")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors, their dtypes and dictionaries. Nothing it makes is larger than what the pickle spells out."""
+    """Knows tensors, their dtypes and dictionaries only. No object that it creates is larger than its pickle."""
 
     def __init__(self, objects: bytes, storages: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(BytesIO(objects), encoding="utf-8")
@@ -127,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(storage: _Storage, skipped: int, shape: Any, strides: Any, *more: Any) -> _Stored:
-    """Stands for torch's _rebuild_tensor_v2 and _v3, of which the latter says a dtype last."""
+    """Replaces torch's _rebuild_tensor_v2 and _v3; the latter has a dtype as its last argument."""
     dtype = more[2] if len(more) > 2 and isinstance(more[2], str) else storage.dtype
     sides, steps = tuple(map(int, shape)), tuple(map(int, strides))
     known = isinstance(storage, _Storage) and dtype in _DTYPES and len(sides) == len(steps) <= _MOST_AXES
@@ -152,7 +152,7 @@ _REBUILDERS = {
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, _Stored]:
-    """The tensors by name, out of the dictionaries that trainers wrap around them."""
+    """The tensors by name, without the dictionaries that trainers wrap around them."""
     if tensors := _unwrapped(loaded, _MOST_WRAPPERS):
         return tensors
     raise SkyrunError(f"{path} holds no tensors by name", "expected a state_dict saved by torch.save")
@@ -171,7 +171,7 @@ def _located(path: Path, tensors: dict[str, _Stored]) -> dict[str, SourceTensor]
     for name, tensor in tensors.items():
         dtype, width = _DTYPES[tensor.dtype]
         if tensor.storage is None:
-            problems.append(f"{name} in {path.name} is {tensor.layout}, expected plain numbers")
+            problems.append(f"{name} in {path.name} is {tensor.layout}, expected a dense tensor")
             continue
         needed = width * (tensor.skipped + prod(tensor.shape))
         if not _contiguous(tensor):
@@ -188,7 +188,7 @@ def _located(path: Path, tensors: dict[str, _Stored]) -> dict[str, SourceTensor]
 
 
 def _contiguous(tensor: _Stored) -> bool:
-    """Whether numbers follow each other in the order of the axes, as they do of an empty tensor."""
+    """Whether values follow each other in the order of the axes; true for an empty tensor."""
     step = 1
     for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
         if side != 1 and stride != step:
@@ -198,9 +198,9 @@ def _contiguous(tensor: _Stored) -> bool:
 
 
 def _open(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The pickle, and where the data of each storage begins with its bytes.
+    """The pickle, and the (offset, bytes) of each storage by its key.
 
-    SkyrunError for anything but torch's kind of zip file.
+    Raises SkyrunError for anything but a zip file of torch.save.
     """
     try:
         with open(path, "rb") as file:
@@ -208,12 +208,12 @@ def _open(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
                 kind = kind_of(path)
                 what = kind.what if kind else "it was not saved by torch 1.6 or newer, or is something else"
                 hint = kind.hint if kind else "get the model as .safetensors, or save it again with a newer torch"
-                raise SkyrunError(f"{path} is no zip file: {what}", hint)
+                raise SkyrunError(f"{path} is not a zip file: {what}", hint)
             with zipfile.ZipFile(file) as archive:
                 places = _places(path, file, archive)
                 pickles = [name for name in places if name.endswith("data.pkl")]
                 if len(pickles) != 1:
-                    raise SkyrunError(f"{path} is no file of torch.save", "expected weights saved by torch.save")
+                    raise SkyrunError(f"{path} is not a file of torch.save", "expected weights saved by torch.save")
                 (name,) = pickles
                 start, nbytes = places[name]
                 if nbytes > _MOST_OBJECTS:
@@ -236,7 +236,7 @@ def _read(file: BinaryIO, place: tuple[int, int]) -> bytes:
 
 
 def _places(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
-    """Where the contents of each file of an archive begin, and their bytes."""
+    """The (offset, bytes) of the contents of each file in an archive."""
     infos = archive.infolist()
     if packed := [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]:
         raise SkyrunError(f"{path} is compressed ({packed[0]}), which torch never does", "get it from its publisher")

@@ -1,8 +1,8 @@
-"""Encode pieces of tensors into a file, here or in processes of their own.
+"""Encode pieces of tensors into a file, in this process or in worker processes.
 
-Encoders are many small operations: threads would wait for Python's lock in each of them, processes do not. A worker is
-this module run by the same interpreter; it gets pieces as lines of JSON, writes their bytes into the file, and answers
-with a line each.
+Encoders consist of many small operations: threads would wait for the GIL in each of them, processes do not. A worker is
+this module run by the same interpreter. It reads pieces as lines of JSON, writes their bytes to the file, and answers
+each with a line.
 """
 
 import base64
@@ -28,14 +28,14 @@ from skyrun.quant.encode import quantize
 from skyrun.quant.source import SourceTensor
 from skyrun.quant.threads import one_thread
 
-_PIECE_WEIGHTS = 1 << 22  # encoded at a time; bounds the memory of a worker together with the encoder's buffers
-_MAX_WORKERS = 4  # each holds an interpreter with torch, about 250 MiB
-_WORTH_A_WORKER = 1 << 26  # weights: less is encoded before a worker has started
+_PIECE_WEIGHTS = 1 << 22  # that are encoded at a time; limits the memory of a worker
+_MAX_WORKERS = 4  # each is an interpreter with torch, about 250 MiB
+_WORTH_A_WORKER = 1 << 26  # weights; fewer are encoded before a worker has started
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows start to stop of a tensor, and where in which file their bytes go."""
+    """Rows `start` to `stop` of a tensor, and the output file and offset that their bytes are written to."""
 
     source: SourceTensor
     start: int
@@ -64,7 +64,7 @@ class Piece:
 def pieces(
     source: SourceTensor, type: str, importance: Tensor | None, path: Path, offset: int, device: str
 ) -> list[Piece]:
-    """A tensor in pieces of whole rows."""
+    """Split a tensor into pieces of whole rows. path, offset: where it is written. The rest is as in Piece."""
     row_bytes = block_format(type).row_bytes(source.cols)
     step = max(1, _PIECE_WEIGHTS // source.cols)
     return [
@@ -74,12 +74,12 @@ def pieces(
 
 
 def encode_piece(piece: Piece) -> None:
-    """Read, encode and write one piece. SkyrunError names the tensor."""
+    """Read, encode and write one piece. A SkyrunError names the tensor."""
     source = piece.source
     try:
         weights = source.read(piece.start, piece.stop).to(piece.device)
         importance = None if piece.importance is None else piece.importance.to(piece.device)
-        if source.is_stored_as(piece.type):  # encoding it again could only lose
+        if source.is_stored_as(piece.type):  # copied: encoding it again could only lose accuracy
             _check_finite(weights)
             encoded = source.stored_rows(piece.start, piece.stop)
         else:
@@ -105,10 +105,10 @@ def _check_finite(weights: Tensor) -> None:
 
 
 class _Process:
-    """A worker, and the pipe to it."""
+    """A worker process and the pipes to it."""
 
     def __init__(self) -> None:
-        # It imports what this process imports, whatever the current folder holds.
+        # It imports the same modules as this process, whatever the current folder contains.
         package = Path(sys.modules["skyrun"].__path__[0]).parent
         paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), *filter(None, sys.path)])}
         command = [sys.executable, "-P", "-m", "skyrun.quant.worker"]
@@ -119,7 +119,7 @@ class _Process:
             text=True,
             encoding="utf-8",
             env=paths,
-            start_new_session=True,  # Ctrl-C goes to this process alone, which decides
+            start_new_session=True,  # so that Ctrl-C interrupts this process only, which then decides
         )
 
     def encode(self, piece: Piece) -> None:
@@ -131,7 +131,7 @@ class _Process:
         except OSError:
             answer = ""
         if not answer:
-            hint = "what it said is above; run the same command again to go on from the last finished tensor"
+            hint = "its output is above; run the same command again to go on from the last finished tensor"
             raise SkyrunError(f"an encoding process ended with code {self._process.wait()}", hint, FAILED)
         failure = json.loads(answer)
         if failure:
@@ -143,7 +143,7 @@ class _Process:
 
 
 class Workers:
-    """Encodes pieces, several at a time if there is enough to do to pay for starting processes."""
+    """Encodes pieces, with worker processes if there is enough work to make up for starting them."""
 
     def __init__(self, weights: int, device: str, count: int | None = None) -> None:
         if count is None:
@@ -167,7 +167,7 @@ class Workers:
         self._threads.shutdown()
 
     def encode(self, pieces: list[Piece]) -> Iterator[Piece]:
-        """Yields each piece when it is written, in whatever order that happens."""
+        """Encode pieces and yield each when it has been written, in any order."""
         if not self._processes:
             for piece in pieces:
                 with one_thread():
@@ -188,7 +188,7 @@ class Workers:
 
 
 def _serve() -> None:
-    """Encode the pieces that come on stdin until it closes."""
+    """Encode pieces from stdin until it closes."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         failure = None
@@ -198,7 +198,7 @@ def _serve() -> None:
             failure = {"message": error.message, "hint": error.hint, "code": error.code}
         try:
             print(json.dumps(failure), flush=True)
-        except OSError:  # whoever asked has been killed; flushing again at exit would fail too
+        except OSError:  # the parent process was killed; flushing again at exit would fail too
             os._exit(1)
 
 

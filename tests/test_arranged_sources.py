@@ -355,7 +355,7 @@ def test_the_class_in_the_config_decides(checkpoint, tmp_path, name, task, pipel
     file = conversion.files[0]
     assert file.task == task
     assert ("R2V" in file.path.name) == (task == "r2v")
-    said = [note for note in conversion.notes if "no class of SkyReels-V3" in note]
+    said = [note for note in conversion.notes if "not a class of SkyReels-V3" in note]
     assert bool(said) == (not task) and all(name in note for note in said)
 
 

@@ -63,7 +63,7 @@ def test_features_are_the_same_in_parts(goldens, encoder, monkeypatch):
     assert whole.shape == (32, golden.notes["conv_frames"])
     assert encoder.shortest == 400
     for kept in (1, 7, 50):
-        monkeypatch.setattr(wav2vec2, "_KEPT", kept)
+        monkeypatch.setattr(wav2vec2, "_CHUNK", kept)
         assert worst(encoder.features(wave), whole) < 1e-5
 
 

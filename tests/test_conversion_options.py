@@ -218,7 +218,7 @@ def test_people_are_told_what_would_surprise_them(checkpoint, converted, tmp_pat
     source = transformer(converted("Q4_K"))
     notes = plan_conversion(source, tmp_path, Settings("Q8_0")).notes
     assert any("is itself Q4_K: errors are counted from there" in note for note in notes)
-    assert any("other.gguf.partial is left of another conversion" in note for note in notes)
+    assert any("other.gguf.partial is left from another conversion" in note for note in notes)
     convert(source, tmp_path, "Q8_0")
     notes = plan_conversion(source, tmp_path, Settings("Q8_0")).notes
     assert any("is there already and will be replaced" in note for note in notes)

@@ -194,7 +194,7 @@ def test_a_bad_checkpoint_leaves_what_was_there(copy, tmp_path, change, message)
 
 def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(SkyrunError, match="is no checkpoint: it holds holiday.jpg"):
+    with pytest.raises(SkyrunError, match="is not a checkpoint: it holds holiday.jpg"):
         convert(tmp_path, tmp_path / "out")
     with pytest.raises(SkyrunError, match="does not exist"):
         convert(tmp_path / "none", tmp_path / "out")

@@ -97,9 +97,9 @@ DAMAGES = {
     "tensor twice": (twice, f"patch_embedding.bias is in both {SHARD_1} and {SHARD_2}", "download"),
     "cut shard": (cut(SHARD_2), f"{SHARD_2} is not a usable safetensors file", "download"),
     "cut zip": (cut(T5), f"{T5} is damaged", "download"),
-    "empty zip": (cut(T5, 0), f"{T5} is no zip file", "safetensors"),
+    "empty zip": (cut(T5, 0), f"{T5} is not a zip file", "safetensors"),
     "compressed zip": (compressed, f"{T5} is compressed", "publisher"),
-    "old torch": (legacy, f"{T5} is no zip file: it was not saved by torch 1.6", "newer torch"),
+    "old torch": (legacy, f"{T5} is not a zip file: it was not saved by torch 1.6", "newer torch"),
     "no dictionary": (lambda f: torch.save([torch.zeros(3)], f / T5), f"{T5} holds no tensors by name", "state_dict"),
     "transposed": (transposed, "attn.q.weight in .* is stored with strides .1, 128., not row after row", "contiguous"),
     "sparse": (tensors(T5, norm__weight=torch.eye(2).to_sparse()), "norm.weight in .* is torch.sparse_coo", "again"),
@@ -190,7 +190,7 @@ def test_a_malicious_pickle_is_not_executed(a2v, tmp_path):
         with pytest.raises(SkyrunError, match="holds more than tensors, and skyrun runs no code from files"):
             find_families(a2v)
     (a2v / T5).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
-    with pytest.raises(SkyrunError, match="is no zip file"):
+    with pytest.raises(SkyrunError, match="is not a zip file"):
         find_families(a2v)
     assert not (tmp_path / "owned").exists()
 
@@ -296,7 +296,7 @@ def test_what_is_not_there(tmp_path):
         find_families(tmp_path / "none")
     assert error.value.code == MODEL_MISSING
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(SkyrunError, match="is no file of tensors"):
+    with pytest.raises(SkyrunError, match="is not a file of tensors"):
         find_families(tmp_path / "notes.txt")
-    with pytest.raises(SkyrunError, match="is no checkpoint: it holds notes.txt"):
+    with pytest.raises(SkyrunError, match="is not a checkpoint: it holds notes.txt"):
         find_families(tmp_path)

@@ -313,7 +313,7 @@ KINDS = {
     "7-Zip": (b"7z\xbc\xaf\x27\x1c" + bytes(99), "is packed with 7-Zip", "unpack"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file", ".safetensors"),
     "an old pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "torch 1.6", "newer torch"),
-    "nothing": (b"", "is empty|is no zip file: it is empty|0 bytes|4 bytes", ""),
+    "nothing": (b"", "is empty|is not a zip file: it is empty|0 bytes|4 bytes", ""),
     "zeros": (bytes(4096), "begins with zeros", "not finished"),
 }
 

@@ -191,7 +191,7 @@ ONE = struct.pack("<i", 1)
 # fmt: off
 LIES = [
     (lambda _: b"", "4 bytes expected at 0, the file has 0"),
-    (lambda _: b"PK\x03\x04" + bytes(100), "no GGUF, and as the older format it would have 67324752 weights"),
+    (lambda _: b"PK\x03\x04" + bytes(100), "not GGUF, and as the older format it would have 67324752 weights"),
     (lambda _: struct.pack("<i", -1) + bytes(100), "would have -1 weights"),
     (lambda _: ONE + struct.pack("<i", 1 << 30) + bytes(100), "a name of 1073741824 bytes, expected 1 to 1024"),
     (lambda _: ONE + struct.pack("<i", 0) + bytes(100), "a name of 0 bytes"),
@@ -239,7 +239,7 @@ def test_a_list_of_clips_that_is_none(tmp_path, value):
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    with pytest.raises(SkyrunError, match="are no list of texts"):
+    with pytest.raises(SkyrunError, match="are not a list of texts"):
         read_importance(tmp_path / "x.gguf")
 
 

@@ -44,7 +44,7 @@ BAD_MODELS = {
     "odd_vae": damaged("*.safetensors", renamed(b"decoder.upsamples.3.", b"decoder.upsamples.x.")),
     "hole_in_text": damaged("umt5*", renamed(b"blk.1.ffn_down", b"blk.1.ffn_dawn")),
     "odd_text": damaged("umt5*", renamed(b"enc.blk.1.attn_q.weight", b"enc.blk.y.attn_q.weight")),
-    "no_tokenizer": damaged("umt5*", renamed(b"tokenizer.huggingface", b"tokenizer.hugginghand")),
+    "no_tokenizer": damaged("umt5*", lambda content: content.replace(b"tokenizer.", b"tokenizes.")),
 }
 
 
@@ -154,8 +154,8 @@ MISTAKES = [
     ([*INPUTS, "--model", "{no_tokenizer}"], BAD_INPUT, "has no tokenizer inside", "skyrun convert"),
     # conversion
     (["convert", "nowhere", "-o", "x"], MODEL_MISSING, "nowhere does not exist", ""),
-    (["convert", "{empty}", "-o", "x"], BAD_INPUT, "is no checkpoint: it holds nothing", "SkyReels-V3"),
-    (["convert", "{picture}", "-o", "x"], BAD_INPUT, "is no file of tensors", "checkpoint folder"),
+    (["convert", "{empty}", "-o", "x"], BAD_INPUT, "is not a checkpoint: it holds nothing", "SkyReels-V3"),
+    (["convert", "{picture}", "-o", "x"], BAD_INPUT, "is not a file of tensors", "checkpoint folder"),
     (["convert", "{holes}", "-o", "x"], BAD_INPUT, "(?s)to_q.weight is missing.*\\[3\\], expected \\[64\\]", "again"),
     (["convert", "{bad_tokenizer}", "-o", "x"], BAD_INPUT, "tokenizer.json is not a tokenizer", "download it again"),
     (["convert", "{bad_index}", "-o", "x"], BAD_INPUT, "has no weight_map of tensors to files", "download it again"),

@@ -324,5 +324,5 @@ def test_what_is_odd_about_an_input_is_said_with_the_plan(converted, tmp_path, c
     assert main([*command, "--device", "cpu", "--size", "32x48", "--dry-run", "--json"]) == 0
     said = capsys.readouterr()
     plan = json.loads(said.out.splitlines()[-1])
-    assert [notice in said.err for notice in plan["notices"]] == [True]
+    assert all(notice in said.err for notice in plan["notices"])
     assert "a.mp4: it is HDR (HLG)" in plan["notices"][0]

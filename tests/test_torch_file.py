@@ -150,7 +150,7 @@ def test_hostile_files_take_no_memory(tmp_path):
 def test_other_archives(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as out:
         out.writestr("notes.txt", "hello")
-    with pytest.raises(SkyrunError, match="is no file of torch.save"):
+    with pytest.raises(SkyrunError, match="is not a file of torch.save"):
         read_torch_file(tmp_path / "x.pth")
     path = archive(tmp_path / "x.pth", tensor((2,), (1,)), bytes(16))
     with zipfile.ZipFile(path, "a") as out:

@@ -1,1 +1,1 @@
-"""The networks as functions over weights that pass by."""
+"""The networks, as functions of activations and of weights that are streamed block by block."""

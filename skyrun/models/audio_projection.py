@@ -1,4 +1,4 @@
-"""Features of speech to the tokens that the talking-avatar transformer attends to, a set for every latent frame."""
+"""Project speech features to the audio tokens that the talking-avatar transformer attends to, for each latent frame."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch.nn import functional as F
 
 from skyrun.streaming.weights import Weights
 
-_GROUP = 4  # frames of a latent frame, after the first
+_GROUP = 4  # frames per latent frame, after the first
 _EPS = 1e-5
 
 
 def windows(features: Tensor, first: int, count: int, width: int = 5) -> Tensor:
-    """Features [T, layers, channels] around `count` frames from `first` on -> [count, width, layers, channels].
+    """A window of features around each of `count` frames, the first at `first` -> [count, width, layers, channels].
 
-    Frames beyond either end are the first or the last.
+    features: [T, layers, channels]; its first and last frame are repeated beyond the ends.
     """
     offsets = torch.arange(width) - width // 2
     frames = torch.arange(first, first + count).unsqueeze(1) + offsets
@@ -21,10 +21,10 @@ def windows(features: Tensor, first: int, count: int, width: int = 5) -> Tensor:
 
 
 def later_slots(windows: Tensor) -> Tensor:
-    """Windows of the frames after the first [4 n, width, ...] -> [n, 2 (width // 2 + 1) + 2, ...].
+    """Join the windows of each latent frame after the first: [4 n, width, ...] -> [n, 2 (width // 2 + 1) + 2, ...].
 
-    Of the first of four frames the window up to its middle, of the last the window from its middle on, of those
-    between the middle alone.
+    Of the four windows of a latent frame, the first contributes its first half up to the middle, the last its second
+    half from the middle on, and those in between their middle only.
     """
     middle = windows.shape[1] // 2
     first, *between, last = windows.unflatten(0, (-1, _GROUP)).unbind(1)

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP: a picture in, a token for each of its patches and one for all of it out.
+"""The vision tower of CLIP: encodes an image to one token for each of its patches and one for the whole image.
 
 Blocks are streamed. Weights have the names of GGUF's clip architecture.
 """
@@ -25,13 +25,13 @@ _OUTER = ("v.class_embd", "v.patch_embd.weight", "v.position_embd.weight", "v.pr
 _USED = replace(
     CLIP_VISION, rows=tuple(row for row in CLIP_VISION.rows if row.name() in _OUTER or row.name().startswith(_BLOCK))
 )
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained on
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
 
 
 class CLIPVision:
-    """An image encoder file, opened: its sizes, and where its blocks lie."""
+    """An image encoder: the sizes and the block layout of its file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -45,17 +45,17 @@ class CLIPVision:
         self._side: int = isqrt(positions - 1) * self._patch
         if not self._heads or self.dim % self._heads:
             raise SkyrunError(f"{file.path} is {self.dim} wide with {self._heads} heads", _CONVERT)
-        # The last block is not used: the model was trained with the tokens that enter it.
+        # The last block is not used: the transformer was trained with the tokens before it.
         self._blocks = lay_out_blocks(file.path, file.tensors, _BLOCK)[:-1]
 
     @property
     def layers(self) -> int:
-        """Blocks that are run."""
+        """How many blocks are run."""
         return len(self._blocks)
 
     @property
     def tokens(self) -> int:
-        """Of a picture."""
+        """How many tokens an image has."""
         return 1 + (self._side // self._patch) ** 2
 
     @property
@@ -64,7 +64,7 @@ class CLIPVision:
         return max(block.nbytes for block in self._blocks)
 
     def check(self) -> None:
-        """SkyrunError if a tensor that is used is missing or does not fit the others."""
+        """Raise SkyrunError if a tensor that is used is missing or does not fit the others."""
         shapes = {name: info.shape for name, info in self.file.tensors.items()}
         hint = "convert or download the image encoder again"
         check_tensors(self.file.path, _USED, shapes, hint, self.layers, dim=self.dim)
@@ -73,15 +73,13 @@ class CLIPVision:
         """A stream for one pass over the blocks that are used."""
         return BlockStream(self.file.path, self._blocks, device)
 
-    def encode(self, picture: Tensor, stream: BlockStream, device: torch.device) -> Generator[Event, None, Tensor]:
-        """A picture [3, H, W] in [-1, 1] -> float32 [1 + patches, dim]. Yields an event after every block.
+    def encode(self, image: Tensor, stream: BlockStream, device: torch.device) -> Generator[Event, None, Tensor]:
+        """Encode an image [3, H, W] in [-1, 1] -> float32 [1 + patches, dim]. Yields an event after every block.
 
-        Always float32: it runs once for a window.
+        Computes in float32: it runs only once per window.
         """
         outer = load_weights(self.file, {name: self.file.tensors[name] for name in _OUTER}, device)
-        patches = (
-            self._pixels(picture.to(device)).unfold(1, self._patch, self._patch).unfold(2, self._patch, self._patch)
-        )
+        patches = self._pixels(image.to(device)).unfold(1, self._patch, self._patch).unfold(2, self._patch, self._patch)
         patches = patches.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
         x = F.linear(patches, outer.dense("v.patch_embd.weight").flatten(1))
         x = torch.cat((outer.dense("v.class_embd").view(1, -1), x)) + outer.dense("v.position_embd.weight")
@@ -91,11 +89,11 @@ class CLIPVision:
             yield clock.done()
         return x
 
-    def _pixels(self, picture: Tensor) -> Tensor:
-        """The picture stretched to the tower's size, as CLIP wants its colours: [3, side, side]."""
+    def _pixels(self, image: Tensor) -> Tensor:
+        """The image resized to the tower's resolution, with CLIP's normalisation: [3, side, side]."""
         size = (self._side, self._side)
-        scaled = F.interpolate(picture.float().unsqueeze(0), size, mode="bicubic", align_corners=False).squeeze(0)
-        mean, std = (torch.tensor(values, device=picture.device).view(3, 1, 1) for values in (_MEAN, _STD))
+        scaled = F.interpolate(image.float().unsqueeze(0), size, mode="bicubic", align_corners=False).squeeze(0)
+        mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (_MEAN, _STD))
         return (scaled * 0.5 + 0.5 - mean) / std
 
 

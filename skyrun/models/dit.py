@@ -1,6 +1,6 @@
-"""The Wan diffusion transformer: noisy latents, timesteps and what to show in, the velocity out.
+"""The Wan diffusion transformer: predicts the velocity from noisy latents, timesteps and context.
 
-Weights have original Wan names. A block is a function of activations and of the weights that pass by.
+Weights have original Wan names. A block is a function of activations and of streamed weights.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -23,18 +23,18 @@ from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.weights import Weights, load_weights
 
-_IMAGE_EPS = 1e-5  # of the norms around the projection of pictures
+_IMAGE_EPS = 1e-5  # of the norms around the image projection
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
-TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, its projection [6, D] for the blocks
+TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, and its projection [6, D] for the blocks
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the tokens of a clip attend to besides each other, on the device.
+    """What the tokens of a clip attend to by cross-attention, on the device.
 
-    text [512, D]. image: tokens of a picture [257, D]. audio: of speech [F, n, audio_dim]; those of a latent frame are
-    seen by that frame only.
+    text: [512, D]. image: tokens of an image [257, D]. audio: tokens of speech [F, n, audio_dim]; each latent frame
+    attends to its own only.
     """
 
     text: Tensor
@@ -44,17 +44,17 @@ class Context:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that pass through a block together. They share a timestep."""
+    """A range of tokens that pass through a block together and share a timestep."""
 
     rows: slice
     time: TimeEmbedding
 
 
 class DiT:
-    """What of a transformer stays in memory: everything but the blocks.
+    """The part of a transformer that stays in memory: all weights outside of its blocks.
 
-    rows: tokens that go through a block at a time; None takes all at once. parked: between blocks, tokens are on the
-    host.
+    rows: how many tokens pass through a block at a time; None stands for all. parked: whether tokens wait on the host
+    between blocks.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class DiT:
         self._outer = load_weights(file, outer, device)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Text embedding float32 [n, text_dim], n <= 512 -> context [512, D].
+        """Project a text embedding float32 [n, text_dim], n <= 512 -> context [512, D].
 
-        Rows after the text are zeros, not masked: the model was trained to attend to what the layers make of them.
+        It is padded by zeros, which are not masked: the model was trained to attend to their projections.
         """
         text = F.pad(text.to(self.device, self.dtype), (0, 0, 0, TEXT_LENGTH - len(text)))
         hidden = F.gelu(self._outer.linear("text_embedding.0", text), approximate="tanh")
         return self._outer.linear("text_embedding.2", hidden)
 
     def embed_image(self, tokens: Tensor) -> Tensor:
-        """Tokens of a picture [n, image_dim] -> context [n, D]."""
+        """Project tokens of an image [n, image_dim] -> context [n, D]."""
 
         def norm(name: str, x: Tensor) -> Tensor:
             weight, bias = self._outer.dense(f"{name}.weight"), self._outer.dense(f"{name}.bias")
@@ -96,27 +96,32 @@ class DiT:
         return norm("img_emb.proj.4", self._outer.linear("img_emb.proj.3", hidden))
 
     def embed_audio(self, windows: Tensor) -> Tensor:
-        """Features of speech around each frame [1 + 4 (F - 1), window, layers, channels] -> [F, n, audio_dim]."""
+        """Project windows of speech features [1 + 4 (F - 1), window, layers, channels] -> [F, n, audio_dim]."""
         return project_audio(self._outer, windows.to(self.device, self.dtype), self.dims.context_tokens)
 
     def embed_times(self, timesteps: Sequence[float]) -> list[TimeEmbedding]:
-        """An embedding per timestep, all at once: the projection is the largest matrix outside the blocks."""
+        """One embedding per timestep, all in one call: the projection is the largest matrix outside of the blocks."""
         waves = sinusoid(torch.tensor(timesteps, dtype=torch.float32, device=self.device), self.dims.freq_dim)
         times = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", waves)))
         projections = self._outer.linear("time_projection.1", F.silu(times))
         return list(zip(times, projections.view(-1, 6, self.dims.dim), strict=True))
 
     def rope(self, latents: Tensor, positions: Sequence[int] | None = None) -> Rope:
-        """The rotary table of latents [C, F, h, w]. positions: of the frames on the time axis; None: from 0 on."""
+        """The rotary table of latents [C, F, h, w]. positions: of the frames in time, by default 0 to F - 1."""
         _, frames, height, width = latents.shape
         return rope_table(positions or range(frames), height // 2, width // 2, HEAD_DIM, self.device)
 
     def forward(
         self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], context: Context, rope: Rope
     ) -> Generator[Event, None, Tensor]:
-        """latents [C, F, h, w], a time for each of the F frames -> velocity float32 [out, F, h, w].
+        """Predict the velocity, float32 [out, F, h, w]. Yields an event after every block.
 
-        Yields an event after every block.
+        Args:
+            stream: the transformer's blocks.
+            latents: [C, F, h, w].
+            times: a time embedding for each of the F frames.
+            context: what the tokens attend to by cross-attention.
+            rope: the rotary table of the latents.
         """
         _, frames, height, width = latents.shape
         x = self._patchify(latents)
@@ -128,7 +133,7 @@ class DiT:
         return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
 
     def _patchify(self, latents: Tensor) -> Tensor:
-        """[C, F, h, w] -> tokens [F * h/2 * w/2, D]; the convolution of the patches as one matrix product."""
+        """[C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""
         channels, frames, height, width = latents.shape
         patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
         patches = patches.reshape(-1, channels * 4).to(self.device, self.dtype)
@@ -153,7 +158,7 @@ class DiT:
 
 
 def divide(times: Sequence[TimeEmbedding], tokens: int, rows: int | None) -> Iterator[Span]:
-    """Spans of at most `rows` tokens that cover frames of `tokens` each. Neighbours of one time are not kept apart."""
+    """Spans of at most `rows` tokens that cover frames of `tokens` each. Neighbours that share a time are joined."""
     start = 0
     for frame, time in enumerate(times):
         if frame + 1 == len(times) or times[frame + 1] is not time:
@@ -169,10 +174,10 @@ def chunks(start: int, end: int, rows: int | None) -> list[slice]:
 
 
 def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
-    """One block: attention to each other, to text, picture and speech, then feed-forward. Changes x [L, D] in place.
+    """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 
-    Only keys and values of all tokens are in memory at once; everything else passes in spans. x may lie on the host,
-    where times and context do not.
+    Only keys and values of all tokens are in memory at once; everything else is computed span by span. x may be on the
+    host; times and context are on the device.
     """
     modulation = w.dense("modulation").view(6, -1)
 
@@ -186,19 +191,19 @@ def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, ro
 
     keys, text_keys, image_keys, audio_keys = within_range(all_keys)
 
-    def through(span: Span) -> Tensor:
+    def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
         h = x[span.rows].to(context.text.device)
         mixed = _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims)
         h = w.linear("self_attn.o", mixed, gate, h)
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
-            heard = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
-            h = w.linear("audio_cross_attn.proj", heard, residual=h)
+            mixed = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
+            h = w.linear("audio_cross_attn.proj", mixed, residual=h)
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
     for span in spans:
-        x[span.rows] = within_range(through, span)
+        x[span.rows] = within_range(span_through_block, span)
 
 
 def _self_attention(
@@ -209,7 +214,7 @@ def _self_attention(
 
 
 def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
-    """Text and picture have a softmax each."""
+    """Cross-attention to text and image, with a softmax for each."""
     norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
     q = w.linear("cross_attn.q", layer_norm(h, norm, bias, dims.eps, w.rotated("cross_attn.q")))
     q = rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps)
@@ -218,7 +223,7 @@ def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims
 
 
 def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
-    """Every frame of `tokens` tokens hears its own audio. h is the `rows` of all tokens."""
+    """Cross-attention of each frame of `tokens` tokens to its own audio. h: the tokens in `rows`."""
     norm, bias = w.dense("norm_x.weight"), w.dense("norm_x.bias")
     q = w.linear(
         "audio_cross_attn.q_linear", layer_norm(h, norm, bias, dims.eps, w.rotated("audio_cross_attn.q_linear"))
@@ -235,19 +240,19 @@ def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -
 
 
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
-    """Keys and values of text, or of what `kind` is the ending of."""
+    """Keys and values of the text, or of the image if `kind` is "_img"."""
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
     return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.fast)
 
 
 def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
-    """Keys and values of each latent frame; too few of them for int8."""
+    """Keys and values of each latent frame's audio. They are too few to gain from int8."""
     pairs = w.linear("audio_cross_attn.kv_linear", audio).unflatten(2, (2, -1))
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
 def _keys(x: Tensor, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
-    """Keys and values of all tokens. Their norm runs over the full width, before the split into heads."""
+    """Keys and values of all tokens. The keys' norm runs over the full width, before the split into heads."""
     k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
     for span in spans:
         shift, scale = modulation[:2] + span.time[1][:2]

@@ -1,4 +1,4 @@
-"""A file of a Wan diffusion transformer: which of its tensors are what, its sizes, and where its blocks lie."""
+"""Read from the header of a Wan transformer file which tensors it has, its dims, and where its blocks lie."""
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -10,14 +10,14 @@ from skyrun.kernels.names import Match, fits, recognise, strays
 from skyrun.streaming.layout import Block, lay_out_blocks
 
 HEAD_DIM = 128
-AUDIO_LAYERS = 12  # of the audio encoder, whose outputs are a frame's features
-_HEADERS = 8  # of which what they say is remembered: names of all tensors are looked through for it
-_AUDIO_WINDOW = 5  # frames of audio around a video frame, where a file does not say
+AUDIO_LAYERS = 12  # of the audio encoder; a frame's features are the outputs of all of them
+_HEADER_CACHE_SIZE = 8
+_AUDIO_WINDOW = 5  # frames of audio around a video frame, if the file does not say
 
 
 @dataclass(frozen=True)
 class DiTDims:
-    """Sizes of a transformer. All follow from its tensors; metadata that disagrees is an error."""
+    """Dims of a transformer. All are derived from its tensors; metadata that disagrees is an error."""
 
     dim: int
     heads: int
@@ -28,18 +28,18 @@ class DiTDims:
     text_dim: int
     freq_dim: int
     eps: float = 1e-6
-    image_dim: int = 0  # these are of a talking-avatar transformer
+    image_dim: int = 0  # this one and the following are of a talking-avatar transformer
     audio_window: int = 0
     audio_channels: int = 0
     audio_dim: int = 0
     context_tokens: int = 0
 
 
-@lru_cache(_HEADERS)
+@lru_cache(_HEADER_CACHE_SIZE)
 def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
-    """Tensors by original Wan name and in torch's shapes, whatever naming, prefix and axes the file has.
+    """The file's tensors by original Wan name and with torch's shapes, whatever naming, prefix and axes the file has.
 
-    Tensors that the model does not know keep the names they have.
+    Tensors that the model does not know keep their names.
     """
     match, dims, _ = _checked(file)
     rows = {row.name(): row.sizes(dims) for row in match.table.expand(match.layers)}
@@ -62,18 +62,18 @@ def _recognised(file: GGUFFile) -> Match:
     return matches[0]
 
 
-@lru_cache(_HEADERS)
+@lru_cache(_HEADER_CACHE_SIZE)
 def _checked(file: GGUFFile) -> tuple[Match, dict[str, int], list[str]]:
-    """The family, the sizes that the tensors imply, and what is missing or misshapen."""
+    """The family, the dims that the tensors imply, and sentences about missing and misshapen tensors."""
     match = _recognised(file)
     window = file.metadata.get("skyrun.audio_window")
     known = {"audio_window": window if isinstance(window, int) and window > 0 else _AUDIO_WINDOW}
     return match, *match.check({name: info.shape for name, info in file.tensors.items()}, known)
 
 
-@lru_cache(_HEADERS)
+@lru_cache(_HEADER_CACHE_SIZE)
 def read_dims(file: GGUFFile) -> DiTDims:
-    """The dims that a file's tensors imply. SkyrunError if any is missing, misshapen or contradicts the metadata."""
+    """The dims that the tensors imply. Raises SkyrunError if any is missing, misshapen or contradicts the metadata."""
     layers = len(block_layouts(file))
     match, sizes, missing = _checked(file)
     problems = [*missing, *(f"{name} is not a tensor of this model" for name in strays(file.tensors, [match])[0])]
@@ -94,9 +94,9 @@ def read_dims(file: GGUFFile) -> DiTDims:
     if dims.dim % HEAD_DIM:
         problems.append(f"its width {dims.dim} is not a multiple of the {HEAD_DIM} of a head")
     for field in fields(dims):
-        said = file.metadata.get(f"skyrun.{field.name}")
-        if said is not None and said != getattr(dims, field.name):
-            problems.append(f"its metadata says {field.name} = {said}, its tensors {getattr(dims, field.name)}")
+        value = file.metadata.get(f"skyrun.{field.name}")
+        if value is not None and value != getattr(dims, field.name):
+            problems.append(f"its metadata says {field.name} = {value}, its tensors {getattr(dims, field.name)}")
     if problems:
         raise SkyrunError.listing(f"{file.path} contradicts itself", problems, "convert or download it again")
     return dims
@@ -108,7 +108,7 @@ def _avatar(sizes: dict[str, int]) -> dict[str, int]:
     return {"image_dim": sizes["image"], "audio_channels": channels, **kept}
 
 
-@lru_cache(_HEADERS)
+@lru_cache(_HEADER_CACHE_SIZE)
 def block_layouts(file: GGUFFile) -> list[Block]:
-    """Where each block lies, in execution order."""
+    """The layout of each block, in execution order."""
     return lay_out_blocks(file.path, canonical_tensors(file), "blocks.")

@@ -1,4 +1,4 @@
-"""The files of a model: found in a folder by what their headers say, never by their names. Each is opened once."""
+"""Find the files of a model in a folder by their headers, never by their names. Each file is opened once."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -10,26 +10,20 @@ from typing import TypeVar
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
-from skyrun.kernels.name_tables import CLIP_VISION, UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
-from skyrun.kernels.names import recognise
+from skyrun.kernels.name_tables import role_of
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 
 CONVERT = "skyrun pull TASK, or skyrun convert CHECKPOINT -o DIR and then --model DIR"
 _ROLES = {"wan": "transformer", "t5encoder": "text encoder", "clip": "image encoder"}
-_TABLES = {
-    "transformer": (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER),
-    "text encoder": (UMT5_ENCODER,),
-    "image encoder": (CLIP_VISION,),
-}
 _TELLING = {"decoder.conv1.weight": "autoencoder", "feature_projection.projection.weight": "audio encoder"}
 _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model. Encoders of images and of speech belong to the talking avatar only."""
+    """The files of a model. Only the talking avatar has encoders for images and audio."""
 
     transformer: GGUFFile
     text_encoder: GGUFFile
@@ -39,21 +33,21 @@ class ModelFiles:
 
     @property
     def parts(self) -> dict[str, Path]:
-        """Where each file is, by what it is."""
+        """The path of each file by its role."""
         encoders = {
             "image encoder": self.image_encoder.path if self.image_encoder else None,
             "audio encoder": self.audio_encoder,
         }
-        there = {"transformer": self.transformer.path, "text encoder": self.text_encoder.path, "autoencoder": self.vae}
-        return there | {name: path for name, path in encoders.items() if path is not None}
+        always = {"transformer": self.transformer.path, "text encoder": self.text_encoder.path, "autoencoder": self.vae}
+        return always | {name: path for name, path in encoders.items() if path is not None}
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What is in a folder, or beside a transformer file.
+    """The model files in a folder.
 
-    ggufs: by role, those with the most bits first. safetensors: likewise, by name. named: the transformer file that
-    was asked for by its path, if one was. unreadable: what is wrong with the other files.
+    ggufs: by role, those with the most bits first. safetensors: by role, in the order of their names. named: the
+    transformer file if the user named one instead of a folder. unreadable: what is wrong with the other files.
     """
 
     path: Path
@@ -64,16 +58,16 @@ class ModelFolder:
 
     @property
     def transformers(self) -> tuple[GGUFFile, ...]:
-        """The file that was named, or all that there are."""
+        """The transformer that the user named, or else all that the folder has."""
         return (self.named,) if self.named is not None else self.ggufs.get("transformer", ())
 
     def has(self, role: str) -> bool:
-        """Whether there is a file for a role."""
+        """Whether the folder has a file for a role."""
         return bool(self.transformers if role == "transformer" else self.ggufs.get(role) or self.safetensors.get(role))
 
 
 def open_folder(model: Path | None) -> ModelFolder:
-    """Read every header in a folder, or beside a transformer file. SkyrunError (exit code 4) if it is not there."""
+    """Read all headers in a folder, or in the folder of a transformer file. SkyrunError (code 4) if there is none."""
     if model is None:
         raise SkyrunError("no model was given", CONVERT, MODEL_MISSING)
     if not model.exists():
@@ -103,27 +97,23 @@ def open_folder(model: Path | None) -> ModelFolder:
 
 def gguf_role(file: GGUFFile) -> str:
     """What a file is of a model: by its architecture, or by its tensors where that is another program's word."""
-    if role := _ROLES.get(file.architecture):
-        return role
-    tables = {table.role: role for role, own in _TABLES.items() for table in own}
-    matches = recognise(file.tensors, [table for own in _TABLES.values() for table in own])
-    return tables[matches[0].table.role] if matches else ""
+    return _ROLES.get(file.architecture) or role_of(file.tensors).replace("_", " ")
 
 
 def _open_whole(path: Path) -> GGUFFile:
-    """SkyrunError for one part of a model that is split over several files."""
+    """Open a GGUF file. Raises SkyrunError if it is one part of a model that is split over several files."""
     file = open_gguf(path)
-    count, number = file.metadata.get("split.count", 1), file.metadata.get("split.no", 0)
-    if isinstance(count, int) and isinstance(number, int) and count > 1:
+    number, count = file.part
+    if count > 1:
         raise SkyrunError(
-            f"{path} is part {number + 1} of {count} of a split GGUF",
+            f"{path} is part {number} of {count} of a split GGUF",
             "join them with skyrun convert PART-1 -o DIR, or with llama-gguf-split --merge",
         )
     return file
 
 
 def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list[str]) -> list[T]:
-    """What `read` makes of each path; one that it refuses matters only if something is missing in the end."""
+    """The results of `read` for the files that it can read. Its errors are added to `unreadable`, to be shown later."""
     found = []
     for path in sorted(paths):
         if path.is_symlink() and not path.exists():
@@ -137,7 +127,7 @@ def _readable(read: Callable[[Path], T], paths: Iterable[Path], unreadable: list
 
 
 def _telling(path: Path) -> tuple[Path, str]:
-    """A safetensors file and what it is, "" if that is not known."""
+    """A safetensors file and its role; "" if it has none."""
     tensors = read_safetensors_header(path).tensors
     return path, next((role for name, role in _TELLING.items() if name in tensors), "")
 
@@ -158,6 +148,6 @@ def main_type(file: GGUFFile) -> str:
 
 
 def bits_per_weight(file: GGUFFile) -> float:
-    """Bits per weight of a file's blocks, on average."""
+    """The average bits per weight of a file's blocks."""
     weights = _block_weights(file)
     return sum(count * FORMATS[name].bits_per_weight for name, count in weights.items()) / max(1, sum(weights.values()))

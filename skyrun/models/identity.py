@@ -1,4 +1,4 @@
-"""Whether model files are still the same: digests of headers and of what tensors begin with."""
+"""Recognise model files that have not changed, by digests of their headers and of the first bytes of tensors."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.kernels.safetensors_header import read_safetensors_header
 from skyrun.models.folder import ModelFiles
 
-_HEAD_BYTES = 256  # of every tensor go into the fingerprint of a file
+_HEAD_BYTES = 256  # of every tensor that go into the fingerprint of a file
 
 
 def fingerprint(file: GGUFFile) -> str:
-    """A digest of a file's tensors: their names, types and shapes, and the head of each."""
+    """A digest of a file's tensors: their names, types, shapes and first bytes."""
     digest = hashlib.sha256()
     for info in file.tensors.values():
         digest.update(f"{info.name} {info.format.name} {info.shape}".encode())
@@ -22,8 +22,7 @@ def fingerprint(file: GGUFFile) -> str:
 
 
 def identity(path: Path, header_bytes: int) -> str:
-    """Tells whether a file is still the same, wherever it is: a digest of its header, its size, and when it was
-    written."""
+    """A digest of a file's header, size and modification time. It does not depend on where the file is."""
     header = bytearray(header_bytes)
     with open_unbuffered(path) as file:
         status = os.fstat(file.fileno())
@@ -37,7 +36,7 @@ def gguf_identity(file: GGUFFile) -> str:
 
 
 def model_identity(files: ModelFiles) -> str:
-    """The identities of the files of a model, in the order of its parts."""
+    """The identities of a model's files, in the order of its parts."""
     ggufs = {file.path: file for file in (files.transformer, files.text_encoder, files.image_encoder) if file}
     return " ".join(
         gguf_identity(ggufs[path]) if path in ggufs else _safetensors_identity(path) for path in files.parts.values()

@@ -1,4 +1,4 @@
-"""Waves of time and place that the models share."""
+"""Sinusoidal time embeddings and rotary position tables."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def sinusoid(times: Tensor, width: int) -> Tensor:
-    """times [n] -> float32 [n, width]: cosines of t * 10000^(-2i/width), then sines. Angles are computed in float64."""
+    """times [n] -> float32 [n, width]: cosines of t * 10000^(-2i/width), then sines.
+
+    These are the sinusoids of Vaswani et al. 2017 (arXiv:1706.03762). Angles are computed in float64.
+    """
     half = width // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64, device=times.device) / half)
     angle = torch.outer(times.double(), frequency)
@@ -18,12 +21,18 @@ def sinusoid(times: Tensor, width: int) -> Tensor:
 def rope_table(
     frames: Sequence[int], rows: int, cols: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [len(frames) * rows * cols, head_dim / 2] each, tokens in frame, row, column order.
+    """Cosines and sines of RoPE on three axes, float32 [len(frames) * rows * cols, head_dim / 2] each.
 
-    frames: where they are on the time axis.
+    RoPE (Su et al. 2021, arXiv:2104.09864) with the head split between the axes as in Wan: of its d = head_dim values,
+    d - 4 (d // 6) are rotated by the frame and 2 (d // 6) each by the row and the column, at frequencies
+    10000^(-2j/width). Tokens are in frame, row, column order. Angles are computed in float64.
 
-    The head is split between the axes: d - 4 (d // 6) numbers turn with the frame, 2 (d // 6) with row and column
-    each, at frequencies 10000^(-2j/width). Angles are computed in float64.
+    Args:
+        frames: positions of the frames on the time axis.
+        rows: how many rows of tokens a frame has.
+        cols: how many columns of tokens a frame has.
+        head_dim: of the attention.
+        device: where the table is stored.
     """
     side = 2 * (head_dim // 6)
     angles = []

@@ -1,4 +1,4 @@
-"""UMT5: a prompt in, one embedding per token out. Blocks are streamed; of the vocabulary only the rows needed are read.
+"""UMT5: encodes a prompt to one embedding per token. Blocks are streamed, and of the vocabulary only needed rows read.
 
 Weights have the names of GGUF's t5encoder architecture.
 """
@@ -31,12 +31,12 @@ _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken encodings, undo HTML escapes (also doubled ones) and collapse white space, as upstream does."""
+    """Repair broken encodings, undo HTML escapes (also doubled ones) and collapse white space, as upstream does."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip()
 
 
 class UMT5:
-    """A text encoder file, opened: its tokenizer, and where its blocks lie."""
+    """A text encoder: the tokenizer and the block layout of its file."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -44,8 +44,8 @@ class UMT5:
         self._buckets, self.heads = self._tensor(f"{_BLOCK}0.attn_rel_b.weight").shape
         rows, self.dim = self._tensor("token_embd.weight").shape
         self._blocks = lay_out_blocks(file.path, file.tensors, _BLOCK)
-        if len(self._blocks) != (said := file.number("t5encoder.block_count", len(self._blocks))):
-            raise SkyrunError(f"{file.path} has {len(self._blocks)} blocks, its header says {said}", _CONVERT)
+        if len(self._blocks) != (count := file.number("t5encoder.block_count", len(self._blocks))):
+            raise SkyrunError(f"{file.path} has {len(self._blocks)} blocks, its header says {count}", _CONVERT)
         self._tokenizer = read_tokenizer(file, rows)
 
     @property
@@ -58,7 +58,7 @@ class UMT5:
         return max(block.nbytes for block in self._blocks)
 
     def token_ids(self, prompt: str, max_length: int = TEXT_LENGTH) -> list[int]:
-        """Ids of the cleaned prompt, closed by </s>; a longer prompt is cut so that </s> is the last."""
+        """Token ids of the cleaned prompt, followed by </s>. A longer prompt is truncated so that </s> is the last."""
         self._tokenizer.enable_truncation(max_length)
         ids: list[int] = self._tokenizer.encode(clean_prompt(prompt)).ids
         return ids
@@ -69,7 +69,7 @@ class UMT5:
         return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
 
     def check(self) -> None:
-        """SkyrunError if a tensor is missing or does not fit the others."""
+        """Raise SkyrunError if a tensor is missing or does not fit the others."""
         shapes = {name: info.shape for name, info in self.file.tensors.items()}
         hint = "convert or download the text encoder again"
         inner = check_tensors(self.file.path, UMT5_ENCODER, shapes, hint, self.layers, heads=self.heads)["inner"]
@@ -81,10 +81,10 @@ class UMT5:
         return BlockStream(self.file.path, self._blocks, device)
 
     def encode(self, ids: list[int], stream: BlockStream, device: torch.device) -> Generator[Event, None, Tensor]:
-        """Token ids -> float32 [len(ids), dim] on the device. Yields an event after every block.
+        """Encode token ids -> float32 [len(ids), dim] on the device. Yields an event after every block.
 
-        Only real tokens are run: with padding masked out, they would not see it anyway. Always float32: the encoder
-        runs once, and its activations leave float16's range.
+        There is no padding: it would be masked, so it cannot change the result. Computes in float32: the encoder runs
+        only once, and its activations overflow float16.
         """
         x = read_rows(self.file, self._tensor("token_embd.weight"), ids).to(device)
         buckets = relative_buckets(len(ids), self._buckets, device)
@@ -107,9 +107,10 @@ class UMT5:
 
 
 def relative_buckets(length: int, count: int, device: torch.device) -> Tensor:
-    """int64 [length, length]: the bucket of (query, key), half of them for keys after the query.
+    """The relative position buckets of T5 (Raffel et al. 2020, arXiv:1910.10683): int64 [length, length] by query, key.
 
-    Distances below count / 4 have a bucket each, larger ones share buckets that grow with the logarithm up to 128.
+    Half of the `count` buckets are for keys after the query. Distances below count / 4 have a bucket each; larger ones,
+    up to 128, share buckets on a logarithmic scale.
     """
     positions = torch.arange(length, device=device)
     relative = positions[None, :] - positions[:, None]
@@ -122,7 +123,7 @@ def relative_buckets(length: int, count: int, device: torch.device) -> Tensor:
 
 
 def umt5_block(x: Tensor, w: Weights, buckets: Tensor, heads: int, eps: float) -> Tensor:
-    """One block on x [L, D]: attention with a learned bias per distance and without scaling, then a gated GELU."""
+    """One block on x [L, D]: attention with a learned bias per bucket and without scaling, then a gated GELU."""
     h = rms_norm(x, w.dense("attn_norm.weight"), eps)
     q, k, v = (
         w.linear(name, h).unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(0)

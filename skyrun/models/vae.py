@@ -1,10 +1,10 @@
-"""The Wan video autoencoder: pixels to latents and back, eight times smaller in space and four in time.
+"""The Wan VAE: encodes pixels to latents, eight times smaller in space and four times in time, and decodes them.
 
-Both ways work through time in groups and remember the last frames that each convolution saw, so memory does not grow
-with the length of the clip. Within a group convolutions can work slab by slab, and what they remember can wait on the
-host: neither changes the result. A slab is computed from its own rows and the neighbouring ones that the convolution
-reaches, so the parts join to exactly what the whole gives: there is nothing to blend and no seam. Weights have original
-Wan names; the structure is read off them.
+Encoder and decoder process frames in groups and cache the last input frames of each convolution, so memory does not
+grow with the length of the clip. Within a group convolutions can be computed slab by slab, and the cache can wait on
+the host; neither changes the result. A slab is computed from its own rows and the neighbouring rows that the
+convolution depends on, so the slabs join exactly: nothing is blended and there are no seams. Weights have original Wan
+names, from which the structure is derived.
 """
 
 import json
@@ -27,17 +27,21 @@ Tile = tuple[int, int]  # height, width in pixels
 
 
 class Slab(NamedTuple):
-    """Rows that are computed, and the rows they are computed from."""
+    """A range of rows that are computed together, and the rows that they depend on."""
 
-    rows: slice  # of the frame: what this slab gives
-    reach: slice  # of the frame: those and the neighbours they depend on
-    inside: slice  # of the reach: the rows given
+    rows: slice  # of the frame: the rows that are computed
+    reach: slice  # of the frame: those rows and the neighbours that they depend on
+    inside: slice  # of `reach`: the rows that are computed
 
 
 def cut(height: int, width: int, tile: Tile | None, margin: int) -> list[Slab]:
-    """Slabs of about equal height, each of at most a tile's number of pixels, or of one row; None leaves frames whole.
+    """Cut frames into slabs of about equal height.
 
-    margin: rows above and below that an output row depends on.
+    Args:
+        height: rows of a frame.
+        width: columns of a frame.
+        tile: a slab has at most as many pixels as a tile, or one row; None leaves frames whole.
+        margin: how many rows above and below an output row depends on.
     """
     most = height if tile is None else max(1, tile[0] * tile[1] // width)
     count = -(-height // most)
@@ -50,7 +54,7 @@ def _slab(start: int, stop: int, height: int, margin: int) -> Slab:
     return Slab(slice(start, stop), slice(first, last), slice(start - first, stop - first))
 
 
-# Statistics of the latents that the diffusion models were trained on; the same for every Wan 2.1 autoencoder.
+# Statistics of the latents that the diffusion models were trained on; they are the same for every Wan 2.1 VAE.
 _LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -62,12 +66,15 @@ _LATENTS_STD = (
 LATENT_CHANNELS = 16
 _FLOAT = ("F32", "F16", "BF16")
 _GROUP = 4  # frames per latent frame, after the first
-_TINY = 1e-12  # the least length that is divided by
+_TINY = 1e-12  # norms are clamped to it before they divide
 _HOST = torch.device("cpu")
 
 
 class Memory:
-    """The last frames that layers saw, by layer and slab: on their device while `room` bytes last, then on the host."""
+    """The cache of each layer's last input frames, by layer and slab.
+
+    room: bytes of the device that the cache may take, the rest is on the host; None stands for no limit.
+    """
 
     def __init__(self, room: int | None) -> None:
         self._room = room
@@ -88,10 +95,10 @@ class Memory:
 
 
 class WanVAE:
-    """The autoencoder's weights on a device. Latents are normalised: mean 0 and deviation 1 per channel.
+    """The VAE with its weights on a device. Latents are normalised to mean 0 and standard deviation 1 per channel.
 
-    tile: convolutions work on at most this many pixels at a time, None: on whole frames. room: bytes of the device for
-    what they remember of earlier frames, the rest waits on the host; None: all that it takes.
+    tile: height and width in pixels that a convolution works on at a time; None stands for whole frames. room: bytes of
+    the device for the cache of earlier frames, the rest waits on the host; None stands for no limit.
     """
 
     def __init__(
@@ -108,14 +115,14 @@ class WanVAE:
         self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [3, T, H, W] in [-1, 1] -> mean and log-variance, float32 [16, 1 + (T-1)//4, H/8, W/8] each.
+        """Encode pixels [3, T, H, W] in [-1, 1] -> mean and log-variance, float32 [16, 1 + (T-1)//4, H/8, W/8] each.
 
-        Not normalised. Frames after the last whole group of four are dropped.
+        These are not normalised. Frames after the last whole group of four are dropped.
         """
         return self.encode_groups(video[:, group] for group in groups_of(video.shape[1]))
 
     def encode_groups(self, groups: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """As `encode`, of a video that comes group by group: [3, 1, H, W], then [3, 4, H, W] each."""
+        """As `encode`, for a video in groups: [3, 1, H, W] first, then [3, 4, H, W] each."""
         memory, encoded = Memory(self._room), []
         for group in groups:
             x = self._encoder(group.unsqueeze(0).to(self._device, self._dtype), memory)
@@ -125,16 +132,16 @@ class WanVAE:
         return mean, log_variance.clamp(-30, 20)
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents [16, F, h, w] -> normalised ones."""
+        """Normalise raw latents [16, F, h, w]."""
         return (latents - self._mean) / self._std
 
     def sample(self, video: Tensor, noise: Tensor) -> Tensor:
-        """Normalised latents drawn from the posterior of pixels [3, T, H, W], with noise [16, F, h, w]."""
+        """Sample normalised latents from the posterior of pixels [3, T, H, W] with noise [16, F, h, w]."""
         mean, log_variance = self.encode(video)
         return self.normalise(mean + torch.exp(0.5 * log_variance) * noise.to(self._device))
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Normalised latents [16, F, h, w] -> pixels in [-1, 1], first [3, 1, H, W], then [3, 4, H, W] per latent."""
+        """Decode normalised latents [16, F, h, w] and yield pixels in [-1, 1]: [3, 1, H, W], then [3, 4, H, W] each."""
         memory = Memory(self._room)
         raw = latents.to(self._device, torch.float32) * self._std + self._mean
         for frame in raw.to(self._dtype).split(1, 1):
@@ -143,8 +150,8 @@ class WanVAE:
             memory.first_group = False
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
-        said = json.loads(metadata.get("skyrun", "{}"))
-        values = said.get(key, default) if isinstance(said, dict) else default
+        config = json.loads(metadata.get("skyrun", "{}"))
+        values = config.get(key, default) if isinstance(config, dict) else default
         numbers = isinstance(values, (list, tuple)) and [v for v in values if isinstance(v, (int, float))]
         if not numbers or len(numbers) != len(values) or len(values) != LATENT_CHANNELS:
             raise SkyrunError(
@@ -180,7 +187,7 @@ class WanVAE:
     def _by_slab(
         self, slabs: list[Slab], compute: Callable[[int, Slab], Tensor], scale: int = 1, onto: Tensor | None = None
     ) -> Tensor:
-        """What `compute` gives for each slab, put together or added to `onto`. scale: rows of the result per row."""
+        """Join the results of `compute` for each slab, or add them to `onto`. scale: result rows per row."""
         if len(slabs) == 1 and onto is None:
             return compute(0, slabs[0])
         out = onto
@@ -197,9 +204,9 @@ class WanVAE:
     def _conv(
         self, x: Tensor, name: str, memory: Memory, norm: str | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """A convolution that sees no later frame: its past comes from memory, zeros before the first frame.
+        """A causal convolution over time. Earlier frames come from memory; before the first frame there are zeros.
 
-        norm: x is normalised with it and goes through SiLU first. onto: the result is added to this, in place.
+        norm: name of a norm that is applied to x first, followed by SiLU. onto: a tensor that the result is added to.
         """
         weight, bias = self._w(f"{name}.weight"), self._w(f"{name}.bias")
         taps, margin = weight.shape[2], weight.shape[3] // 2
@@ -214,7 +221,10 @@ class WanVAE:
         return self._by_slab(cut(x.shape[3], x.shape[4], self._tile, margin), compute, onto=onto)
 
     def _after_past(self, x: Tensor, frames: int, past: Tensor | None, norm: str | None) -> Tensor:
-        """The past, of so many frames, and x after it, normalised where a norm is named: one copy in all."""
+        """Concatenate `frames` past frames and x, to which a norm and SiLU are applied if `norm` names one.
+
+        x is copied only once.
+        """
         joined = x.new_empty(*x.shape[:2], frames + x.shape[2], *x.shape[3:])
         if past is None:
             joined[:, :, :frames].zero_()
@@ -227,13 +237,13 @@ class WanVAE:
         return joined
 
     def _norm(self, x: Tensor, name: str, out: Tensor) -> Tensor:
-        """Unit length over the channels, times sqrt(C) * gamma, into `out`."""
+        """RMS norm over the channels, written to `out`: x / |x| * sqrt(C) * gamma."""
         gamma = self._w(f"{name}.gamma").view(1, -1, 1, 1, 1)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(_TINY)
         return torch.div(x, length, out=out).mul_(x.shape[1] ** 0.5 * gamma)
 
     def _residual(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """x and two convolutions of it. Without a shortcut the sum is made in x itself."""
+        """A residual block of two convolutions. Without a shortcut the sum is computed in place, in x."""
         h = self._conv(x, f"{name}.residual.2", memory, norm=f"{name}.residual.0")
         if f"{name}.shortcut.weight" in self._weights:
             x = self._conv(x, f"{name}.shortcut", memory)
@@ -245,7 +255,7 @@ class WanVAE:
         return self._residual(x, f"{name}.2", memory)
 
     def _attention(self, x: Tensor, name: str) -> Tensor:
-        """One head over the pixels of each frame. x [1, C, T, H, W]."""
+        """Attention with one head over the pixels of each frame. x [1, C, T, H, W]."""
         _, channels, frames, height, width = x.shape
         flat = x.squeeze(0).transpose(0, 1)
         qkv = F.conv2d(flat, self._w(f"{name}.to_qkv.weight"), self._w(f"{name}.to_qkv.bias"))
@@ -264,7 +274,7 @@ class WanVAE:
         return F.conv2d(frames, weight, bias, **settings).transpose(0, 1).unsqueeze(0)
 
     def _downsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """Halve space; then, after the first frame, halve time over this group and the last frame before it."""
+        """Halve space, then time, with the last frame of the group before. Time is not halved in the first group."""
         x = self._halve(x, name)
         if f"{name}.time_conv.weight" not in self._weights:
             return x
@@ -277,7 +287,7 @@ class WanVAE:
         return F.conv3d(joined, weight, bias, stride=(2, 1, 1))
 
     def _halve(self, x: Tensor, name: str) -> Tensor:
-        """Halve space: rows 2i to 2i + 2 make row i, columns likewise, with zeros after the last."""
+        """Halve space: row i depends on rows 2i to 2i + 2, columns likewise, with zeros after the last."""
         frames, height = x.squeeze(0).transpose(0, 1), x.shape[3]
 
         def compute(_: int, slab: Slab) -> Tensor:
@@ -288,9 +298,9 @@ class WanVAE:
         return self._by_slab(cut(height // 2, 2 * x.shape[4], self._tile, 0), compute)
 
     def _upsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
-        """Double time, except of the first frame; then double space.
+        """Double time, except for the first frame, then double space.
 
-        The first frame is not part of the time convolution's past: that begins with zeros at the second group.
+        The time convolution does not see the first frame: before the second group there are zeros.
         """
         if f"{name}.time_conv.weight" in self._weights and not memory.first_group:
             even, odd = self._conv(x, f"{name}.time_conv", memory).chunk(2, 1)
@@ -298,7 +308,7 @@ class WanVAE:
         return self._double(x, name)
 
     def _double(self, x: Tensor, name: str) -> Tensor:
-        """Double space: every pixel four times, then a convolution."""
+        """Double space by repeating every pixel four times, followed by a convolution."""
         frames = x.squeeze(0).transpose(0, 1)
 
         def compute(_: int, slab: Slab) -> Tensor:
@@ -310,12 +320,12 @@ class WanVAE:
 
 
 def groups_of(frames: int) -> list[slice]:
-    """The first frame, and whole groups of four after it."""
+    """The groups that the VAE encodes at a time: the first frame, then whole groups of four frames."""
     return [slice(0, 1), *(slice(start, start + _GROUP) for start in range(1, frames - _GROUP + 1, _GROUP))]
 
 
 def read_vae_dims(path: Path) -> tuple[int, int]:
-    """Channels of the autoencoder's widest level, and the number of its weights, from the file's header."""
+    """The channels of the VAE at full resolution and the number of its weights, from the file's header."""
     tensors = read_safetensors_header(path).tensors
     head = tensors.get("decoder.head.2.weight")
     if head is None or len(head.shape) != 5:
@@ -324,7 +334,7 @@ def read_vae_dims(path: Path) -> tuple[int, int]:
 
 
 def check_vae(path: Path) -> None:
-    """SkyrunError if a tensor is missing or does not fit the others."""
+    """Raise SkyrunError if a tensor is missing or does not fit the others."""
     hint = "convert or download the autoencoder again"
     try:
         vae = WanVAE(path, torch.device("meta"))

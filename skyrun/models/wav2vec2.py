@@ -1,6 +1,6 @@
-"""wav2vec2: speech in, what each of its layers makes of it out, a row for every frame of a video.
+"""wav2vec2: encodes speech to the outputs of all its layers, one row for every frame of a video.
 
-Small enough to be held whole. Weights have the names of transformers.
+It is small enough to stay in memory whole. Weights have the names of transformers.
 """
 
 import json
@@ -16,7 +16,7 @@ from skyrun.errors import SkyrunError
 
 RATE = 16000  # samples per second
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
-_KEPT = 512  # features that are made at a time: long speech would not fit beside its widest activations
+_CHUNK = 512  # features that are computed at a time: the widest activations of long speech would not fit
 _TINY = 1e-7
 
 
@@ -29,28 +29,28 @@ class Wav2Vec2:
         try:
             with safe_open(str(path), framework="pt") as file:
                 self._weights = {name: file.get_tensor(name).to(device, torch.float32) for name in file.keys()}  # noqa: SIM118
-                said = json.loads((file.metadata() or {}).get("skyrun", "{}"))
+                config = json.loads((file.metadata() or {}).get("skyrun", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise SkyrunError(f"cannot read {path}: {error}", _CONVERT) from error
-        self._strides: list[int] = said.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])
-        self._eps = float(said.get("layer_norm_eps", 1e-5))
-        self._heads, self.layers = int(said.get("num_attention_heads", 12)), int(said.get("num_hidden_layers", 12))
+        self._strides: list[int] = config.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])
+        self._eps = float(config.get("layer_norm_eps", 1e-5))
+        self._heads, self.layers = int(config.get("num_attention_heads", 12)), int(config.get("num_hidden_layers", 12))
         self._kernels = [self._w(f"{_conv(layer)}.weight").shape[2] for layer in range(len(self._strides))]
 
     @property
     def channels(self) -> int:
-        """Numbers per layer and frame."""
+        """Values per layer and frame."""
         return len(self._w("encoder.layer_norm.weight"))
 
     @property
     def shortest(self) -> int:
-        """Samples that one feature is made of."""
+        """How many samples one feature needs."""
         return self._samples(0, 1)[1]
 
     def encode(self, wave: Tensor, frames: int) -> Iterator[Tensor]:
-        """Samples float32 [n] -> float32 [frames, channels], once for every layer.
+        """Encode samples float32 [n] and yield the output of each layer, float32 [frames, channels].
 
-        Features are interpolated to the frames of the video before the layers see them.
+        Features are interpolated to the frames of the video before the first layer.
         """
         wave = wave.to(self._device, torch.float32)
         wave = (wave - wave.mean()) / torch.sqrt(wave.var(correction=0) + _TINY)
@@ -63,14 +63,14 @@ class Wav2Vec2:
             yield x
 
     def features(self, wave: Tensor) -> Tensor:
-        """Normalised samples [n] -> [conv, features]; in parts, each of which reads all the samples that it needs."""
+        """Normalised samples [n] -> [conv, features], computed in chunks that read all the samples they depend on."""
         count = len(wave)
         for kernel, stride in zip(self._kernels, self._strides, strict=True):
             count = (count - kernel) // stride + 1
         mean, scale = self._statistics(wave)
         parts = []
-        for start in range(0, count, _KEPT):
-            first, last = self._samples(start, min(start + _KEPT, count))
+        for start in range(0, count, _CHUNK):
+            first, last = self._samples(start, min(start + _CHUNK, count))
             parts.append(self._convolve(wave[first:last], mean, scale))
         return torch.cat(parts, 1)
 
@@ -86,12 +86,12 @@ class Wav2Vec2:
         return F.conv1d(wave.unsqueeze(0), self._w(f"{_conv(0)}.weight"), stride=self._strides[0])
 
     def _statistics(self, wave: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / deviation of the first convolution's channels over all of the speech, [conv, 1] each."""
+        """Mean and 1 / deviation of the channels of the first convolution over all of the speech, [conv, 1] each."""
         kernel, stride = self._kernels[0], self._strides[0]
         count = (len(wave) - kernel) // stride + 1
         total, squares = (torch.zeros(1, 1, dtype=torch.float64, device=wave.device) for _ in range(2))
-        for start in range(0, count, _KEPT * 64):
-            last = min(start + _KEPT * 64, count)
+        for start in range(0, count, _CHUNK * 64):
+            last = min(start + _CHUNK * 64, count)
             x = self._first(wave[start * stride : (last - 1) * stride + kernel]).double()
             total, squares = total + x.sum(1, keepdim=True), squares + x.square().sum(1, keepdim=True)
         mean, square = total / count, squares / count
@@ -99,20 +99,20 @@ class Wav2Vec2:
         return mean.float(), scale.float()
 
     def _samples(self, first: int, last: int) -> tuple[int, int]:
-        """The samples that features `first` to `last` are made of."""
+        """The range of samples that features `first` to `last` depend on."""
         for kernel, stride in zip(self._kernels[::-1], self._strides[::-1], strict=True):
             first, last = first * stride, (last - 1) * stride + kernel
         return first, last
 
     def _positions(self, x: Tensor) -> Tensor:
-        """A convolution over time in groups of channels, its weights stored as direction and length per tap."""
+        """The positional embedding: a grouped convolution over time. Its weights are stored as direction and length."""
         name = "encoder.pos_conv_embed.conv"
         direction, length = self._w(f"{name}.weight_v"), self._w(f"{name}.weight_g")
         weight = length * direction / torch.linalg.vector_norm(direction, dim=(0, 1), keepdim=True)
         taps, groups = weight.shape[2], len(weight) // weight.shape[1]
         out = F.conv1d(x.T.unsqueeze(0), weight, self._w(f"{name}.bias"), padding=taps // 2, groups=groups)
-        turned: Tensor = F.gelu(out[0, :, : len(x)]).T
-        return turned
+        positions: Tensor = F.gelu(out[0, :, : len(x)]).T
+        return positions
 
     def _layer(self, x: Tensor, name: str) -> Tensor:
         q, k, v = (

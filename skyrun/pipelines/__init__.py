@@ -1,4 +1,4 @@
-"""A pipeline for every task: a function of a job and of what is finished of it, that yields events."""
+"""One pipeline per task: a generator of events that takes a job and a RunState with what is already finished."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,9 +8,9 @@ from skyrun.pipelines.extension import video_extension
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.pipelines.shot import shot_switching
 
-# By the names that task specs call them by. Called with the job, its state.RunState, and an observer, which is shown
-# the input of every linear layer of the transformer's blocks. What the state says is finished is not made again, and
-# what is made is put there.
+# By the names in TaskSpec.pipeline. A pipeline is called with the job, its RunState, and an optional observer, which is
+# called with the input of every linear layer in the transformer's blocks. It skips what the state already has and
+# stores in it what it makes.
 PIPELINES: dict[str, Callable[..., Iterator[Event]]] = {
     pipeline.__name__: pipeline for pipeline in (reference_to_video, video_extension, shot_switching, talking_avatar)
 }

@@ -1,8 +1,8 @@
-"""Talking avatar: a portrait says what a recording says, window by window.
+"""Talking avatar: a portrait speaks what is in a recording, window by window.
 
-A first pass over the beginning makes frames that show the later windows where they are to arrive, so that a long clip
-does not drift away from the portrait. Every window after the first of the clip begins with the last frames of the one
-before, which are held at the noise level of the others.
+For a long clip, a first pass makes guide frames: each later window must end with one of them, so that the clip does not
+drift away from the portrait. Every window after the first of the clip begins with the last frames of the one before,
+the motion frames, which are noised to the sigma of the others at every step.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +20,7 @@ from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.conditioning import Condition, Motion
 from skyrun.pipelines.samplers import new_sampler
-from skyrun.pipelines.stages import Stage, decode, denoise, encode_clip, encode_picture, encode_text
+from skyrun.pipelines.stages import Stage, decode, denoise, embed_image, encode_clip, encode_text
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
@@ -42,7 +42,7 @@ def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = Non
     if state.window >= len(job.windows):
         return
     speech = yield from _encode_speech(job)
-    portrait = to_pixels(crop_portrait(job.inputs.pictures[0], job.height, job.width))
+    portrait = to_pixels(crop_portrait(job.inputs.images[0], job.height, job.width))
     noise = Noise(job)
     noise.skip(state.window)
     guides: dict[int, Tensor] = {}
@@ -53,7 +53,7 @@ def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = Non
 
 
 class Noise:
-    """All random numbers of a clip, from one CPU generator in the order in which upstream draws them."""
+    """The noise of a clip, drawn from one CPU generator in the same order as upstream."""
 
     def __init__(self, job: Job) -> None:
         assert job.request.seed is not None
@@ -62,7 +62,7 @@ class Noise:
         self._index = 0
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
-        """Of the next window: noise [16, F, h, w]; of its motion, if it has any, [steps + 1, 16, M, h, w]."""
+        """The next window's noise [16, F, h, w], and [steps + 1, 16, M, h, w] for its motion frames if it has any."""
         window = self._windows[self._index]
         self._index += 1
         noise = self._normal(window.latents)
@@ -71,7 +71,7 @@ class Noise:
         return noise, torch.stack([self._normal(_MOTION_LATENTS) for _ in range(self._steps + 1)])
 
     def skip(self, windows: int) -> None:
-        """Draw what these windows were made from."""
+        """Draw and discard the noise of windows that are finished."""
         for _ in range(windows):
             self.draw()
 
@@ -80,7 +80,7 @@ class Noise:
 
 
 def _encode_speech(job: Job) -> Generator[Event, None, Tensor]:
-    """Features [T, layers, channels], on the host: as many frames as the speech has, and then its end backwards."""
+    """Features of the speech [T, layers, channels], on the host. They are padded by their own reversed end."""
     speech = job.inputs.speech
     assert speech is not None and job.files.audio_encoder is not None
     encoder = Wav2Vec2(job.files.audio_encoder, job.device)
@@ -97,7 +97,7 @@ def _encode_speech(job: Job) -> Generator[Event, None, Tensor]:
 
 
 def decode_again(job: Job, latents: Tensor, collect: Callable[[Tensor, int], Tensor]) -> Events:
-    """The first pass once more, for the frames that guide later windows. None of them is shown."""
+    """Decode the first pass again for its guide frames. Its frames are not part of the clip."""
     nothing = np.empty((0, job.height, job.width, 3), np.uint8)
 
     def show(pixels: Tensor, first: int) -> Frames:
@@ -108,7 +108,7 @@ def decode_again(job: Job, latents: Tensor, collect: Callable[[Tensor, int], Ten
 
 
 def _collect(job: Job, guides: dict[int, Tensor], portrait: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """What is done to pixels of the first pass: colours matched, and the frames that guide later windows kept."""
+    """A function that matches the colors of decoded pixels to the portrait and stores the guide frames among them."""
     wanted = {window.guide for window in job.windows}
 
     def collect(pixels: Tensor, first: int) -> Tensor:
@@ -123,7 +123,7 @@ def _collect(job: Job, guides: dict[int, Tensor], portrait: Tensor) -> Callable[
 
 @dataclass
 class _Pass:
-    """One window: what it begins with, where it is to arrive, and what becomes of its frames."""
+    """Makes one window. guides: guide frames by their index in the first pass; that pass adds them."""
 
     job: Job
     state: RunState
@@ -133,7 +133,7 @@ class _Pass:
     guides: dict[int, Tensor]
 
     def run(self, noise: Noise, observe: ObserveBlock | None) -> Events:
-        """Encode, denoise, decode."""
+        """Encode the inputs of the window, denoise it, and decode it."""
         job, state, window = self.job, self.state, self.job.windows[self.index]
         start, motion_noise = noise.draw()
         beginning = state.carried["motion"] if window.skip else self.portrait
@@ -153,23 +153,26 @@ class _Pass:
             motion=motion,
         )
         yield from denoise(job.files.transformer, job.plan, state, condition, job.device, observe, job.part(self.index))
-        yield from self._decoded(window)
+        yield from self._decode(window)
 
     def _tokens(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
-        """Of the picture that the window begins with. Those of the portrait are made once."""
+        """Tokens of the image that the window begins with. Those of the portrait are computed once."""
         vision, state = self.job.vision, self.state
         assert vision is not None
         if window.skip:
-            return (yield from encode_picture(vision, beginning[:, 0], self.job.device))
+            return (yield from embed_image(vision, beginning[:, 0], self.job.device))
         if "picture" not in state.encoded:
-            state.encoded["picture"] = (yield from encode_picture(vision, beginning[:, 0], self.job.device)).cpu()
+            state.encoded["picture"] = (yield from embed_image(vision, beginning[:, 0], self.job.device)).cpu()
         return state.encoded["picture"]
 
     def _channels(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:
-        """Which frames are given, four channels per latent frame, above the latents of these with grey between them."""
+        """The mask of given frames, four channels per latent frame, and the latents of a video of them, gray elsewhere.
+
+        Given frames are those that the window begins with and the guide frame at its end.
+        """
         job, count = self.job, self.job.request.window_frames
-        grey = torch.zeros(3, 1, job.height, job.width)
-        frames = [*beginning.split(1, 1), *[grey] * (count - beginning.shape[1])]  # the same grey, not copies of it
+        gray = torch.zeros(3, 1, job.height, job.width)
+        frames = [*beginning.split(1, 1), *[gray] * (count - beginning.shape[1])]  # one tensor, without copies
         mask = torch.zeros(count)
         mask[: beginning.shape[1]] = 1
         if window.guide is not None:
@@ -180,7 +183,7 @@ class _Pass:
         given = torch.cat((mask[:1].expand(FRAMES_PER_LATENT - 1), mask)).view(-1, FRAMES_PER_LATENT).T
         return torch.cat((given[:, :, None, None].expand(-1, -1, *latents.shape[2:]), latents.cpu()))
 
-    def _decoded(self, window: Window) -> Events:
+    def _decode(self, window: Window) -> Events:
         job, state = self.job, self.state
         latents = state.latents
         assert latents is not None

@@ -1,4 +1,4 @@
-"""Embeddings of prompts on disk: the text encoder runs once for a prompt, not once for every clip."""
+"""Cache prompt embeddings on disk, so that the text encoder runs once for a prompt, not once for every clip."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ _NAME, _CHECKSUM = "embedding", "sha256"
 
 
 class CachedEmbedding:
-    """The place of one prompt's embedding. What is damaged there counts for nothing, and a full disk is no failure."""
+    """The cache entry of one prompt's embedding. Damaged files are ignored, and a full disk is not an error."""
 
     def __init__(self, file: GGUFFile, ids: list[int], dim: int, device: torch.device) -> None:
-        """file: of the text encoder, which makes [len(ids), dim] of these tokens."""
+        """file: the text encoder. ids: the prompt's tokens, whose embedding is [len(ids), dim]."""
         self._shape = (len(ids), dim)
         self._path = _folder() / f"{_key(file, ids, device)}.safetensors"
 
@@ -63,6 +63,6 @@ def _folder() -> Path:
 
 
 def _key(file: GGUFFile, ids: list[int], device: torch.device) -> str:
-    """A digest of all that decides the numbers: tokens, the encoder's file, and what computes with it."""
+    """A digest of everything that determines the embedding's values: tokens, file, device type and versions."""
     deciding = [ids, gguf_identity(file), device.type, torch.__version__, __version__]
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:32]

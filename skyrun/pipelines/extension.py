@@ -1,4 +1,4 @@
-"""Video extension: how a video goes on, window by window, each from the last frames of what was there before it."""
+"""Video extension: continue a video window by window, each conditioned on the last frames before it."""
 
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -32,9 +32,10 @@ def video_extension(job: Job, state: RunState, observe: ObserveBlock | None = No
 
 
 def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None) -> Generator[Event, None, Frames]:
-    """One window. The value is its last frames, which the next one goes on from.
+    """Make one window and return its last frames, from which the next window continues.
 
-    The frames before it stand at the beginning of the sequence, clean; they are decoded again and not shown again.
+    The frames before it precede the noisy ones in the sequence, without noise. They are decoded again with the window,
+    but are not part of its output.
     """
     plan, files, device = job.plan, job.files, job.device
     part, before = job.part(index), _before(job, state)
@@ -58,7 +59,7 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
 
 
 def begin(job: Job, state: RunState, index: int) -> None:
-    """Noise for a window that has not begun; every window has the same."""
+    """Draw the noise of a window unless the window was begun before. Every window starts from the same seed."""
     if state.sampler is None:
         assert job.request.seed is not None
         generator = torch.Generator("cpu").manual_seed(job.request.seed)
@@ -68,7 +69,7 @@ def begin(job: Job, state: RunState, index: int) -> None:
 
 
 def _before(job: Job, state: RunState) -> Frames:
-    """The frames that a window goes on from: of the window before it, or of the video."""
+    """The frames that a window continues: the last ones of the window before it, or of the video."""
     if "frames" in state.carried:
         return state.carried["frames"].numpy()
     assert job.inputs.footage is not None

@@ -1,4 +1,4 @@
-"""Reference to video: a prompt and one to four pictures become a clip that shows what is in them."""
+"""Reference to video: make a clip from a prompt that shows what is in one to four reference images."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 
 
 def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
-    """Noise for the clip [16, F, h, w] and for each picture [16, 1, h, w], from one CPU generator in this order."""
+    """Noise for the clip [16, F, h, w] and for each image [16, 1, h, w], drawn from one CPU generator in this order."""
     assert request.seed is not None and isinstance(request.size, tuple)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     rows, cols = (side // 8 for side in request.size)
@@ -29,16 +29,16 @@ def draw_noise(request: Request) -> tuple[Tensor, list[Tensor]]:
 
 @torch.inference_mode()
 def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
-    """Run the stages. The model always sees four references after the clip; absent ones are zeros, not left out."""
+    """Run the stages. Four references always follow the clip in the sequence; missing ones are zeros."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
-    noise, picture_noise = draw_noise(request)
+    noise, image_noise = draw_noise(request)
     if "text" not in state.encoded:
         state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
     if "pictures" not in state.encoded:
-        pixels = [to_pixels(letterbox(picture, job.height, job.width)) for picture in job.inputs.pictures]
-        pictures = yield from encode_images(files.vae, pixels, picture_noise, plan, device)
-        empty = [torch.zeros_like(pictures[0])] * (MAX_REFERENCES - len(pictures))
-        state.encoded["pictures"] = torch.cat((*pictures, *empty), 1).cpu()
+        pixels = [to_pixels(letterbox(image, job.height, job.width)) for image in job.inputs.images]
+        references = yield from encode_images(files.vae, pixels, image_noise, plan, device)
+        missing = [torch.zeros_like(references[0])] * (MAX_REFERENCES - len(references))
+        state.encoded["pictures"] = torch.cat((*references, *missing), 1).cpu()
     if state.sampler is None:
         state.sampler, state.latents = new_sampler(request.spec, request.steps), noise
     condition = Condition(state.encoded["text"], after=state.encoded["pictures"])

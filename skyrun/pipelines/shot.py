@@ -1,4 +1,4 @@
-"""Shot switching: what comes after a cut, from the last frames before it and a prompt that says what kind of cut."""
+"""Shot switching: make the shot after a cut from the last frames before it and a prompt that tags the kind of cut."""
 
 from collections.abc import Iterator
 
@@ -15,12 +15,12 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
 
-_PLACE = 1024  # of the frames before the cut, on a time axis that the new ones begin at 0
+_POSITION = 1024  # of the frames before the cut on the time axis, where the new frames begin at 0
 
 
 @torch.inference_mode()
 def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
-    """Run the stages. The frames before the cut stand after the new ones, clean and far away in time."""
+    """Run the stages. Frames before the cut follow the new ones in the sequence, without noise, far away in time."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
     assert job.inputs.footage is not None
     if "text" not in state.encoded:
@@ -30,7 +30,7 @@ def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = Non
         groups = (from_uint8(frames[group]) for group in groups_of(len(frames)))
         state.encoded["video"] = (yield from encode_clip(files.vae, groups, plan, device)).cpu()
     begin(job, state, 0)
-    condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_PLACE)
+    condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_POSITION)
     yield from denoise(files.transformer, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:

@@ -1,4 +1,4 @@
-"""The stages that pipelines are made of: each holds what it needs, says what it does, and lets go of it."""
+"""The stages of pipelines: each loads what it needs, reports its progress as events, and frees what it loaded."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -24,9 +24,9 @@ from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spre
 
 
 class Stage:
-    """The frame of a stage: how long it took and how much memory.
+    """Makes the events of a stage and measures its time and peak memory.
 
-    part: which window of how many it belongs to.
+    part: (number, count) of the window that the stage belongs to.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Stage:
         self._name, self._total, self._unit, self._device, self._part = name, total, unit, device, part
 
     def started(self, before: int = 0) -> StageStarted:
-        """before: units that an earlier run has done."""
+        """Begin the stage. before: how many units an earlier run has done."""
         reset_peak(self._device)
         self._start = now()
         return StageStarted(self._name, self._total, self._unit, before, self._part)
@@ -51,9 +51,9 @@ class Stage:
 
 
 def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
-    """The prompt's embedding, float32 [n, text_dim]: read from disk if the prompt was encoded before.
+    """The prompt's embedding, float32 [n, text_dim], which is read from disk if the prompt was encoded before.
 
-    Meanwhile the system reads the transformer's first blocks, which denoising would wait for.
+    In the meantime the system reads ahead the transformer's first blocks, so that denoising need not wait for them.
     """
     encoder, device, file = job.encoder, job.device, job.files.transformer
     stage = Stage("text", 1, "pass", device)
@@ -78,13 +78,21 @@ def _open_vae(path: Path, plan: Plan, device: torch.device) -> WanVAE:
 def encode_images(
     path: Path, pixels: list[Tensor], noise: list[Tensor], plan: Plan, device: torch.device
 ) -> Generator[Event, None, list[Tensor]]:
-    """A latent for each picture [3, 1, H, W], drawn with its noise: float32 [16, 1, H/8, W/8] each."""
+    """Encode images [3, 1, H, W] by the VAE, each sampled with its noise -> float32 [16, 1, H/8, W/8] each.
+
+    Args:
+        path: the VAE's file.
+        pixels: the images.
+        noise: for each image what its latent is sampled with.
+        plan: the VAE's dtype and tiles.
+        device: where the VAE runs.
+    """
     stage = Stage("images", len(pixels), "images", device)
     yield stage.started()
     vae = _open_vae(path, plan, device)
     latents = []
-    for index, (picture, draw) in enumerate(zip(pixels, noise, strict=True)):
-        latents.append(vae.sample(picture, draw))
+    for index, (image, draw) in enumerate(zip(pixels, noise, strict=True)):
+        latents.append(vae.sample(image, draw))
         yield stage.done(index + 1)
     del vae
     yield stage.ended()
@@ -94,7 +102,15 @@ def encode_images(
 def encode_clip(
     path: Path, groups: Iterable[Tensor], plan: Plan, device: torch.device, part: tuple[int, int] | None = None
 ) -> Generator[Event, None, Tensor]:
-    """The mean of the posterior of a video that comes in groups [3, T, H, W], normalised: float32 [16, F, H/8, W/8]."""
+    """Encode a video by the VAE -> float32 [16, F, H/8, W/8], the normalised mean of the posterior.
+
+    Args:
+        path: the VAE's file.
+        groups: the video's frames in the groups that the VAE encodes at a time, [3, T, H, W] each.
+        plan: the VAE's dtype and tiles.
+        device: where the VAE runs.
+        part: (number, count) of the window.
+    """
     stage = Stage("images", 1, "clip", device, part)
     yield stage.started()
     vae = _open_vae(path, plan, device)
@@ -105,18 +121,18 @@ def encode_clip(
     return latents
 
 
-def encode_picture(vision: CLIPVision, picture: Tensor, device: torch.device) -> Generator[Event, None, Tensor]:
-    """Tokens [n, image_dim] of a picture [3, H, W] in [-1, 1]."""
+def embed_image(vision: CLIPVision, image: Tensor, device: torch.device) -> Generator[Event, None, Tensor]:
+    """Tokens [n, image_dim] of an image [3, H, W] in [-1, 1], made by CLIP."""
     stage = Stage("picture", 1, "pass", device)
     yield stage.started()
     with vision.open_stream(device) as stream:
-        tokens = yield from vision.encode(picture, stream, device)
+        tokens = yield from vision.encode(image, stream, device)
     yield stage.ended(stream.stats)
     return tokens
 
 
 def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
-    """The transformer without its blocks."""
+    """Load the transformer's weights outside of its blocks."""
     stage = Stage("load", 1, "file", device)
     yield stage.started()
     dit = DiT(file, device, getattr(torch, plan.dtype), rows=plan.token_rows, parked=plan.parked_tokens)
@@ -134,12 +150,22 @@ def denoise(
     observe: ObserveBlock | None = None,
     part: tuple[int, int] | None = None,
 ) -> Generator[Event, None, None]:
-    """The steps that the state does not have yet."""
+    """Run the denoising steps that the state does not have yet, and store each in the state.
+
+    Args:
+        file: the transformer.
+        plan: dtype, precision, ring slots, resident blocks and token rows.
+        state: holds the latents and the sampler.
+        condition: what the window is conditioned on.
+        device: where the transformer runs.
+        observe: called with the input of every linear layer in the blocks.
+        part: (number, count) of the window.
+    """
     if state.sampler is not None and state.steps == len(state.sampler.timesteps):
         return
     assert state.sampler is not None and state.latents is not None
     total, finished, blocks = len(state.sampler.timesteps), state.steps, block_layouts(file)
-    with BlockStream(  # blocks are read while what lies outside them is loaded
+    with BlockStream(  # already reads blocks while the weights outside of them are loaded
         file.path,
         blocks,
         device,
@@ -157,13 +183,13 @@ def denoise(
         noisy = condition.noisy(latents)
         for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
             velocity = yield from dit.forward(stream, condition.sequence(latents), times, context, rope)
-            clean = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
+            x0 = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
             state.finish_step(latents, sampler)
             yield stage.done(state.steps)
-            yield Preview(clean)
+            yield Preview(x0)
             refuse_to_spill(device)
     yield stage.ended(stream.stats)
 
@@ -177,9 +203,18 @@ def decode(
     show: Callable[[Tensor, int], Frames] | None = None,
     part: tuple[int, int] | None = None,
 ) -> Iterator[Event]:
-    """Frames as they come, group by group. Those that were handed out before are made again, for those after them.
+    """Decode latents by the VAE and yield their frames group by group.
 
-    show: makes pixels [3, T, H, W] and the number of their first frame the frames that are handed out.
+    Groups that an earlier run has yielded are decoded again, because later groups depend on them, but not yielded.
+
+    Args:
+        path: the VAE's file.
+        latents: [16, F, h, w].
+        state: records how many groups were yielded.
+        plan: the VAE's dtype and tiles.
+        device: where the VAE runs.
+        show: turns pixels [3, T, H, W] and the index of their first frame into the frames to yield.
+        part: (number, count) of the window.
     """
     stage = Stage("decode", latents.shape[1], "latent frames", device, part)
     yield stage.started()

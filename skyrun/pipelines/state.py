@@ -12,11 +12,12 @@ _CPU = torch.device("cpu")
 
 @dataclass
 class RunState:
-    """Stages fill it in order; what is there is finished. All of it is on the host, whatever happens to the device.
+    """What is finished of a run. Stages fill it in order. All tensors are on the host, so that they survive the device.
 
-    encoded: what all of the clip is made from, by name: embeddings of prompts, latents of pictures or video. window:
-    how many windows are finished. carried: what these hand on to the next, by name. latents: of that one [16, F, h, w]
-    at the level of noise that the sampler has reached. groups: latent frames of it of which frames were handed out.
+    encoded: inputs of the whole clip by name: embeddings of prompts, latents of images or video. window: how many
+    windows are finished. carried: tensors by name that the last finished window passes to the next. latents: of the
+    current window, [16, F, h, w], at the sigma that the sampler has reached. groups: how many groups of frames of the
+    current window were yielded; each group is one latent frame.
     """
 
     encoded: dict[str, Tensor] = field(default_factory=dict)
@@ -28,19 +29,19 @@ class RunState:
 
     @property
     def steps(self) -> int:
-        """Denoising steps of the window that are finished."""
+        """Finished denoising steps of the current window."""
         return self.sampler.index if self.sampler is not None else 0
 
     @property
     def mark(self) -> tuple[int, ...]:
-        """Grows with everything that is finished."""
+        """A tuple that grows whenever anything is finished."""
         return len(self.encoded), self.window, self.steps, self.groups
 
     def finish_step(self, latents: Tensor, sampler: Sampler) -> None:
-        """Take over the outcome of a step: copies, so that a step that fails half-way changes nothing here."""
+        """Store copies of a step's results, so that a step that fails midway changes nothing here."""
         self.latents, self.sampler = latents.to(_CPU), sampler.on(_CPU)
 
     def finish_window(self, **carried: Tensor) -> None:
-        """All frames of the window are handed out; the next begins with what is carried on."""
+        """Record that all frames of the window were yielded. carried: what the next window begins with."""
         self.window, self.carried = self.window + 1, carried
         self.latents, self.sampler, self.groups = None, None, 0

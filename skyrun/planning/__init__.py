@@ -1,1 +1,1 @@
-"""From a request to a job: everything is checked and decided here, before anything heavy begins."""
+"""Turn a request into a job: everything is checked and decided here, before any heavy work begins."""

@@ -1,4 +1,4 @@
-"""This machine, with what `skyrun tune` has measured of it. Nothing here imports torch, except to look at a GPU."""
+"""Describe this machine, with the measurements of `skyrun tune`. Imports torch only to examine a GPU."""
 
 import os
 from dataclasses import asdict, dataclass, field, replace
@@ -46,7 +46,7 @@ def this_machine(device: str | None = None, model: Path | None = None) -> Hardwa
 
 
 def _found_device() -> str:
-    """A GPU, if the driver sees one and torch can use it."""
+    """ "cuda" if the driver sees a GPU and torch can use it, else "cpu"."""
     if not query("name"):
         return "cpu"
     from skyrun.streaming.device import choose_device

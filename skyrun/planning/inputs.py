@@ -21,20 +21,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """pictures: RGB, upright. footage: the last frames of the video, in the size of the clip. speech: samples [n] at
+    """images: RGB, upright. footage: the last frames of the video, in the size of the clip. speech: samples [n] at
     16 kHz. notices: what a person should know of them."""
 
-    pictures: tuple[Image, ...] = ()
+    images: tuple[Image, ...] = ()
     footage: Footage | None = None
     speech: NDArray[np.float64] | None = None
     notices: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what the clip is shaped like: the first picture, or the video as it is shown."""
+        """Height and width of what the clip is shaped like: the first image, or the video as it is shown."""
         if self.footage is not None:
             return self.footage.shape
-        return self.pictures[0].height, self.pictures[0].width
+        return self.images[0].height, self.images[0].width
 
 
 def clip_size(request: Request, height: int, width: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def clip_size(request: Request, height: int, width: int) -> tuple[int, int]:
 
 
 def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
-    """Read what a request names. What is wrong with it is added to the failures."""
+    """Read the inputs that a request names. Errors are added to `failures`."""
 
     def attempt(read: Callable[..., T], *what: Any) -> T | None:
         try:
@@ -53,7 +53,7 @@ def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
             failures.append(error)
             return None
 
-    pictures = [attempt(open_image, path) for path in request.images]
+    images = [attempt(open_image, path) for path in request.images]
     footage, speech = None, None
     if request.video:
         fit = partial(clip_size, request)
@@ -61,5 +61,5 @@ def open_inputs(request: Request, failures: list[SkyrunError]) -> Inputs:
     if request.audio:
         speech = attempt(read_speech, request.audio, SPEECH_RATE, request.spec.seconds, request.seconds)
     notices = tuple(notice for source in (footage, speech) if source is not None for notice in source.notices)
-    opened = tuple(picture for picture in pictures if picture is not None)
+    opened = tuple(image for image in images if image is not None)
     return Inputs(opened, footage, speech.samples if speech is not None else None, notices)

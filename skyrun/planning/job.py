@@ -1,4 +1,4 @@
-"""From a request to a job: check everything and decide everything before anything heavy begins."""
+"""Turn a request into a job: check and decide everything before any heavy work begins."""
 
 import random
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ _SEEDS = 1 << 32
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has passed every check, with all that was decided for it.
+    """A request that has passed every check, with everything that was decided for it.
 
     frames: of the clip. passed_over: files of the model that do not fit, and why.
     """
@@ -64,7 +64,7 @@ class Job:
         return self.request.spec.fps
 
     def part(self, index: int) -> tuple[int, int] | None:
-        """Which window of how many it is, counted from 1, for a person; None if there is only one."""
+        """(number, count) of a window, counted from 1, for messages; None if there is only one window."""
         return (index + 1, len(self.windows)) if len(self.windows) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
@@ -85,9 +85,9 @@ class Job:
 
 
 def prepare(request: Request) -> Job:
-    """Open headers, images, video and speech, decide sizes and the plan. No weights are read.
+    """Read headers, images, video and speech, and decide sizes and the plan. No weights are read.
 
-    Raises SkyrunError for anything wrong with the input; with exit code 4 if the model is missing, 3 if it won't fit.
+    Raises SkyrunError if anything is wrong with the input; the code is 4 if the model is missing, 3 if it won't fit.
     """
     check(request)
     if request.seed is None:
@@ -102,9 +102,9 @@ def prepare(request: Request) -> Job:
     _check_outputs(request, model.files)
     workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
     plan = _plan(request, workload, device, model.files.transformer.path)
-    if workload.candidates:  # what was chosen now stays chosen when the run goes on
+    if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
-        if plan.weight_type != workload.weight_type:  # another file of the folder suits this machine better
+        if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
             workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
     frames = sum(window.frames for window in windows)
@@ -148,7 +148,7 @@ def _plan(request: Request, workload: Workload, device: torch.device, model: Pat
 
 
 def _open(request: Request) -> tuple[Inputs, Model]:
-    """What the clip is made from, and its model. What is wrong with any of it is in one error."""
+    """Open the inputs and the model. One SkyrunError lists everything that is wrong with them."""
     failures: list[SkyrunError] = []
     inputs = open_inputs(request, failures)
     try:
@@ -163,7 +163,7 @@ def _open(request: Request) -> tuple[Inputs, Model]:
 
 
 def _check_outputs(request: Request, files: ModelFiles) -> None:
-    """SkyrunError if a file of the model would be replaced."""
+    """Raise SkyrunError if an output would replace a file of the model."""
     parts = {path.resolve() for path in files.parts.values()}
     for place in (request.output, request.save_latents):
         if place is not None and place.resolve() in parts:

@@ -1,4 +1,4 @@
-"""Which files of a folder make up the model of a task. The one place that chooses among them."""
+"""Choose the files of a folder that make up the model of a task."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Model:
-    """The files of a model for a task, their headers checked.
+    """The files of a model for a task. Their headers have been checked.
 
-    others: transformers of the folder that could be taken instead. passed_over: files that do not fit, and why.
+    others: transformers in the folder that could be used instead. passed_over: which files were not used, and why.
     """
 
     files: ModelFiles
@@ -32,7 +32,7 @@ class Model:
     passed_over: tuple[str, ...] = ()
 
     def with_type(self, spec: TaskSpec, weight_type: str) -> "Model":
-        """The same model with another of its transformers, checked likewise."""
+        """The same model with another of its transformers, which is checked as well."""
         transformer = next(file for file in self.others if main_type(file) == weight_type)
         dims = _checked_transformer(transformer, spec, self.encoder, self.vision)
         others = (self.files.transformer, *(file for file in self.others if file is not transformer))
@@ -40,10 +40,10 @@ class Model:
 
 
 def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) -> Model:
-    """The model of a task: of several transformers the one with the most bits, unless `quant` names another.
+    """Choose the model of a task: of several transformers the one with the most bits, unless `quant` names another.
 
-    A file that says its task is taken for that, one that does not where its shapes fit. SkyrunError (exit code 4) says
-    which parts are missing; whatever is wrong with the tensors of what was chosen is an error too.
+    A file whose metadata names a task is used for that task only; any other file is used if its shapes fit. Raises
+    SkyrunError with code 4 if parts are missing, and SkyrunError if the tensors of the chosen files are not valid.
     """
     passed_over: list[str] = []
     fitting = _for_task(folder, spec, passed_over) if folder.transformers else []
@@ -78,18 +78,18 @@ def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:
 
 
 def _for_task(folder: ModelFolder, spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
-    """Transformers for the task: those that say it, or else those that say nothing and fit."""
-    said = {file: str(file.metadata.get("skyrun.task", "")) for file in folder.transformers}
-    stated = [file for file, task in said.items() if task == spec.name]
-    silent = [file for file, task in said.items() if not task]
-    for file, task in said.items():
+    """Transformers for the task: those whose metadata names it, or else those that name no task and fit."""
+    tasks = {file: str(file.metadata.get("skyrun.task", "")) for file in folder.transformers}
+    stated = [file for file, task in tasks.items() if task == spec.name]
+    silent = [file for file, task in tasks.items() if not task]
+    for file, task in tasks.items():
         if task and task != spec.name and (stated or silent):
             passed_over.append(f"{file.path.name} is a model for {task}")
     if stated:
         passed_over += [f"{file.path.name} does not say its task" for file in silent]
         return stated
     if not silent:
-        file, task = next(iter(said.items()))
+        file, task = next(iter(tasks.items()))
         raise SkyrunError(f"{file.path} is a model for {task}, not for {spec.name}", f"use it with `skyrun run {task}`")
     if folder.named is not None:
         return silent
@@ -106,11 +106,11 @@ def _for_task(folder: ModelFolder, spec: TaskSpec, passed_over: list[str]) -> li
 
 
 def _misfit(file: GGUFFile, spec: TaskSpec) -> str:
-    """Why a file that does not say its task is none for this one: by its shapes, and by its name where these agree."""
+    """Why a file that names no task does not fit this one, judged by its shapes and then by its name; "" if it fits."""
     try:
         dims = read_dims(file)
     except SkyrunError:
-        return ""  # said in full if it is the one that is taken
+        return ""  # reported in full if this file is chosen
     if problem := _shape_problem(dims, spec):
         return f"{file.path.name} {problem}"
     named = tasks_in(file.path.name)
@@ -126,7 +126,7 @@ def _of_type(transformers: Sequence[GGUFFile], quant: str, folder: Path) -> GGUF
 
 
 def _first(files: Sequence[T], use: Callable[[T], "Used"], passed_over: list[str]) -> "Used":
-    """What `use` makes of the first file that it does not refuse; the first refusal where it refuses all."""
+    """The result of `use` for the first file that it accepts. If it refuses all files, its first error is raised."""
     refusals: list[SkyrunError] = []
     for file in files:
         try:
@@ -171,10 +171,10 @@ def _checked_transformer(file: GGUFFile, spec: TaskSpec, encoder: UMT5, vision: 
     dims = read_dims(file)
     if problem := _shape_problem(dims, spec):
         raise SkyrunError(f"{file.path} {problem}", f"use a SkyReels-V3 model for {spec.name}")
-    made = [("text", encoder.dim, dims.text_dim)]
+    encoders = [("text", encoder.dim, dims.text_dim)]
     if vision is not None:
-        made.append(("image", vision.dim, dims.image_dim))
-    for name, encoder_dim, own in made:
+        encoders.append(("image", vision.dim, dims.image_dim))
+    for name, encoder_dim, own in encoders:
         if encoder_dim != own:
             raise SkyrunError(
                 f"{file.path} expects {name} embeddings of {own}, the {name} encoder makes {encoder_dim}",
@@ -194,5 +194,5 @@ def _shape_problem(dims: DiTDims, spec: TaskSpec) -> str:
 
 
 def missing_parts(folder: ModelFolder, spec: TaskSpec) -> Iterator[str]:
-    """Roles of the task's files that a folder has no file for."""
+    """Roles of a task's files for which the folder has no file."""
     yield from (role for role in ("transformer", *spec.parts) if not folder.has(role))

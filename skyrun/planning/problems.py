@@ -1,4 +1,4 @@
-"""What can be wrong with a request: its values, and the world that it names. All problems are found at once."""
+"""Find everything that is wrong with a request: with its values, and with the files and places that it names."""
 
 import math
 import os
@@ -24,14 +24,14 @@ _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
 
 
 def check(request: Request) -> None:
-    """SkyrunError that lists everything that is wrong with a request, and with the files and places it names."""
+    """Raise one SkyrunError that lists everything that is wrong with a request and the files and places it names."""
     problems = request.type_problems() or [*value_problems(request), *_world_problems(request)]
     if problems:
         raise SkyrunError.listing("this cannot be run", problems, "see `skyrun run --help`")
 
 
 def parse_request(values: Any) -> Request:
-    """The request whose `as_json` these values are. SkyrunError if they are something else."""
+    """The request that these values, made by `as_json`, describe. Raises SkyrunError if they are something else."""
     known = {field.name for field in fields(Request)}
     if not isinstance(values, dict) or not {"task", "prompt"} <= set(values) <= known:
         raise SkyrunError("these values are not a request", f"expected task, prompt, and of {', '.join(sorted(known))}")
@@ -43,7 +43,7 @@ def parse_request(values: Any) -> Request:
 
 
 def value_problems(request: Request) -> list[str]:
-    """Values that no clip can have."""
+    """What is wrong with the request's values."""
     if request.task not in TASKS:
         return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *shape_problems(request)]
     spec = request.spec
@@ -58,7 +58,7 @@ def value_problems(request: Request) -> list[str]:
 
 
 def length_problems(spec: TaskSpec, frames: int | None, seconds: float | None) -> list[str]:
-    """Why the task makes no clip of that many frames or seconds."""
+    """Why the task cannot make a clip of that many frames or seconds."""
     shortest, longest = spec.seconds
     if frames is not None and not spec.takes_frames:
         return [f"{spec.name} has no --frames: use --seconds"]
@@ -78,7 +78,7 @@ def length_problems(spec: TaskSpec, frames: int | None, seconds: float | None) -
 
 
 def place_problems(path: Path) -> list[str]:
-    """Why a file cannot be written there; better known before the work than after it."""
+    """Why a file cannot be written at `path`, checked before the work instead of after it."""
     if path.is_dir():
         return [f"{path} is a folder, expected the name of a file"]
     folder = existing_folder(path.parent)
@@ -159,7 +159,7 @@ def choice_problems(request: Request) -> Iterator[str]:
 
 
 def _world_problems(request: Request) -> Iterator[str]:
-    """Inputs that are not there, and outputs that cannot be written or would replace an input."""
+    """Inputs that do not exist, and outputs that cannot be written or would replace an input."""
     files = [file for file in (*request.images, request.video, request.audio) if file is not None]
     for file in files:
         if not file.is_file():
@@ -173,7 +173,7 @@ def _world_problems(request: Request) -> Iterator[str]:
 
 
 def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]:
-    """Places in which what a clip is made from would be replaced."""
+    """Outputs that would replace an input of the clip."""
     taken = {file.resolve() for file in inputs}
     for place in places:
         if place.resolve() in taken:

@@ -1,4 +1,4 @@
-"""The published models in numbers: what can be planned without having them."""
+"""Sizes of the published models, so that plans can be made without downloading them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from skyrun.tasks.windows import Window, amounts
 UMT5_XXL = {"dim": 4096, "inner": 4096, "ffn": 10240, "vocab": 256384, "buckets": 32, "heads": 64}
 VAE = {"base": 96, "z": 16}
 LAYERS, TEXT_LAYERS = 40, 24
-OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # what is worth choosing from, best first
+OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # types that a plan chooses from, best first
 _TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
@@ -25,7 +25,15 @@ _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 def with_clip(
     workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window]
 ) -> Workload:
-    """A model's workload with the numbers of a clip. size: (height, width) in pixels."""
+    """A model's workload with the size and length of a clip.
+
+    Args:
+        workload: of the model.
+        spec: the task.
+        size: (height, width) in pixels.
+        steps: denoising steps of a window.
+        windows: the windows of the clip.
+    """
     return replace(
         workload,
         height=size[0],

@@ -1,4 +1,4 @@
-"""What a user asks for, as a value. Making one looks at nothing but its own fields."""
+"""What a user asks for, as a value. Constructing one never looks at the file system."""
 
 import re
 import reprlib
@@ -9,7 +9,7 @@ from typing import Any
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.windows import Length, Window, latents
 
-SECONDS = 5.0  # of a clip whose length is not said
+SECONDS = 5.0  # length of a clip if the user gives none
 PLACES = ("video", "audio", "output", "model", "save_latents")
 _OPTIONS = frozenset().union(*(spec.options for spec in TASKS.values()))
 _TOO_LARGE = 1 << 64
@@ -36,19 +36,21 @@ _REQUIRED = ("task", "prompt", "resolution", "latent_rate", "window_frames", "jo
 class Request:
     """A clip to make.
 
-    task: "r2v" shows what is in one to four `images`, "v2v" is how a `video` goes on, "shot" its next shot, "a2v" lets
-    a portrait say what is in `audio`. output: the mp4; None keeps the frames in memory only. model: a folder of
-    converted files, or one of them. quant: which transformer, where the folder has several. size: (height, width) in
-    pixels, or "HxW"; without it `resolution` picks one that suits the first image. frames: 4 k + 1; or `seconds`, at
-    24 frames each and one; five seconds if neither is given. Of speech `seconds` takes the beginning. seed: None draws
-    one. precision: "exact" or "fast" (int8); None leaves it to the plan. prefer: "quality", "speed" or "memory".
-    max_vram, max_ram: limits in GiB. overwrite: replace files that are in the place of the clip.
+    task: "r2v" makes a clip that shows what is in one to four `images`, "v2v" continues a `video`, "shot" makes the
+    next shot after a `video`, and "a2v" makes a portrait speak what is in `audio`.
+    output: the mp4 file; None keeps the frames in memory only. model: a folder of converted files, or one of them.
+    quant: which transformer to use if the folder has several. size: (height, width) in pixels, or "HxW"; without it,
+    `resolution` chooses one with the aspect ratio of the first image or the video. frames: 4 k + 1. seconds: the length
+    if `frames` is not given, five by default; of speech, how much of its beginning is used. seed: None draws one.
+    precision: "exact" or "fast" (int8); None leaves it to the plan. prefer: "quality", "speed" or "memory".
+    max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
+    replaced.
+    transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
+    begins with the video.
+    Only tests change how windows are cut: condition_frames is how many frames of the video are conditioned on,
+    latent_rate how many latent frames make a second, window_frames how long the windows of a talking avatar are.
 
-    transition: a name of the task's transitions, in place of its tag in the prompt. join: the clip begins with the
-    video. How windows are cut, which only tests change: condition_frames of the video are seen, latent_rate latent
-    frames are made for a second, window_frames for a stretch of speech.
-
-    Values that no clip can have are kept as they are; `skyrun.planning.problems` lists them.
+    Invalid values are stored as they are; `skyrun.planning.problems` lists them.
     """
 
     task: str
@@ -61,7 +63,7 @@ class Request:
     resolution: str = "480P"
     frames: int | None = None
     seconds: float | None = None
-    steps: int = None  # type: ignore[assignment]  # as many as the task's model was distilled for
+    steps: int = None  # type: ignore[assignment]  # by default as many as the task's model was distilled for
     seed: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -75,12 +77,12 @@ class Request:
     audio: Path | None = None
     transition: str | None = None
     join: bool = False
-    condition_frames: int = None  # type: ignore[assignment]  # as upstream
+    condition_frames: int = None  # type: ignore[assignment]  # by default as many as upstream uses
     latent_rate: int = Length.latent_rate
     window_frames: int = Length.window_frames
 
     def __post_init__(self) -> None:
-        """Give every value the one form that the rest of the code expects, as far as its type allows that."""
+        """Normalise every value to the form that the rest of the code expects, unless its type is wrong."""
         if self.type_problems():
             return
 
@@ -111,7 +113,7 @@ class Request:
 
     @property
     def spec(self) -> TaskSpec:
-        """What the task is like."""
+        """The task's TaskSpec."""
         return TASKS[self.task]
 
     @property
@@ -129,7 +131,7 @@ class Request:
         return latents(self.frame_count)
 
     def windows(self, speech_frames: int = 0) -> tuple[Window, ...]:
-        """The windows of the clip, in order. speech_frames: of a talking avatar, as long as its speech is."""
+        """The windows of the clip, in order. speech_frames: how many frames the speech of a talking avatar takes."""
         length = Length(
             frames=self.frame_count,
             seconds=int(SECONDS if self.seconds is None else self.seconds),
@@ -142,7 +144,7 @@ class Request:
         return self.spec.windows(length)
 
     def type_problems(self) -> list[str]:
-        """Values of the wrong type, which cannot be compared with anything."""
+        """Values of a wrong type; no other check can be made on them."""
         values = [(name, getattr(self, name), kind) for name, kind in _KINDS.items()]
         values = [(name, value, kind) for name, value, kind in values if value is not None or name in _REQUIRED]
         images: Any = self.images
@@ -154,13 +156,13 @@ class Request:
         return [problem for name, value, kind in values if (problem := _type_problem(name, value, kind))]
 
     def absolute(self) -> "Request":
-        """The same request, with paths that hold in every folder."""
+        """The same request with absolute paths."""
         places = {name: getattr(self, name) for name in PLACES}
         whole = {name: path.absolute() for name, path in places.items() if path is not None}
         return replace(self, images=tuple(path.absolute() for path in self.images), **whole)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, those that are set."""
+        """The values that are set, as plain values."""
         values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -192,6 +194,6 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
 
 
 def _parse_size(text: str) -> tuple[int, int] | str:
-    """ "480x832" -> (480, 832), height first; what is not a size stays as it is, for the error to show."""
+    """ "480x832" -> (480, 832), height first. Text that is not a size is returned unchanged, for the error message."""
     match = re.fullmatch(r"(\d{1,6})\s*[xX×*]\s*(\d{1,6})", text.strip())
     return (int(match[1]), int(match[2])) if match else text

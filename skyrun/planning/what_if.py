@@ -1,4 +1,4 @@
-"""What would run, on this machine or on another, with a model or without. No input has to exist."""
+"""Plan what would run, on this machine or another, with or without a model. Inputs need not exist."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,13 +18,13 @@ from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
-_WIDE = (9, 16)  # the shape of an image that is not there
-_RAM, _DISK = 16.0, 0.5  # GiB and GB/s of a machine of which nothing is said
+_WIDE = (9, 16)  # height and width that an image which does not exist is assumed to have
+_RAM, _DISK = 16.0, 0.5  # GiB and GB/s that another machine is assumed to have
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, with what it is for."""
+    """A plan with the request, hardware and workload that it was made for."""
 
     request: Request
     hardware: Hardware
@@ -37,7 +37,7 @@ class Planned:
         return self.workload.layers * self.workload.block_bytes + self.workload.outer_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as plain values."""
         return {"task": self.request.task, "size": [self.workload.height, self.workload.width]} | {
             "frames": self.workload.frames,
             "tokens": self.workload.tokens,
@@ -48,16 +48,16 @@ class Planned:
 
 
 def hardware_json(hardware: Hardware) -> dict[str, Any]:
-    """Every number with where it comes from."""
+    """Every value of the hardware with its origin."""
     values = asdict(hardware)
     origins = values.pop("origins")
     return {name: {"value": value, "origin": origins.get(name, ASSUMED)} for name, value in values.items()}
 
 
 def request_workload(request: Request) -> Workload:
-    """The workload of a request whose inputs need not exist, by its model or else by the published one.
+    """The workload of a request whose inputs need not exist, computed from its model or else the published one.
 
-    Without a size the clip is as wide as most screens. SkyrunError for what no model makes.
+    Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
     """
     if problems := [*_problems(request)]:
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
@@ -97,7 +97,7 @@ def described_hardware(
     disk: float | None = None,
     model: Path | None = None,
 ) -> Hardware:
-    """The machine that options describe; without a card it is this one, with other numbers where they are given.
+    """The machine that options describe; without `gpu` this machine with the given values.
 
     SkyrunError for a card that is in no table.
 
@@ -110,7 +110,7 @@ def described_hardware(
         model: A model whose disk is measured where `disk` is not given.
     """
     problems = [
-        f"--{name} {value:g} is no size, expected a number above 0"
+        f"--{name} {value:g} is not a size, expected a number above 0"
         for name, value in (("vram", vram), ("ram", ram), ("disk", disk))
         if value is not None and not 0 < value < float("inf")
     ]
@@ -137,7 +137,7 @@ def described_hardware(
 
 
 def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
-    """The plan for a request whose inputs need not exist. limits: what else `choose` takes."""
+    """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
     workload = request_workload(request)
     plan = choose(hardware, workload, prefer=request.prefer or "quality", **limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)

@@ -1,4 +1,4 @@
-"""The numbers of a model's files."""
+"""Compute a workload from a model's files."""
 
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.dit_header import block_layouts, canonical_tensors
@@ -11,7 +11,7 @@ from skyrun.tasks import TaskSpec
 
 
 def model_workload(spec: TaskSpec, model: Model) -> Workload:
-    """A model's numbers, read from its headers; no clip yet. Its other transformers are on offer."""
+    """The workload of a model, read from its headers, without a clip. Its other transformers become candidates."""
     files, vision = model.files, model.vision
     tensors = canonical_tensors(files.transformer)
     vae_base_dim, vae_weights = read_vae_dims(files.vae)

@@ -1,1 +1,1 @@
-"""Bytes of a model file become weights on a device, block by block."""
+"""Stream the weights of a model file to a device, block by block."""

@@ -1,4 +1,4 @@
-"""The device: which one, its limit, and what running out of its memory looks like."""
+"""Choose the device, limit its memory, and recognise when memory runs out."""
 
 import platform
 import sys
@@ -11,13 +11,13 @@ import torch
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 
 _SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
-_SPILL_SHARE = 0.01  # of the device, below which memory is moved
+_SPILL_SHARE = 0.01  # of the device's memory: with less of it free, Windows spills to RAM
 # Failed allocations that torch reports as a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where torch finds one, or the CPU."""
+    """The named device; without a name CUDA if torch finds a GPU, else the CPU. Raises SkyrunError if it is missing."""
     if name is not None and name != "cpu" and not torch.cuda.is_available():
         built = torch.version.cuda
         cause = f"torch {torch.__version__} finds no NVIDIA GPU" if built else f"torch {torch.__version__} has no CUDA"
@@ -28,13 +28,13 @@ def choose_device(name: str | None) -> torch.device:
     if index is not None and index >= count:
         found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
-    # With its index: other threads have another default.
+    # With an index, because other threads may have another default device.
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
 @contextmanager
 def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
-    """Let torch's allocator fail above `nbytes` rather than take more."""
+    """Make torch's allocator fail instead of taking more than `nbytes`."""
     if device.type != "cuda":
         yield
         return
@@ -47,28 +47,28 @@ def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
 
 
 def refuse_to_spill(device: torch.device) -> None:
-    """torch.OutOfMemoryError where Windows is about to move the device's memory to the host.
+    """Raise torch.OutOfMemoryError if Windows is about to move device memory to the host.
 
-    Its driver does that rather than let an allocation fail, when other programs take what this one counted on; every
-    step would take several times as long.
+    Windows does not report a full GPU: if other programs take memory that this one counted on, its driver silently
+    spills VRAM to RAM, and every step takes several times as long.
     """
     if device.type != "cuda" or not _SPILLS:
         return
     free, total = torch.cuda.mem_get_info(device)
     if free < _SPILL_SHARE * total:
         left = f"{free >> 20} MiB of GPU memory are left"
-        raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would turn to RAM")
+        raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would spill to RAM")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or the host."""
+    """Whether the error is a failed allocation, on the device or the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def out_of_memory(error: BaseException) -> SkyrunError:
-    """What to say of a failed allocation."""
+    """The SkyrunError for a failed allocation."""
     cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
     hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
     return SkyrunError(f"out of memory: {cause}", hint, WILL_NOT_FIT)
@@ -86,20 +86,20 @@ def out_of_memory_explained() -> Iterator[None]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring `peak_bytes` anew."""
+    """Start a new measurement of `peak_bytes`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Bytes of device memory at their highest since `reset_peak`; on a CPU the memory of the process now."""
+    """Peak device memory in bytes since `reset_peak`; on a CPU the memory that the process uses now."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
 
 
 def finish(device: torch.device) -> None:
-    """Wait for the device's work, and give memory that is not in use back to it."""
+    """Wait for the device's work to finish, and release memory that is not in use."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

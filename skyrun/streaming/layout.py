@@ -1,4 +1,4 @@
-"""Where the blocks of a file lie, and where their tensors belong in a buffer."""
+"""Lay out blocks: where their tensors lie in the file, and where they belong in a buffer."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,10 +19,11 @@ _GAP = 1 << 16  # extents closer than this are read as one
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a block's bytes in the file, and where they belong in the block's buffer.
+    """A part of a run of bytes in the file, and where it belongs in the block's buffer.
 
-    It begins `start` bytes into a run that lies at `at`. info: of the tensor that the run is, if the fields of its
-    blocks are to lie apart; a run of other tensors lies as in the file.
+    offset, nbytes: the part's bytes in the file. at: where the whole run is placed in the buffer. start: bytes from the
+    beginning of the run to the part. info: the tensor, if the run is one whose blocks are repacked into planes; other
+    runs have the same layout in the buffer as in the file.
     """
 
     offset: int
@@ -32,13 +33,13 @@ class Piece:
     info: TensorInfo | None = None
 
     def split(self, limit: int) -> "Iterator[Piece]":
-        """Pieces of at most `limit` bytes, of whole blocks where fields lie apart."""
+        """Split into pieces of at most `limit` bytes, which are whole blocks if they are repacked."""
         step = limit // self.info.format.block_bytes * self.info.format.block_bytes if self.info else limit
         for start in range(0, self.nbytes, step):
             yield replace(self, offset=self.offset + start, nbytes=min(step, self.nbytes - start), start=start)
 
     def moves(self, buffer: Tensor, staged: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What has to be copied from where, to bring the piece to its block's buffer."""
+        """The copies, (to, from), that move the piece from the staging buffer to its block's buffer."""
         if self.info is None:
             return [(buffer[self.at + self.start :][: self.nbytes], staged[: self.nbytes])]
         width = self.info.format.block_bytes
@@ -53,7 +54,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a file: its tensors by name within the block, and the extents that hold them."""
+    """A block of a file.
+
+    tensors: (name within the block, info, place in the buffer). extents: what to read to get them. nbytes: of a buffer.
+    """
 
     tensors: tuple[tuple[str, TensorInfo, int], ...]
     extents: tuple[Extent, ...]
@@ -61,19 +65,27 @@ class Block:
 
     @property
     def lead(self) -> int:
-        """Bytes from the start of a page to the block's first: reading is quickest to the same place in memory."""
+        """The block's offset in its page of the file. Reading is fastest to the same offset in a page of memory."""
         lead = self.extents[0].offset % PAGE
         return 0 if lead % _ALIGNMENT else lead
 
     def weights(
         self, owner: str, buffer: Tensor, observe: Observe | None = None, planar: bool = False, fast: bool = False
     ) -> Weights:
-        """Views of the buffer, without a copy. planar: it went through `to_planes`. fast: multiply in rotated int8."""
+        """The block's weights as views of its buffer, without a copy.
+
+        Args:
+            owner: the block, named in errors.
+            buffer: holds the block's bytes.
+            observe: called with the name and the input of every linear layer that is used.
+            planar: whether tensors that need planes were repacked.
+            fast: whether linear layers multiply in rotated int8.
+        """
         views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
         return Weights(owner, views, observe, fast)
 
     def pieces(self, limit: int, planar: bool) -> list[Piece]:
-        """The block in pieces of at most `limit` bytes. planar: fields lie apart where kernels want them so."""
+        """The block in pieces of at most `limit` bytes. planar: whether tensors that need planes are repacked."""
         runs: list[Piece] = []
         for _, info, at in self.tensors:
             apart = info if planar and has_planes(info) else None
@@ -86,7 +98,7 @@ class Block:
 
 
 def lay_out(tensors: dict[str, TensorInfo]) -> Block:
-    """Place the tensors of a block in a buffer the way they lie in the file, large gaps left out."""
+    """Place the tensors of a block in a buffer in the same order as in the file, without large gaps."""
     extents: list[Extent] = []
     placed = []
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -101,7 +113,7 @@ def lay_out(tensors: dict[str, TensorInfo]) -> Block:
 
 
 def lay_out_blocks(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> list[Block]:
-    """The blocks `prefix0.`, `prefix1.`, ... of a file, in order. SkyrunError if the numbers have gaps."""
+    """The blocks `prefix0.`, `prefix1.`, ... of a file, in order. Raises SkyrunError if a number is missing."""
     numbered = re.compile(re.escape(prefix) + r"(\d{1,5})\.(.+)")
     blocks: dict[int, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():

@@ -1,4 +1,4 @@
-"""Reads of a file by several threads, large pieces at a time: one thread leaves most disks half idle."""
+"""Read a file with several threads in large chunks: a single thread cannot use the full speed of most disks."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ _REFUSED = (errno.EINVAL, errno.ENOTSUP)  # by file systems that have no way aro
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of bytes of the file and its place in a buffer."""
+    """A range of bytes in the file and its place in a buffer."""
 
     offset: int
     nbytes: int
@@ -38,9 +38,10 @@ class Extent:
 class FileReader:
     """Fills buffers from a file.
 
-    A file that fits into free memory is read through the page cache, and comes from there when it is read again; larger
-    ones go around it, without a copy where buffer and file are at the same place of a page. direct: do that, or not,
-    whatever the size.
+    A file that fits into free memory is read through the page cache and comes from there when it is read again. Larger
+    files are read directly (O_DIRECT), without a copy if buffer and file have the same offset in a page.
+
+    direct: whether to read directly; None decides by the file's size.
     """
 
     def __init__(self, path: Path, direct: bool | None = None) -> None:
@@ -56,7 +57,7 @@ class FileReader:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"read {path.name}")
 
     def read(self, extents: Sequence[Extent], buffer: Tensor) -> None:
-        """Read the extents into the buffer, uint8 on the host. SkyrunError if that fails or the file has changed."""
+        """Read extents into a uint8 buffer on the host. Raises SkyrunError if that fails or the file has changed."""
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         reads = [
             self._threads.submit(self._fill, view[extent.at + start : extent.at + end], extent.offset + start)
@@ -64,7 +65,7 @@ class FileReader:
             for start, end in _chunks(extent)
         ]
         failure = None
-        for read in reads:  # all of them: after an error too nobody writes into the buffer any more
+        for read in reads:  # wait for all, so that even after an error no thread still writes to the buffer
             try:
                 read.result()
             except Exception as error:
@@ -77,7 +78,7 @@ class FileReader:
         self._check()
 
     def close(self) -> None:
-        """End the threads, after the chunks under way. Reads that are not finished then fail."""
+        """Stop the threads after the chunks that they are reading. Reads that are not finished fail."""
         self._threads.shutdown(cancel_futures=True)
         for file in self._files:
             file.close()
@@ -89,7 +90,7 @@ class FileReader:
         return os.preadv(self._files[0].fileno(), [target], offset)
 
     def _read_own(self, target: memoryview, offset: int) -> int:
-        """Where a position belongs to a file object, as on Windows, every thread needs one of its own."""
+        """Read with a file object per thread, because reading moves its position. For systems without preadv."""
         if not hasattr(self._mine, "read_at"):
             file = open_unbuffered(self._path)
             self._files.append(file)
@@ -101,12 +102,12 @@ class FileReader:
         try:
             file = FileIO(os.open(self._path, os.O_RDONLY | os.O_DIRECT))
         except OSError:
-            return  # refused; and if it is something else, reading will say so
+            return  # direct reads are not supported; any other problem will show up when the file is read
         self._files.append(file)
         self._read = partial(self._read_around, file.fileno())
 
     def _read_around(self, file: int, target: memoryview, offset: int) -> int:
-        """Read around the page cache: whole pages to where pages of memory begin, the rest by way of a buffer."""
+        """Read directly: whole pages straight to page-aligned memory, the rest through a buffer."""
         place, lead = np.frombuffer(target, np.uint8), offset % PAGE
         fits = (place.ctypes.data - offset) % PAGE == 0
         if fits and lead == 0 and len(place) >= PAGE:
@@ -117,8 +118,8 @@ class FileReader:
             pages = self._mine.pages[: PAGE if fits else -(-(lead + len(place)) // PAGE) * PAGE]
             got = min(self._read_pages(file, pages, offset - lead) - lead, len(place))
             if got > 0:
-                np.copyto(place[:got], pages[lead : lead + got])  # other threads run meanwhile
-        return got if got > 0 else self._read_positions(target, offset)  # refused, or the file ends here
+                np.copyto(place[:got], pages[lead : lead + got])  # numpy releases the GIL for this copy
+        return got if got > 0 else self._read_positions(target, offset)  # not supported, or the file ends here
 
     def _read_pages(self, file: int, pages: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> int:
         try:
@@ -137,7 +138,7 @@ class FileReader:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _check(self) -> None:
-        """A file that has gone is still there for those who have it open; one that has changed is not what it was."""
+        """Raise SkyrunError if the file has changed. A deleted file is fine: it stays readable while it is open."""
         found = self._identity()
         if found is None or self._found is None or found == self._found:
             return
@@ -151,7 +152,7 @@ class FileReader:
 
 
 def read_ahead(path: Path, extents: Sequence[Extent]) -> None:
-    """Let the system begin to read these, where it can be asked and the file is read through its cache."""
+    """Ask the system to read these extents into its page cache, if it supports that and the file fits."""
     if not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError), open_unbuffered(path) as file:
@@ -166,6 +167,6 @@ def _exceeds_cache(nbytes: int) -> bool:
 
 
 def _chunks(extent: Extent) -> list[tuple[int, int]]:
-    """Where an extent is cut, from its start: at round places of the file, where pages begin too."""
+    """The (start, end) of an extent's chunks, which are cut at multiples of _CHUNK in the file: at page borders."""
     cuts = range((extent.offset // _CHUNK + 1) * _CHUNK - extent.offset, extent.nbytes, _CHUNK)
     return list(zip([0, *cuts], [*cuts, extent.nbytes], strict=True))

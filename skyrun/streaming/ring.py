@@ -1,4 +1,4 @@
-"""Rings of buffers that hand blocks of weights to a device: page-locked staging, copies on a stream of their own."""
+"""Rings of buffers that transfer blocks to a device, with page-locked staging and a CUDA stream for the copies."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,16 @@ from torch import Tensor
 from skyrun.presets.memory import STAGING_PIECES, piece_bytes
 from skyrun.streaming.reader import PAGE
 
-Arrival = Any  # of bytes sent to a device: an event on it, None on a CPU
+Arrival = Any  # when bytes have arrived on a device: a CUDA event, or None on a CPU
 
 _BLOCKS_AHEAD = 2
 _PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class Ring(Protocol):
-    """A fixed number of equal buffers on a device, filled in turn by threads that read, used in turn by a model.
+    """A fixed number of equal buffers on a device, which reader threads fill and the model uses one after the other.
 
-    staged: bytes for a buffer have to pass through others on the host, of `piece_bytes` each.
+    slots: the buffers. staged: whether bytes pass through staging buffers on the host, of `piece_bytes` each.
     """
 
     slots: list[Tensor]
@@ -29,29 +29,29 @@ class Ring(Protocol):
     piece_bytes: int
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Reader: another buffer on the device, for what stays there."""
+        """Reader: allocate another buffer on the device, for a block that stays there."""
 
     def staging(self) -> AbstractContextManager[Tensor]:
-        """Reader: a buffer on the host whose content has been sent. Waits until there is one."""
+        """Reader: a free staging buffer on the host. Waits until there is one."""
 
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
-        """Reader: copy from staging to places in the slot's buffer, or one that was allocated: pairs (to, from)."""
+        """Reader: start copies, (to, from), from staging to the slot's buffer, or to an allocated one if it is None."""
 
     def receive(self, arrivals: Iterable[Arrival]) -> None:
-        """Model: work enqueued from here on sees what was sent."""
+        """Model: make work that is enqueued from now on wait for these arrivals."""
 
     def release(self, slot: int) -> None:
-        """Model: work enqueued so far is the last that uses the slot."""
+        """Model: the slot may be overwritten once the work enqueued so far is done."""
 
     def keep_pace(self) -> None:
-        """Model: a block is enqueued. Wait until the device is at most two behind, so that times mean something."""
+        """Model: after a block, wait until the device is at most two blocks behind, so that measured times are real."""
 
     def close(self) -> None:
-        """Let go of the buffers, once no copy into them is under way."""
+        """Free the buffers once all copies into them are done."""
 
 
 class HostRing:
-    """On a CPU a slot is the memory that is read into. Only what has to be laid out anew is staged."""
+    """The ring of a CPU: files are read straight into the slots. Only pieces that are repacked are staged."""
 
     staged = False
 
@@ -84,10 +84,10 @@ class HostRing:
 
 
 class CudaRing:
-    """Slots in device memory behind a few page-locked buffers, from which a stream of its own copies.
+    """The ring of a GPU: slots in device memory, filled from a few page-locked buffers on a stream of its own.
 
-    Events order the copies with the model's kernels: only readers wait for copies, and the model for no kernel but
-    those of two blocks ago. Events are waited for asleep, not spinning.
+    CUDA events order the copies and the model's kernels. On the host only readers wait for copies, and the model only
+    waits for kernels of two blocks ago. Threads sleep while they wait, instead of spinning.
     """
 
     staged = True
@@ -107,7 +107,7 @@ class CudaRing:
 
     def allocate(self, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # the memory may still be in use there
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # where the memory may still be in use
         return buffer
 
     @contextmanager
@@ -152,26 +152,26 @@ class CudaRing:
 
 
 def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:
-    """A ring of `slots` buffers of `nbytes` on the device."""
+    """Make a ring of `slots` buffers of `nbytes` on the device."""
     return CudaRing(device, slots, nbytes) if device.type == "cuda" else HostRing(slots, nbytes)
 
 
 def page_aligned(nbytes: int) -> Tensor:
-    """Bytes on the host that begin where a page of memory does."""
+    """Allocate page-aligned bytes on the host."""
     memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     return memory[-memory.data_ptr() % PAGE :][:nbytes]
 
 
 def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
-    """Memory for some pieces of `nbytes`, and whether it is page-locked; fewer pieces where not as much can be.
+    """Whether memory is page-locked, and the memory: room for a few pieces of `nbytes`, fewer if less can be locked.
 
-    An allocation that is registered has the size that it was asked for; torch's own are rounded up to powers of two.
+    The memory is registered with CUDA because torch's own page-locked allocations are rounded up to powers of two.
     """
     memory, cudart = torch.empty(0), torch.cuda.cudart()
     for pieces in (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4):
         memory = page_aligned(pieces * nbytes)
         if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
             return True, memory
-        with suppress(RuntimeError):  # a kernel would report the failure as its own: let it be this one
+        with suppress(RuntimeError):  # the next kernel would report the failure as its own: run one here
             torch.ones(1, device=device)
     return False, memory

@@ -1,7 +1,7 @@
-"""Blocks of weights that pass by: read ahead from disk by threads while the model works on the block before.
+"""Stream blocks of weights: threads read the next ones from disk while the model computes with the current one.
 
-A ring of a few buffers holds the block in use and the next ones; nothing else of the blocks is in memory, except
-those that the plan keeps. Blocks are found by the offsets in the header, in whatever order the file has them.
+A ring of a few buffers holds the current block and the next ones. No other blocks are in memory, except those that the
+plan keeps resident. Blocks are read by their offsets in the header, whatever their order in the file.
 """
 
 import threading
@@ -25,12 +25,12 @@ from skyrun.streaming.reader import PAGE, Extent, FileReader
 from skyrun.streaming.ring import Arrival, make_ring, page_aligned
 from skyrun.streaming.weights import Weights
 
-ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, after the index of the block
+ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, with the index of the block first
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A piece that is on its way to the block's buffer, or a whole block that has been read into it."""
+    """A piece or a whole block that has been read. arrival: when it is in the block's buffer on the device."""
 
     read_start: float
     read_end: float
@@ -39,7 +39,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Loading:
-    """A block whose pieces are under way. slot is None for one that stays in memory."""
+    """A block whose pieces are being read. slot: of the ring, None for a block that stays in memory."""
 
     index: int
     slot: int | None
@@ -51,7 +51,7 @@ class _Loading:
 class StreamStats:
     """What a stream has done so far.
 
-    read_seconds: when at least one thread was reading. stall_seconds: when the model waited for a block.
+    read_seconds: how long at least one thread was reading. stall_seconds: how long the model waited for blocks.
     """
 
     bytes_read: int = 0
@@ -72,7 +72,7 @@ class StreamStats:
         return 1 - min(1.0, self.stall_seconds / self.read_seconds) if self.read_seconds else 1.0
 
     def reading(self, nbytes: int) -> None:
-        """A thread begins to read that much."""
+        """Record that a thread begins to read that many bytes."""
         with self._lock:
             self.bytes_read += nbytes
             if not self._reading:
@@ -80,7 +80,7 @@ class StreamStats:
             self._reading += 1
 
     def read(self) -> None:
-        """A thread has ended what it began."""
+        """Record that a thread has finished reading."""
         with self._lock:
             self._reading -= 1
             if not self._reading:
@@ -88,11 +88,12 @@ class StreamStats:
 
 
 class BlockStream:
-    """Hands out the blocks of a file in order, `passes` times over.
+    """Yields the blocks of a file in order, `passes` times.
 
-    resident: indexes of blocks that are read once and kept. slots: buffers of the ring, at least two. Reading of the
-    first block starts at once, and of the first block of a pass during the pass before. observe: is shown the input of
-    every linear layer of the blocks. fast: these multiply in rotated int8.
+    Reading starts at once, and the first blocks of a pass are read during the pass before.
+
+    slots: buffers of the ring, at least two. resident: indexes of blocks that are read once and stay in memory.
+    observe: called with the input of every linear layer. fast: whether linear layers multiply in rotated int8.
     """
 
     def __init__(
@@ -139,17 +140,17 @@ class BlockStream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading and let go of all buffers."""
+        """Stop reading and free all buffers."""
         self._closed = True
         self._free.put(None)
-        self._reader.close()  # first: whatever waits for it goes on, and fails
+        self._reader.close()  # first, so that threads that wait for it continue and fail
         self._thread.join()
         self._loaders.shutdown(cancel_futures=True)
         self._kept.clear()
         self._ring.close()
 
     def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
-        """One pass: the weights of each block in order, valid until the next is asked for, and its clock."""
+        """One pass: yields each block's weights, which are valid until the next block, and its clock."""
         for index, block in enumerate(self._blocks):
             buffer, slot, read_start, read_end = self._next(index)
             clock = BlockClock(index, len(self._blocks), read_start, read_end, now())
@@ -169,7 +170,7 @@ class BlockStream:
         loading = self._ready.get()
         if isinstance(loading, BaseException):
             raise loading
-        assert loading.index == index, "blocks are asked for in the order they are read"
+        assert loading.index == index, "blocks must be requested in the order in which they are read"
         pieces = [piece.result() for piece in loading.pieces]
         self.stats.stall_seconds += now() - waiting
         self._ring.receive([piece.arrival for piece in pieces])
@@ -178,16 +179,16 @@ class BlockStream:
         read_start, read_end = min(piece.read_start for piece in pieces), max(piece.read_end for piece in pieces)
         return loading.buffer, loading.slot, read_start, read_end
 
-    @torch.inference_mode()  # the mode is per thread, and buffers made in it may only be filled in it
+    @torch.inference_mode()  # the mode is per thread, and its tensors may only be changed in it
     def _load_all(self) -> None:
-        """Find every block a buffer, in order, and give it to the loaders."""
+        """Find a buffer for every block, in order, and submit the block to the loaders."""
         try:
-            for turn in range(self._passes):
+            for number in range(self._passes):
                 for index, block in enumerate(self._blocks):
                     if self._closed:
                         return
                     if index in self._resident:
-                        if turn == 0:
+                        if number == 0:
                             self._load_kept(index, block)
                         continue
                     slot = self._free.get()
@@ -202,7 +203,7 @@ class BlockStream:
         buffer = self._ring.allocate(block.lead + block.nbytes)[block.lead :]
         pieces = self._load(block, buffer, None)
         self._ready.put(_Loading(index, None, buffer, pieces))
-        for piece in pieces:  # no slot limits how many are under way
+        for piece in pieces:  # wait, since no slot limits how many blocks are read at a time
             piece.exception()
 
     def _load(self, block: Block, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
@@ -213,7 +214,7 @@ class BlockStream:
 
     @torch.inference_mode()
     def _read(self, extents: Sequence[Extent], buffer: Tensor) -> _Loaded:
-        """Read into a buffer on the host."""
+        """Read extents into a buffer on the host."""
         start = now()
         self.stats.reading(sum(extent.nbytes for extent in extents))
         try:
@@ -224,7 +225,7 @@ class BlockStream:
 
     @torch.inference_mode()
     def _stage(self, piece: Piece, buffer: Tensor, slot: int | None) -> _Loaded:
-        """Read a piece, lay its fields apart where they should be, and send it to the buffer."""
+        """Read a piece, repack it into planes if it needs them, and send it to the buffer."""
         lead = piece.offset % PAGE  # as in Block.lead
         with self._ring.staging() as staged:
             if piece.info is None:
@@ -239,7 +240,7 @@ class BlockStream:
 
     @contextmanager
     def _whole_blocks(self) -> Iterator[Tensor]:
-        """A buffer for a piece as it is in the file, used again and again."""
+        """A reusable buffer for a piece in the file's layout."""
         try:
             scratch = self._scratch.get_nowait()
         except Empty:
@@ -259,10 +260,10 @@ class BlockClock:
     compute_start: float
 
     def done(self) -> BlockDone:
-        """The event that says that the model has finished this block."""
+        """The event for a block that the model has finished."""
         return BlockDone(self.index, self.total, self.read_start, self.read_end, self.compute_start, now())
 
 
 def spread(resident: int, total: int) -> frozenset[int]:
-    """`resident` of `total` block indexes, evenly spread, so that they ease the need for reading evenly."""
+    """`resident` of `total` block indexes, evenly spread so that the blocks in between are evenly spread too."""
     return frozenset(index * total // resident for index in range(resident)) if resident else frozenset()

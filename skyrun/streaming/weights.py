@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file as the models use them: still in block form, by name."""
+"""Tensors of a GGUF file as the models use them: by name, and still quantized."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,19 +15,24 @@ from skyrun.kernels.rotated import GROUP, RotatedInt8
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Weight = Tensor | QuantizedWeight
-Observe = Callable[[str, Tensor], None]  # sees the name of every linear layer that is used, and its input [..., cols]
+Observe = Callable[[str, Tensor], None]  # called with the name and input [..., cols] of every linear layer
 
 
 def has_planes(info: TensorInfo) -> bool:
-    """Whether the fields of a tensor's blocks should lie apart where kernels read them."""
+    """Whether a tensor must be repacked into planes for the kernels."""
     return len(info.shape) == 2 and needs_planes(info.format.name)
 
 
 def as_weight(data: Tensor, info: TensorInfo, planar: bool = False, fast: bool = False) -> Weight:
-    """uint8 [nbytes] -> a view of it: a plain tensor of the info's shape, or for a quantized matrix its blocks.
+    """A tensor as a view of its bytes: a plain tensor, or a QuantizedWeight for a quantized matrix.
 
-    planar: data that `has_planes` lies so. fast: multiply matrices in rotated int8. Some tools quantize vectors too;
-    those are decoded here.
+    Some tools quantize vectors too; those are decoded here.
+
+    Args:
+        data: uint8 [nbytes].
+        info: the tensor's shape and type.
+        planar: whether tensors that need planes were repacked.
+        fast: whether matrices are multiplied in rotated int8.
     """
     rotates = fast and len(info.shape) == 2 and info.shape[1] % GROUP == 0
     if info.format.name in _PLAIN and not rotates:
@@ -39,7 +44,11 @@ def as_weight(data: Tensor, info: TensorInfo, planar: bool = False, fast: bool =
 
 
 class Weights:
-    """Weights of one block, or of what lies outside the blocks, by name. fast: speed may cost some accuracy."""
+    """Weights by name, of one block or of the layers outside of blocks.
+
+    owner: the block or file, named in errors. observe: called with the input of every linear layer. fast: whether
+    kernels may trade some accuracy for speed.
+    """
 
     def __init__(
         self, owner: str, weights: dict[str, Weight], observe: Observe | None = None, fast: bool = False
@@ -53,12 +62,12 @@ class Weights:
         return self._weights[name]
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor in plain numbers."""
+        """The decoded tensor."""
         weight = self[name]
         return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
 
     def rotated(self, *names: str) -> bool:
-        """Whether the layers of these names all take rows in rotated int8. An observer sees plain ones."""
+        """Whether all of these layers take rows in rotated int8. With an observer they do not: it needs plain rows."""
         weights = [self[f"{name}.weight"] for name in names]
         fast = all(isinstance(weight, QuantizedWeight) and weight.fast for weight in weights)
         return fast and self._observe is None
@@ -66,9 +75,9 @@ class Weights:
     def linear(
         self, name: str, x: Tensor | RotatedInt8, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """x [..., cols] through the layer called `name`, with its bias if it has one -> [..., rows].
+        """Apply the linear layer `name`, with its bias if it has one, to x [..., cols] -> [..., rows].
 
-        With a residual the result is residual + gate * output, without a gate residual + output.
+        With a residual the result is residual + gate * output, or residual + output without a gate.
         """
         if self._observe is not None:
             assert isinstance(x, Tensor)
@@ -78,7 +87,7 @@ class Weights:
 
 
 def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.device) -> Weights:
-    """Read tensors that stay in memory, by the names given."""
+    """Read tensors that stay in memory. They get the names of `infos`."""
     weights = {
         name: as_weight(torch.frombuffer(file.read(info), dtype=torch.uint8).to(device), info)
         for name, info in infos.items()
@@ -87,7 +96,7 @@ def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.
 
 
 def read_rows(file: GGUFFile, info: TensorInfo, rows: list[int]) -> Tensor:
-    """Some rows of a matrix, decoded: float32 [len(rows), cols]. The rest of the matrix is never read."""
+    """Read and decode some rows of a matrix: float32 [len(rows), cols]. The other rows are not read."""
     row_bytes = info.format.row_bytes(info.shape[-1])
     if rows and not 0 <= min(rows) <= max(rows) < info.shape[0]:
         raise SkyrunError(

@@ -1,4 +1,4 @@
-"""What the models do and how: a TaskSpec for each task, sizes, windows. Nothing here imports torch."""
+"""What the models do, and how: a TaskSpec for each task, sizes, windows. Nothing here imports torch."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Size buckets: which height and width a resolution means for a picture's shape."""
+"""Size buckets: the height and width of a resolution for an image's aspect ratio."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ GRID = 16  # 8 pixels per latent, 2 latents per token
 
 Buckets = Mapping[str, Mapping[str, tuple[int, int]]]
 
-# Per resolution: height / width of a bucket -> (height, width), as the models were trained. The order decides ties.
+# Per resolution: height / width -> (height, width), as the models were trained. Of equally near ones the first counts.
 BUCKETS: Buckets = {
     "480P": {
         "0.38": (392, 1046),
@@ -127,12 +127,18 @@ PORTRAIT_BUCKETS: Buckets = {  # of the talking avatar
 
 
 def nearest_bucket(buckets: Buckets, resolution: str, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the resolution's bucket that is nearest in shape to an image, cut down to the grid.
+    """The size of the bucket whose aspect ratio is nearest to an image's, rounded down to the grid.
 
-    SkyrunError for a resolution that is not among them.
+    Args:
+        buckets: by resolution.
+        resolution: one of the buckets' resolutions. Raises SkyrunError for any other.
+        height: of the image.
+        width: of the image.
+
+    Returns (height, width).
     """
     if resolution not in buckets:
         raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(buckets)}, or --size HxW")
-    shape = height / width
-    _, (rows, cols) = min(buckets[resolution].items(), key=lambda item: abs(float(item[0]) - shape))
+    ratio = height / width
+    _, (rows, cols) = min(buckets[resolution].items(), key=lambda item: abs(float(item[0]) - ratio))
     return rows // GRID * GRID, cols // GRID * GRID

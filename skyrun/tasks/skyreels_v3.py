@@ -1,4 +1,4 @@
-"""The four things that SkyReels-V3 does."""
+"""The four tasks of SkyReels-V3."""
 
 from types import MappingProxyType
 
@@ -17,10 +17,10 @@ from skyrun.tasks.windows import (
 
 MAX_REFERENCES = 4
 CONNECTION = "a person is talking"  # the prompt of a talking avatar's later windows
-_MAX_LATENT_FRAMES = 1024 - MAX_REFERENCES  # positions that reference-to-video has on the time axis
+_MAX_LATENT_FRAMES = 1024 - MAX_REFERENCES  # the model has 1024 positions on the time axis, references included
 _MOST_FRAMES = frames_of(_MAX_LATENT_FRAMES)
 _FPS = 24
-_CONDITION_FRAMES = 25  # of a video, that its extension goes on from
+_CONDITION_FRAMES = 25  # last frames of a video that its extension is conditioned on
 
 WAN_14B = MappingProxyType({"dim": 5120, "ffn": 13824, "in": 16, "out": 16, "freq": 256, "text": 4096})
 _AVATAR = MappingProxyType(
@@ -31,7 +31,7 @@ _AVATAR = MappingProxyType(
     }
 )
 
-# The first two tags are in the model's own documentation, the others are those that its users write.
+# The first two tags are documented by the model's authors; the others are used by its users.
 TRANSITIONS = MappingProxyType(
     {
         "cut-in": "[ZOOM_IN_CUT]",
@@ -48,7 +48,7 @@ def _condition_frames(frames: int) -> int:
 
 
 def _shot_condition_frames(frames: int) -> int:
-    """Of the next shot of `frames` the more the longer it is."""
+    """How many frames the next shot is conditioned on: more for a longer shot."""
     return min(33, max(9, 8 * round((frames - 1) / _FPS) - 7))
 
 

@@ -1,8 +1,8 @@
-"""Where models come from. Edit this table to use other repositories; nothing else names one."""
+"""The repositories that models are downloaded from. This table is the only place that names them."""
 
 from dataclasses import dataclass
 
-DEFAULT_QUANT = "Q8_0"  # where no plan says which
+DEFAULT_QUANT = "Q8_0"  # if no plan decides the type
 
 
 @dataclass(frozen=True)

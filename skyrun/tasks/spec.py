@@ -1,4 +1,4 @@
-"""What distinguishes a task from the others: one value, which everything else asks instead of the task's name."""
+"""TaskSpec: everything that differs between tasks, so that no other code compares a task's name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,23 +11,24 @@ ENCODERS = ("text encoder", "autoencoder")
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One thing that a model does.
+    """One task of a model.
 
-    does: in a few words, for help. pipeline: the generator that makes its clips, by the name it has in
+    name: as in `skyrun run NAME`. does: a few words for the help. pipeline: name of its generator in
     `skyrun.pipelines`.
 
-    What it takes. images: fewest and most. image_name: what these are called. video, audio: whether it takes one.
-    seconds: shortest and longest clip; whole_seconds: only full ones; takes_frames: a length may be given in frames
-    too. most_frames: positions of the model on the time axis, in frames. options: fields of a Request that no task
-    has unless it is listed here. transitions: names of cuts, and the tag that says each in a prompt. buckets: sizes
-    by resolution.
+    Inputs. images: the least and most that it takes. image_name: how messages call them. video, audio: whether it takes
+    one. seconds: the shortest and longest clip. whole_seconds: whether a length must be whole seconds. takes_frames:
+    whether a length may be given in frames. most_frames: the longest clip that the model's positions on the time axis
+    allow. options: fields of a Request that only the tasks that list them accept. transitions: names of cuts, with the
+    tag of each in a prompt. buckets: sizes by resolution.
 
-    How clips are made. fps; steps that the model was distilled for; shift of the sigmas; sampler: a name of
-    `skyrun.pipelines.samplers`. windows: the windows of a clip of some length; windowed: a longer clip has more of
-    them, not larger ones. condition_frames: how many frames of the video are seen, for a clip of so many frames.
+    Denoising. fps: of clips. steps: that the model was distilled for. shift: of the sigmas. sampler: its name in
+    `skyrun.pipelines.samplers`. windows: a function that returns the windows of a clip. windowed: whether a longer clip
+    has more windows instead of larger ones. condition_frames: a function that returns, for the number of frames of a
+    clip, how many frames of the video it is conditioned on.
 
-    What it needs. dims: of the published transformer, by the names of `skyrun.kernels.name_tables`. parts: files of a
-    model besides the transformer. encoded: what denoising needs of the inputs, by the names in a run's state.
+    Models. dims: of the published transformer, by the names in `skyrun.kernels.name_tables`. parts: roles of the files
+    besides the transformer. encoded: names of the encoded inputs in a RunState that denoising needs.
     """
 
     name: str
@@ -57,7 +58,7 @@ class TaskSpec:
 
     @property
     def resolutions(self) -> tuple[str, ...]:
-        """Those that it has sizes for."""
+        """The resolutions that it has sizes for."""
         return tuple(self.buckets)
 
     @property
@@ -66,9 +67,9 @@ class TaskSpec:
         return "image" in self.dims
 
     def frame_count(self, seconds: float) -> int:
-        """Frames of a clip of that length: one, and whole groups of four."""
+        """Frames of a clip of that length: one plus whole groups of four."""
         return round(seconds * self.fps) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
     def size(self, resolution: str, height: int, width: int) -> tuple[int, int]:
-        """(height, width) for an image or video of that shape. SkyrunError for a resolution that it does not have."""
+        """(height, width) of a clip for an image or video of that size. SkyrunError for an unknown resolution."""
         return nearest_bucket(self.buckets, resolution, height, width)

@@ -1,25 +1,25 @@
-"""Clips longer than the models make at once are made window by window. The arithmetic is upstream's."""
+"""Cut clips that are longer than a model can make at once into windows. The arithmetic is that of upstream."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FRAMES_PER_LATENT = 4  # after the first, which is one frame
+FRAMES_PER_LATENT = 4  # except for the first latent frame, which stands for one frame
 SPEECH_RATE = 16000  # samples per second
 SPEECH_FPS = 25
-MOTION, _DROP = 5, 12  # frames of a talking avatar's window: shared with the one before, and thrown away at its end
-GUIDES = 5  # frames at its end that show where it is to arrive
-_SPLIT = 5  # seconds of a window of an extension
-_MULTIPLE = 8  # the latent frames of its sequence
+MOTION, _DROP = 5, 12  # frames of a talking avatar's window that it shares with the one before, and drops at its end
+GUIDES = 5  # frames at the end of such a window that are set to its guide frame
+_SPLIT = 5  # seconds of an extension's window
+_MULTIPLE = 8  # the latent frames of an extension's sequence are a multiple of it
 
 
 @dataclass(frozen=True)
 class Length:
-    """What decides the windows of a clip; each task looks at some of it.
+    """What determines the windows of a clip. Each task uses some of the fields.
 
-    frames: of the clip. seconds: whole ones. images: that it is made from. condition_frames: of the video that are
-    seen. latent_rate: latent frames per second. window_frames: of a talking avatar's windows. speech_frames: frames
-    that its speech takes.
+    frames: of the clip. seconds: its whole seconds. images: how many it is made from. condition_frames: how many frames
+    of the video it is conditioned on. latent_rate: latent frames per second. window_frames: length of a talking
+    avatar's windows. speech_frames: how many frames the speech takes.
     """
 
     frames: int = 0
@@ -33,11 +33,13 @@ class Length:
 
 @dataclass(frozen=True)
 class Window:
-    """latents: latent frames of noise. others: latent frames beside them. frames: of the clip that it makes.
+    """A window of a clip.
 
-    encoded, decoded: frames that pass through the autoencoder. Of a talking avatar: start: the first frame of speech.
-    skip, drop: frames at its beginning that the window before has made, and at its end that are worse than the others.
-    guide: the frame of the first window that shows where this one is to arrive, None in the first.
+    latents: noisy latent frames. others: latent frames beside them in the sequence. frames: of the clip that the window
+    makes. encoded, decoded: frames that the VAE encodes and decodes.
+    The rest is for talking avatars. start: the window's first frame of speech. skip: frames at its beginning that the
+    window before has made. drop: frames at its end that are not used because they are worse. guide: index of its guide
+    frame in the first window, None for the first window.
     """
 
     latents: int
@@ -52,22 +54,22 @@ class Window:
 
 
 def latents(frames: int) -> int:
-    """Latent frames of so many frames: one for the first, one for every four after it."""
+    """Latent frames of `frames` frames: one for the first, and one for every four after it."""
     return 1 + (frames - 1) // FRAMES_PER_LATENT
 
 
 def frames_of(latent_frames: int) -> int:
-    """Frames that so many latent frames decode to."""
+    """Frames that `latent_frames` decode to."""
     return 1 + FRAMES_PER_LATENT * (latent_frames - 1)
 
 
 def speech_frame_count(samples: int) -> int:
-    """Frames of video that so many samples of speech take; the last may have less sound than the others."""
+    """Frames of video for that many samples of speech. The audio may end within the last frame."""
     return math.ceil(samples / SPEECH_RATE * SPEECH_FPS)
 
 
 def amounts(windows: Sequence[Window]) -> dict[str, int]:
-    """What a workload says of a clip: frames, windows, and how many frames the autoencoder encodes and decodes."""
+    """The fields of a Workload that follow from the windows of a clip."""
     return {
         "frames": sum(window.frames for window in windows),
         "latent_frames": max(window.latents + window.others for window in windows),
@@ -78,20 +80,25 @@ def amounts(windows: Sequence[Window]) -> dict[str, int]:
 
 
 def reference_window(frames: int, images: int, references: int) -> tuple[Window, ...]:
-    """Of a clip that is made at once, beside `references` latent frames of which `images` hold an image."""
+    """The window of a clip that is made at once, with `references` latent frames, of which `images` hold an image."""
     return (Window(latents(frames), references, frames, images, frames),)
 
 
 def shot_window(frames: int, condition_frames: int) -> tuple[Window, ...]:
-    """Of a clip that is made at once, beside the frames before the cut."""
+    """The window of a clip that is made at once, conditioned on the frames before the cut."""
     return (Window(latents(frames), latents(condition_frames), frames, condition_frames, frames),)
 
 
 def extension_windows(seconds: int, rate: int, condition_frames: int) -> tuple[Window, ...]:
-    """Windows of five seconds and what is left, each after the last `condition_frames` frames of what was there.
+    """Windows of five seconds and one for the rest, each conditioned on the last `condition_frames` frames before it.
 
-    rate: latent frames per second. A window's sequence is a multiple of eight latent frames. What is made too much
-    for that, later windows make less if it is enough for them to come down to a multiple.
+    A window's sequence is a multiple of eight latent frames. It is rounded up, which makes spare frames; once there are
+    enough spare frames, a later window is rounded down.
+
+    Args:
+        seconds: length of the extension.
+        rate: latent frames per second.
+        condition_frames: frames that a window is conditioned on.
     """
     before, spare, windows = latents(condition_frames), 0, []
     for start in range(0, seconds, _SPLIT):
@@ -105,10 +112,10 @@ def extension_windows(seconds: int, rate: int, condition_frames: int) -> tuple[W
 
 
 def speech_windows(frames: int, size: int) -> tuple[Window, ...]:
-    """Windows of `size` frames over `frames` frames of speech.
+    """Windows of `size` frames for `frames` frames of speech.
 
-    The first window is no part of a clip that is longer than it: it shows the others where they are to arrive. They
-    share five frames with the one before and throw away twelve at the end, all but the last.
+    If the clip is longer than a window, the first window is not part of it: it only makes the guide frames of the
+    others. These share five frames with the window before, and all but the last drop twelve frames at the end.
     """
     if frames < size:
         return (Window(latents(size), 0, frames, size, size, drop=size - frames),)
@@ -119,11 +126,11 @@ def speech_windows(frames: int, size: int) -> tuple[Window, ...]:
     for index in range(count):
         start, last = index * stride, index == count - 1
         skip, drop = MOTION if index else 0, end + 1 - frames if last else _DROP
-        guide = round((start + size - 1) * (size - 1) / end)  # halves to even
+        guide = round((start + size - 1) * (size - 1) / end)  # halves are rounded to even
         windows.append(Window(latents(size), 0, size - skip - drop, size, size, start, skip, drop, guide))
     return tuple(windows)
 
 
 def padded_frames(windows: Sequence[Window], size: int) -> int:
-    """Frames of speech that windows of a talking avatar see, with those after its end."""
+    """Frames of speech that the windows of a talking avatar cover, including those after the end of the speech."""
     return windows[-1].start + size
