@@ -7,8 +7,7 @@ from importlib import import_module
 
 from skyrun.cli.parser import parser
 from skyrun.cli.signals import Interrupted, interruptible
-
-_INTERRUPTED = 130  # as skyrun.errors has it, which would import numpy
+from skyrun.errors import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except Interrupted:
         say("interrupted: no file was left half-written under its name")
-        return _INTERRUPTED
+        return INTERRUPTED
     finally:
         close_streams()
 

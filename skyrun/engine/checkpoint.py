@@ -190,7 +190,7 @@ def load_state(path: Path) -> tuple[RunState, Origin]:
         clip = clip_path(path)
         is_whole = f": {clip} is finished" if clip.exists() else ""
         raise SkyrunError(f"there is no unfinished run in {path}{is_whole}", "start one with `skyrun run`") from error
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SkyrunError(f"{path} is not the state of a run, or is damaged: {error}", _START_ANEW) from error
     message = f"{path} is a state of version {version}, this skyrun reads version {_VERSION}"
     raise SkyrunError(message, f"use the skyrun that wrote it, or {_START_ANEW}")
@@ -210,8 +210,12 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+    if window < 0:
+        raise ValueError(f"it says that {window} windows are finished")
     state = RunState(named(_ENCODED), window, named(_CARRIED), tensors.get("latents"))
     if described is not None:
+        if described["steps"] != request.steps:
+            raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
         history = named(_SAMPLER)
         state.sampler = restored(described, history)
         assert isinstance(request.size, tuple)
@@ -221,13 +225,11 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
             raise ValueError(f"its tensors are not those of a clip of {shape} latents")
         if missing := request.spec.encoded - set(state.encoded):
             raise ValueError(f"its {', '.join(sorted(missing))} is missing")
-        if described["steps"] != request.steps:
-            raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
     return state
 
 
 def _latent_frames(request: Request, window: int) -> int:
-    """Noisy frames of a window. Those of speech are alike, however long it is, which a request does not say."""
+    """Noisy frames of a window. Windows of speech are equal: a request does not know how many there are."""
     windows = request.windows()
     return windows[min(window, len(windows) - 1) if request.spec.audio else window].latents
 

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 
 from skyrun.events import Event
 from skyrun.pipelines.avatar import talking_avatar
-from skyrun.pipelines.extension import video_extension
+from skyrun.pipelines.extension import shot_switching, video_extension
 from skyrun.pipelines.reference import reference_to_video
-from skyrun.pipelines.shot import shot_switching
 
 # By the names in TaskSpec.pipeline. A pipeline is called with the job, its RunState, and an optional observer, which is
 # called with the input of every linear layer in the transformer's blocks. It skips what the state already has and

@@ -1,4 +1,4 @@
-"""What a run has made so far, on the host: what a failed stage, or another process, goes on from."""
+"""What a run has made so far, on the host: what a failed stage, or another process, continues from."""
 
 from dataclasses import dataclass, field
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.presets.plan import PREFERENCES
+from skyrun.tasks.sizes import BUCKETS
 
-_RESOLUTIONS = ("480P", "540P", "720P")
 _MOST = 1 << 16  # bytes of the file
 
 
@@ -78,8 +78,8 @@ def _problem(name: str, value: Any) -> str:
         return f"unknown name {name!r}, expected {', '.join(names)}"
     if not isinstance(value, str) or not value:
         return f'{name} is {value!r}, expected text in quotes, such as {name} = "{_EXAMPLES[name]}"'
-    if name == "resolution" and value.upper() not in _RESOLUTIONS:
-        return f"unknown resolution {value!r}, expected {', '.join(_RESOLUTIONS)}"
+    if name == "resolution" and value.upper() not in BUCKETS:
+        return f"unknown resolution {value!r}, expected {', '.join(BUCKETS)}"
     if name == "prefer" and value not in PREFERENCES:
         return f"unknown preference {value!r}, expected {', '.join(PREFERENCES)}"
     return ""

@@ -1,6 +1,7 @@
 """Turn a request into a job: check and decide everything before any heavy work begins."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from skyrun.kernels.matmul import fast_gain
 from skyrun.models.clip import CLIPVision
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
-from skyrun.planning.advice import too_long, turned
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
@@ -26,6 +26,8 @@ from skyrun.streaming.device import choose_device
 from skyrun.tasks.windows import Window, speech_frame_count
 
 _SEEDS = 1 << 32
+_TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
+_OBLONG = 1.2  # the longer side by the shorter one, from which on a shape is wide or high
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Job:
     def notices(self) -> tuple[str, ...]:
         """What a person should know of the inputs, of the choice of files, and of the plan."""
         passed = tuple(f"passed over: {reason}" for reason in self.passed_over)
-        advice = [*turned(self.height, self.width, self.inputs.shape)]
+        advice = [*_turned(self.height, self.width, self.inputs.shape)]
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
-            advice += too_long(len(self.windows), self.frames / self.fps)
+            advice += _too_long(len(self.windows), self.frames / self.fps)
         return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
 
     @property
@@ -168,3 +170,22 @@ def _check_outputs(request: Request, files: ModelFiles) -> None:
     for place in (request.output, request.save_latents):
         if place is not None and place.resolve() in parts:
             raise SkyrunError(f"{place} is a file of the model, it would be lost", "choose another name")
+
+
+def _turned(height: int, width: int, shape: tuple[int, int]) -> Iterator[str]:
+    """A clip that is high where what it is made from is wide, or the other way: perhaps the sides were exchanged."""
+    rows, cols = shape
+    if (height > _OBLONG * width and cols > _OBLONG * rows) or (width > _OBLONG * height and rows > _OBLONG * cols):
+        clip, image = ("high", "wide") if height > width else ("wide", "high")
+        yield (
+            f"the clip is {clip}, {height} high and {width} wide, but what it is made from is {image}; "
+            f"--size takes the height first, --size {width}x{height} would be {image}"
+        )
+
+
+def _too_long(windows: int, seconds: float) -> Iterator[str]:
+    """A clip that is made at once and longer than those that the model was trained on."""
+    if windows == 1 and seconds > _TRAINED_SECONDS:
+        yield (
+            f"the model was not made for {seconds:.1f} s at once, it was trained on 5 s: expect repetition and drift"
+        )

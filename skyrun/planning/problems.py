@@ -119,6 +119,7 @@ def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
 
 
 def shape_problems(request: Request) -> Iterator[str]:
+    """Why frames cannot have that size."""
     size = request.size
     if isinstance(size, str):
         yield f"size {size!r} is not HxW, height and width in pixels, such as 480x832"
@@ -138,6 +139,7 @@ def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
 
 
 def choice_problems(request: Request) -> Iterator[str]:
+    """Steps, seeds, devices and limits that cannot be."""
     if not 1 <= request.steps <= _MAX_STEPS:
         yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
     if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:

@@ -27,11 +27,10 @@ from skyrun.presets.hardware import measure_link
 from skyrun.presets.host import disk_rate
 from skyrun.presets.timing import rates_of
 from skyrun.streaming.device import choose_device, peak_bytes
-from skyrun.tasks import TASKS
-from skyrun.tasks.skyreels_v3 import WAN_14B
+from skyrun.tasks.skyreels_v3 import REFERENCE_TO_VIDEO, WAN_14B
 
 _STAGE = "tune"
-_CLIP = Request(next(iter(TASKS)), "")  # whose time is predicted before and after
+_CLIP = Request(REFERENCE_TO_VIDEO.name, "")  # whose time is predicted before and after
 _DIM, _FFN = WAN_14B["dim"], WAN_14B["ffn"]
 _FILE_BYTES = 256 << 20  # of the file that a disk is measured with where there is no model
 _LAUNCHES = 3

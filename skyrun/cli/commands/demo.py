@@ -17,6 +17,7 @@ from skyrun.kernels.atomic import replacing
 from skyrun.planning.problems import place_problems
 from skyrun.planning.request import Request
 from skyrun.quant.conversion import convert
+from skyrun.tasks.skyreels_v3 import REFERENCE_TO_VIDEO
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 from skyrun.units import duration, size
 
@@ -44,7 +45,7 @@ def _run(arguments: Namespace, clip: Path, folder: Path) -> dict[str, Any]:
     checkpoint, model, picture = (folder / name for name in ("checkpoint", "model", "reference.png"))
     images = tuple(arguments.image) or (picture,)
     request = Request(
-        "r2v",
+        REFERENCE_TO_VIDEO.name,
         arguments.prompt or _PROMPT,
         images,
         clip,
