@@ -49,7 +49,7 @@ class Fit(NamedTuple):
     minimum: Tensor  # is subtracted
     gain: Tensor  # how much lower the squared error is than if every weight were coded by the mean
     mean_code: Tensor  # derivative of the best minimum with respect to the scale
-    curvature: Tensor  # second derivative of the error with respect to the scale, with the best minimum for each scale
+    curvature: Tensor  # the error grows by this times the square of a change of the scale, if the minimum follows
 
 
 class Starts(NamedTuple):

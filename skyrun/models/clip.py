@@ -45,7 +45,7 @@ class CLIPVision:
         self._side: int = isqrt(positions - 1) * self._patch
         if not self._heads or self.dim % self._heads:
             raise SkyrunError(f"{file.path} is {self.dim} wide with {self._heads} heads", _CONVERT)
-        # The last block is not used: the transformer was trained with the tokens before it.
+        # The last block is not used: the transformer was trained with the output of the block before it.
         self._blocks = lay_out_blocks(file.path, file.tensors, _BLOCK)[:-1]
 
     @property
