@@ -1,8 +1,8 @@
 """Clips of every task beside upstream's: python benchmarks/tasks.py [--sheets docs]
 
 Converts the tiny reference checkpoints to several types, makes the reference clips, and compares latents and frames
-with upstream's; for the talking avatar also the audio with the frames. With --sheets, writes an image per task: frames of
-upstream in the first row, then those of each type.
+with upstream's; for the talking avatar also the audio with the frames. With --sheets, writes an image per task:
+frames of upstream in the first row, then those of each type.
 """
 
 import argparse
