@@ -179,7 +179,7 @@ MESSAGES = [
     # runs
     (offline, ["run"], MODEL_MISSING, f"{R2V} is not on this machine", "unset HF_HUB_OFFLINE"),
     (no_space, ["run"], FAILED, "r2v needs 5.. MB more of disk", "--quant"),
-    (nothing, ["run", "--image", "{text}"], BAD_INPUT, "notes.txt is not a readable picture", "PNG"),
+    (nothing, ["run", "--image", "{text}"], BAD_INPUT, "notes.txt is not a readable image", "PNG"),
     (nothing, ["run", "--model", "nowhere"], MODEL_MISSING, "the model nowhere does not exist", "skyrun pull"),
     (nothing, ["run", "--model", "owner/none:Q8_0"], MODEL_MISSING, "has no owner/none to show", "check the name"),
     (nothing, ["run", "--model", "r2v:Q4_K", "--quant", "Q8_0"], BAD_INPUT, "expected one type", "leave out"),
