@@ -28,7 +28,13 @@ def pictures_of(output: Path | None, arguments: Namespace) -> list[Path]:
 
 
 def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
-    """Print the plan, and what an earlier run has finished of the clip."""
+    """Print the plan, and what an earlier run has finished of the clip.
+
+    Args:
+        job: The job to run.
+        state: The state of an earlier run, if there is one.
+        as_json_too: Whether to print the plan as JSON as well.
+    """
     say(plan_text(job))
     if state is not None:
         say(state_text(job, state))

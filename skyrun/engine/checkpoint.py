@@ -154,7 +154,13 @@ def kept(request: Request) -> Kept | None:
 
 
 def save_state(path: Path, state: RunState, origin: Origin) -> None:
-    """Write the state atomically. Raises OSError if it cannot be written; the earlier state remains then."""
+    """Write the state atomically. Raises OSError if it cannot be written; the earlier state remains then.
+
+    Args:
+        path: Where to write it.
+        state: The state.
+        origin: The run that it belongs to.
+    """
     tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
     tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
     if state.latents is not None:

@@ -162,7 +162,14 @@ def quants(models: Iterable[RemoteModel], task: str = "") -> list[str]:
 
 
 def choose(repo: str, models: list[RemoteModel], quant: str, task: str) -> RemoteModel:
-    """The transformer of a type. Raises SkyrunError if there is none, or several."""
+    """The transformer of a type. Raises SkyrunError if there is none, or several.
+
+    Args:
+        repo: The name of the repository, for messages.
+        models: Its files.
+        quant: The type.
+        task: The task; "" stands for any.
+    """
     fitting = [model for model in transformers(models, task) if model.quant == quant]
     usable = [model for model in fitting if not model.refused]
     if not usable:
@@ -203,7 +210,13 @@ def companions(models: list[RemoteModel], quant: str = "") -> list[RemoteModel]:
 
 
 def nearest_better(models: Iterable[RemoteModel], quant: str, most: str) -> list[RemoteModel]:
-    """Models with at least the bits of the type `quant` and at most those of `most`, the smallest first."""
+    """Models with a type in a range, the requested type first, then the smallest.
+
+    Args:
+        models: The models to choose from.
+        quant: The requested type, and the fewest bits.
+        most: The type with the most bits.
+    """
     fitting = [model for model in models if not model.refused and _bits(quant) <= _bits(model.quant) <= _bits(most)]
     return sorted(fitting, key=lambda model: (model.quant != quant, _bits(model.quant), model.file.nbytes))
 

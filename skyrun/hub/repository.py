@@ -90,6 +90,11 @@ def parse_files(reply: bytes, repo: str, commit: str) -> Iterator[RemoteFile]:
     """The files in a page of a listing. Raises BadReply for an entry that is not valid.
 
     Files with unprintable names are left out.
+
+    Args:
+        reply: The page as JSON.
+        repo: The name of the repository.
+        commit: The commit that was listed.
     """
     entries = _parse(reply)
     if not isinstance(entries, list):
@@ -138,6 +143,12 @@ def cached_repository(cache: Path, name: str, commit: str | None, branch: str) -
     """The files of a repository in the cache of huggingface-hub; None if there are none.
 
     The cache names files by their checksums.
+
+    Args:
+        cache: The folder of the cache.
+        name: The name of the repository.
+        commit: The commit to list; None stands for the newest of the branch.
+        branch: The branch.
     """
     folder = cache / f"models--{name.replace('/', '--')}"
     try:

@@ -12,7 +12,13 @@ Frames = NDArray[np.uint8]  # [T, H, W, 3]
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale an image to fit height x width without cropping, centered on white."""
+    """Scale an image to fit height x width without cropping, centered on white.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
     ratio = image.width / image.height
     # Each side is rounded down from the ratio itself: a common scale factor makes some sizes one pixel too small.
     fit = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
@@ -36,7 +42,13 @@ def to_uint8(pixels: Tensor) -> Frames:
 
 
 def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale an image to cover height x width, and crop its center. Sizes are rounded as upstream rounds them."""
+    """Scale an image to cover height x width, and crop its center. Sizes are rounded as upstream rounds them.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
     scale = max(height / image.height, width / image.width)
     rows, cols = math.ceil(scale * image.height), math.ceil(scale * image.width)
     # Width before height, as in `letterbox`.

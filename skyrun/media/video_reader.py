@@ -42,7 +42,10 @@ class Footage:
 def read_footage(path: Path, count: int, fit: Callable[[int, int], Size] = lambda *shape: shape) -> Footage:
     """Read the last `count` frames of a video. Raises SkyrunError if it has fewer, or is not a video.
 
-    fit: returns the size of the frames for the size of the video. Each frame is scaled as soon as it is decoded.
+    Args:
+        path: The video.
+        count: How many frames to read.
+        fit: Returns the size of the frames for the size of the video. Each frame is scaled as soon as it is decoded.
     """
     with opened(path, "video") as container:
         stream = Track.video(path, container).stream
@@ -73,7 +76,13 @@ def frame_count(path: Path) -> int:
 
 
 def nearest(frames: Frames, height: int, width: int) -> Frames:
-    """Scale frames [n, H, W, 3] by nearest neighbor, with the float32 arithmetic of torch."""
+    """Scale frames [n, H, W, 3] by nearest neighbor, with the float32 arithmetic of torch.
+
+    Args:
+        frames: The frames.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
     rows, cols = (_places(have, want) for have, want in ((frames.shape[1], height), (frames.shape[2], width)))
     return np.ascontiguousarray(frames[:, rows][:, :, cols])
 

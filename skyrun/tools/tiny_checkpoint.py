@@ -48,7 +48,13 @@ class CheckpointDims:
 
 
 def write_checkpoint(folder: Path, dims: CheckpointDims, seed: int = 0) -> None:
-    """Write transformer/, text_encoder/, tokenizer/ and vae/. The same dims and seed give the same files."""
+    """Write transformer/, text_encoder/, tokenizer/ and vae/. The same dims and seed give the same files.
+
+    Args:
+        folder: The folder of the checkpoint.
+        dims: Its dims.
+        seed: The seed of the random weights.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     _write_sharded(
         folder / "transformer", WAN_TRANSFORMER.shapes("diffusers", dims.transformer), dims.shard_bytes, generator

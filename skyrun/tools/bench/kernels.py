@@ -186,7 +186,13 @@ def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
 
 
 def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights:
-    """A block of random weights, with matrices of a quantized type or in the activations' dtype."""
+    """A block of random weights, with matrices of a quantized type or in the activations' dtype.
+
+    Args:
+        bench: The dims and the device.
+        type: The type of the matrices; None stands for the dtype of the activations.
+        fast: Whether linear layers run in int8.
+    """
     dims, device = bench.dims, bench.device
     weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}
     matrices = {f"{part}.{name}": (dims.dim, dims.dim) for part in ("self_attn", "cross_attn") for name in "qkvo"}
@@ -203,7 +209,13 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
 
 
 def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
-    """Decide what to measure. SkyrunError for a type that is not quantized or for rows below one."""
+    """Decide what to measure. Raises SkyrunError for a type that is not quantized, or for rows below one.
+
+    Args:
+        device: "cuda" or "cpu"; None stands for a GPU if there is one.
+        types: The quantized types; None stands for the default of the device.
+        rows: The numbers of rows of activations; None stands for the default of the device.
+    """
     chosen = choose_device(device)
     names = TYPES[chosen.type] if types is None else tuple(name.upper() for name in types)
     counts = ROWS[chosen.type] if rows is None else tuple(rows)

@@ -49,7 +49,13 @@ def write_model(folder: Path, name: str, type: str, blocks: int) -> Iterator[int
 
 
 def model_bytes(name: str, type: str, blocks: int) -> int:
-    """Estimate how many bytes `write_model` writes."""
+    """Estimate how many bytes `write_model` writes.
+
+    Args:
+        name: A name in MODELS.
+        type: The type of the matrices in the transformer's blocks.
+        blocks: How many blocks the transformer has.
+    """
     dims, layers = MODELS[name], min(blocks, TEXT_LAYERS)
     parts = (
         (WAN_TRANSFORMER.shapes("original", {**dims["transformer"], "layers": blocks}), "blocks.", type),
