@@ -47,6 +47,11 @@ def fill(hub: Hub, folder: Path) -> None:
     hub.repos[source.gguf[0]], hub.repos[source.text_encoder[0]] = folder / "skyreels", folder / "umt5"
 
 
+def finish(process: subprocess.Popen[str], home: Path) -> None:
+    """Print what a command says, with its home as ~, and its exit code."""
+    print(process.communicate()[0].replace(str(home), "~"), f"exit code {process.returncode}", sep="")
+
+
 def main() -> None:
     with serving() as hub, tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -59,9 +64,9 @@ def main() -> None:
         process.send_signal(signal.SIGINT)
         hub.stall.clear()
         hub.go_on.set()
-        print(process.communicate()[0], f"exit code {process.returncode}\n\n$ {COMMAND}", sep="")
-        process = run(folder, hub.url)
-        print(process.communicate()[0], f"exit code {process.returncode}", sep="")
+        finish(process, folder)
+        print(f"\n$ {COMMAND}")
+        finish(run(folder, hub.url), folder)
 
 
 if __name__ == "__main__":

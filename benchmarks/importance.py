@@ -17,14 +17,14 @@ from skyrun.kernels.gguf_file import open_gguf
 from skyrun.quant import convert, quantize
 from skyrun.quant.importance import Importance
 from skyrun.tools.calibrate import collect, plan_calibration
-from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
+from skyrun.tools.calibration_prompts import PROMPTS, draw_images
 
 CHECKPOINT = Path(__file__).parent.parent / "tests" / "data" / "checkpoints" / "r2v-tiny"
 
 
 def measure(model: Path, output: Path, prompts: tuple[str, ...], seed: int) -> Importance:
     """Calibrate with these prompts."""
-    pictures = draw_pictures(output.parent)
+    pictures = draw_images(output.parent)
     plan = plan_calibration(model, output, prompts, pictures, seed=seed, size="96x160", frames=9, device="cpu")
     return drain(collect(plan))
 

@@ -17,7 +17,7 @@ RAM, DISK = 16, 0.5
 def main() -> None:
     """Print the table."""
     print(
-        "| card | clip | file | products | tokens at a time | blocks kept | VRAM | RAM | a step | in all | for speed |"
+        "| card | clip | file | matmuls | tokens at a time | blocks kept | VRAM | RAM | a step | in all | for speed |"
     )
     print("|" + " --- |" * 11)
     for name, vram in CARDS:

@@ -1,7 +1,7 @@
-"""Error of a whole clip per type: python benchmarks/quantization_error.py [--picture docs/frames.png]
+"""Error of a whole clip per type: python benchmarks/quantization_error.py [--image docs/frames.png]
 
 Converts the tiny reference checkpoint to each type, makes both reference clips, and compares latents and frames with
-upstream's. With --picture, writes frames of upstream and of each type below each other.
+upstream's. With --image, writes frames of upstream and of each type below each other.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHOWN, SCALE = (0, 4, 8, 12), 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--image", type=Path)
     arguments = parser.parse_args()
     print(environment())
     print("| type | clip | latents, relative | latents, largest | frames, mean levels | frames, largest |")
@@ -37,8 +37,8 @@ def main() -> None:
             convert(DATA / "checkpoints" / "r2v-tiny", model, quant)
             for case in CASES:
                 compare(quant, case, model, rows)
-    if arguments.picture:
-        draw(rows).save(arguments.picture)
+    if arguments.image:
+        draw(rows).save(arguments.image)
 
 
 def compare(quant: str, case: str, model: Path, rows: dict[str, list[np.ndarray]]) -> None:

@@ -1,8 +1,8 @@
 """Clips of every task beside upstream's: python benchmarks/tasks.py [--sheets docs]
 
 Converts the tiny reference checkpoints to several types, makes the reference clips, and compares latents and frames
-with upstream's; for the talking avatar also speech with pictures. With --sheets, writes a picture per task: frames of
-upstream in the first row, then those of each type.
+with upstream's; for the talking avatar also the audio with the frames. With --sheets, writes an image per task:
+frames of upstream in the first row, then those of each type.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def sync(clip: Path, speech: Path) -> None:
     scores = [np.dot(samples[middle.start - start + lag : middle.stop - start + lag], said[middle]) for lag in lags]
     late = lags[int(np.argmax(scores))] / SPEECH_RATE
     print(
-        f"\nspeech: {len(said) / SPEECH_RATE:.2f} s, pictures: {frames} frames or {frames / 25:.2f} s; "
+        f"\nspeech: {len(said) / SPEECH_RATE:.2f} s, video: {frames} frames or {frames / 25:.2f} s; "
         f"sound is {1000 * late:+.2f} ms late"
     )
 

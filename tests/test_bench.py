@@ -30,7 +30,7 @@ TINY_MODEL = {
 def hasty():
     """Figures here need not be precise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurement, "_WORTH", 0.0)
+        patch.setattr(measurement, "_TARGET", 0.0)
         patch.setattr(measurement, "_LEAST", 1)
         yield
 

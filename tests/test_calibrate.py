@@ -21,7 +21,7 @@ from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.folder import open_folder
 from skyrun.quant import quantize
 from skyrun.quant.importance import read_importance
-from skyrun.tools.calibration_prompts import PROMPTS, draw_pictures
+from skyrun.tools.calibration_prompts import PROMPTS, draw_images
 
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]
 LAYERS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
@@ -202,11 +202,11 @@ def test_without_prompts_and_pictures_there_are_built_in_ones(tmp_path, converte
     assert [sample.split(" ", 1)[1] for sample in importance.samples] == [prompt[:60] for prompt in PROMPTS]
     assert "17 frames" in importance.origin
     assert "the model is Q4_K: its errors are measured too" in capsys.readouterr().err
-    assert len({Image.open(path).size for path in draw_pictures(tmp_path)}) == 4
+    assert len({Image.open(path).size for path in draw_images(tmp_path)}) == 4
 
 
 def test_clips_have_one_to_four_pictures(converted, tmp_path):
-    pictures = draw_pictures(tmp_path)
+    pictures = draw_images(tmp_path)
     plan = calibration.plan_calibration(converted("BF16"), tmp_path / "x.gguf", ["a", "b"], pictures, size="32x48")
     assert [len(clip.request.images) for clip in plan.clips] == [1, 2, 3, 4]
     assert [clip.request.prompt for clip in plan.clips] == ["a", "b", "a", "b"]

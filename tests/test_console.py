@@ -126,7 +126,7 @@ FOREIGN = [
     (["run", "r2v", "--cfg-scale", "5"], "usage: skyrun run", "unknown --cfg-scale: the models are distilled"),
     (["run", "r2v", "--num_frames=81"], "usage: skyrun run", "use --frames N, 4 k + 1, or --seconds N"),
     (["run", "r2v", "--stepz", "3"], "usage: skyrun run", "did you mean --steps?"),
-    (["plan", "r2v", "--low-vram"], "usage: skyrun plan", "weights are streamed by themselves"),
+    (["plan", "r2v", "--low-vram"], "usage: skyrun plan", "weights are always streamed"),
     (["bench", "step", "--nothing"], "usage: skyrun bench step", "unknown --nothing"),
     (["run", "r2v", "--width", "832"], "usage: skyrun run", "--width and --height go together"),
     (["run", "r2v", "--width", "8", "--height", "8", "--size", "1x1"], "usage: skyrun run", "leave out --size"),

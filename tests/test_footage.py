@@ -328,7 +328,7 @@ PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.t
 SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
 REFUSED = {
     "playlist": (PLAYLIST.encode(), "not a readable video"),
-    "list of files": (b"ffconcat version 1.0\nfile '/etc/hostname'\n", "none of the formats that are read"),
+    "list of files": (b"ffconcat version 1.0\nfile '/etc/hostname'\n", "its format is not supported"),
     "stream of the network": (SDP.encode(), "not a readable video"),
     "empty": (b"", "not a readable video"),
     "text": (b"hello" * 100, "not a readable video"),

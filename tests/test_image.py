@@ -84,7 +84,7 @@ REFUSED = {
     "169 million pixels": (png_of(13000, 13000), "has 13000 x 13000, 169 million pixels, expected at most 64", "scale"),
     "a bomb": (png_of(60000, 60000), "is too large an image", "scale"),
     "a text bomb": (png_with(text(65)), "is not a readable image", "PNG"),
-    "floats": (encoded("TIFF", "F"), "an image of floating-point numbers", "8 bits"),
+    "floats": (encoded("TIFF", "F"), "has floating-point pixels", "8 bits"),
 }
 
 

@@ -143,9 +143,9 @@ AGAIN = "run the same command again"
 # fmt: off
 MESSAGES = [
     # names
-    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is no model", "r2v, v2v, shot, a2v, or OWNER/NAME"),
-    (nothing, ["pull", "a/b/c:Q8_0"], BAD_INPUT, "'a/b/c:Q8_0' is no model", "OWNER/NAME:TYPE"),
-    (nothing, ["pull", "r2v:"], BAD_INPUT, "'r2v:' is no model", "OWNER/NAME:TYPE"),
+    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is not the name of a model", "r2v, v2v, shot, a2v, or OWNER/NAME"),
+    (nothing, ["pull", "a/b/c:Q8_0"], BAD_INPUT, "'a/b/c:Q8_0' is not the name of a model", "OWNER/NAME:TYPE"),
+    (nothing, ["pull", "r2v:"], BAD_INPUT, "'r2v:' is not the name of a model", "OWNER/NAME:TYPE"),
     (nothing, ["pull", "bad--/x:Q8_0"], BAD_INPUT, "'bad--/x' is not the name of a repository", "OWNER/NAME"),
     (nothing, ["pull", "r2v:Q4_K", "--quant", "Q8_0"], BAD_INPUT, "got r2v:Q4_K and --quant Q8_0", "leave out"),
     (nothing, ["pull", "r2v:Q9"], BAD_INPUT, "cannot write a file of type 'Q9'", "types: F32"),
@@ -167,7 +167,7 @@ MESSAGES = [
     (full_while_fetching, PULL, FAILED, "cannot write .*: .*No space left", f"{AGAIN} to go on from there"),
     (full_while_converting, PULL, FAILED, "cannot write .*SkyReels.*: .*No space left", f"{AGAIN} to go on"),
     (a_file_in_the_way, PULL, BAD_INPUT, "cannot write to the folder .*r2v-Q8_0: .*models is a file", "SKYRUN_MODELS"),
-    (fetched_by_another, PULL, FAILED, "another skyrun fetches into .*r2v-Q8_0", AGAIN),
+    (fetched_by_another, PULL, FAILED, "another skyrun is downloading into .*r2v-Q8_0", AGAIN),
     # what is in a repository
     (no_weights, ["pull", "owner/words"], BAD_INPUT, "owner/words has no file of weights", "expected a repository"),
     (no_checkpoint, ["pull", "owner/odd"], BAD_INPUT, "is not a usable safetensors file", ""),

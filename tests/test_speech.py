@@ -215,7 +215,7 @@ def test_too_little_is_left_of_damage(tmp_path):
 def test_samples_that_are_not_numbers(tmp_path):
     samples = tone(16000)
     samples[0, 100] = np.nan
-    with pytest.raises(SkyrunError, match="samples that are not numbers"):
+    with pytest.raises(SkyrunError, match="samples that are infinite or NaN"):
         read_speech(recording(tmp_path / "a.wav", samples, 16000, "pcm_f32le", "flt"))
 
 

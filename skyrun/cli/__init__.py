@@ -1,4 +1,4 @@
-"""The command line: arguments in, events of the engine shown, an exit code out."""
+"""The command line: parse arguments, show the events of the engine, return an exit code."""
 
 from skyrun.cli.main import main
 

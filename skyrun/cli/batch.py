@@ -1,4 +1,4 @@
-"""The clips that one command makes: a request for every prompt and seed, each with a place of its own."""
+"""The requests of one command: one for each prompt and seed, each with its own output."""
 
 import sys
 from argparse import Namespace
@@ -12,11 +12,11 @@ from skyrun.media.video_writer import read_request
 from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
-_LONGEST = 10_000_000  # characters of prompts
+_MAX_PROMPTS = 10_000_000  # characters of all prompts
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt per line of a text file; empty lines do not count."""
+    """Read one prompt per line of a text file, and skip empty lines."""
     hint = "give a text file in UTF-8 with one prompt per line"
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -32,15 +32,15 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _bounded(file: TextIO) -> str:
-    """All of it. ValueError if it is longer than prompts ever are."""
-    text = file.read(_LONGEST + 1)
-    if len(text) > _LONGEST:
-        raise ValueError(f"it is longer than {_LONGEST} characters")
+    """Read a whole file. Raises ValueError if it is longer than any list of prompts."""
+    text = file.read(_MAX_PROMPTS + 1)
+    if len(text) > _MAX_PROMPTS:
+        raise ValueError(f"it is longer than {_MAX_PROMPTS} characters")
     return text
 
 
 def _prompt_of_stdin() -> str:
-    """All of stdin."""
+    """Read a prompt from stdin."""
     try:
         text = _bounded(sys.stdin).removeprefix("\ufeff").strip()
     except (OSError, ValueError) as error:  # closed, or not text
@@ -50,16 +50,17 @@ def _prompt_of_stdin() -> str:
     return text
 
 
-# What says the same in another way: one that is given takes the place of those that a clip was made with.
+# Fields that state the same thing. One that is given replaces the other one of the earlier clip.
 _INSTEAD = {"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)}
-_MACHINE = ("device", "devices", "max_vram", "max_ram", "save_latents", "overwrite")  # not of the clip
+# Fields of an earlier clip that are not taken over: they belong to the machine or to that command.
+_MACHINE = ("device", "devices", "max_vram", "max_ram", "save_latents", "overwrite")
 
 
 def requests_of(arguments: Namespace) -> list[Request]:
-    """One request, or one for each of several prompts and seeds.
+    """The requests that the arguments of `skyrun run` ask for: one for each prompt and seed.
 
-    Arguments of `skyrun run`; those that are not given are None. With --from they are those of a clip that was made
-    before. SkyrunError if there is nothing to make, or something that is no request.
+    Arguments that are not given are None. With --from, the request of an earlier clip fills them in. Raises SkyrunError
+    if a task or prompt is missing, or if the earlier clip has no valid request.
     """
     values = _made_before(arguments.source) if arguments.source else {}
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
@@ -94,24 +95,24 @@ def requests_of(arguments: Namespace) -> list[Request]:
 
 
 def _path_of(model: str | None) -> Path | None:
-    """The model where it is a file or folder; a name is looked up later."""
+    """The model if it is a file or folder; None if it is a name, which is looked up later."""
     return Path(model) if model is not None and Path(model).exists() else None
 
 
 def _made_before(clip: Path) -> dict[str, Any]:
-    """The settings of a clip, without what belongs to the machine that it was made on."""
+    """The request of an earlier clip, without the fields that belong to the machine it was made on."""
     said = read_request(clip)
     if said is None:
         raise SkyrunError(f"{clip} does not say how it was made", "--from takes a clip that skyrun has made")
-    request = parse_request(said)  # checks it as a whole
+    request = parse_request(said)  # also checks it
     values = {field.name: getattr(request, field.name) for field in fields(Request)}
     if request.model is not None and not request.model.exists():
-        del values["model"]  # wherever it is now: as if none was named
+        del values["model"]  # the model was moved or deleted: use the default
     return {name: value for name, value in values.items() if name in said and name not in (*_MACHINE, "output")}
 
 
 def _named(request: Request, ending: str) -> Request:
-    """With names that tell its files from those of the other clips: by the prompt's number, the seed, or both."""
+    """Give the files of a request unique names, with the number of the prompt, the seed, or both."""
     if not ending:
         return request
     base, latents = request.output or Path(f"{request.task}.mp4"), request.save_latents
@@ -123,7 +124,7 @@ def _named(request: Request, ending: str) -> Request:
 
 
 def _with_seed(request: Request) -> Request:
-    """Of several clips without a seed, one that is there keeps its own: the same command makes what is missing."""
+    """Reuse the seed of an existing clip, so that a repeated command only makes the clips that are missing."""
     if request.seed is None and request.output is not None and request.output.exists():
         seed = (request_of(request.output) or {}).get("seed")
         return replace(request, seed=seed) if isinstance(seed, int) else request

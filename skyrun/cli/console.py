@@ -1,4 +1,4 @@
-"""What is printed: text for people on stderr, values on stdout, both escaped, and neither able to end a run."""
+"""Print text on stderr and values on stdout, both escaped. A failed write never ends a run."""
 
 import io
 import json
@@ -19,17 +19,17 @@ log = logging.getLogger("skyrun")
 
 
 def open_streams() -> None:
-    """Make stdin, stdout and stderr safe to use: open, and able to take every character."""
+    """Make sure that stdin, stdout and stderr are open and can print every character."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; the next file would get its number, and what is printed by libraries
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 -- for as long as the process lives
+        if getattr(sys, name) is None:  # closed; the next file would get its descriptor, and the output of libraries
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 -- stays open as long as the process runs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def close_streams() -> None:
-    """Give up what cannot be written: the interpreter would complain about it at its end."""
+    """Drop output that cannot be written, so that the interpreter does not report it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -39,7 +39,7 @@ def close_streams() -> None:
 
 
 def log_details() -> None:
-    """Write what happens inside to stderr."""
+    """Log details to stderr."""
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(_Escaped("%(asctime)s %(name)s: %(message)s"))
@@ -54,23 +54,23 @@ class _Escaped(logging.Formatter):
 
 
 def say(text: str = "") -> None:
-    """Text for people. Where nobody can read it the run goes on."""
+    """Print text for people on stderr. If that fails, the run goes on."""
     with suppress(OSError, ValueError):
         print(_fitted(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def display(text: str) -> None:
-    """Text that was asked for, on stdout."""
+    """Print requested text on stdout."""
     print(_fitted(text, sys.stdout), flush=True)
 
 
 def emit(value: dict[str, Any]) -> None:
-    """A line of JSON, which escapes by itself."""
+    """Print a value as one line of JSON on stdout."""
     print(json.dumps(value), flush=True)
 
 
 def show_error(error: "SkyrunError", as_json: bool) -> None:
-    """What went wrong, and what to do next."""
+    """Print an error and its hint."""
     if as_json:
         with suppress(OSError):
             emit({"event": "error", "message": error.message, "hint": error.hint, "code": error.code})
@@ -79,7 +79,7 @@ def show_error(error: "SkyrunError", as_json: bool) -> None:
 
 
 def _fitted(text: str, stream: TextIO) -> str:
-    """Escaped; on a terminal, long lines are broken between words."""
+    """Escape text; for a terminal, also wrap long lines at words."""
     text = printable(text)
     if not stream.isatty():
         return text

@@ -1,4 +1,4 @@
-"""Arguments in, one command called, an exit code out. Nothing here imports torch."""
+"""Parse the arguments, run one command, return an exit code. Nothing here imports torch."""
 
 import os
 from argparse import Namespace
@@ -11,7 +11,7 @@ from skyrun.errors import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, the code of the SkyrunError that ended it, or 130 if interrupted."""
+    """Run a command. Returns its exit code, the code of the SkyrunError that ended it, or 130 if it was interrupted."""
     from skyrun.cli.console import close_streams, open_streams, say
 
     open_streams()
@@ -43,7 +43,7 @@ def _run(arguments: Namespace) -> int:
         show_error(error, arguments.json)
         return error.code
     except BrokenPipeError:
-        say("error: whoever read the output has gone")
+        say("error: the reader of the output has closed it")
         return FAILED
     except OSError as error:
         show_error(SkyrunError(str(error), "check the path, its permissions and free space", FAILED), arguments.json)
@@ -51,7 +51,7 @@ def _run(arguments: Namespace) -> int:
 
 
 def _apply_config(arguments: Namespace) -> None:
-    """The user's defaults, where options say nothing."""
+    """Fill in the user's defaults for options that are not given."""
     from skyrun.planning.config import read_config
     from skyrun.tasks import TASKS
 
@@ -60,7 +60,7 @@ def _apply_config(arguments: Namespace) -> None:
         os.environ.setdefault("SKYRUN_MODELS", config.models)
     if arguments.command == "pull" or (arguments.command == "run" and arguments.model is None):
         arguments.quant = arguments.quant or config.quant
-    if arguments.command not in ("run", "plan") or arguments.task is None:  # a clip made before says it all
+    if arguments.command not in ("run", "plan") or arguments.task is None:  # --from takes these from the earlier clip
         return
     arguments.prefer = arguments.prefer or config.prefer
     if arguments.resolution is arguments.size is None and config.resolution in TASKS[arguments.task].resolutions:

@@ -1,4 +1,4 @@
-"""Make one clip and show how: the plan, the work, and where the clip is."""
+"""Make one clip: show the plan, the progress, and where the clip is."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -22,13 +22,19 @@ from skyrun.units import GIB, duration, size, table
 
 
 def pictures_of(output: Path | None, arguments: Namespace) -> list[Path]:
-    """Where pictures of a clip will be drawn, as far as its name is known."""
+    """The preview and the sheet that will be drawn, if the name of the clip is known."""
     sheet = output.with_suffix(".png") if arguments.sheet and output is not None else None
     return [place for place in (arguments.preview, sheet) if place is not None]
 
 
 def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
-    """The plan, and what of the clip an earlier run has finished."""
+    """Print the plan, and what an earlier run has finished of the clip.
+
+    Args:
+        job: The job to run.
+        state: The state of an earlier run, if there is one.
+        as_json_too: Whether to print the plan as JSON as well.
+    """
     say(plan_text(job))
     if state is not None:
         say(state_text(job, state))
@@ -37,9 +43,12 @@ def announce(job: Job, state: RunState | None, as_json_too: bool) -> None:
 
 
 def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
-    """Make the clip, or what is missing of it, show the work, and say where the clip is.
+    """Make the clip or resume it, show the progress, and say where the clip is.
 
-    arguments: json, and preview and sheet: whether and where pictures are drawn.
+    Args:
+        job: The job to run.
+        state: The state of an earlier run.
+        arguments: json, preview and sheet are used.
     """
     drawn: Path | None = arguments.preview
 
@@ -66,7 +75,7 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
 
 
 def draw_sheet(job: Job) -> None:
-    """The clip at a glance, beside it; not the video that it was joined to."""
+    """Draw a contact sheet beside the clip, without the frames of the video that it is joined to."""
     assert job.request.output is not None
     clip, count = job.request.output, frame_count(job.request.output)
     frames = frames_at(clip, (count - job.frames + place for place in places(job.frames)))
@@ -75,7 +84,7 @@ def draw_sheet(job: Job) -> None:
 
 
 def sheet_path(job: Job) -> Path:
-    """Where the sheet of a clip is drawn."""
+    """The path of a clip's contact sheet."""
     assert job.request.output is not None
     return job.request.output.with_suffix(".png")
 
@@ -88,7 +97,7 @@ def _say_what_is_kept(job: Job, as_json_too: bool) -> None:
 
 
 def plan_text(job: Job) -> str:
-    """What will run, and what each stage will take."""
+    """A description of the job, with memory and time of each stage."""
     plan, request = job.plan, job.request
     length = job.frames / job.fps
     windows = f" in {len(job.windows)} windows" if len(job.windows) > 1 else ""
@@ -123,7 +132,7 @@ def _dtypes(plan: Plan) -> str:
 
 
 def state_text(job: Job, state: RunState) -> str:
-    """What an earlier run has finished."""
+    """A sentence about what an earlier run has finished."""
     windows = f"{state.window} of {len(job.windows)} windows" if state.window else ""
     if windows and not state.steps:
         return f"{windows} were finished before: going on from there"
@@ -137,7 +146,7 @@ def state_text(job: Job, state: RunState) -> str:
 
 
 def result_text(result: Result) -> str:
-    """Where the clip is, and where the time went."""
+    """Where the clip is, how long it took, and how fast weights were streamed."""
     total = sum(stage.seconds for stage in result.stages)
     lines = [f"{result.output} in {duration(total)}"]
     denoising = [stage for stage in result.stages if stage.stage == "denoise"]

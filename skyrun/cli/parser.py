@@ -12,8 +12,8 @@ from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
 
 _DISTILLED = "the models are distilled, guidance is built in: leave it out"
-_STREAMED = "not needed, weights are streamed by themselves; --max-vram GiB sets a limit"
-# Options of other programs of this field, and what there is instead.
+_STREAMED = "weights are always streamed: leave it out; --max-vram GiB sets a limit"
+# Options of similar programs, and what to use instead.
 _ELSEWHERE = {
     **dict.fromkeys(("cfg", "cfg-scale", "guidance-scale", "guide-scale", "text-cfg"), _DISTILLED),
     **dict.fromkeys(("negative-prompt", "neg-prompt", "n-prompt"), _DISTILLED),
@@ -36,10 +36,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Command]"
 
 
 class _Command(argparse.ArgumentParser):
-    """The parser of a command, which says itself what it does not know: with its own usage."""
+    """A parser of a command that reports unknown options itself, with the usage of the command."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Nothing unknown is passed on."""
+        """Parse arguments, and reject unknown ones."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error("\n".join(f"unknown {argument}{self._instead(argument)}" for argument in unknown))
@@ -57,34 +57,34 @@ class _Command(argparse.ArgumentParser):
         return f": did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
-        """Usage and message, escaped."""
+        """Print usage and message, escaped, and exit with code 2."""
         from skyrun.units import printable
 
         self.print_usage()
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def print_usage(self, file: Any = None) -> None:
-        """On stderr: it is only printed when something is wrong."""
+        """Print the usage on stderr, because it is only printed for errors."""
         import sys
 
         super().print_usage(file or sys.stderr)
 
 
 def _join_sides(arguments: argparse.Namespace) -> str:
-    """--width and --height become the size. Returns what is wrong with them."""
+    """Turn --width and --height into the size. Returns what is wrong with them, or ""."""
     sides = {name: arguments.__dict__.pop(name, None) for name in ("height", "width")}
     if all(side is None for side in sides.values()):
         return ""
     if None in sides.values():
         return "--width and --height go together"
     if arguments.size is not None or arguments.resolution is not None:
-        return "--width and --height are a size: leave out --size and --resolution"
+        return "--width and --height set the size: leave out --size and --resolution"
     arguments.size = "x".join(str(side) for side in sides.values())
     return ""
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Build the parser of all commands."""
     parser = _Command(prog="skyrun", description="SkyReels-V3 videos on the graphics card you own.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"skyrun {__version__}")
     parser.set_defaults(json=False, verbose=False)
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 def _add(commands: Commands, name: str, help: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="also say on stderr what happens inside")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also log details on stderr")
     return parser
 
 
@@ -121,7 +121,7 @@ def _add_run(commands: Commands) -> None:
     prompt.add_argument("-p", "--prompt", help="what the clip shows; - reads it from stdin")
     prompt.add_argument("--prompts", type=Path, metavar="F.txt", help="a clip for every line")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, but for what else is said"
+        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, except for other options"
     )
     parser.add_argument(
         "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: images; a2v: a portrait"
@@ -129,7 +129,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("--video", type=Path, metavar="F", help="v2v, shot: what the clip goes on from")
     parser.add_argument("--audio", type=Path, metavar="F", help="a2v: speech, or any file with speech in it")
     parser.add_argument("--transition", metavar="NAME", help=f"shot: {', '.join(TRANSITIONS)}, or a tag in the prompt")
-    parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its sound")
+    parser.add_argument("--join", action="store_true", help="v2v, shot: begin with the video, and keep its audio")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: by plan)")
@@ -142,7 +142,7 @@ def _add_run(commands: Commands) -> None:
     )
     _add_clip(parser, "5 s; a2v: the speech")
     _add_precision(parser)
-    parser.add_argument("--prefer", choices=PREFERENCES, help="what to choose types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     _add_pictures(parser)
@@ -186,14 +186,14 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
-    """What a clip is to be like, and what may be used to make it."""
+    """Add the options for size, length, steps and dtype of a clip, and the limits."""
     _add_size(parser, "480P, 540P or 720P, shaped like the image or video (480P)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
     length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of activations (default: by device)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of activations (default: by device)"
     )
     _add_limits(parser)
 
@@ -205,23 +205,23 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    parser = _add(commands, "plan", "what would run, what it takes and how long: exit code 3 if it will not fit")
-    parser.add_argument("task", nargs="?", choices=list(TASKS), help="as `skyrun run` has them")
-    machine = parser.add_argument_group("another machine than this one")
-    machine.add_argument("--preset", choices=PRESETS, help="a machine as it is sold")
+    parser = _add(commands, "plan", "predict the memory and time of a clip: exit code 3 if it will not fit")
+    parser.add_argument("task", nargs="?", choices=list(TASKS), help="as for `skyrun run`")
+    machine = parser.add_argument_group("for another machine than this one")
+    machine.add_argument("--preset", choices=PRESETS, help="a typical machine with such a card")
     machine.add_argument("--gpu", metavar="NAME", help='such as "RTX 3060"; "list" lists those that skyrun knows')
     machine.add_argument("--like", metavar="NAME", help="a card as quick as that one, with --vram")
-    machine.add_argument("--vram", type=float, metavar="GiB", help="of that card, where there are several")
-    machine.add_argument("--ram", type=float, metavar="GiB", help="in all (with --gpu: 16)")
-    machine.add_argument("--disk", type=float, metavar="GB/s", help="what the model's disk delivers (with --gpu: 0.5)")
+    machine.add_argument("--vram", type=float, metavar="GiB", help="memory of that card, if it is sold with several")
+    machine.add_argument("--ram", type=float, metavar="GiB", help="RAM in all (with --gpu: 16)")
+    machine.add_argument("--disk", type=float, metavar="GB/s", help="read rate of the model's disk (with --gpu: 0.5)")
     _add_size(parser, "480P, 540P or 720P (480P)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help="length of the clip (5)")
     length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
-    parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="(as run takes it; else as published)")
+    parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="as for run (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
-    parser.add_argument("--prefer", choices=PREFERENCES, help="what to choose types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 
 
@@ -233,7 +233,7 @@ def _add_tune(commands: Commands) -> None:
 
 def _add_resume(commands: Commands) -> None:
     parser = _add(commands, "resume", "go on with a clip whose run ended early")
-    parser.add_argument("file", type=Path, metavar="FILE", help="the clip that was to be, or its .skyrun.safetensors")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the unfinished clip, or its .skyrun.safetensors")
     _add_pictures(parser)
     _add_overwrite(parser)
     _add_limits(parser)
@@ -242,7 +242,9 @@ def _add_resume(commands: Commands) -> None:
 def _add_demo(commands: Commands) -> None:
     parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
     parser.add_argument("-p", "--prompt", help="what the clip shows (default: built in)")
-    parser.add_argument("--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="(drawn)")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="images (default: drawn)"
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="start of the noise (1)")
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, height first (208x352)")
     output = parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo.mp4"), metavar="OUT.mp4")
@@ -252,11 +254,11 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_pull(commands: Commands) -> None:
-    parser = _add(commands, "pull", "fetch a model, and convert it as it arrives where that is needed")
+    parser = _add(commands, "pull", "fetch a model, and convert it while it arrives if needed")
     parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
     parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (default: by plan)")
-    parser.add_argument("--task", choices=list(TASKS), help="of a repository that has transformers of several tasks")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="(a folder among those of other models)")
+    parser.add_argument("--task", choices=list(TASKS), help="if a repository has transformers for several tasks")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: one in the models folder)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be fetched and how large it is")
 
 
@@ -271,21 +273,21 @@ def _add_convert(commands: Commands) -> None:
     types.add_argument(
         "--target-size",
         metavar="SIZE",
-        help="such as 9GB: types with which a transformer's file is at most that large and loses least",
+        help="such as 9GB: choose types so that a transformer's file is at most this large and loses least",
     )
     parser.add_argument(
-        "--text-encoder-quant", metavar="TYPE", help="(as --quant, but not below Q8_0; Q8_0 with --target-size)"
+        "--text-encoder-quant", metavar="TYPE", help="default: as --quant, but not below Q8_0; Q8_0 with --target-size"
     )
     parser.add_argument(
         "--type-rule",
         action="append",
         default=[],
         metavar="REGEX=TYPE",
-        help="matrices of a transformer with such a name get this type; the first of several rules wins",
+        help="the type of a transformer's matrices with a matching name; the first rule that matches wins",
     )
-    parser.add_argument("--imatrix", type=Path, metavar="F", help="importances of input channels: keep what matters")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="where weights are encoded (cpu)")
-    parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="then draw the error per tensor and block")
+    parser.add_argument("--imatrix", type=Path, metavar="F", help="importance of input channels, to weight errors")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="device that encodes weights (cpu)")
+    parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="draw the error of each tensor by block")
     parser.add_argument(
         "--dry-run", action="store_true", help="print files, types, sizes and expected errors, and stop"
     )
@@ -297,7 +299,7 @@ def _add_calibrate(commands: Commands) -> None:
     source.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, best BF16 or Q8_0")
     source.add_argument("--merge", type=Path, nargs="+", metavar="F", help="add up importance files, without a model")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("importance.gguf"), metavar="F", help="(importance.gguf)"
+        "-o", "--output", type=Path, default=Path("importance.gguf"), metavar="F", help="file (importance.gguf)"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE.txt", help="one prompt per line (default: built in)")
     parser.add_argument(
@@ -310,7 +312,7 @@ def _add_calibrate(commands: Commands) -> None:
 def _add_info(commands: Commands) -> None:
     parser = _add(commands, "info", "what a GGUF, safetensors or mp4 file holds")
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--against", type=Path, metavar="SRC", help="its source: print the error of every tensor")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="its source: also print the error of every tensor")
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -320,16 +322,16 @@ def _add_doctor(commands: Commands) -> None:
 def _add_bench(commands: Commands) -> None:
     whats = commands.add_parser("bench", help="measure this machine", description="measure this machine")
     parts = whats.add_subparsers(dest="what", required=True, metavar="WHAT")
-    parser = _add(parts, "kernels", "are the kernels right, and how fast is each")
+    parser = _add(parts, "kernels", "check the kernels and time each of them")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="Q2_K ... Q8_0 (default: all, on a CPU three)")
     parser.add_argument(
         "--rows", nargs="+", type=int, metavar="N", help="tokens (default: 1 ... 75600, on a CPU 1 and 64)"
     )
-    parser = _add(parts, "step", "how fast are denoising steps, streamed from this disk and from memory")
-    parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="whose shapes (r2v-14b)")
-    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="of the transformer (Q8_0)")
-    parser.add_argument("--blocks", type=int, default=4, metavar="N", help="of the transformer (4)")
+    parser = _add(parts, "step", "time denoising steps, streamed from this disk and from memory")
+    parser.add_argument("--model", choices=["r2v-14b"], default="r2v-14b", help="model whose shapes are used (r2v-14b)")
+    parser.add_argument("--quant", default="Q8_0", metavar="TYPE", help="type of the transformer (Q8_0)")
+    parser.add_argument("--blocks", type=int, default=4, metavar="N", help="blocks of the transformer (4)")
     _add_precision(parser)
     _add_clip(parser, "5 s")
     parser.set_defaults(steps=4)
@@ -337,4 +339,4 @@ def _add_bench(commands: Commands) -> None:
 
 def _add_completion(commands: Commands) -> None:
     parser = _add(commands, "completion", "print a script that completes commands and options in a shell")
-    parser.add_argument("shell", choices=["bash", "zsh"], help="put it where the shell looks for completions")
+    parser.add_argument("shell", choices=["bash", "zsh"], help="put the script where that shell looks for it")

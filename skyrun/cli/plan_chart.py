@@ -1,4 +1,4 @@
-"""A plan as two pictures: memory over the stages of a run, and the time of a step against its tokens."""
+"""Draw a plan as two charts: memory over the stages of a run, and the time of a step over its tokens."""
 
 import math
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from skyrun.presets.plan import StagePlan
 from skyrun.presets.timing import break_even_tokens, step_time, with_tokens
 from skyrun.units import duration
 
-_WIDTH, _HEIGHT = 860, 330  # of each picture
+_WIDTH, _HEIGHT = 860, 330  # of each chart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 24, 58, 46
-_FINE = 2  # drawn so many times larger, for smooth lines
+_FINE = 2  # factor of supersampling, for smooth lines
 _INK, _PALE, _GRID = "#222222", "#777777", "#dddddd"
-# Told apart by the colour-blind (Okabe and Ito).
-_BLUE, _ORANGE, _GREEN, _GREY, _RED = "#0072b2", "#e69f00", "#009e73", "#b0b0b0", "#d55e00"
-_PARTS = {"system": _GREY, "blocks passing": _BLUE, "blocks kept": _GREEN, "activations": _ORANGE}
+# Distinguishable with color blindness (Okabe and Ito).
+_BLUE, _ORANGE, _GREEN, _GRAY, _RED = "#0072b2", "#e69f00", "#009e73", "#b0b0b0", "#d55e00"
+_PARTS = {"system": _GRAY, "blocks passing": _BLUE, "blocks kept": _GREEN, "activations": _ORANGE}
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where numbers are in a picture."""
+    """The axes of a chart: map values to pixels, and draw."""
 
     draw: ImageDraw.ImageDraw
     top: int
@@ -51,10 +51,10 @@ class _Axes:
             self.line(ends, fill)  # type: ignore[arg-type]
 
 
-def write_plan_picture(path: Path, planned: Planned) -> None:
-    """Draw both and write them as PNG."""
+def write_plan_chart(path: Path, planned: Planned) -> None:
+    """Draw both charts and write them as PNG."""
     if path.suffix.lower() != ".png":
-        raise SkyrunError(f"{path} does not end in .png", "name the picture plan.png")
+        raise SkyrunError(f"{path} does not end in .png", "name it plan.png")
     image = Image.new("RGB", (_WIDTH * _FINE, 2 * _HEIGHT * _FINE), "white")
     draw = ImageDraw.Draw(image)
     _draw_memory(draw, planned)
@@ -72,7 +72,7 @@ def _logarithmic(low: float, high: float, start: float, end: float) -> Callable[
 
 
 def _draw_memory(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
-    """A column of VRAM and one of RAM for each stage."""
+    """Draw a column of VRAM and one of RAM for each stage."""
     plan = planned.plan
     cuda = plan.device == "cuda"
     most = max(plan.limit_bytes, plan.peak_bytes, *(stage.host_bytes for stage in plan.stages)) / GIB
@@ -97,10 +97,10 @@ def _draw_memory(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
     memory = "VRAM" if cuda else "RAM"
     axes.text((_WIDTH - _RIGHT, limit - 4), f"{memory} that may be used: {plan.limit_bytes / GIB:.1f} GiB", _RED, "rs")
     at: float = _LEFT
-    for name, colour in _PARTS.items():
+    for name, color in _PARTS.items():
         if name == "blocks kept" and not plan.resident_blocks:
             continue
-        axes.box(at, 36, at + 10, 46, colour)
+        axes.box(at, 36, at + 10, 46, color)
         axes.text((at + 14, 41), name, anchor="lm")
         at += 34 + 7 * len(name)
 
@@ -145,7 +145,7 @@ def _round_steps(most: float) -> list[float]:
 
 
 def _draw_steps(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
-    """Computing grows with the tokens, reading does not: where they cross, reading is hidden."""
+    """Draw the time to compute and the time to read over the tokens. Beyond their crossing, reading is hidden."""
     hardware, work, plan = planned.hardware, planned.workload, planned.plan
     fast = plan.precision == "fast"
     few, many = 1000, 200_000
@@ -166,13 +166,13 @@ def _draw_steps(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
         (_LEFT, _HEIGHT + 10), f"Time of a step against its tokens: {plan.weight_type} on {plan.device_name}", size=14
     )
     _grid(axes, low, high, bottom)
-    axes.line([(axes.x(n), axes.y(max(computing(n), *(wait for wait, _ in waits.values())))) for n in counts], _GREY, 6)
+    axes.line([(axes.x(n), axes.y(max(computing(n), *(wait for wait, _ in waits.values())))) for n in counts], _GRAY, 6)
     axes.line([(axes.x(n), axes.y(computing(n))) for n in counts], _BLUE, 2)
     axes.text((axes.x(5000) + 4, axes.y(computing(5000)) + 6), "computing", _BLUE)
-    axes.text((_LEFT, _HEIGHT + 36), "grey: a step, which takes the longest of what it waits for", _PALE)
-    for text, (wait, colour) in waits.items():
-        axes.line([(_LEFT, axes.y(wait)), (_WIDTH - _RIGHT, axes.y(wait))], colour, 2)
-        axes.text((_LEFT + 6, axes.y(wait) - 6), f"reading every block {text}", colour, "ls")
+    axes.text((_LEFT, _HEIGHT + 36), "gray: a step, which takes as long as the slowest of these", _PALE)
+    for text, (wait, color) in waits.items():
+        axes.line([(_LEFT, axes.y(wait)), (_WIDTH - _RIGHT, axes.y(wait))], color, 2)
+        axes.text((_LEFT + 6, axes.y(wait) - 6), f"reading every block {text}", color, "ls")
     crossing = break_even_tokens(hardware, work, fast, dtype=plan.dtype)
     if few < crossing < many:
         axes.dots((axes.x(crossing), top), (axes.x(crossing), bottom), _INK)

@@ -1,4 +1,4 @@
-"""Show work while it is done: bars on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""Show progress on stderr: bars on a terminal, plain lines elsewhere."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -26,19 +26,19 @@ class Bar(Protocol):
 
 
 class Display:
-    """Turns events into positions and times left."""
+    """Turns events into progress and time left."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._name, self._unit = "", ""
         self._total, self._done, self._before = 1, 0.0, 0.0
-        self._blocks = (0, 1)  # of the unit at work that are done, and how many it has
+        self._blocks = (0, 1)  # done in the current unit, and how many it has
         self._start = now()
-        self._windows: list[tuple[int, float]] = []  # that were entered, and when
+        self._windows: list[tuple[int, float]] = []  # that have begun, and when
         self._corrected = False
 
     def show(self, event: Event) -> None:
-        """One event of a pipeline."""
+        """Show an event."""
         if isinstance(event, StageStarted):
             if event.part is not None:
                 self._enter(*event.part)
@@ -60,7 +60,7 @@ class Display:
             self._bar.finish(f"{duration(event.seconds)}{read}")
 
     def _enter(self, window: int, total: int) -> None:
-        """A stage of a window begins. Of a new one its number is said, and how long all that are left will take."""
+        """Note the beginning of a window, and how long all that are left will take."""
         if self._windows and self._windows[-1][0] == window:
             return
         self._windows.append((window, now()))
@@ -71,7 +71,7 @@ class Display:
         self._bar.note(f"window {window} of {total}{left}")
 
     def _correct(self, left: TimeLeft) -> None:
-        """Said once: bars and windows show how it goes on."""
+        """Note the first estimate of the time left; bars and windows show the later ones."""
         if not self._corrected:
             self._corrected = True
             self._bar.note(
@@ -80,18 +80,18 @@ class Display:
             )
 
     def begin(self, name: str, total: int, unit: str) -> None:
-        """A piece of work of `total` units."""
+        """Begin work of `total` units."""
         self._name, self._total, self._unit = name, total, unit
         self._done, self._blocks, self._start, self._before = 0.0, (0, 1), now(), 0.0
         self._bar.start(name)
 
     def resume(self, units: float) -> None:
-        """Units that were done before, which say nothing about the time that the rest takes."""
+        """Count units that were done before, which do not count for the time left."""
         self._done = self._before = units
         self._update()
 
     def advance(self, units: float) -> None:
-        """Some more units are done."""
+        """Count more units as done."""
         self._done += units
         self._update()
 
@@ -109,7 +109,7 @@ class Display:
         return count
 
     def end(self) -> None:
-        """The work is over."""
+        """End the work."""
         self._bar.finish(duration(now() - self._start))
 
     def _update(self) -> None:
@@ -129,13 +129,13 @@ class Display:
 
 
 class _TerminalBar:
-    """A rich bar per piece of work."""
+    """Draws a bar for each piece of work with rich."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
 
     def start(self, name: str) -> None:
-        self._task = self._bars.add_task(printable(name), total=None, text="")  # moves until something is known
+        self._task = self._bars.add_task(printable(name), total=None, text="")  # pulses until there is progress
 
     def update(self, fraction: float, text: str) -> None:
         self._bars.update(self._task, total=1.0, completed=fraction, text=text)
@@ -148,9 +148,9 @@ class _TerminalBar:
 
 
 class _Lines:
-    """For logs: a line at every tenth of the work, seconds apart, and one at its end."""
+    """Prints lines for logs: at each tenth of the work, seconds apart, and at its end."""
 
-    _APART = 5.0
+    _APART = 5.0  # seconds
 
     def start(self, name: str) -> None:
         self._name, self._tenth, self._last = name, 0, now()
@@ -170,7 +170,7 @@ class _Lines:
 
 @contextmanager
 def progress() -> Iterator[Display]:
-    """A display for the terminal or the log that stderr is."""
+    """A display for stderr, be it a terminal or a log."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Display(_Lines())
@@ -188,12 +188,12 @@ def progress() -> Iterator[Display]:
 def shown(
     events: Generator[Event, None, T], as_json_too: bool, act: Callable[[Event], dict[str, Any]] | None = None
 ) -> T:
-    """Do the work of a generator of events, show them, and return its value.
+    """Run a generator of events, show the events, and return its value.
 
     Args:
-        events: What to run to its end.
-        as_json_too: Whether every event is also a line of JSON.
-        act: What else to do at an event; it returns values that the line of JSON gets.
+        events: The generator.
+        as_json_too: Whether to print each event as a line of JSON as well.
+        act: Called with each event; the values that it returns are added to the line of JSON.
     """
 
     def on(event: Event) -> None:

@@ -18,7 +18,7 @@ def reference() -> str:
 
 
 def _commands(of: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The commands below a parser that do something."""
+    """All commands of a parser that have no subcommands."""
     parts = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
     if not parts:
         return [of]

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, a closed terminal, a request to end. None may be lost or leave a file half-written."""
+"""Handle Ctrl-C, a closed terminal and SIGTERM, so that none is lost or leaves a half-written file."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-# SIGHUP and SIGTERM are what closing a terminal and `kill` send; Windows has no SIGHUP.
+# Closing a terminal sends SIGHUP, `kill` sends SIGTERM; Windows has no SIGHUP.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -20,17 +20,17 @@ class Interrupted(Exception):
 
 
 def raise_if_asked() -> None:
-    """Raise the KeyboardInterrupt again that was raised where no exception gets out of, such as a finalizer."""
+    """Raise KeyboardInterrupt again if it was lost, for example in a finalizer."""
     if _asked:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted for whatever exception leaves the body after such a signal.
+    """Raise Interrupted for any exception that leaves the block after a signal.
 
-    A library in C may turn the KeyboardInterrupt that is raised in it into an error of its own. A second Ctrl-C does
-    not wait for what is being saved: it ends the process.
+    C libraries may turn a KeyboardInterrupt into an error of their own. A second Ctrl-C ends the process at once, even
+    while the state is saved.
     """
     global _asked
     _asked = False
@@ -43,9 +43,9 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # only there can signals be handled
+    if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
         for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & ignore some on purpose
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and & ignore some signals on purpose
                 before[number] = signal.signal(number, ask)
     try:
         yield
@@ -61,8 +61,8 @@ def interruptible() -> Iterator[None]:
 
 
 def _end_now() -> None:
-    """Nothing is cleaned up: what a killed run leaves is what the next run finds."""
-    with suppress(OSError):  # a print could wait for the one that was interrupted
+    """End the process without cleaning up; the next run resumes as after a kill."""
+    with suppress(OSError):  # print could wait for an interrupted print
         shown_cursor = b"\x1b[?25h\n" if os.isatty(2) else b""
         os.write(2, shown_cursor + b"ended at once: what was not saved yet is lost\n")
     os._exit(_INTERRUPTED)

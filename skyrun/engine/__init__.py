@@ -1,1 +1,1 @@
-"""Make the clip of a job so that nothing is lost: events out, state kept, memory that runs out survived."""
+"""Run a job: yield events, save the state, and survive running out of memory."""

@@ -1,7 +1,7 @@
-"""Keeps what a run has finished on disk while there is no clip yet, and reads it back to go on from there.
+"""Save the state of an unfinished run beside its clip, and load it to resume the run.
 
-The file lies beside the clip: safetensors, with a description as JSON in its metadata. It is written whole or not at
-all, and removed when the clip is finished. Frames of finished windows lie beside it.
+The state is a safetensors file with JSON in its metadata. It is written atomically, and removed when the clip is
+finished. The frames of finished windows are in files beside it.
 """
 
 import json
@@ -29,7 +29,7 @@ from skyrun.planning.job import Job
 from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
-_SHARE = 0.05  # of the time that goes into saving, at most; a kill costs what was done since
+_SHARE = 0.05  # of the run's time that saving may take; a kill loses what was done since the last save
 _VERSION = 2
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
 _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
@@ -37,7 +37,7 @@ _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 
 @dataclass(frozen=True)
 class Origin:
-    """What a state was made from and how. model: identifies its files. device, dtype, precision: of the plan."""
+    """The run that a state belongs to. model: identity of its files. device, dtype, precision: of the plan."""
 
     request: Request
     model: str
@@ -47,7 +47,7 @@ class Origin:
 
 
 class Keeper:
-    """Saves what is finished as often as is cheap, and always before decoding. Nowhere without an output."""
+    """Saves the state as often as is cheap, and always before decoding. Saves nothing if the run has no output."""
 
     def __init__(self, job: Job, state: RunState) -> None:
         self._state, self._job = state, job
@@ -63,13 +63,13 @@ class Keeper:
             self._store.begin(state.window)
 
     def finished(self) -> Iterator[tuple[Iterator[Frames], Tensor]]:
-        """Frames and latents of every window that an earlier run has finished."""
+        """Frames and latents of each window that an earlier run has finished."""
         for window in range(self._state.window):
             assert self._store is not None
             yield self._store.read(window, self._job.windows[window].frames)
 
     def after(self, event: Event) -> Notice | None:
-        """Save if it is time to. A notice if that fails: the run itself can go on."""
+        """Save the state if it is time to. Returns a notice if that fails: the run itself can go on."""
         if isinstance(event, (FramesReady, WindowDone)):
             return self._notice(self._keep(event))
         if isinstance(event, LatentsReady):
@@ -85,10 +85,10 @@ class Keeper:
         if error is None or self._failed:
             return None
         self._failed = True
-        return Notice(f"{error.message}; if the run ends early it is lost")
+        return Notice(f"{error.message}; if the run ends early, it is lost")
 
     def _keep(self, event: FramesReady | WindowDone) -> SkyrunError | None:
-        """Keep frames, or a finished window. If that fails, windows saved earlier remain."""
+        """Store frames, or a finished window. If that fails, windows saved earlier remain the recoverable state."""
         if self._store is None or self._path is None:
             return None
         try:
@@ -105,7 +105,7 @@ class Keeper:
         return self.save()
 
     def save(self) -> SkyrunError | None:
-        """Save now. Returns why it failed."""
+        """Save the state now. Returns the error if that fails."""
         if self._path is None:
             return None
         start = now()
@@ -122,7 +122,7 @@ class Keeper:
         return None
 
     def save_last(self, error: BaseException) -> None:
-        """The run ends with this error: save what is not saved yet. An interrupted run goes on with the same seed."""
+        """Save what is not saved yet, because the run ends with this error. An interrupted run keeps its seed."""
         if self._store is not None:
             self._store.abandon()
         unsaved = self._state.mark[:3] != self._saved[:3]
@@ -132,7 +132,7 @@ class Keeper:
             error.add_note(failure.message)
 
     def remove(self) -> None:
-        """The clip is there."""
+        """Remove the state and the windows: the clip is finished."""
         if self._path is not None:
             remove_state(self._path)
         if self._store is not None:
@@ -145,7 +145,7 @@ def _origin(job: Job) -> Origin:
 
 
 def kept(request: Request) -> Kept | None:
-    """What is on disk of a request's clip that is not finished; None if nothing is."""
+    """Where the state of a request's unfinished clip is, and how to resume it; None if there is no state."""
     path = state_path(request.output) if request.output is not None else None
     if path is None or not path.exists():
         return None
@@ -154,7 +154,13 @@ def kept(request: Request) -> Kept | None:
 
 
 def save_state(path: Path, state: RunState, origin: Origin) -> None:
-    """Write the state. OSError if it cannot be written; what was there before stays then."""
+    """Write the state atomically. Raises OSError if it cannot be written; the earlier state remains then.
+
+    Args:
+        path: Where to write it.
+        state: The state.
+        origin: The run that it belongs to.
+    """
     tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
     tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
     if state.latents is not None:
@@ -173,15 +179,15 @@ def save_state(path: Path, state: RunState, origin: Origin) -> None:
 
 
 def load_state(path: Path) -> tuple[RunState, Origin]:
-    """Read a state and where it comes from. SkyrunError if it is damaged or from another version."""
+    """Load a state and its origin. Raises SkyrunError if it is damaged or from another version."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is not a dict
         version, text = metadata["version"], metadata["run"]
         if version == str(_VERSION):
             if metadata["crc32"] != _checksum(text, tensors):
-                raise ValueError("its contents do not have the checksum that it says")
+                raise ValueError("its checksum does not match its contents")
             described = json.loads(text)
             sampler, window = described.pop("sampler", None), int(described.pop("window"))
             origin = Origin(**described | {"request": parse_request(described["request"])})
@@ -205,7 +211,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | None, request: Request) -> RunState:
-    """ValueError if the tensors are not those of this request."""
+    """Build the state. Raises ValueError if the tensors do not fit the request."""
 
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -229,13 +235,13 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
 
 
 def _latent_frames(request: Request, window: int) -> int:
-    """Noisy frames of a window. Windows of speech are equal: a request does not know how many there are."""
+    """Noisy latent frames of a window. All windows of speech are alike; a request does not know how many there are."""
     windows = request.windows()
     return windows[min(window, len(windows) - 1) if request.spec.audio else window].latents
 
 
 def remove_state(path: Path) -> None:
-    """The clip is finished."""
+    """Remove the state of a finished clip. Raises SkyrunError if that fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

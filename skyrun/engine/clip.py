@@ -1,4 +1,4 @@
-"""What has been made of a clip, on its way to files and to the result."""
+"""Write a clip and its latents from the events of a pipeline, and collect the result."""
 
 import json
 from collections.abc import Iterator
@@ -30,8 +30,8 @@ from skyrun.tasks.windows import SPEECH_RATE
 class Result:
     """A finished clip.
 
-    frames: uint8 [F, H, W, 3], empty if they were not kept. latents: float32 [C, F', h, w], normalised, before
-    decoding, of every window after the one before. request: with the seed that was used. stages: what each took.
+    frames: uint8 [F, H, W, 3]; empty if they were not kept. latents: float32 [C, F', h, w], normalized, as they were
+    before decoding, all windows in order. request: with the seed that was used. stages: time and memory of each.
     """
 
     frames: Frames
@@ -43,12 +43,12 @@ class Result:
 
     @property
     def output(self) -> Path | None:
-        """The mp4, if one was written."""
+        """The path of the mp4, if one was written."""
         return self.request.output
 
 
 class ClipWriter:
-    """Takes the events of a pipeline, and writes what is in them."""
+    """Writes the frames and latents in the events of a pipeline."""
 
     def __init__(self, job: Job, keep_frames: bool) -> None:
         self._job, self._keep_frames = job, keep_frames
@@ -59,7 +59,7 @@ class ClipWriter:
         self.video: VideoWriter | None = None
 
     def open(self, stack: ExitStack) -> list[str]:
-        """Begin the mp4; with the video before it, if the clip is to be joined to that. Returns notices of that one."""
+        """Begin the mp4, with the source video if the clip is joined to it. Returns notices about that video."""
         notices: list[str] = []
         if self._job.request.output is None:
             return notices
@@ -69,7 +69,7 @@ class ClipWriter:
         return [text for text in notices if text not in self._job.inputs.notices]
 
     def take(self, event: Event) -> None:
-        """An event of the pipeline."""
+        """Handle an event of the pipeline."""
         if isinstance(event, LatentsReady):
             self.latents[event.window] = event.latents
             if len(self._job.windows) == 1:
@@ -80,21 +80,21 @@ class ClipWriter:
             self._stages.append(event)
 
     def add(self, frames: Frames) -> None:
-        """Frames of the clip."""
+        """Write frames of the clip, and keep them for the result."""
         if self.video is not None:
             self.video.add(frames)
         if self._keep_frames:
             self._frames.append(frames)
 
     def save_latents(self) -> None:
-        """SkyrunError if that failed, now or before: the clip itself could be made."""
+        """Write the latents if they are not written yet. Raises SkyrunError if that failed; the clip is complete."""
         if len(self._job.windows) > 1:
             self._failure = self._save_latents()
         if self._failure is not None:
             raise self._failure
 
     def _save_latents(self) -> SkyrunError | None:
-        """Save them if the request says where. Returns why it failed."""
+        """Write the latents if the request names a file. Returns the error if that fails."""
         request = self._job.request
         if request.save_latents is None:
             return None
@@ -108,7 +108,7 @@ class ClipWriter:
         return None
 
     def result(self, plan: Plan) -> Result:
-        """All of it."""
+        """The finished clip."""
         job, empty = self._job, np.empty((0, self._job.height, self._job.width, 3), np.uint8)
         frames = np.concatenate([empty, *self._frames])
         latents = torch.cat(list(self.latents.values()), 1).clone()  # an ordinary tensor, not one of inference mode
@@ -116,23 +116,26 @@ class ClipWriter:
 
 
 def clip_format(job: Job) -> Format:
-    """A talking avatar carries its speech, at the level that the model heard it. A clip that is joined to its video has
-    that one's rate, which its motion goes on at, and its audio."""
+    """The settings of a clip's mp4.
+
+    A joined clip has the frame rate of its source video, whose motion it continues, and the audio of that video. A
+    talking avatar has its speech, as loud as the model heard it.
+    """
     fps, audio = Fraction(job.fps), None
     if job.request.join:
         assert job.inputs.footage is not None
         fps, audio = job.inputs.footage.rate, read_audio(job.inputs.footage.path)
     if job.inputs.speech is not None:
-        # Through 16 bits, as upstream's file has it: what is louder is cut off.
+        # Rounded to 16 bits and clipped, as in the file that upstream writes.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
         audio = Audio([levels.astype(np.float32)[None]], 1, SPEECH_RATE)
     return Format(job.height, job.width, fps, job.request.as_json(), audio)
 
 
 def source_frames(job: Job, notices: list[str]) -> Iterator[Frames]:
-    """Frames of the video that a clip begins with, in the clip's size; none if it is not joined.
+    """Frames of the video that a clip is joined to, in the size of the clip; none if it is not joined.
 
-    What a person should know of it is added to the notices.
+    Sentences for the user are appended to the notices.
     """
     if job.request.join:
         assert job.inputs.footage is not None

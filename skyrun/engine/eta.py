@@ -1,4 +1,4 @@
-"""How long a run will still take, corrected by the steps that were measured."""
+"""Estimate the remaining time of a run from its plan and from measured steps."""
 
 from skyrun.events import Event, Progress, Replanned, StageStarted, TimeLeft, now
 from skyrun.presets import Plan
@@ -6,19 +6,19 @@ from skyrun.presets.timing import corrected
 
 
 class Forecast:
-    """Watches the events of a run, and says after every measured step how much time is left.
+    """Estimates the time left after each measured step of a run.
 
-    The first step of a window is not measured: it compiles kernels and reads from a cold disk.
+    The first step of a window is not measured, because it compiles kernels and reads from a cold disk.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._times: list[float] = []
         self._window, self._windows, self._steps = 1, 1, 0
-        self._start: float | None = None  # of the step at work, if it is measured
+        self._start: float | None = None  # of the current step, if it is measured
 
     def after(self, event: Event) -> TimeLeft | None:
-        """What is known after an event."""
+        """The time left after an event, if the event ends a measured step."""
         if isinstance(event, Replanned):
             self._plan, self._times, self._start = event.plan, [], None
         elif isinstance(event, StageStarted) and event.stage == "denoise":
@@ -32,7 +32,7 @@ class Forecast:
         return None
 
     def _left(self, steps: float) -> TimeLeft:
-        """steps: of this window that are left. Its images are encoded; all that is left of it is decoding."""
+        """steps: how many are left in this window. After them, the window only has to be decoded."""
         seconds, later = sum(self._times) / len(self._times), self._windows - self._window
         ahead = (later * self._steps + steps) * seconds
         for stage in corrected(self._plan, seconds).stages:

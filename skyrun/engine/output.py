@@ -1,7 +1,7 @@
-"""What a run writes, under which names, and whether it may: nothing that is there is lost, and one run makes a clip.
+"""The files that a run writes, their names, and the checks that nothing is lost and only one run makes a clip.
 
-Beside X.mp4 a run keeps X.skyrun.safetensors (its state), X.skyrun.N.safetensors and X.skyrun.N.mkv (latents and
-frames of finished windows) and X.skyrun.lock, and beside every file that it writes .NAME.PID.partial. It deletes all
+Beside X.mp4 a run writes X.skyrun.safetensors (its state), X.skyrun.N.safetensors and X.skyrun.N.mkv (latents and
+frames of finished windows) and X.skyrun.lock, and beside each file that it writes .NAME.PID.partial. It deletes all
 of these without asking, so no other file may have such a name.
 """
 
@@ -25,15 +25,15 @@ from skyrun.planning.request import Request
 
 _SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
-# Where a clip was made and with what is not what it shows; `resolution` became a size.
+# Fields that do not change what a clip shows; `resolution` has become a size.
 NOT_THE_CLIP = ("output", "save_latents", "overwrite", "resolution", "device", "devices", "max_vram", "max_ram")
-_DECIDED = ("size", "frames", "steps", "quant", "model")  # by the plan, where the request does not say
+_DECIDED = ("size", "frames", "steps", "quant", "model")  # by the plan, unless the request states them
 _INPUTS = ("images", "video", "audio", "model")
-_MOST_SAID = 200  # characters of a lock file that are shown
+_MAX_OWNER = 200  # characters of a lock file that are shown
 
 
 def state_path(output: Path) -> Path:
-    """Where the state of a clip is kept; of a state's own path, that path."""
+    """The path of a clip's state; the path itself if it is that of a state."""
     return output if output.name.endswith(_SUFFIX) else output.with_name(f"{output.stem}{_SUFFIX}")
 
 
@@ -43,9 +43,10 @@ def clip_path(state: Path, suffix: str = ".mp4") -> Path:
 
 
 def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
-    """SkyrunError if a request is wrong, a file cannot be written, or one would be lost: better before the run.
+    """Check a request and its outputs before the run.
 
-    pictures: where pictures of the clip will be drawn.
+    Raises SkyrunError if the request is not valid, or if a file cannot be written or would be lost. pictures: the
+    previews and sheets that will be drawn.
     """
     check(request)
     inputs = [path for path in (*request.images, request.video, request.audio) if path is not None]
@@ -70,7 +71,7 @@ def check_outputs(request: Request, pictures: Sequence[Path] = ()) -> None:
 
 
 def check_free(request: Request, pictures: Sequence[Path] = ()) -> None:
-    """SkyrunError if a file would be replaced that this request did not make, unless it says to overwrite."""
+    """Raise SkyrunError if a file would be replaced that this request did not make, unless it says to overwrite."""
     if not request.overwrite and (there := [*_in_the_way(request, pictures)]):
         hint = "choose another name, or replace it with --overwrite"
         raise SkyrunError.listing("files of these names exist", there, hint)
@@ -83,7 +84,7 @@ def _is_beside(path: Path, output: Path) -> bool:
 
 
 def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
-    """Files that the run would replace, and that no run of this very request has made."""
+    """A sentence for each file that the run would replace and that no run of the same request has made."""
     for path in (request.output, request.save_latents):
         if path is not None and path.exists():
             made_from = request_of(path)
@@ -99,7 +100,7 @@ def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
 
 
 def _is_drawn(picture: Path, output: Path) -> bool:
-    """Whether an earlier run of this output can have drawn it: a sheet only when the clip was whole."""
+    """Whether an earlier run of this output can have drawn a picture. Only a finished clip has a sheet."""
     return output.exists() or (state_path(output).exists() and picture != output.with_suffix(".png"))
 
 
@@ -108,7 +109,7 @@ def _is_in(path: Path, model: Path) -> bool:
 
 
 def is_made(request: Request) -> bool:
-    """Whether everything that a prepared request asks for is there, whole, made by just such a request."""
+    """Whether all outputs of a prepared request exist, complete, made from the same request."""
     outputs = [path for path in (request.output, request.save_latents) if path is not None]
     if not outputs or request.output is None or state_path(request.output).exists():
         return False
@@ -119,7 +120,7 @@ def is_made(request: Request) -> bool:
 
 
 def request_of(path: Path) -> dict[str, Any] | None:
-    """The request that a clip or a file of latents says it was made from; None if it says none."""
+    """The request stored in a clip or a file of latents; None if there is none."""
     try:
         if path.suffix.lower() == ".mp4":
             return read_request(path)
@@ -130,7 +131,7 @@ def request_of(path: Path) -> dict[str, Any] | None:
 
 
 def _differing(request: Request, made_from: dict[str, Any]) -> list[str]:
-    """Fields in which a request differs from the one that a file was made from."""
+    """The names of the fields in which a request differs from the one that a file was made from."""
     asked = request.as_json()
     names = [name for name in {**asked, **made_from} if name not in NOT_THE_CLIP]
     names = [name for name in names if name in asked or name not in _DECIDED]
@@ -140,7 +141,7 @@ def _differing(request: Request, made_from: dict[str, Any]) -> list[str]:
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """Paths of inputs are compared as places."""
+    """The value of a field to compare: paths of inputs are resolved."""
     if name not in _INPUTS or value is None:
         return value
     values = value if isinstance(value, list) else [value]
@@ -149,7 +150,7 @@ def _comparable(name: str, value: Any) -> Any:
 
 @contextmanager
 def alone(output: Path | None) -> Iterator[None]:
-    """Keep other runs away from a clip. SkyrunError if one is making it."""
+    """Lock a clip for this run. Raises SkyrunError if another run is making it."""
     if output is None:
         yield
         return
@@ -160,7 +161,7 @@ def alone(output: Path | None) -> Iterator[None]:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         yield
     finally:
-        with suppress(OSError):  # Windows removes no file that is open
+        with suppress(OSError):  # Windows does not remove open files
             path.unlink()
         lock.release()
         with suppress(OSError):
@@ -171,7 +172,7 @@ def alone(output: Path | None) -> Iterator[None]:
 def _check_owner(output: Path) -> None:
     path = output.with_name(f"{output.stem}.skyrun.lock")
     if path.exists():
-        with alone(output):  # of a run that was killed
+        with alone(output):  # succeeds if that run was killed
             pass
 
 
@@ -186,11 +187,11 @@ def _acquired(path: Path, output: Path) -> FileLock:
             raise SkyrunError(message, "wait for it, or choose another name with -o", BAD_INPUT) from error
         if path.exists():
             return lock
-        lock.release()  # whoever had it removed the file in this moment
+        lock.release()  # its owner has just removed the file
 
 
 def _owner(path: Path) -> str:
     try:
-        return path.read_text("utf-8", errors="replace").strip()[:_MOST_SAID]
+        return path.read_text("utf-8", errors="replace").strip()[:_MAX_OWNER]
     except OSError:
         return ""

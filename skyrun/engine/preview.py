@@ -1,4 +1,4 @@
-"""A look at a clip while it is being made: latents to small images by a linear map, without the autoencoder."""
+"""Draw previews of an unfinished clip: a linear map turns latents into small images, without the autoencoder."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from skyrun.media.pixels import Frames
 
 RGBMap = Sequence[Sequence[float]]  # red, green and blue in [-1, 1] per latent channel; the last row is the offset
 
-# The published map of Wan 2.1's autoencoder, which all models here share, for latents as the transformer sees them.
+# The published map for normalized latents of Wan 2.1's autoencoder, which all models here share.
 WAN_RGB_MAP: RGBMap = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),
@@ -36,7 +36,7 @@ _SCALE = 4  # pixels of a preview per latent
 
 
 def preview_image(latents: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Image.Image:
-    """Latents [16, F, h, w], as clean as they are known -> a sheet of some of their frames."""
+    """Draw the predicted x0, latents [16, F, h, w], as a sheet of some of its frames."""
     chosen = [latents[:, place] for place in places(latents.shape[1])]
     return contact_sheet([preview_frame(frame.float().cpu(), rgb_map) for frame in chosen])
 
@@ -44,7 +44,7 @@ def preview_image(latents: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Image.Image
 def preview_frame(frame: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Frames:
     """Latents [16, h, w] -> uint8 [4 h, 4 w, 3]."""
     table = torch.tensor(rgb_map)
-    colours = torch.einsum("lc,lhw->chw", table[:-1], frame) + table[-1][:, None, None]
-    large = F.interpolate(colours.unsqueeze(0), scale_factor=_SCALE, mode="bilinear").squeeze(0)
+    colors = torch.einsum("lc,lhw->chw", table[:-1], frame) + table[-1][:, None, None]
+    large = F.interpolate(colors.unsqueeze(0), scale_factor=_SCALE, mode="bilinear").squeeze(0)
     levels: Frames = ((large / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
     return levels

@@ -1,4 +1,4 @@
-"""Out of memory is not the end of a run: it goes on from the last finished step by a plan that takes less."""
+"""Recover from running out of memory: go on from the last finished step with a plan that needs less."""
 
 import gc
 from collections.abc import Generator
@@ -14,13 +14,13 @@ from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import GIB
 from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory
 
-_SHRINK = 0.85  # of what was too much, for the next plan
+_SHRINK = 0.85  # of the memory that was too much, as the limit of the next plan
 
 
 def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
-    """Run the pipeline of a job, as often as it takes.
+    """Run the pipeline of a job; when memory runs out, run it again with a smaller plan.
 
-    A plan is tried again only if something was finished by it. SkyrunError (exit code 3) if no other takes less.
+    The same plan is tried again only if it finished something. Raises SkyrunError (exit code 3) if no plan needs less.
     """
     stage = ""
     while True:
@@ -34,7 +34,7 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
             if not is_out_of_memory(error):
                 raise
             shortage = out_of_memory(error)
-        gc.collect()  # here no traceback holds on to tensors any more
+        gc.collect()  # outside of the handler no traceback holds tensors
         finish(job.device)
         limit = _SHRINK * _taken(job.plan, stage)
         smaller = _smaller(job, limit)
@@ -46,14 +46,14 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
 
 
 def _taken(plan: Plan, stage: str) -> int:
-    """Bytes that the plan has for a stage, on a GPU of its memory."""
+    """Bytes that the plan expects for a stage: of GPU memory on a GPU, of RAM otherwise."""
     name = "denoise" if stage == "load" else stage
     taken = {stage.name: stage.device_bytes if plan.device == "cuda" else stage.host_bytes for stage in plan.stages}
     return taken.get(name, plan.peak_bytes)
 
 
 def _smaller(job: Job, limit: float) -> Plan | None:
-    """The plan for a limit, or the nearest to it, if it takes less than the job's; numbers keep their types."""
+    """The plan for a limit, or the nearest to it, if it needs less than the job's plan. Dtypes do not change."""
     plan = job.plan
     smaller = _choose(job, limit)
     if sum(_taken(smaller, s.name) for s in smaller.stages) >= sum(_taken(plan, s.name) for s in plan.stages):

@@ -1,4 +1,4 @@
-"""Go on with a run that ended early."""
+"""Resume a run that ended early."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +16,15 @@ from skyrun.streaming.device import choose_device
 
 
 def resume(path: Path, pictures: Sequence[Path] = (), **changes: Any) -> tuple[Job, RunState]:
-    """The job whose state is in the file, or beside the clip, of that name, and what is finished of it.
+    """Load a state, and prepare the job that it belongs to. Returns both.
 
-    The clip will be beside the file, wherever that is now. SkyrunError if the state is damaged or the model is another
-    by now, or if a file would be lost.
+    The clip will be written beside the state, wherever that is now. Raises SkyrunError if the state is damaged, if the
+    model has changed since, or if a file would be lost.
 
     Args:
-        path: The state, or the clip.
-        pictures: Where pictures of the clip will be drawn.
-        changes: device, max_vram, max_ram and overwrite, where they are to be others; None leaves them.
+        path: The path of the state or of the clip.
+        pictures: The previews and sheets that will be drawn.
+        changes: New values for device, max_vram, max_ram and overwrite. None keeps a value.
     """
     path = state_path(path)
     state, origin = load_state(path)
@@ -40,14 +40,14 @@ def resume(path: Path, pictures: Sequence[Path] = (), **changes: Any) -> tuple[J
 
 
 def continue_or_start(request: Request, pictures: Sequence[Path] = ()) -> tuple[Job, RunState | None]:
-    """The job of a request, and what an earlier run of it has finished. pictures: as for resume.
+    """Prepare the job of a request. Returns it with the state of an earlier run of the same request, if there is one.
 
-    SkyrunError if another clip, finished or not, is in its place. The state of one without a finished step is no loss
-    and gives way.
+    Raises SkyrunError if another clip has the same name, finished or not. The state of an unfinished clip without a
+    finished step is discarded. pictures: the previews and sheets that will be drawn.
     """
     check_outputs(request, pictures)
     job, state = _continued(request)
-    check_free(job.request, pictures)  # again: now all of the request is known
+    check_free(job.request, pictures)  # again, because the request is complete now
     return job, state
 
 
@@ -70,7 +70,7 @@ def _continued(request: Request) -> tuple[Job, RunState | None]:
 
 
 def _prepared(request: Request, origin: Origin) -> Job:
-    """The job of the request; on the same device type with the saved dtype and precision."""
+    """Prepare the request; on the same device type, reuse the saved dtype and precision."""
     request = replace(request, quant=request.quant or origin.request.quant)
     if choose_device(request.device).type != origin.device:
         return prepare(request)
@@ -96,7 +96,7 @@ def _other_clip(origin: Origin, state: RunState, path: Path, different: list[str
 
 
 def _other_model(job: Job, origin: Origin, path: Path) -> SkyrunError | None:
-    """What to say if the model is not the one of before."""
+    """The error if the model has changed since the state was saved; None if it has not."""
     before, there = origin.model.split(), model_identity(job.files).split()
     parts = job.files.parts.items()
     changed = [f"{name} {file}" for (name, file), a, b in zip(parts, before, there, strict=True) if a != b]

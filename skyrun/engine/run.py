@@ -1,4 +1,4 @@
-"""Make the clip of a job, handing out events on the way. What is finished is not lost."""
+"""Make the clip of a job and yield events. Finished work is saved and not lost."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -24,26 +24,26 @@ __all__ = ["Result", "run", "run_job"]
 def run_job(
     job: Job, keep_frames: bool = True, state: RunState | None = None, previews: bool = False
 ) -> Generator[Event, None, Result]:
-    """Make the clip. Yields events; frames are written as they come.
+    """Make the clip and yield events. Frames are written as soon as they are decoded.
 
-    The state is kept beside the clip while there is no clip; after an error `checkpoint.kept` says where. When memory
-    runs out the run goes on from its last finished step by a plan that takes less; SkyrunError (exit code 3) if there
-    is none, or (exit code 2) if another run is making this clip or another clip is there.
+    Until the clip is finished, its state is saved beside it; after an error `checkpoint.kept` tells where. When memory
+    runs out, the run goes on from its last finished step with a smaller plan. Raises SkyrunError if there is none (exit
+    code 3), or if another run is making this clip or another clip has its name (exit code 2).
 
     Args:
-        job: What to make.
-        keep_frames: Whether the result holds the frames.
-        state: What an earlier run has finished.
+        job: The job to run.
+        keep_frames: Whether the result contains the frames.
+        state: The state of an earlier run to resume from.
         previews: Whether an image is drawn after every step.
     """
     with alone(job.request.output):
-        check_free(job.request)  # again: another run may just have finished
+        check_free(job.request)  # again, because another run may just have finished
         return (yield from _made(job, keep_frames, state or RunState(), previews))
 
 
 def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Generator[Event, None, Result]:
     plan = job.plan
-    state.groups = 0  # frames are this run's own
+    state.groups = 0  # frames are handed out anew by each run
     keeper, clip = Keeper(job, state), ClipWriter(job, keep_frames)
     forecast = Forecast(plan)
     try:
@@ -79,9 +79,9 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
 
 
 def run(request: Request) -> Result:
-    """Make a clip and wait for it, from where an earlier run of it ended. SkyrunError if it cannot be made.
+    """Make a clip and return it, or resume an earlier run of the same request.
 
-    Nothing half-written is left behind.
+    Raises SkyrunError if the clip cannot be made. No half-written file is left behind.
     """
     job, state = continue_or_start(request)
     return drain(run_job(job, state=state))

@@ -1,6 +1,6 @@
-"""Frames and latents of the windows of a long clip that are finished, beside the run's state, until the clip is whole.
+"""Store the frames and latents of finished windows of a long clip, until the clip is complete.
 
-Frames are kept without loss (FFV1), so that a run that goes on makes the same clip as one that was not disturbed.
+Frames are stored losslessly (FFV1), so that a resumed run makes the same clip as one that was not interrupted.
 """
 
 from collections.abc import Iterator
@@ -22,22 +22,22 @@ _ANEW = "begin anew: choose another -o, or delete the state"
 
 
 class WindowStore:
-    """The files of a run, named after its state. Frames are [n, height, width, 3]."""
+    """The window files of a run, named after its state. Frames are [n, height, width, 3]."""
 
     def __init__(self, state: Path, height: int, width: int) -> None:
-        self._state = state.absolute()  # FFmpeg takes what is before a colon for a protocol
+        self._state = state.absolute()  # FFmpeg takes what precedes a colon for a protocol
         self._height, self._width = height, width
         self._stack = ExitStack()
         self._container: Any = None
         self._window = 0
 
     def begin(self, window: int) -> None:
-        """The next frames are of this window."""
+        """Begin a window: the next frames belong to it."""
         self.abandon()
         self._window = window
 
     def add(self, frames: Frames) -> None:
-        """Some frames. OSError if there is no room."""
+        """Store frames of the window. Raises OSError if they cannot be written."""
         with _as_oserror():
             if self._container is None:
                 partial = self._stack.enter_context(replacing(self._path(self._window, ".mkv")))
@@ -49,7 +49,7 @@ class WindowStore:
                 self._container.mux(self._container.streams.video[0].encode(frame.reformat(format="bgr0")))
 
     def finish(self, latents: Tensor) -> None:
-        """The window is whole. OSError if that cannot be written."""
+        """Finish the window and store its latents. Raises OSError if they cannot be written."""
         with _as_oserror():
             if self._container is not None:
                 self._container.mux(self._container.streams.video[0].encode())
@@ -59,7 +59,7 @@ class WindowStore:
                 save_file({"latents": latents.contiguous()}, partial)
 
     def abandon(self) -> None:
-        """The window at work will not be whole: nothing of it stays."""
+        """Discard the unfinished window."""
         if self._container is not None:
             self._container = None
             with suppress(OSError, av.FFmpegError):
@@ -67,7 +67,7 @@ class WindowStore:
         self._stack = ExitStack()
 
     def read(self, window: int, expected: int) -> tuple[Iterator[Frames], Tensor]:
-        """Frames of a finished window one by one, and its latents. SkyrunError if they are damaged or gone."""
+        """Frames of a finished window one by one, and its latents. Raises SkyrunError if they are damaged or gone."""
         try:
             latents = load_file(self._path(window, ".safetensors"))["latents"]
         except (OSError, SafetensorError, KeyError) as error:
@@ -75,7 +75,7 @@ class WindowStore:
         return self._frames(window, expected), latents
 
     def remove(self) -> None:
-        """The clip is whole, or will not be made."""
+        """Remove the files of all windows."""
         for path in self._state.parent.iterdir():
             if self._is_of_a_window(path):
                 path.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ class WindowStore:
 
 @contextmanager
 def _as_oserror() -> Iterator[None]:
-    """Whatever library could not write: it is the disk."""
+    """Raise the errors of all writing libraries as OSError."""
     try:
         yield
     except (av.FFmpegError, SafetensorError) as error:

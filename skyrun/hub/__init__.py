@@ -1,1 +1,1 @@
-"""Models by name: find, download, and convert them as they arrive."""
+"""Find models by name, download them, and convert them while they arrive."""

@@ -1,8 +1,8 @@
-"""Files of a repository on the Hugging Face Hub: list them, read pieces of them, fetch them whole.
+"""List the files of a repository on the Hugging Face Hub, read their beginnings, and download them.
 
-Endpoint, token, offline mode and cache are those of huggingface-hub. It begins a file anew in every process, so the
-bytes are fetched here: what has arrived is kept beside the file's place, and the next fetch goes on from there. Its
-listings are read here too, because it takes a hub's word for everything and has no limits.
+Endpoint, token, offline mode and cache are those of huggingface-hub. That library restarts a download in every process,
+so files are downloaded here: what has arrived is kept beside the file, and the next download resumes from there.
+Listings are read here too, because the library neither checks nor limits what a hub answers.
 """
 
 import hashlib
@@ -43,24 +43,24 @@ from skyrun.hub.repository import (
 
 T = TypeVar("T")
 
-# Of the HTTP client under huggingface-hub, which is another one in each of its versions.
+# The base error of the HTTP client of huggingface-hub, which differs between its versions.
 _HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
 _CHUNK = 1 << 18
-_TRIES = 4  # in a row that bring nothing
-_WAIT = 1.0  # seconds before the first of them, twice as long before each other
-_BUSY = (408, 429, 500, 502, 503, 504)
+_TRIES = 4  # in a row without progress
+_WAIT = 1.0  # seconds before the first retry; doubled before each further one
+_BUSY = (408, 429, 500, 502, 503, 504)  # status codes that are worth a retry
 
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints warnings that hubs send as they come
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints warnings from hubs without escaping them
 
 
 class Unavailable(SkyrunError):
-    """A repository that the hub does not have, or does not show; another one may do instead."""
+    """The hub does not have or does not show a repository. Another one may do instead."""
 
 
 def list_repository(name: str, commit: str | None = None) -> Repository:
-    """The files of a repository, as they are now or at a commit. SkyrunError says why they cannot be listed.
+    """List the files of a repository, now or at a commit. Raises SkyrunError if that fails.
 
-    Offline, or where the hub cannot be reached, those that huggingface-hub's cache has of it.
+    Offline, or if the hub cannot be reached, lists the files in the cache of huggingface-hub.
     """
     with _explained(name, began_with=commit):
         validate_repo_id(name)
@@ -96,7 +96,7 @@ def _files(address: str, name: str, sha: str) -> Iterator[RemoteFile]:
 
 
 def _reply(address: str) -> tuple[bytes, str | None]:
-    """What the hub answers, and the address of the page after it."""
+    """The body of a reply, and the address of the next page."""
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     data = b""
     with get_session().stream("GET", address, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT) as response:
@@ -109,14 +109,14 @@ def _reply(address: str) -> tuple[bytes, str | None]:
 
 
 def _check_status(response: Any) -> None:
-    """Raise what the status means. The body of an error is never read: it may be anything, of any length."""
+    """Raise the error of a failed request. Its body is never read: it may be anything, of any length."""
     if response.is_error:
         response.close()
     hf_raise_for_status(response)
 
 
 def _retried(ask: Callable[[], T]) -> T:
-    """The answer, asked for again where it may be better in a moment."""
+    """Call `ask`, and retry errors that may pass."""
     tries = 0
     while True:
         try:
@@ -129,7 +129,7 @@ def _retried(ask: Callable[[], T]) -> T:
 
 
 def read_start(file: RemoteFile, nbytes: int) -> bytes:
-    """The first bytes of a file, fewer if it has fewer."""
+    """The first `nbytes` bytes of a file, or the whole file if it is shorter."""
     if (cached := _cached(file)) is not None:
         with open(cached, "rb") as content:
             return content.read(nbytes)
@@ -148,9 +148,9 @@ def _start(file: RemoteFile, nbytes: int) -> bytes:
 
 
 def fetch(file: RemoteFile, place: Path) -> Generator[Event, None, None]:
-    """Bring a file to its place, check it, and say how far it is; nothing is said of one that is there.
+    """Download a file to its place, check it, and yield progress. Does nothing if the file is there.
 
-    Interrupted or cut off, it goes on from there the next time. SkyrunError if it cannot be had or is damaged.
+    An interrupted download is resumed the next time. Raises SkyrunError if the download fails or the file is damaged.
     """
     if is_here(file, place):
         return
@@ -167,17 +167,17 @@ def fetch(file: RemoteFile, place: Path) -> Generator[Event, None, None]:
 
 
 def partial_of(place: Path) -> Path:
-    """Where a file is while it arrives."""
+    """The path of a file while it is downloaded."""
     return place.with_name(f"{place.name}.part")
 
 
 def is_here(file: RemoteFile, place: Path) -> bool:
-    """Whether a file is at its place as a whole: it was checked before it got there."""
+    """Whether a complete file is at its place. It was checked before it was moved there."""
     return place.is_file() and place.stat().st_size == file.nbytes
 
 
 def arrived(file: RemoteFile, place: Path) -> int:
-    """How many bytes of a file are on the disk."""
+    """How many bytes of a file have been downloaded."""
     if is_here(file, place):
         return file.nbytes
     arriving = partial_of(place)
@@ -185,7 +185,7 @@ def arrived(file: RemoteFile, place: Path) -> int:
 
 
 def _from_cache(file: RemoteFile, arriving: Path) -> bool:
-    """Whether huggingface-hub's cache has the file: then it is here too, without a copy where that is possible."""
+    """Take the file from the cache of huggingface-hub, with a hard link if possible. Returns whether it was there."""
     cached = _cached(file)
     if cached is None:
         return False
@@ -207,7 +207,7 @@ def _cached(file: RemoteFile) -> Path | None:
 
 
 class _Checksum:
-    """What the hub says of a file's content, computed as it comes."""
+    """Computes the checksum of a file while it is downloaded, and compares it with that of the hub."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -267,13 +267,13 @@ def _download(file: RemoteFile, arriving: Path, stage: str) -> Generator[Event, 
 
 
 def _passing(error: BaseException) -> bool:
-    """Whether it may be better in a moment: a lost connection, or a server that is busy."""
+    """Whether a retry may help: the connection was lost, or the server is busy."""
     response = getattr(error, "response", None)
     return not isinstance(error, OfflineModeIsEnabled) and (response is None or response.status_code in _BUSY)
 
 
 def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum) -> Iterator[int]:
-    """Fetch what is missing, or everything if the server has no ranges. Yields how many bytes are there."""
+    """Download the rest, or everything if the server does not support ranges. Yields how many bytes are there."""
     at = out.tell()
     with _stream(file, at, file.nbytes) as (start, chunks):
         if start != at:
@@ -291,7 +291,7 @@ def _append(file: RemoteFile, out: BinaryIO, checksum: _Checksum) -> Iterator[in
 
 @contextmanager
 def _stream(file: RemoteFile, start: int, stop: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Where the bytes begin, start or 0, and they themselves."""
+    """Request a range of a file. Yields the offset that the reply begins at, `start` or 0, and its chunks."""
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     if start or stop < file.nbytes:
         headers["Range"] = f"bytes={start}-{stop - 1}"
@@ -303,15 +303,15 @@ def _stream(file: RemoteFile, start: int, stop: int) -> Iterator[tuple[int, Iter
 
 
 def endpoint() -> str:
-    """The hub that is asked: $HF_ENDPOINT, or the one of huggingface-hub."""
+    """The address of the hub: $HF_ENDPOINT, or the default of huggingface-hub."""
     return constants.ENDPOINT
 
 
 @contextmanager
 def _explained(repo: str, place: Path | None = None, began_with: str | None = None) -> Iterator[None]:
-    """Turn what the library raises into what a person can act on.
+    """Turn the errors of the library into SkyrunErrors with a hint.
 
-    place: of a file that is kept as far as it came. began_with: the commit that files were fetched from before.
+    place: of the file that is downloaded. began_with: the commit that files were downloaded from before.
     """
     try:
         yield
@@ -344,7 +344,7 @@ def _explained(repo: str, place: Path | None = None, began_with: str | None = No
 
 
 def _refused(repo: str, error: HfHubHTTPError) -> SkyrunError:
-    """The hub has answered, but not with the file."""
+    """The error for a reply with a status code other than success."""
     status = error.response.status_code
     login = "`hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):

@@ -1,7 +1,8 @@
-"""A published checkpoint is converted while it arrives, so that the disk never has to hold all of it.
+"""Convert a published checkpoint while it arrives, so that the disk never has to hold all of it.
 
-Of safetensors files the headers are fetched first: they decide what will be written, to the byte. Then comes one file
-after another, and each goes when its tensors are written. A `.pth` file cannot be looked into before it is there.
+The headers of safetensors files are downloaded first; they determine every byte of the result but the weights. Then the
+files follow one by one, and each is deleted when its tensors are written. A `.pth` file has no header: it is downloaded
+as a whole before anything is known about it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Set
@@ -20,16 +21,16 @@ from skyrun.quant.plan import Conversion, PlannedFile, Settings
 from skyrun.quant.planner import plan_conversion
 from skyrun.quant.recipes import default_encoder_quant
 
-_WHOLE = (".pth", ".bin")  # files that are fetched before anything of them is known
+_WHOLE = (".pth", ".bin")  # files without a header, which are downloaded as a whole
 _TEXTS = (".json", ".model")
 _LARGEST_TEXT = 64 << 20
-_SMALL_TEXT = 1 << 20  # smaller ones are not worth asking what they are for
-_HEAD = 1 << 16  # bytes that are asked for at first: the headers of most files are shorter
-_LARGEST_HEAD = 100 << 20  # the limit of the format
-_SMALL = 1 << 30  # a .pth file below this size is one that is not quantized
+_SMALL_TEXT = 1 << 20  # smaller files are downloaded without asking what they are for
+_HEAD = 1 << 16  # bytes that are requested first; most headers are shorter
+_LARGEST_HEAD = 100 << 20  # limit of the safetensors format
+_SMALL = 1 << 30  # a .pth file below this size will not be quantized
 _SOURCE_BITS = 16.0
 
-# What stands at the beginning of a file of weights, by the part that it belongs to.
+# Bytes in the header of a file of weights, and the role that they show.
 _MARKS = {
     b"visual.cls_embedding": "image_encoder",
     b"decoder.conv_in.weight": "vae",
@@ -40,7 +41,7 @@ _MARKS = {
     b"cross_attn.q.weight": "transformer",
     b"feature_extractor.conv_layers": "audio_encoder",
 }
-# Words in the names of the published .pth files, which need not be looked into.
+# Words in the names of the published .pth files, and the roles that they show.
 _WORDS = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}
 
 
@@ -48,9 +49,9 @@ _WORDS = {"t5": "text_encoder", "clip": "image_encoder", "vae": "vae"}
 class Step:
     """A part of a checkpoint that becomes one or more files.
 
-    sources: its files of weights, by where they pass through; places: those of them that are still needed. results:
-    names of the files that it becomes, and their bytes; "" where the name is not known yet and the size is an estimate.
-    files: what will be written, where that is known.
+    sources: its files of weights, by the path that they are downloaded to. places: those that are still needed.
+    results: names and bytes of the files that it becomes; if a name is not known yet, it is "", and the size is an
+    estimate. files: what will be written, if that is known.
     """
 
     role: str
@@ -63,16 +64,16 @@ class Step:
 
     @property
     def keys(self) -> list[str]:
-        """What a manifest calls its files."""
+        """The keys of its files in a manifest."""
         return [file.key for file in self.sources.values()]
 
     @property
     def passing_bytes(self) -> int:
-        """The most that is on the disk at once beside the results."""
+        """The most bytes that are on the disk at once besides the results."""
         return max((file.nbytes for file in self.places.values()), default=0)
 
     def run(self) -> Generator[Event, None, list[Path]]:
-        """Fetch and convert. The files that were written. What an interrupted run has done is kept."""
+        """Download and convert, or resume an interrupted run. Returns the files that were written."""
         files = self.files
         if not files:
             for place, file in self.sources.items():
@@ -92,7 +93,7 @@ class Step:
         return [planned.path for planned in files]
 
     def text(self) -> list[tuple[str, int]]:
-        """The files that are still needed, and their size."""
+        """A line about the files that are still needed, and their size."""
         files = sorted(self.places.values(), key=lambda file: file.path)
         if not files:
             return []
@@ -100,17 +101,17 @@ class Step:
         return [(f"{files[0].path}{others}", sum(file.nbytes for file in files))]
 
     def clean(self) -> None:
-        """Delete what was fetched, once it is on record that the files are written."""
+        """Delete the downloads, after the manifest lists the written files."""
         for place in self.sources:
             place.unlink(missing_ok=True)
 
 
 def _converted(planned: PlannedFile, place: Path) -> Generator[Event, None, None]:
-    """Write what one file of the checkpoint gives."""
+    """Convert the tensors of one file of the checkpoint."""
     stage, start, done = f"convert {place.name}", now(), 0
     yield StageStarted(stage, sum(tensor.nbytes for tensor in planned.tensors if tensor.source.file == place), "bytes")
     written = write_file(planned, source=place)
-    next(written)  # what was written before
+    next(written)  # the bytes that were written before
     for nbytes in written:
         done += nbytes
         yield Progress(stage, done)
@@ -122,13 +123,15 @@ def steps(
 ) -> list[Step]:
     """The parts of a checkpoint.
 
-    Fetches its small files and the headers of others into the folder `work`. SkyrunError if it is none, or damaged.
+    Downloads its small files and the headers of the others. Raises SkyrunError if it is damaged or not a checkpoint.
 
     Args:
-        leave_out: folders at its top that are not looked into.
-        out: the folder for the files that it becomes.
-        quant: the type of its transformer.
-        roles: of the parts that are wanted; with none all are.
+        repository: The files of the checkpoint.
+        leave_out: Top-level folders to ignore.
+        out: The folder for the converted files.
+        work: The folder for downloads.
+        quant: The type of the transformer.
+        roles: The parts to return; if empty, all of them.
     """
     files = [file for file in repository.files if file.folder.split("/")[0] not in leave_out]
     if roles:
@@ -153,7 +156,7 @@ def steps(
 
 
 def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
-    """Without what surely belongs to other parts: folders of weights of another role, and large texts of encoders."""
+    """The files without those that surely belong to other roles: their weights, and large tokenizers."""
     others: set[str] = set()
     own: set[str] = set()
     for file in files:
@@ -171,12 +174,12 @@ def _wanted(files: list[RemoteFile], roles: Set[str]) -> list[RemoteFile]:
 
 
 def _group(file: RemoteFile) -> str:
-    """Files of one folder belong together; at the top every file is one of its own."""
+    """The folder of a file, whose files belong together; at the top level each file is its own group."""
     return file.folder or file.path
 
 
 def _role_of(file: RemoteFile) -> str:
-    """The part that a file of weights belongs to, "" if nothing tells."""
+    """The role of a file of weights; "" if it is unknown."""
     if file.name.endswith(_WHOLE):
         for word, role in _WORDS.items():
             if word in file.name.lower():
@@ -207,7 +210,7 @@ def _safetensors_steps(places: dict[Path, RemoteFile], out: Path, quant: str) ->
 
 
 def _needed(files: tuple[PlannedFile, ...], sources: dict[Path, RemoteFile]) -> dict[Path, RemoteFile]:
-    """Those sources of which not every tensor is written."""
+    """The sources with tensors that are not written yet."""
     needed = set()
     for planned in files:
         done = finished_before(planned)
@@ -220,13 +223,13 @@ def _planned(place: Path, out: Path, settings: Settings, coming: dict[Path, int]
 
 
 def _pinned(planned: PlannedFile, remote: dict[Path, RemoteFile]) -> PlannedFile:
-    """With what the hub says of its sources in place of what the disk does, where they come and go."""
+    """Identify the sources by the checksums of the hub, because the files on the disk come and go."""
     stamps = {place: (0, remote[place].nbytes, int(remote[place].identity[:15], 16)) for place in planned.sources}
     return replace(planned, sources=stamps)
 
 
 def _write_head(file: RemoteFile, place: Path) -> None:
-    """Put the header of a safetensors file where the file will be."""
+    """Write the header of a safetensors file to the path of the file."""
     if place.is_file() and (there := place.read_bytes()) and len(there) == _header_length(there):
         return
     head = read_start(file, _HEAD)

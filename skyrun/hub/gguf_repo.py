@@ -1,4 +1,4 @@
-"""A repository of GGUF files: what each of them is, by what it says of itself, and which of them make up a model."""
+"""Repositories of GGUF files: describe each file from its header, and choose the files of a model."""
 
 import re
 from collections.abc import Iterable
@@ -23,16 +23,16 @@ _TOKENIZERS = ("tokenizer.huggingface.json", "tokenizer.ggml.tokens")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _QUANT = re.compile(r"[A-Z0-9_]{1,16}")
 _TYPE_IN_NAME = re.compile(r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|BF16|F16|F32)(?![A-Z0-9])")
-_ENCODER_QUANT = "Q8_0"  # the smallest with which encoders are as good as unchanged
-_READERS = 8  # beginnings of files that are fetched at once
+_ENCODER_QUANT = "Q8_0"  # the smallest type with a negligible error for encoders
+_READERS = 8  # headers that are downloaded at the same time
 
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A file that is used as it is.
+    """A file that can be used without conversion.
 
-    quant: its recipe, or "". task: that it was made for; by_path: whether only words of its path say so. refused: why
-    it cannot be used, or "".
+    quant: its recipe, or "". task: what it was made for, or "". by_path: whether only its path states the task.
+    refused: why it cannot be used, or "".
     """
 
     file: RemoteFile
@@ -44,18 +44,18 @@ class RemoteModel:
 
     @property
     def base(self) -> str:
-        """The type of most of its matrices, "" where nothing tells."""
+        """The type of most of its matrices; "" if it is unknown."""
         return _base(self.quant)
 
 
 def look(repository: Repository) -> list[RemoteModel]:
-    """The files of a repository that need no conversion. Reads the beginning of each."""
+    """Describe the files of a repository that need no conversion. Reads the header of each."""
     files = [file for file in repository.files if _may_be_used(file)]
     readers = ThreadPoolExecutor(_READERS)
     try:
         heads = readers.map(lambda file: read_start(file, HEAD_BYTES), files)
         models = [_described(file, data) for file, data in zip(files, heads, strict=True)]
-    finally:  # interrupted, nothing more is begun
+    finally:  # after an interrupt, start no more downloads
         readers.shutdown(wait=False, cancel_futures=True)
     return [model for model in models if model.role]
 
@@ -69,18 +69,18 @@ def _described(file: RemoteFile, data: bytes) -> RemoteModel:
     match = _transformer(head)
     role = _role(data, head, match)
     if file.name.endswith(".safetensors"):
-        usable = role == "vae" or b'"skyrun"' in data  # other names of tensors have to be converted
+        usable = role == "vae" or b'"skyrun"' in data  # files with other tensor names have to be converted
         return RemoteModel(file, role if usable else "", "")
     task, by_path, fits = _task(head, match, file.path) if role == "transformer" else ("", False, True)
     refused = ""
     if head.unknown_type is not None:
-        refused = f"has tensors of a type that is not read here, number {head.unknown_type}"
+        refused = f"has tensors of a type that skyrun does not read, number {head.unknown_type}"
     elif role == "text_encoder" and not {*head.arrays, *head.values}.intersection(_TOKENIZERS):
         refused = "has no tokenizer"
     elif _SPLIT.search(file.name):
-        refused = "is one of several that belong together"
+        refused = "is one part of a split model"
     elif not fits:
-        refused = "has another shape than the models of SkyReels-V3"
+        refused = "does not have the shape of a SkyReels-V3 model"
     return RemoteModel(file, role, _quant(head, file.name), task, by_path, refused)
 
 
@@ -89,14 +89,14 @@ def _transformer(head: Head) -> Match | None:
 
 
 def _role(data: bytes, head: Head, match: Match | None) -> str:
-    """What a file is by its first bytes, "" if it is nothing that belongs to a model."""
+    """The role of a file by its first bytes; "" if it is not part of a model."""
     if data[:4] == b"GGUF":
         return "transformer" if match else _ROLES.get(head.text("general.architecture"), "")
     return next((role for mark, role in _SAFETENSORS.items() if mark in data), "")
 
 
 def roles_in(folder: Path) -> set[str]:
-    """Which parts of a model are in a folder."""
+    """The roles of the files in a folder."""
     roles = set()
     for path in folder.iterdir():
         if path.suffix in (".gguf", ".safetensors") and path.is_file():
@@ -108,9 +108,9 @@ def roles_in(folder: Path) -> set[str]:
 
 
 def _task(head: Head, match: Match | None, path: str) -> tuple[str, bool, bool]:
-    """The task of a transformer, whether only its path tells, and whether it has the shape of any task's.
+    """The task of a transformer, whether only its path states it, and whether its shape fits any task.
 
-    Stated, or told by its tensors where one task only has such, or else by the words of its path.
+    The task is the one that the header states, or the only one that fits the tensors, or the one in the path.
     """
     sizes = match.check(head.shapes, {})[0] if match else {}
     fitting = [
@@ -127,7 +127,7 @@ def _task(head: Head, match: Match | None, path: str) -> tuple[str, bool, bool]:
 
 
 def _quant(head: Head, name: str) -> str:
-    """The recipe of a file: as it says, or the one of its name or its file type that goes with its tensors."""
+    """The recipe of a file: as its header states, or that of its name or file type if its tensors agree."""
     stated = head.text("skyrun.quant").upper()
     if _QUANT.fullmatch(stated):
         return stated
@@ -141,7 +141,7 @@ def _quant(head: Head, name: str) -> str:
 
 
 def _base(quant: str) -> str:
-    """The type of most matrices of a recipe, "" where it is not known."""
+    """The type of most matrices of a recipe; "" if it is unknown."""
     return RECIPES[quant].base if quant in RECIPES else quant if quant in FORMATS else ""
 
 
@@ -151,18 +151,25 @@ def _type_in(name: str) -> str:
 
 
 def transformers(models: Iterable[RemoteModel], task: str) -> list[RemoteModel]:
-    """The transformers of a task; "" takes those of any. Where some say the task, only those."""
+    """The transformers for a task; "" stands for any. If some state the task, only those."""
     fitting = [model for model in models if model.role == "transformer" and (not task or model.task in ("", task))]
     return [model for model in fitting if task and model.task == task] or fitting
 
 
 def quants(models: Iterable[RemoteModel], task: str = "") -> list[str]:
-    """The types that transformers have."""
+    """The types of the transformers that can be used."""
     return sorted({model.quant for model in transformers(models, task) if not model.refused})
 
 
 def choose(repo: str, models: list[RemoteModel], quant: str, task: str) -> RemoteModel:
-    """The transformer of a type. SkyrunError if there is none, or several."""
+    """The transformer of a type. Raises SkyrunError if there is none, or several.
+
+    Args:
+        repo: The name of the repository, for messages.
+        models: Its files.
+        quant: The type.
+        task: The task; "" stands for any.
+    """
     fitting = [model for model in transformers(models, task) if model.quant == quant]
     usable = [model for model in fitting if not model.refused]
     if not usable:
@@ -193,7 +200,7 @@ def _several(repo: str, models: list[RemoteModel], quant: str) -> SkyrunError:
 
 
 def companions(models: list[RemoteModel], quant: str = "") -> list[RemoteModel]:
-    """One file for each role beside the transformer. quant: of the encoders, by default that which loses nothing."""
+    """One file for each other role. quant: the type of the encoders, by default one with a negligible error."""
     wanted = (quant or _ENCODER_QUANT, "")
     usable = [model for model in models if model.role != "transformer" and not model.refused]
     chosen: dict[str, RemoteModel] = {}
@@ -203,11 +210,17 @@ def companions(models: list[RemoteModel], quant: str = "") -> list[RemoteModel]:
 
 
 def nearest_better(models: Iterable[RemoteModel], quant: str, most: str) -> list[RemoteModel]:
-    """Models with at least the bits of a type, but with no more than `most` has, the smallest first."""
+    """Models with a type in a range, the requested type first, then the smallest.
+
+    Args:
+        models: The models to choose from.
+        quant: The requested type, and the fewest bits.
+        most: The type with the most bits.
+    """
     fitting = [model for model in models if not model.refused and _bits(quant) <= _bits(model.quant) <= _bits(most)]
     return sorted(fitting, key=lambda model: (model.quant != quant, _bits(model.quant), model.file.nbytes))
 
 
 def _bits(quant: str) -> float:
-    """Bits per weight of a recipe, 0 where they are not known."""
+    """Bits per weight of a recipe; 0 if it is unknown."""
     return FORMATS[base].bits_per_weight if (base := _base(quant)) else 0.0

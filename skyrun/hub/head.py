@@ -1,7 +1,7 @@
-"""The first bytes of a GGUF file: what they say of it, as far as they go.
+"""Read the header of a GGUF file from its first bytes, as far as they go.
 
-A reader of whole files refuses what is cut; of a file on a hub there is only the beginning, and that decides whether
-the rest is fetched. Lengths are not trusted: reading ends where the bytes do.
+The first bytes of a file on a hub decide whether the rest is downloaded. Other readers refuse files that are cut; this
+one stops where the bytes end. No length in them is trusted.
 """
 
 import struct
@@ -13,7 +13,7 @@ from typing import Any
 
 from skyrun.kernels.formats import BY_ID
 
-HEAD_BYTES = 1 << 16  # in which everything stands that decides; a vocabulary comes after it
+HEAD_BYTES = 1 << 16  # with everything that decides; a vocabulary comes after it
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_DIMS = 8
@@ -21,10 +21,10 @@ _MAX_DIMS = 8
 
 @dataclass
 class Head:
-    """What a file's first bytes say of it.
+    """What the first bytes of a file contain.
 
-    values: scalars and texts of the metadata. arrays: names of its arrays. shapes: of tensors, rows before columns;
-    types: GGUF's numbers of theirs.
+    values: scalars and texts of the metadata. arrays: keys of its arrays. shapes: of tensors, rows before columns.
+    types: of tensors, as GGUF's type ids.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -33,13 +33,13 @@ class Head:
     types: dict[str, int] = field(default_factory=dict)
 
     def text(self, key: str) -> str:
-        """A text of the metadata, "" where there is none."""
+        """A text of the metadata; "" if there is none."""
         value = self.values.get(key)
         return value if isinstance(value, str) else ""
 
     @property
     def main_type(self) -> str:
-        """The type that most weights of matrices have, "" where no tensor is in sight."""
+        """The type of most weights in matrices; "" if no tensor is listed."""
         weights: Counter[str] = Counter()
         for name, shape in self.shapes.items():
             if len(shape) == 2 and self.types[name] in BY_ID:
@@ -48,12 +48,12 @@ class Head:
 
     @property
     def unknown_type(self) -> int | None:
-        """The number of a type that is not read here."""
+        """The id of a type that skyrun does not read; None if there is none."""
         return next((kind for kind in self.types.values() if kind not in BY_ID), None)
 
 
 def read_head(data: bytes) -> Head:
-    """What a file's first bytes say; of one that is no GGUF file nothing."""
+    """Read the first bytes of a file. The result is empty if it is not a GGUF file."""
     head = Head()
     if data[:4] == b"GGUF":
         with suppress(_End):
@@ -62,7 +62,7 @@ def read_head(data: bytes) -> Head:
 
 
 class _End(Exception):
-    """The bytes end here, or make no sense from here on."""
+    """The bytes end here, or are not valid from here on."""
 
 
 class _Cursor:
@@ -119,5 +119,5 @@ class _Cursor:
                 self._bytes(self._number("<Q"))
         elif kind in _SCALARS:
             self._bytes(count * struct.calcsize(_SCALARS[kind]))
-        else:  # arrays of arrays, which no model has
+        else:  # nested arrays, which no model has
             raise _End

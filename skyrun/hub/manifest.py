@@ -1,4 +1,4 @@
-"""What the folder of a fetched model says of it: skyrun-model.json, written here and read as if by someone else."""
+"""The manifest of a downloaded model, skyrun-model.json in its folder. It is checked whenever it is read."""
 
 import json
 import os
@@ -21,11 +21,11 @@ _PLAIN = re.compile(r"[^/\\\x00-\x1f:]{1,255}")  # of a file in the folder
 
 @dataclass
 class Manifest:
-    """What a folder says of its model.
+    """What is known about the model in a folder.
 
-    commits: of the repositories that it is made from, so that a repeated command goes on with the same files. done:
-    paths in a repository, as "OWNER/NAME/PATH", and the files that they became. begun: files that are being made, and
-    were not there before. complete: whether nothing is missing. task: that a repository's transformer was taken for.
+    commits: of the repositories that it is made from, so that a repeated command uses the same files. done: the files
+    that each file "OWNER/NAME/PATH" of a repository became. begun: files that are being written and did not exist
+    before. complete: whether nothing is missing. task: the task that a repository's transformer was chosen for.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """That of a folder, None where it has none, or a damaged one."""
+        """Read the manifest of a folder; None if there is none, or if it is damaged."""
         try:
             with open(folder / _FILE, "rb") as file:
                 said: Any = json.loads(file.read(_MAX_BYTES))
@@ -48,7 +48,7 @@ class Manifest:
             return None
 
     def _is_sound(self) -> bool:
-        """Whether every value is what it should be: names in it become paths."""
+        """Whether every value is valid. Names in a manifest become paths."""
         names = [*self.begun, *(name for files in self.done.values() for name in files)]
         return (
             _NAME.fullmatch(self.name) is not None
@@ -62,31 +62,31 @@ class Manifest:
         )
 
     def write(self, folder: Path) -> None:
-        """Into a folder."""
+        """Write the manifest into a folder."""
         with replacing(folder / _FILE) as partial:
             partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     def finished(self, folder: Path, key: str) -> bool:
-        """Whether a file of a repository has become what it is to be."""
+        """Whether all files that a file of a repository becomes are there."""
         names = self.done.get(key)
         return names is not None and all((folder / name).is_file() for name in names)
 
     def is_whole(self, folder: Path) -> bool:
-        """Whether every file that it lists is there."""
+        """Whether the model is complete and every file that the manifest lists is there."""
         return self.complete and all(self.finished(folder, key) for key in self.done)
 
 
 def note_use(folder: Path) -> None:
-    """Put on record that a model is used now."""
+    """Record that a model is used now."""
     with suppress(OSError):
         os.utime(folder / _FILE)
 
 
 def last_use(folder: Path) -> float:
-    """When a model was used, in seconds since 1970."""
+    """When a model was last used, in seconds since 1970."""
     return (folder / _FILE).stat().st_mtime
 
 
 def forget(folder: Path) -> None:
-    """Delete the record of a folder."""
+    """Delete the manifest of a folder."""
     (folder / _FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a fetched model is put together from: each part knows what is fetched for it and what it becomes."""
+"""The parts of a model: each knows what to download for it, and what files it becomes."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from skyrun.hub.repository import RemoteFile
 
 
 class Part(Protocol):
-    """Something that becomes files of the model.
+    """A part that becomes files of the model.
 
-    keys: what a manifest calls it. sources: files that it is made from, by where they arrive; places: those of them
-    that are still needed. results: names of the files that it becomes, and what they add to the disk. passing_bytes:
-    the most that is there beside them meanwhile.
+    keys: of its files in a manifest. sources: files that it is made from, by the path that they are downloaded to.
+    places: those that are still needed. results: names of the files that it becomes, and the bytes that they add to the
+    disk. passing_bytes: the most bytes that are on the disk besides them at any time.
     """
 
     @property
@@ -39,7 +39,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Ready:
-    """A file that is used as it is."""
+    """A file that is used without conversion."""
 
     role: str
     file: RemoteFile
@@ -75,7 +75,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Shared:
-    """Files that another model has already: they get a second name, or are copied where that cannot be."""
+    """Files that another model already has: they are linked, or copied if that is not possible."""
 
     role: str
     keys: list[str]

@@ -1,4 +1,4 @@
-"""Fetch a model by name: decide which files, check the space, fetch and convert, go on where it was interrupted."""
+"""Download a model by name: choose the files, check the disk space, download, convert, and resume."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from skyrun.units import size
 
 @dataclass(frozen=True)
 class Pull:
-    """What will be fetched. parts: those that are not done yet. saved_bytes: against the published checkpoint."""
+    """What will be downloaded. parts: those that are not done yet. saved_bytes: against the published checkpoint."""
 
     name: Name
     quant: str
@@ -38,23 +38,23 @@ class Pull:
 
     @property
     def fetch_bytes(self) -> int:
-        """Bytes of the files to be fetched, whatever of them is there."""
+        """Bytes of the files to download, including what has arrived of them."""
         return sum(file.nbytes for part in self.parts for file in part.places.values())
 
     @property
     def here_bytes(self) -> int:
-        """How many of those are on the disk."""
+        """How many of these bytes have arrived."""
         places = [pair for part in self.parts for pair in part.places.items()]
         return sum(arrived(file, place) for place, file in places)
 
     @property
     def result_bytes(self) -> int:
-        """Bytes that stay, of what is not done yet."""
+        """Bytes of the files that the parts become."""
         return sum(sum(part.results.values()) for part in self.parts)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is on the disk at once, of what is not done yet."""
+        """The most bytes that the parts take on the disk at any time."""
         peak = before = 0
         for part in self.parts:
             before += sum(part.results.values())
@@ -80,7 +80,7 @@ class Pull:
         }
 
     def text(self) -> str:
-        """What will be fetched, from where, how large it is, and what stays."""
+        """What will be downloaded, from where, how large it is, and what stays."""
         if not self.parts:
             return f"{self.name}: all files are in {self.folder}"
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
@@ -91,7 +91,7 @@ class Pull:
         about = "about " * any("" in part.results for part in self.parts)
         lines.append(
             f"{size(self.fetch_bytes)} to fetch{here}; {about}{size(self.result_bytes)} stay in {self.folder}; "
-            f"{about}{size(self.peak_bytes)} of disk are needed on the way"
+            f"{about}{size(self.peak_bytes)} of disk are needed meanwhile"
         )
         if self.saved_bytes:
             lines.append(f"the published checkpoint would be {size(self.saved_bytes)} more to fetch")
@@ -99,15 +99,14 @@ class Pull:
 
 
 def pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Generator[Event, None, Pull]:
-    """Fetch a model, as far as it is not there, after saying what and how large it is; or only say so.
+    """Download what is missing of a model. What it is and how large it is, is said first.
 
-    What is done is done for good: interrupted, the same pull goes on from there. Lists and headers are read, and small
-    files kept, before anything large is fetched; with `dry_run` nothing is written.
+    Lists and headers are read before anything large is downloaded. After an interruption the same call resumes.
 
     Args:
-        name: of the model.
-        out: its folder, where it is not to be one among the others.
-        dry_run: whether to decide and to say everything, and stop.
+        name: The name of the model.
+        out: The folder of the model, if it is not to be one in the models folder.
+        dry_run: Whether to stop after saying what would be downloaded. Nothing is written then.
     """
     folder, manifest, chooser, main = _decided(name, out)
     if main is None:
@@ -140,13 +139,13 @@ def pull(name: Name, out: Path | None = None, dry_run: bool = False) -> Generato
 
 
 def pull_for(request: Request, name: Name, named: bool = True, dry_run: bool = False) -> Generator[Event, None, Pull]:
-    """Fetch the model of a clip. What the clip is made from is looked at before: better than after a long download.
+    """Download the model of a clip. The inputs of the clip are checked first, because a download takes long.
 
     Args:
-        request: the clip.
-        name: of the model.
-        named: whether somebody asked for that model.
-        dry_run: whether only to say what would be fetched.
+        request: The request of the clip.
+        name: The name of the model.
+        named: Whether the user named that model.
+        dry_run: Whether to only say what would be downloaded.
     """
     check(request)
     failures: list[SkyrunError] = []
@@ -163,9 +162,9 @@ def pull_for(request: Request, name: Name, named: bool = True, dry_run: bool = F
 
 
 def _decided(name: Name, out: Path | None) -> tuple[Path, Manifest, Chooser, Main | None]:
-    """Where the model will be, and where its transformer comes from: None if everything is there.
+    """The folder of the model, and where its transformer comes from; the latter is None if everything is there.
 
-    A type that nobody named is known only when the repositories have been looked into.
+    If no type is named, it is known only after the repositories have been read.
     """
     wanted = name.quant or ("" if name.repo else planned_quant(name.task))
     begun = _begun(replace(name, quant=wanted), out)
@@ -186,7 +185,7 @@ def _decided(name: Name, out: Path | None) -> tuple[Path, Manifest, Chooser, Mai
 
 
 def _begun(name: Name, out: Path | None) -> tuple[Path, Manifest] | None:
-    """The folder of a model that was begun or is there, and what it says."""
+    """The folder and the manifest of a model that is complete or was begun; None if there is none."""
     if out is None:
         return next(iter(pulled(name)), None) if name.quant else None
     manifest = Manifest.read(out)
@@ -196,7 +195,7 @@ def _begun(name: Name, out: Path | None) -> tuple[Path, Manifest] | None:
 
 
 def _is_done(part: Part, folder: Path, manifest: Manifest) -> bool:
-    """Whether its files are written, even if the process died before updating the manifest."""
+    """Whether the files of a part are written, even if the process died before updating the manifest."""
     on_record = all(manifest.finished(folder, key) for key in part.keys)
     whole = all(name in manifest.begun and (folder / name).is_file() for name in part.results)
     if whole and not on_record:
@@ -205,7 +204,7 @@ def _is_done(part: Part, folder: Path, manifest: Manifest) -> bool:
 
 
 def check_space(pull: Pull) -> None:
-    """SkyrunError if the disk cannot hold what the pull needs on the way."""
+    """Raise SkyrunError if the disk has less space than the pull needs."""
     existing = existing_folder(pull.folder)
     free, there = shutil.disk_usage(existing).free, _allocated(pull)
     needed = pull.peak_bytes - there
@@ -226,13 +225,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _allocated(pull: Pull) -> int:
-    """Bytes that unfinished files take on the disk already."""
+    """Bytes that unfinished files already take on the disk."""
     unfinished = [*(pull.folder / WORK).rglob("*"), *pull.folder.glob("*.part"), *pull.folder.glob("*.partial")]
     return sum(allocated(path) for path in unfinished if path.is_file())
 
 
 def _carry_out(pull: Pull) -> Generator[Event, None, None]:
-    """Fetch and convert."""
+    """Download and convert the parts, and update the manifest after each."""
     for part in pull.parts:
         pull.manifest.begun = [name for name in part.results if name and not (pull.folder / name).exists()]
         pull.manifest.write(pull.folder)
@@ -248,10 +247,10 @@ def _carry_out(pull: Pull) -> Generator[Event, None, None]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
-    """The folder of what passes through. SkyrunError if another process fetches into it."""
+    """Lock a folder and yield the subfolder for downloads. Raises SkyrunError if another process uses the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with alone_in(folder, f"another skyrun fetches into {folder}"):
+        with alone_in(folder, f"another skyrun is downloading into {folder}"):
             yield folder / WORK
     finally:
         with suppress(OSError):

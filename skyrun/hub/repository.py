@@ -1,4 +1,4 @@
-"""What a hub says of a repository, checked: nothing of a reply is used before it is known to be what it should be."""
+"""Parse the replies of a hub. Every value is checked before it is used."""
 
 import json
 import re
@@ -9,16 +9,16 @@ from typing import Any
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 
-MAX_REPLY = 4 << 20  # bytes of a page: a thousand files take a tenth of it
+MAX_REPLY = 4 << 20  # bytes of a page; a thousand files take a tenth of that
 MAX_PAGES = 50
 _MAX_FILE = 1 << 43  # bytes
 _MAX_PATH = 512
-_SHOWN = 40  # characters of a reply that is something else
+_SHOWN = 40  # characters of a wrong reply that are quoted
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository at one commit. sha256: "" for small files, which git keeps; blob: git's name for those."""
+    """A file of a repository at one commit. sha256: "" for small files, which git stores. blob: git's SHA-1."""
 
     repo: str
     commit: str
@@ -37,18 +37,18 @@ class RemoteFile:
 
     @property
     def key(self) -> str:
-        """What a manifest calls it."""
+        """Its key in a manifest."""
         return f"{self.repo}/{self.path}"
 
     @property
     def identity(self) -> str:
-        """Hexadecimal digits that no other content has."""
+        """The checksum of its content, as hexadecimal digits."""
         return self.sha256 or self.blob
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What a repository holds at one commit."""
+    """The files of a repository at one commit."""
 
     name: str
     commit: str
@@ -60,17 +60,17 @@ class BadReply(ValueError):
 
 
 def printable(text: str) -> str:
-    """A text from outside in one line that cannot change what a terminal shows."""
+    """Escape a text from outside, so that it takes one line and cannot control a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def is_commit(text: object) -> bool:
-    """Whether this is the name of a commit: 40 hexadecimal digits."""
+    """Whether this is the hash of a commit: 40 hexadecimal digits."""
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{40}", text) is not None
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a path with forward slashes stays inside the folder that it is put into, on every system."""
+    """Whether a path with forward slashes stays inside its folder, on every system."""
     parts = path.split("/")
     windows = PureWindowsPath(path)
     outside = windows.drive or windows.root or "\\" in path or "\0" in path
@@ -78,7 +78,7 @@ def is_plain_path(path: str) -> bool:
 
 
 def parse_commit(reply: bytes) -> str:
-    """The commit in what a hub says of a model. BadReply if it names none."""
+    """The commit in a hub's description of a model. Raises BadReply if there is none."""
     said = _parse(reply)
     sha = said.get("sha") if isinstance(said, dict) else None
     if not is_commit(sha):
@@ -87,9 +87,14 @@ def parse_commit(reply: bytes) -> str:
 
 
 def parse_files(reply: bytes, repo: str, commit: str) -> Iterator[RemoteFile]:
-    """The files in a page of a listing. BadReply if an entry is not one.
+    """The files in a page of a listing. Raises BadReply for an entry that is not valid.
 
-    Files with names that cannot be shown are left out.
+    Files with unprintable names are left out.
+
+    Args:
+        reply: The page as JSON.
+        repo: The name of the repository.
+        commit: The commit that was listed.
     """
     entries = _parse(reply)
     if not isinstance(entries, list):
@@ -129,13 +134,22 @@ def _parse(reply: bytes) -> Any:
 
 
 def _brief(value: object) -> str:
-    """A value as it may be printed, of a long one the beginning."""
+    """A printable form of a value; of a long one, its beginning."""
     text = value if isinstance(value, str) else type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def cached_repository(cache: Path, name: str, commit: str | None, branch: str) -> Repository | None:
-    """What the cache of huggingface-hub has of a repository; it names files by what the hub says of their content."""
+    """The files of a repository in the cache of huggingface-hub; None if there are none.
+
+    The cache names files by their checksums.
+
+    Args:
+        cache: The folder of the cache.
+        name: The name of the repository.
+        commit: The commit to list; None stands for the newest of the branch.
+        branch: The branch.
+    """
     folder = cache / f"models--{name.replace('/', '--')}"
     try:
         sha = commit or (folder / "refs" / branch).read_text().strip()
@@ -147,7 +161,7 @@ def cached_repository(cache: Path, name: str, commit: str | None, branch: str) -
     files = []
     for path in sorted(paths):
         blob = path.resolve().name
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob):  # else the cache has no links, and no names of content
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob):  # otherwise the cache has no links, and no checksums
             inside = PurePosixPath(path.relative_to(folder / "snapshots" / sha).as_posix())
             sha256 = blob if len(blob) == 64 else ""
             files.append(RemoteFile(name, sha, str(inside), path.stat().st_size, sha256, "" if sha256 else blob))

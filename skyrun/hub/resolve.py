@@ -1,4 +1,4 @@
-"""Which files make up a model that is asked for by name, and what has to be done to have each of them."""
+"""Choose the files of a model that is requested by name, and decide how to get each of them."""
 
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -22,20 +22,20 @@ from skyrun.quant.recipes import default_encoder_quant
 from skyrun.tasks import TASKS
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
 
-_MOST = "Q8_0"  # a better type than was wanted is not looked for above it; encoders are never above F16
+_MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
 _MOST_ENCODER = "F16"
 _WEIGHTS = (".safetensors", ".pth", ".bin")
 
 
 def needed_roles(task: str) -> set[str]:
-    """The parts of a model that a task takes; "" stands for any."""
+    """The roles of the files that a task needs; "" stands for any task."""
     spoken = task in TASKS and TASKS[task].audio
     return {"transformer", "text_encoder", "vae", *(("image_encoder", "audio_encoder") if spoken else ())}
 
 
 @dataclass(frozen=True)
 class Main:
-    """Where the transformer comes from. model: None where it is converted. quant: the type that it has in the end."""
+    """Where the transformer comes from. model: None if it is converted. quant: the type that it will have."""
 
     repository: Repository
     model: RemoteModel | None
@@ -47,8 +47,8 @@ class Main:
 class Chooser:
     """Chooses the files of one model.
 
-    wanted: the type of its transformer; a better one may do, unless the name has a type. commits: that were chosen
-    before. notes: what a person should know of it.
+    wanted: the type of its transformer; a better one may do, unless the name has a type. commits: of an earlier
+    choice. notes: sentences for the user.
     """
 
     name: Name
@@ -59,7 +59,7 @@ class Chooser:
     _looked: dict[str, list[RemoteModel]] = field(default_factory=dict)
 
     def main(self) -> Main:
-        """The transformer: of the repository that is named, or of the first source of the task that has one."""
+        """Choose the transformer: from the named repository, or from the first source of the task that has one."""
         if self.name.repo:
             return self._named()
         task, wanted = self.name.task, self.name.quant or self.wanted
@@ -90,7 +90,7 @@ class Chooser:
         return Main(repository, model, quant, task or model.task)
 
     def _fitting(self, repository: Repository, wanted: str) -> RemoteModel | None:
-        """What is taken of a source: a file of the type or, where nobody named it, the nearest better one that runs."""
+        """The transformer of a source with the type or, if no type was named, the nearest better one that will run."""
         models = [m for m in transformers(self._look(repository), self.name.task) if m.task == self.name.task]
         usable = [model for model in models if not model.refused]
         for model in usable:
@@ -113,12 +113,12 @@ class Chooser:
             )
 
     def parts(self, main: Main, folder: Path, work: Path) -> list[Part]:
-        """Everything that the model needs, whether it is there or not. SkyrunError if it cannot be had.
+        """All parts of the model, whether they are there or not. Raises SkyrunError if one is not available.
 
         Args:
-            main: where the transformer comes from.
-            folder: where the model will be.
-            work: where the files pass through that do not stay.
+            main: Where the transformer comes from.
+            folder: The folder of the model.
+            work: The folder for downloads that are deleted after conversion.
         """
         convert = partial(_converted, quant=main.quant, out=folder, work=work)
         parts: list[Part] = []
@@ -147,7 +147,7 @@ class Chooser:
         return _apart(parts)
 
     def saved_bytes(self, task: str, parts: list[Part]) -> int:
-        """By how much less than the published checkpoint of a task the parts are that come from elsewhere."""
+        """How many bytes less have to be downloaded than for the published checkpoint of a task."""
         source = SOURCES.get(task)
         if source is None or source.checkpoint not in self._repositories:
             return 0
@@ -159,7 +159,7 @@ class Chooser:
         return max(0, sum(file.nbytes for file in whole if file.name.endswith(_WEIGHTS)) - fetched)
 
     def _text_encoder(self, sources: tuple[str, ...], quant: str) -> RemoteModel | None:
-        """A file of the text encoder that loses as little as the one that a conversion would write."""
+        """A file of the text encoder with a type at least as good as that of a converted one."""
         wanted = _encoder_quant(quant)
         for name in sources:
             if repository := self._offered(name):
@@ -171,7 +171,7 @@ class Chooser:
         return None
 
     def _offered(self, source: str) -> Repository | None:
-        """A repository of the table, None where it is not to be had, or a model was begun without it."""
+        """A repository of the table; None if it is not available, or if a model was begun without it."""
         name, commit = pinned(source)
         if self.commits and name not in self.commits:
             return None
@@ -195,13 +195,13 @@ class Chooser:
 
 
 def planned_quant(task: str) -> str:
-    """The type that a plan for this machine takes."""
+    """The type that a plan for this machine chooses."""
     type, runs = _planned(task)
     return type if runs else DEFAULT_QUANT
 
 
 def _planned(task: str, quant: str | None = None) -> tuple[str, bool]:
-    """The type that a plan for a usual clip on this machine takes, and whether the clip can be made."""
+    """The type that a plan for a typical clip on this machine chooses, and whether the clip can be made."""
     machine = this_machine(model=existing_folder(models_folder()))
     plan = plan_request(Request(task, "", quant=quant), machine).plan
     return plan.weight_type, not plan.problem
@@ -215,10 +215,19 @@ def _converted(
     leave_out: tuple[str, ...] = (),
     roles: Set[str] = frozenset(),
 ) -> list[Step]:
-    """What becomes of a checkpoint, or of the parts of it that have these roles."""
-    if quant not in RECIPES:  # others have types of their own, which encoders do not get
+    """The parts of a checkpoint with these roles, or all of them.
+
+    Args:
+        repository: The files of the checkpoint.
+        quant: The type of the transformer.
+        out: The folder of the model.
+        work: The folder for downloads.
+        leave_out: Top-level folders to ignore.
+        roles: The parts to return; if empty, all of them.
+    """
+    if quant not in RECIPES:  # encoders get a recipe even if the transformer has another type
         quant = DEFAULT_QUANT
-    place = work / repository.name / repository.commit  # what is left of another commit is not of use
+    place = work / repository.name / repository.commit  # files of other commits are not mixed in
     return steps(repository, leave_out, out, place, quant, roles)
 
 
@@ -227,13 +236,13 @@ def _lacking(task: str, parts: list[Part]) -> set[str]:
 
 
 def _task_of(parts: list[Part]) -> str:
-    """The task of a transformer that is converted, as far as its checkpoint tells."""
+    """The task of a converted transformer, as far as its checkpoint tells."""
     files = [file for part in parts if isinstance(part, Step) for file in part.files]
     return next((file.task for file in files if file.task in SOURCES), "")
 
 
 def _elsewhere(part: Part, out: Path, quant: str) -> Part | None:
-    """The same part in the folder of another model."""
+    """The same part in the folder of another model, if there is one."""
     for folder, manifest in manifests():
         same = all(manifest.commits.get(file.repo) == file.commit for file in part.sources.values())
         if folder == out or not same or not all(manifest.finished(folder, key) for key in part.keys):
@@ -246,7 +255,7 @@ def _elsewhere(part: Part, out: Path, quant: str) -> Part | None:
 
 
 def _apart(parts: list[Part]) -> list[Part]:
-    """SkyrunError if two parts would become files of one name."""
+    """Return the parts. Raises SkyrunError if two of them would become files of the same name."""
     names = [name for part in parts for name in part.results if name]
     if twice := [name for name in names if names.count(name) > 1]:
         message = f"two parts of the model would be called {twice[0]}"

@@ -1,6 +1,6 @@
-"""Models by name: what a name means, where its files are, and what of them is there.
+"""The models on this machine: parse their names, find their folders, list and remove them.
 
-Nothing here imports torch, the quantizer or huggingface-hub: a run with files that are there needs none of them.
+Nothing here imports torch, the quantizer or huggingface-hub: a run with local files needs none of them.
 """
 
 import os
@@ -22,14 +22,14 @@ from skyrun.kernels.disk import allocated
 from skyrun.tasks.sources import SOURCES
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
-LOCK = ".lock"  # in a folder that is fetched into
-WORK = ".fetched"  # in it, for what passes through
+LOCK = ".lock"  # in the folder of a model
+WORK = ".fetched"  # subfolder for downloads that are deleted after conversion
 _REPOSITORY = re.compile(r"[\w.-]{1,100}/[\w.-]{1,100}")
 _TYPE = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
 def models_folder() -> Path:
-    """Where models are kept: $SKYRUN_MODELS, or a folder of skyrun's in the user's data."""
+    """The folder of all models: $SKYRUN_MODELS, or skyrun's folder in the user's data."""
     if named := os.environ.get(MODELS_VARIABLE):
         return Path(named)
     if sys.platform == "win32":
@@ -43,7 +43,7 @@ def _home() -> Path:
 
 @dataclass(frozen=True)
 class Name:
-    """A model that is asked for. repo: "" for the model of a task. quant: "" if any type will do."""
+    """The name of a model. repo: "" for the model of a task. quant: "" if any type will do."""
 
     task: str
     repo: str
@@ -54,16 +54,22 @@ class Name:
 
     @property
     def stem(self) -> str:
-        """What its manifest calls it."""
+        """Its name in a manifest."""
         return self.repo.replace("/", "--") or self.task
 
 
 def parse_name(text: str, quant: str | None = None, task: str | None = None) -> Name:
-    """A task, OWNER/NAME, or either with :TYPE. task: of a repository's transformers. SkyrunError for anything else."""
+    """Parse a task, OWNER/NAME, or either with :TYPE. Raises SkyrunError for anything else.
+
+    Args:
+        text: The name.
+        quant: A type that is stated elsewhere; it may not contradict the name.
+        task: The task to take a repository's transformer for.
+    """
     base, colon, type = text.partition(":")
     if (base not in SOURCES and not _REPOSITORY.fullmatch(base)) or (colon and not _TYPE.fullmatch(type)):
         raise SkyrunError(
-            f"{text!r} is no model that can be fetched",
+            f"{text!r} is not the name of a model that can be fetched",
             f"expected {', '.join(SOURCES)}, or OWNER/NAME:TYPE such as OWNER/NAME:Q4_K_M",
             BAD_INPUT,
         )
@@ -76,43 +82,55 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
 
 
 def wanted_name(model: str | None, task: str, quant: str | None) -> Name | None:
-    """The model that a clip is to be made with, by default that of its task; None where a path is meant."""
+    """The name of the model to make a clip with; None if `model` is a path.
+
+    Args:
+        model: The name or path that was given; None stands for the model of the task.
+        task: The task of the clip.
+        quant: The type that was asked for.
+    """
     if model is not None and (Path(model).exists() or not _is_name(model)):
         return None
     return parse_name(model or task, quant, task)
 
 
 def _is_name(text: str) -> bool:
-    """Whether it cannot be meant as a path: OWNER/NAME has to have a type behind it here."""
+    """Whether a text is a name and not a path. OWNER/NAME is a name only with a type."""
     return text in SOURCES or (":" in text and not Path(text).is_absolute())
 
 
 def whole_folder(name: Name) -> Path | None:
-    """The folder of a model that is there as a whole; None if it has to be fetched."""
+    """The folder of a complete model; None if it has to be downloaded."""
     found = pulled(name)
     return found[0][0] if found and found[0][1].is_whole(found[0][0]) else None
 
 
 def sources_text(name: Name) -> str:
-    """What a run does about a model that is not there."""
+    """A sentence about where a missing model can be downloaded from."""
     source = SOURCES.get(name.task)
     places = [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
     return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(places)}"
 
 
 def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:
-    """The folder of a model of a type."""
+    """The folder for a model of a type.
+
+    Args:
+        name: The name of the model.
+        quant: Its type.
+        root: The folder of all models, by default `models_folder()`.
+    """
     task = f"--{name.task}" if name.repo and name.task else ""
     return (root or models_folder()) / f"{name.stem}{task}-{quant}"
 
 
 def manifests() -> list[tuple[Path, Manifest]]:
-    """Every folder among the models, with what it says of itself."""
+    """Each folder of a model, with its manifest."""
     return [(folder, manifest) for folder in sorted(models_folder().glob("*")) if (manifest := Manifest.read(folder))]
 
 
 def pulled(name: Name) -> list[tuple[Path, Manifest]]:
-    """Folders that hold the model, or a beginning of it: complete ones first, of those the largest."""
+    """The folders of a model, complete or not: complete ones first, larger ones before smaller ones."""
     found = [
         (folder, manifest)
         for folder, manifest in manifests()
@@ -122,7 +140,7 @@ def pulled(name: Name) -> list[tuple[Path, Manifest]]:
 
 
 def _tasks(manifest: Manifest) -> list[str]:
-    """For which a model may be used, as far as its manifest tells."""
+    """The tasks that a model may be used for, according to its manifest."""
     return [manifest.task] if manifest.task else list(SOURCES)
 
 
@@ -132,7 +150,7 @@ def _bytes_in(folder: Path) -> int:
 
 @contextmanager
 def alone_in(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from fetching into a folder. SkyrunError, saying `what` it stops, if one does already."""
+    """Lock the folder of a model. Raises SkyrunError with the message `what` if another process has locked it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -146,8 +164,10 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A model that was fetched. task: "" if it is not known. commits: of the repositories it is from. used: seconds
-    since 1970."""
+    """A downloaded model.
+
+    task: "" if it is unknown. commits: of the repositories that it was made from. used: seconds since 1970.
+    """
 
     name: str
     task: str
@@ -171,7 +191,7 @@ class Stored:
 
 
 def stored() -> list[Stored]:
-    """The models that were fetched, or are being fetched."""
+    """All models that were downloaded, completely or in part."""
     return [_stored(folder, manifest) for folder, manifest in manifests()]
 
 
@@ -184,7 +204,7 @@ def _stored(folder: Path, manifest: Manifest) -> Stored:
 
 
 def remove(text: str) -> Stored:
-    """Delete the model of a name, as `stored` has it, or its folder's. SkyrunError if there is none, or several."""
+    """Delete a model by its name or by the name of its folder. Raises SkyrunError if there is none, or several."""
     there = stored()
     found = [model for model in there if text in (model.name, model.folder.name)]
     found = found or [model for model in there if model.name.partition(":")[0] == text]
@@ -197,16 +217,16 @@ def remove(text: str) -> Stored:
     (model,) = found
     if model.folder.is_symlink():
         raise SkyrunError(f"{model.folder} is a link to another folder", "delete that by hand, if it is not needed")
-    with alone_in(model.folder, f"a skyrun fetches into {model.folder}, it cannot be removed"):
+    with alone_in(model.folder, f"another skyrun is downloading into {model.folder}, it cannot be removed"):
         _delete(model.folder)
-    with suppress(OSError):  # what else somebody keeps there stays
+    with suppress(OSError):  # the user's own files stay
         (model.folder / LOCK).unlink(missing_ok=True)
         model.folder.rmdir()
     return model
 
 
 def _delete(folder: Path) -> None:
-    """Delete what was fetched into a folder, its record at last: what is left of an interruption can be removed too."""
+    """Delete the files of a model, and its manifest last, so that an interrupted removal can be repeated."""
     manifest = Manifest.read(folder)
     names = [*manifest.begun, *(name for files in manifest.done.values() for name in files)] if manifest else []
     shutil.rmtree(folder / WORK, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Images, video and audio in and out."""
+"""Read and write images, video and audio."""

@@ -1,6 +1,6 @@
-"""Give frames the colors of an image: mean and deviation of every channel of CIE Lab, as upstream does.
+"""Match the colors of frames to an image: mean and standard deviation of each CIE Lab channel, as upstream does.
 
-Conversions are kornia's: sRGB, D65.
+The conversions are those of kornia, for sRGB and D65.
 """
 
 import torch
@@ -13,13 +13,13 @@ _TO_RGB = (
     (0.05564664, -0.20404134, 1.05731107),
 )
 _WHITE = (0.95047, 1.0, 1.08883)
-_BEND, _SLOPE, _OFFSET = 0.008856, 7.787, 4 / 29  # of the cube root near black
+_BEND, _SLOPE, _OFFSET = 0.008856, 7.787, 4 / 29  # of the line that replaces the cube root near black
 _BEND_BACK = 0.2068966
-_TINY = 1e-6  # the least deviation that is divided by
+_TINY = 1e-6  # lower bound of a standard deviation, which is divided by
 
 
 def match_colors(frames: Tensor, image: Tensor) -> Tensor:
-    """Frames [3, T, H, W] with the colors of an image [3, H', W']; both in [-1, 1], float32. Frame by frame."""
+    """Match each of the frames [3, T, H, W] to an image [3, H', W']. Both are float32 in [-1, 1]."""
     mean, std = _statistics(_rgb_to_lab(_unit(image)).flatten(1))
     matched = torch.empty_like(frames)
     for index in range(frames.shape[1]):
@@ -35,12 +35,12 @@ def _unit(pixels: Tensor) -> Tensor:
 
 
 def _statistics(lab: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each row of [3, n]."""
+    """Mean and standard deviation of each row of [3, n]."""
     return lab.mean(1), lab.std(1, correction=0).clamp_min(_TINY)
 
 
 def _rgb_to_lab(rgb: Tensor) -> Tensor:
-    """[3, H, W] in [0, 1] -> lightness 0 to 100, and two axes of color."""
+    """[3, H, W] in [0, 1] -> lightness from 0 to 100, a and b."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92)
     xyz = _mixed(linear, _TO_XYZ) / _column(_WHITE, rgb)
     x, y, z = torch.where(xyz > _BEND, xyz.clamp_min(_BEND).pow(1 / 3), _SLOPE * xyz + _OFFSET)

@@ -1,4 +1,4 @@
-"""A clip at a glance: some of its frames, evenly spread, side by side."""
+"""Contact sheets: some evenly spaced frames of a clip in one image."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from PIL import Image
 from skyrun.media.pixels import Frames
 
 _COLUMNS, _ROWS = 4, 3
-_WIDTH = 1600  # pixels of a sheet, at most
-_GAP = 4
+_WIDTH = 1600  # of a sheet in pixels, at most
+_GAP = 4  # pixels between frames
 
 
 def places(count: int, most: int = _COLUMNS * _ROWS) -> list[int]:
-    """Numbers of at most `most` frames of `count`, evenly spread, the first and the last among them."""
+    """Indices of at most `most` of `count` frames, evenly spaced, with the first and the last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count))}) if count else []
 
 
 def contact_sheet(frames: Sequence[Frames], columns: int = _COLUMNS) -> Image.Image:
-    """Frames [H, W, 3] of one size in rows of `columns`, scaled down to a sheet that fits a screen."""
+    """Arrange frames [H, W, 3] of one size in rows of `columns`, scaled down to fit a screen."""
     height, width = frames[0].shape[:2]
     rows = -(-len(frames) // columns)
     sheet = np.full((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""The one place that opens video and audio: formats and decoders of a list, files only, frames of a bounded size."""
+"""The only place that opens video and audio. Formats, decoders and frame sizes are limited, and only files are read."""
 
 import errno
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import av
 
 from skyrun.errors import SkyrunError
 
-# FFmpeg knows hundreds more, among them playlists that name other files and hosts.
+# FFmpeg reads hundreds more, including playlists that refer to other files and hosts.
 FORMATS = (
     *("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mxf", "gif", "ivf", "dv", "nut"),
     *("h264", "hevc", "obu", "m4v", "mpegvideo", "yuv4mpegpipe", "rm"),
@@ -31,7 +31,7 @@ _AUDIO = (
     *("pcm_s24le_planar", "pcm_s32le", "pcm_s32be", "pcm_s32le_planar", "pcm_s64le", "pcm_s64be", "pcm_f32le"),
     *("pcm_f32be", "pcm_f64le", "pcm_f64be"),
 )
-# Decoders whose names are not those of their codecs.
+# Decoders that are not named like their codecs.
 _DECODERS = (
     *("libdav1d", "libaom-av1", "libvpx", "libvpx-vp9", "flv", "libopus", "libvorbis", "libspeex", "mp3float"),
     *(
@@ -47,8 +47,8 @@ _DECODERS = (
         "msmpeg4",
     ),
 )
-_STILL = frozenset(("mjpeg", "png", "gif", "bmp", "webp", "tiff"))  # what covers are
-_MOST_PIXELS = 40_000_000  # of a frame; 8K has 35 million
+_STILL = frozenset(("mjpeg", "png", "gif", "bmp", "webp", "tiff"))  # codecs of cover images
+_MOST_PIXELS = 40_000_000  # of a frame; an 8K frame has 35 million
 _OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": ",".join(FORMATS),
@@ -56,14 +56,14 @@ _OPTIONS = {
     "max_pixels": str(_MOST_PIXELS),
 }
 _HINTS = {"video": "use MP4, MOV, MKV or WebM", "recording": "use WAV, MP3, M4A or a video"}
-# What decoders say of damage; lack of memory and a disk that fails are something else.
-_INVALID: Any = av.error.classes[errno.EINVAL]  # whose name differs between versions
+# Errors of decoders that mean damaged data, as opposed to lack of memory or a failing disk.
+_INVALID: Any = av.error.classes[errno.EINVAL]  # its name differs between versions of PyAV
 _DAMAGE = (av.error.InvalidDataError, av.error.PatchWelcomeError, av.error.BugError, _INVALID)
 
 
 @contextmanager
 def opened(path: Path, kind: str) -> Iterator[Any]:
-    """An open container; all that goes wrong with it is a SkyrunError. kind: "video" or "recording"."""
+    """Open a container, and turn every error inside the block into a SkyrunError. kind: "video" or "recording"."""
     try:
         with _open(path) as container:
             yield container
@@ -73,17 +73,17 @@ def opened(path: Path, kind: str) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():  # pipes and devices may have no end
+    if not path.is_file():  # pipes and devices may never end
         raise OSError("it is a folder" if path.is_dir() else "there is no such file")
     try:
-        # An absolute path has no protocol, whatever colons are in it.
+        # FFmpeg takes what precedes a colon in a relative path for a protocol.
         return av.open(str(path.absolute()), options=_OPTIONS, metadata_errors="replace")
     except _INVALID as error:
-        raise OSError("it is in none of the formats that are read") from error
+        raise OSError("its format is not supported") from error
 
 
 class Track:
-    """The video or the audio of an open container, decoded. skipped: damaged pieces so far."""
+    """Decodes the video or audio of an open container. skipped: how many damaged pieces were skipped so far."""
 
     def __init__(self, container: Any, stream: Any) -> None:
         self._container, self.stream = container, stream
@@ -91,7 +91,7 @@ class Track:
 
     @classmethod
     def video(cls, path: Path, container: Any) -> "Track":
-        """The moving one of several, rather than a cover. SkyrunError if there is none."""
+        """The video stream; of several, one that is not a cover. Raises SkyrunError if there is none."""
         streams = _decodable(path, container.streams.video, _VIDEO, "video", "give a video to --video")
         stream = min(streams, key=lambda stream: (*_stillness(stream), stream.index))
         width, height = stream.codec_context.width, stream.codec_context.height
@@ -103,13 +103,13 @@ class Track:
 
     @classmethod
     def audio(cls, path: Path, container: Any) -> "Track":
-        """The first that can be decoded. SkyrunError if there is none."""
+        """The first audio stream that can be decoded. Raises SkyrunError if there is none."""
         hint = "give a recording of speech to --audio"
         return cls(container, _decodable(path, container.streams.audio, _AUDIO, "audio", hint)[0])
 
     def frames(self) -> Iterator[Any]:
-        """All frames from here on, past what is damaged."""
-        begun = False  # what comes before the first key frame has nothing to go on from
+        """Decode all frames from the current position on, and skip what is damaged."""
+        begun = False  # packets before the first key frame cannot be decoded
         for packet in self.packets():
             begun = begun or packet is None or packet.is_keyframe or not packet.size
             try:
@@ -121,7 +121,7 @@ class Track:
             yield from frames
 
     def packets(self) -> Iterator[Any]:
-        """Packets as far as the file can be read; the last makes the decoder hand out the rest."""
+        """All packets up to the first that cannot be read, and an empty one that flushes the decoder."""
         packets = self._container.demux(self.stream)
         try:
             yield from packets
@@ -131,7 +131,7 @@ class Track:
 
     @property
     def damage(self) -> str:
-        """What a person should know of it; nothing if there was none."""
+        """A clause about skipped pieces for the user; "" if there were none."""
         pieces = "1 damaged piece was" if self.skipped == 1 else f"{self.skipped} damaged pieces were"
         return f"{pieces} skipped" if self.skipped else ""
 
@@ -140,7 +140,7 @@ def _decodable(path: Path, streams: Any, codecs: tuple[str, ...], what: str, hin
     known = [stream for stream in streams if _codec(stream) in codecs]
     if not known and len(streams):
         raise SkyrunError(
-            f"{path} has {what} in a codec that is not read: {_codec(streams[0])}", "convert it to H.264 and AAC"
+            f"{path} has {what} in a codec that is not supported: {_codec(streams[0])}", "convert it to H.264 and AAC"
         )
     if not known:
         raise SkyrunError(f"{path} has no {what} in it", hint)

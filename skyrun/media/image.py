@@ -1,4 +1,4 @@
-"""Image files: open upright, write whole. The one place that opens them; nothing here imports torch."""
+"""The only place that opens and writes image files. Nothing here imports torch."""
 
 import warnings
 from pathlib import Path
@@ -10,11 +10,11 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.kernels.atomic import replacing
 
 _WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
-# Pillow knows forty more; for EPS it would start Ghostscript.
+# Pillow reads forty more; for EPS it would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-_MOST_PIXELS = 64_000_000  # about 1 GB while an image of them is brought to RGB
+_MOST_PIXELS = 64_000_000  # converting such an image to RGB takes about 1 GB
 
-# Other programs write their settings into PNG files, megabytes of them; the sum stays limited.
+# Some programs write megabytes of settings into PNG files. The total stays limited.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
@@ -24,10 +24,13 @@ def suffix_problems(path: Path) -> list[str]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image in RGB, upright. An alpha channel is dropped, as upstream does. SkyrunError if it is none."""
+    """Open an image as RGB, rotated upright, without its alpha channel, as upstream does.
+
+    Raises SkyrunError if it is not an image that can be read.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged tags, and of sizes that are checked here
+            warnings.simplefilter("ignore")  # about damaged tags, and about sizes that are checked here
             with Image.open(path, formats=_FORMATS) as image:
                 _check_size(image, path)
                 return _eight_bits(_upright(image), path).convert("RGB")
@@ -38,13 +41,13 @@ def open_image(path: Path) -> Image.Image:
     except (Image.DecompressionBombError, MemoryError) as error:
         hint = "scale it down; a few megapixels are enough"
         raise SkyrunError(f"{path} is too large an image: {error}", hint) from error
-    except Exception as error:  # decoders raise all kinds of them for damaged files
+    except Exception as error:  # decoders raise all kinds of errors for damaged files
         raise SkyrunError(f"{path} is not a readable image: {error}", "use a PNG, JPEG or WebP file") from error
 
 
 def _check_size(image: Image.Image, path: Path) -> None:
     if image.width * image.height > _MOST_PIXELS:
-        image.draft("RGB", (image.width // 2, image.height // 2))  # JPEG decoders make it smaller as they go
+        image.draft("RGB", (image.width // 2, image.height // 2))  # a JPEG decoder can scale the image down
     if image.width * image.height > _MOST_PIXELS:
         got = f"{image.width} x {image.height}, {image.width * image.height / 1e6:.0f} million pixels"
         hint = "scale it down; a few megapixels are enough"
@@ -55,22 +58,22 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of a damaged tag; the image itself was read
+    except Exception:  # a damaged tag; the image itself was read
         return image
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """Sixteen-bit grey to eight bits, which Pillow would clip to white instead."""
+    """Convert 16-bit gray to 8 bits. Pillow would clip it to white."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
-        raise SkyrunError(f"{path} is an image of floating-point numbers", "save it with 8 bits per channel")
+        raise SkyrunError(f"{path} has floating-point pixels", "save it with 8 bits per channel")
     return image
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """Save an image whole or not at all. SkyrunError if it cannot be written."""
+    """Write an image atomically. Raises SkyrunError if it cannot be written."""
     try:
         with replacing(path) as partial:
             image.save(partial, format=Image.registered_extensions()[path.suffix.lower()], optimize=True)

@@ -1,4 +1,4 @@
-"""The video that a clip begins with: all its frames and its audio, on a clock that does not jump."""
+"""Read the video that a clip is joined to: all frames and audio, on a clock that does not jump."""
 
 import math
 from bisect import bisect_right
@@ -14,20 +14,20 @@ from skyrun.media.pixels import Frames
 from skyrun.media.video_reader import Footage, quarter_turns
 from skyrun.media.video_writer import AAC_RATES
 
-_JUMP = 10.0  # seconds in which nothing comes; after more the clock has jumped
-_OFF = 0.1  # seconds by which audio may be late before there is silence in its place
-_NEAR = 1.0  # seconds around a jump in which other streams may begin and end
+_JUMP = 10.0  # seconds without frames or audio after which the clock is taken to have jumped
+_OFF = 0.1  # seconds by which audio may be late before silence is inserted
+_NEAR = 1.0  # seconds around a jump in which the other stream may end and begin
 _USUAL_RATE = 48000
 
 
 def read_frames(footage: Footage, height: int, width: int, notices: list[str] | None = None) -> Iterator[Frames]:
-    """Every frame of the video at its constant rate, uint8 [1, H, W, 3]: some twice or not at all where it varies.
+    """Yield every frame at a constant rate, uint8 [1, H, W, 3]. If the rate varies, frames are repeated or left out.
 
     Args:
-        footage: the end of the video, and its rate.
-        height: of the frames that are wanted.
-        width: of them.
-        notices: what a person should know of damage is added to them at the end.
+        footage: The end of the video, and its rate.
+        height: Of the yielded frames.
+        width: Of the yielded frames.
+        notices: A sentence about damage is appended to them at the end.
     """
     with opened(footage.path, "video") as container:
         track, step = Track.video(footage.path, container), float(1 / footage.rate)
@@ -49,7 +49,7 @@ def read_frames(footage: Footage, height: int, width: int, notices: list[str] | 
 
 
 def read_audio(path: Path) -> Audio | None:
-    """The audio of a video from its first frame on, at most two channels; None if there is none."""
+    """The audio of a video from its first frame on, with at most two channels; None if it has no audio."""
     with opened(path, "video") as container:
         first = next(Track.audio(path, container).frames(), None) if container.streams.audio else None
         if first is None:
@@ -60,7 +60,7 @@ def read_audio(path: Path) -> Audio | None:
 
 
 def _from_first_frame(path: Path, channels: int, rate: int) -> Iterator[Samples]:
-    """Audio from when the first frame is shown: what comes before is left out, what comes late is waited for."""
+    """Audio from the time of the first frame on: earlier samples are cut off, and silence fills what is missing."""
     with opened(path, "video") as container:
         begin = next((frame.time for frame in Track.video(path, container).frames()), None)
     with opened(path, "video") as container:
@@ -75,7 +75,7 @@ def _from_first_frame(path: Path, channels: int, rate: int) -> Iterator[Samples]
 
 
 def _pieces(path: Path, channels: int, rate: int) -> Iterator[Samples]:
-    """All of it, with silence where it has gaps."""
+    """All samples, with silence in gaps."""
     resampler, mix = Resampler(rate, channels), mono if channels == 1 else stereo
     clock, heard = _Clock(path, "video", _OFF), 0.0
     with opened(path, "video") as container:
@@ -91,22 +91,22 @@ def _pieces(path: Path, channels: int, rate: int) -> Iterator[Samples]:
 
 
 def _silence(channels: int, count: int, most: int) -> Iterator[Samples]:
-    """So many samples, in pieces."""
+    """`count` samples of silence, in pieces of at most `most`."""
     for start in range(0, count, most):
         yield np.zeros((channels, min(most, count - start)), np.float32)
 
 
 class _Clock:
-    """Places for the frames of a stream, in seconds from its first; it goes on where the times in the file jump."""
+    """Assigns times to the frames of a stream, in seconds from the first, without the jumps of its timestamps."""
 
     def __init__(self, path: Path, other: str, slack: float) -> None:
-        """other: a stream that tells a gap from a jump. slack: seconds by which frames may overlap."""
+        """other: the stream that tells a gap from a jump. slack: seconds by which frames may overlap."""
         self._path, self._other, self._slack = path, other, slack
         self._shift: float | None = None
-        self._time = 0.0  # of the last frame, as the file has it
+        self._time = 0.0  # timestamp of the last frame in the file
 
     def place(self, time: float | None, end: float) -> float:
-        """Where a frame of that time begins, if the one before it ends at `end`."""
+        """When a frame with this timestamp begins, if the frame before it ends at `end`."""
         if time is None:
             return end
         if self._shift is None:
@@ -120,13 +120,13 @@ class _Clock:
         return place
 
     def _is_gap(self, before: float, after: float) -> bool:
-        """Whether the other stream goes on in between."""
+        """Whether the other stream has packets in between."""
         following = bisect_right(self._times, before + _NEAR)
         return following < len(self._times) and self._times[following] < after - _NEAR
 
     @cached_property
     def _times(self) -> list[float]:
-        """Of the packets of the other stream, in order."""
+        """Sorted timestamps of the other stream's packets."""
         with opened(self._path, "video") as container:
             if not getattr(container.streams, self._other):
                 return []

@@ -1,6 +1,6 @@
-"""How loud speech is, and how to bring it to the level that the talking-avatar model was trained with.
+"""Measure the loudness of speech, and normalize it to the level that the talking-avatar model was trained with.
 
-ITU-R BS.1770 with the filters of pyloudnorm's defaults, which read 0.11 to 0.13 LU lower than the standard's table.
+ITU-R BS.1770 with the default filters of pyloudnorm, which measure 0.11 to 0.13 LU less than the standard's table.
 """
 
 import math
@@ -9,22 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 TARGET = -23.0  # LUFS
-_SILENT = 100.0  # loudness beyond which nothing is changed; silence is at minus infinity
+_SILENT = 100.0  # LUFS; samples beyond this level are not changed, and silence is at minus infinity
 _BLOCK, _STEP = 0.4, 0.1  # seconds
-_RESPONSE = 0.25  # seconds, in which a pole at 38 Hz decays by 25 decades
+_RESPONSE = 0.25  # seconds in which a pole at 38 Hz decays by 25 decades
 _ABSOLUTE, _RELATIVE = -70.0, -10.0  # gates: LUFS, LU below the mean
 
 Samples = NDArray[np.float64]
 
 
 def normalised(wave: Samples, rate: int) -> Samples:
-    """Samples [n] of at least 0.4 s at -23 LUFS; silence stays as it is."""
+    """Normalize at least 0.4 s of samples [n] to -23 LUFS. Silence is not changed."""
     level = loudness(wave, rate)
     return wave if not abs(level) <= _SILENT else wave * 10 ** ((TARGET - level) / 20)
 
 
 def loudness(wave: Samples, rate: int) -> float:
-    """LUFS of samples [n] in [-1, 1], one channel, at least 0.4 s."""
+    """The loudness in LUFS of at least 0.4 s of samples [n] in [-1, 1] of one channel."""
     filtered = _convolved(np.asarray(wave, np.float64), weighting(rate))
     count = int(round((len(wave) / rate - _BLOCK) / _STEP)) + 1
     squares = np.concatenate(([0.0], np.cumsum(filtered**2)))
@@ -45,7 +45,7 @@ def _lufs(power: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def weighting(rate: int) -> Samples:
-    """The impulse response of both filters; what comes after it is below float64's precision."""
+    """The impulse response of both filters, cut off where it is below the precision of float64."""
     impulse = np.zeros(int(_RESPONSE * rate))
     impulse[0] = 1.0
     return _section(_section(impulse, *_high_shelf(rate)), *_high_pass(rate))
@@ -71,7 +71,7 @@ def _convolved(x: Samples, response: Samples) -> Samples:
 def _high_shelf(
     rate: int, gain: float = 4.0, q: float = 1 / math.sqrt(2), frequency: float = 1500.0
 ) -> tuple[list[float], list[float]]:
-    """RBJ's audio EQ cookbook: what is above 1500 Hz is 4 dB louder."""
+    """From RBJ's audio EQ cookbook: amplify what is above 1500 Hz by 4 dB."""
     amplitude = 10 ** (gain / 40)
     w = 2 * math.pi * frequency / rate
     cosine, alpha = math.cos(w), math.sin(w) / (2 * q)
@@ -87,7 +87,7 @@ def _high_shelf(
 
 
 def _high_pass(rate: int, q: float = 0.5, frequency: float = 38.0) -> tuple[list[float], list[float]]:
-    """RBJ's audio EQ cookbook: what is below 38 Hz fades."""
+    """From RBJ's audio EQ cookbook: attenuate what is below 38 Hz."""
     w = 2 * math.pi * frequency / rate
     cosine, alpha = math.cos(w), math.sin(w) / (2 * q)
     b = [(1 + cosine) / 2, -(1 + cosine), (1 + cosine) / 2]

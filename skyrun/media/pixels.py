@@ -1,4 +1,4 @@
-"""Images as tensors and frames as arrays: sizes, crops, and levels as upstream makes them."""
+"""Convert images to tensors and tensors to frames, and scale and crop images, exactly as upstream does."""
 
 import math
 
@@ -12,9 +12,15 @@ Frames = NDArray[np.uint8]  # [T, H, W, 3]
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale the image into height x width without cropping, centred on white."""
+    """Scale an image to fit height x width without cropping, centered on white.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
     ratio = image.width / image.height
-    # Each side is cut to whole pixels from the ratio itself; a common scale factor is a pixel short for some sizes.
+    # Each side is rounded down from the ratio itself: a common scale factor makes some sizes one pixel too small.
     fit = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
     fit = max(fit[0], 1), max(fit[1], 1)
     # Width before height, explicitly: Pillow 13 orders the two passes by the image's shape, which changes pixels.
@@ -25,18 +31,24 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image -> float32 [3, 1, H, W] in [-1, 1]: a video of one frame."""
+    """An RGB image -> float32 [3, 1, H, W] in [-1, 1], a video of one frame."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return (2 * pixels - 1).permute(2, 0, 1).unsqueeze(1)
 
 
 def to_uint8(pixels: Tensor) -> Frames:
-    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], halves rounded to even as upstream does."""
+    """Pixels [3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3], rounded to nearest even as upstream does."""
     return _as_frames(_levels(pixels).round())
 
 
 def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale the image over height x width and cut its middle out. Sizes are rounded as upstream rounds them."""
+    """Scale an image to cover height x width, and crop its center. Sizes are rounded as upstream rounds them.
+
+    Args:
+        image: The image.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+    """
     scale = max(height / image.height, width / image.width)
     rows, cols = math.ceil(scale * image.height), math.ceil(scale * image.width)
     # Width before height, as in `letterbox`.

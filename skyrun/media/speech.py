@@ -1,4 +1,4 @@
-"""Speech: read from any file with audio, brought to the rate and level that the audio encoder was trained with."""
+"""Read speech from any file with audio, at the rate and loudness that the audio encoder was trained with."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,26 +12,28 @@ from skyrun.media.audio import Resampler, Samples, channels_of
 from skyrun.media.container import Track, opened
 from skyrun.media.loudness import loudness, normalised
 
-_CANCELLED = 0.1  # of the power that independent channels have when they are mixed
-_QUIET = 1e-5  # a mean amplitude that nobody hears
+_CANCELLED = 0.1  # share of the power that independent channels would have after mixing
+_QUIET = 1e-5  # an inaudible RMS amplitude
 
 
 @dataclass(frozen=True)
 class Speech:
-    """samples: [n] at the rate that was asked for, at -23 LUFS."""
+    """Speech of one channel. samples: [n] at the requested rate, at -23 LUFS. notices: sentences for the user."""
 
     samples: NDArray[np.float64]
     notices: tuple[str, ...] = ()
 
 
 def read_speech(path: Path, rate: int, limits: tuple[float, float], seconds: float | None = None) -> Speech:
-    """All channels mixed, or the loudest alone if they cancel each other.
+    """Read a file's speech: the mean of all channels, or the loudest channel if they cancel each other.
+
+    Raises SkyrunError if the file has no audio, or too little or too much.
 
     Args:
-        path: a file with audio.
-        rate: samples per second that are wanted.
-        limits: the fewest and the most seconds. SkyrunError if there are fewer or more.
-        seconds: take only the first of them.
+        path: A file with audio.
+        rate: Samples per second of the result.
+        limits: The least and the most seconds.
+        seconds: If given, how many seconds from the beginning to read.
     """
     most = limits[1] if seconds is None else seconds
     recording = _Recording(path, rate, most)
@@ -59,14 +61,15 @@ def _check(path: Path, samples: Samples, rate: int, limits: tuple[float, float],
         what = f"{path} has {length:.1f} s of audio, expected {shortest:g} to {longest:g} s"
         raise SkyrunError(f"{what}; {damage}" if damage else what, hint)
     if not np.isfinite(samples).all():
-        raise SkyrunError(f"{path} has samples that are not numbers", "save it again as 16-bit WAV")
+        raise SkyrunError(f"{path} has samples that are infinite or NaN", "save it again as 16-bit WAV")
 
 
 class _Recording:
-    """A file that is read once, or a second time for one of its channels."""
+    """An audio file that is read once, or a second time for one of its channels."""
 
     def __init__(self, path: Path, rate: int, seconds: float) -> None:
-        self._path, self._rate, self._most = path, rate, (seconds + 1) * rate  # enough to know that it is too long
+        self._path, self._rate = path, rate
+        self._most = (seconds + 1) * rate  # samples to read: one more second shows that the file is too long
         self._power, self._mixed = np.zeros(0), 0.0
         self.damage = ""
 

@@ -1,4 +1,4 @@
-"""Write a clip as mp4, with audio where it has some, and read back what it was made from."""
+"""Write a clip as mp4, with audio if it has any, and read the request back from a clip."""
 
 import json
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ _TAG = "comment"
 _CRF = "16"
 _BT709 = 1
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
-_OPTIONS = {"movflags": "+faststart"}  # the index first, so that players start before the end
-_LONGEST, _DEEPEST = 1 << 20, 4  # characters of a comment that are read, and lists within lists
-_LARGEST = 1 << 64  # whole number; seeds are below it
+_OPTIONS = {"movflags": "+faststart"}  # the index comes first, so that players start before the whole file has arrived
+_LONGEST, _DEEPEST = 1 << 20, 4  # characters of a comment that are parsed, and levels of nesting
+_LARGEST = 1 << 64  # integer; seeds are below it
 
 
 @dataclass(frozen=True)
 class Format:
-    """What an mp4 is like. fps: frames per second. comment: what it was made from, plain values."""
+    """Settings of an mp4. fps: frames per second. comment: the request it is made from, as plain values."""
 
     height: int
     width: int
@@ -40,7 +40,7 @@ class Format:
 
 
 class VideoWriter:
-    """Takes frames as they are decoded; H.264, yuv420p, BT.709, and AAC beside it as far as the frames are."""
+    """Encodes frames as they are decoded: H.264, yuv420p, BT.709. AAC audio keeps pace with the frames."""
 
     def __init__(self, container: Any, format: Format) -> None:
         self._container, self._format = container, format
@@ -62,14 +62,14 @@ class VideoWriter:
             self._audio.add_until(self.count / self._format.fps)
 
     def finish(self) -> None:
-        """Write what the encoders still hold."""
+        """Flush the encoders."""
         self._container.mux(self._stream.encode())
         if self._audio is not None:
             self._audio.finish()
 
 
 class _AudioWriter:
-    """Takes audio from its source as far as there are frames to be heard with."""
+    """Encodes audio up to the time of the last frame."""
 
     def __init__(self, container: Any, audio: Audio) -> None:
         self._container, self._rate = container, audio.rate
@@ -80,7 +80,7 @@ class _AudioWriter:
         self._count = 0  # samples so far
 
     def add_until(self, seconds: Fraction) -> None:
-        """Encode samples up to that time, or all that there are."""
+        """Encode samples up to that time, or all that are left."""
         end = int(seconds * self._rate)
         while self._count < end:
             if not self._next.shape[1]:
@@ -101,9 +101,9 @@ class _AudioWriter:
 
 @contextmanager
 def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
-    """A writer for an mp4 that appears under `path` when it is whole. The file beside it is open from the start."""
+    """A writer of an mp4 that appears at `path` when it is complete. Its temporary file is created at once."""
     try:
-        # An absolute path has no protocol, whatever colons are in it.
+        # FFmpeg takes what precedes a colon in a relative path for a protocol.
         with (
             replacing(path.absolute()) as partial,
             av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container,
@@ -117,9 +117,9 @@ def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
 
 
 def read_request(path: Path) -> dict[str, Any] | None:
-    """The request in a clip's comment; None if the clip carries none. SkyrunError if it is not a video.
+    """Read the request in a clip's comment; None if there is none. Raises SkyrunError if the file is not a video.
 
-    The values are plain: text without NUL, numbers of a sane size, lists and dicts of these, all bounded.
+    The values are bounded and plain: text without NUL, numbers below 2^64, lists and dicts of these.
     """
     with opened(path, "video") as container:
         comment = container.metadata.get(_TAG, "")
@@ -145,7 +145,7 @@ def _unusable(path: Path, problem: str) -> SkyrunError:
 
 
 def _problem(value: Any, depth: int = 0) -> str | None:
-    """Why these values are not of a request; None if they may be."""
+    """Why these values cannot be a request; None if they can."""
     if depth > _DEEPEST:
         return "lists within lists without end"
     if isinstance(value, str) and "\0" in value:

@@ -1,1 +1,1 @@
-"""What helps to use and understand models and machines: calibrate, bench, tune, doctor, inspect."""
+"""Tools for models and machines: calibrate, convert, bench, tune, doctor, inspect."""

@@ -28,15 +28,15 @@ from skyrun.quant.importance import Importance, read_importance, write_importanc
 from skyrun.streaming.device import choose_device, out_of_memory_explained, peak_bytes, vram_limited
 from skyrun.tasks import TASKS
 
-# Which make clips from prompts and images alone.
+# The tasks that need only prompts and images.
 _TASKS = tuple(spec.name for spec in TASKS.values() if not (spec.video or spec.audio))
 _STAGE = "calibrate"
-_ROWS = 1024  # of activations that are squared at a time, to bound the memory
+_ROWS = 1024  # of activations that are squared at a time, to limit the memory
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to run. label: a digest of everything that decides the clip, and the start of its prompt."""
+    """A clip to run. label: a digest of everything that determines the clip, and the start of its prompt."""
 
     request: Request
     label: str
@@ -64,12 +64,11 @@ def plan_calibration(
     """Check everything and list the clips: as many as there are prompts or images, whichever are more.
 
     Prompts and images are taken in turn. Clip k has 1 + k mod 4 images, if there are as many, and the seed `seed` + k.
-    SkyrunError for anything that is wrong, and if `output` exists and was collected from another model or with other
-    settings.
+    Raises SkyrunError if anything is not valid, or if `output` was collected from another model or with other settings.
 
     Args:
         model: A transformer's file, or a folder with one.
-        output: The file to write, or to go on with.
+        output: The file to write or to extend.
         prompts: The prompts of the clips.
         images: The reference images of the clips.
         seed: The start of the first clip's noise.
@@ -91,14 +90,14 @@ def plan_calibration(
     if task not in _TASKS:
         known = " and ".join(_TASKS)
         raise SkyrunError(f"{file.path} is a model for {task}, calibrate runs {known}", f"use a model for {known}")
-    pictures = _digests(images)
+    digests = _digests(images)
     requests = []
     for k in range(max(len(prompts), len(images))):
         chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % TASKS[task].images[1], len(images))))
         prompt = prompts[k % len(prompts)]
         requests.append(Request(task, prompt, chosen, model=file.path, seed=seed + k, precision="exact", **settings))
     origin = _origin(file, requests[0])
-    clips = tuple(Clip(request, _label(origin, request, pictures)) for request in requests)
+    clips = tuple(Clip(request, _label(origin, request, digests)) for request in requests)
     collected = read_importance(output) if output.exists() else Importance()
     if collected.sums and collected.origin != origin:
         said = collected.origin or "unknown models or settings"
@@ -112,8 +111,8 @@ def _digests(images: Sequence[Path]) -> dict[Path, str]:
     digests, problems = {}, []
     for path in images:
         try:
-            picture = open_image(path)
-            digests[path] = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+            image = open_image(path)
+            digests[path] = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
         except SkyrunError as error:
             problems.append(error.message)
     if problems:
@@ -121,13 +120,13 @@ def _digests(images: Sequence[Path]) -> dict[Path, str]:
     return digests
 
 
-def _label(origin: str, request: Request, pictures: Mapping[Path, str]) -> str:
-    identity = json.dumps([origin, request.prompt, [pictures[path] for path in request.images], request.seed])
+def _label(origin: str, request: Request, digests: Mapping[Path, str]) -> str:
+    identity = json.dumps([origin, request.prompt, [digests[path] for path in request.images], request.seed])
     return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]} {request.prompt[:60]}"
 
 
 def _origin(file: GGUFFile, request: Request) -> str:
-    """The model, identified by the head of every tensor, and the settings that all clips share."""
+    """The model, identified by its fingerprint, and the settings that all clips share."""
     name = file.metadata.get("general.name", "a model")
     shape = request.resolution if request.size is None else "x".join(map(str, request.size))
     settings = f"{shape}, {request.frame_count} frames, {request.steps} steps"
@@ -135,9 +134,9 @@ def _origin(file: GGUFFile, request: Request) -> str:
 
 
 def collect(calibration: Calibration) -> Generator[Event, None, Importance]:
-    """Run the pending clips, and return all that is in the file then.
+    """Run the pending clips, and return everything that the file holds then.
 
-    The file is written after each clip; after an interruption a later call goes on from it.
+    The file is written after each clip, so that an interrupted collection can be resumed.
     """
     start, total = now(), calibration.collected
     yield StageStarted(_STAGE, len(calibration.pending), "clips")
@@ -145,7 +144,7 @@ def collect(calibration: Calibration) -> Generator[Event, None, Importance]:
         sums, counts = yield from _observe(clip.request, index)
         added = Importance(sums, counts, calibration.origin, (clip.label,), 1)
         write_importance(calibration.output, total.merge(added))
-        total = read_importance(calibration.output)  # rounded as after an interruption, so that both end alike
+        total = read_importance(calibration.output)  # rounded as after an interruption, so that the result is the same
         yield Progress(_STAGE, index + 1)
     device = choose_device(calibration.clips[0].request.device)
     yield StageEnded(_STAGE, now() - start, peak_bytes(device))
@@ -153,7 +152,7 @@ def collect(calibration: Calibration) -> Generator[Event, None, Importance]:
 
 
 def collected_clips(calibration: Calibration) -> int:
-    """How many of the clips are in the file now."""
+    """How many of the clips the file holds now."""
     if not calibration.output.exists():
         return 0
     samples = read_importance(calibration.output).samples
@@ -173,14 +172,14 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
 
 
 class SumsOfSquares:
-    """An observer of a stream: sums the squares of all rows per weight and input channel, on the device."""
+    """Observes a stream: sums the squares of all rows per weight and input channel, on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def __call__(self, block: int, layer: str, x: Tensor) -> None:
-        """x [..., cols] enters the linear layer `layer` of a block."""
+        """Add the input x [..., cols] of the linear layer `layer` of a block."""
         name = f"blocks.{block}.{layer}.weight"
         rows = x.flatten(0, -2)
         parts = [part.float().square().sum(0, dtype=torch.float64) for part in rows.split(_ROWS)]
@@ -189,7 +188,7 @@ class SumsOfSquares:
         self.counts[name] = self.counts.get(name, 0) + len(rows)
 
     def sums(self) -> dict[str, Tensor]:
-        """float64 [cols] by name, on the CPU. SkyrunError if an activation was infinite or NaN."""
+        """The sums by name, float64 [cols] on the CPU. Raises SkyrunError if an activation was infinite or NaN."""
         sums = {name: total.cpu() for name, total in self._sums.items()}
         broken = [name for name, total in sums.items() if not torch.isfinite(total).all()]
         if broken:

@@ -1,4 +1,4 @@
-"""The default calibration set: prompts of many kinds, and images drawn here."""
+"""The default calibration set: diverse prompts and drawn images."""
 
 import math
 import random
@@ -28,8 +28,8 @@ FRAMES = 17
 _SIZES = ((480, 640), (640, 480), (512, 512), (704, 396))  # width, height: upright, wide, square and 16:9
 
 
-def draw_pictures(folder: Path) -> tuple[Path, ...]:
-    """Draw four images as PNG: a figure in a landscape, each with its own shape, colours and place."""
+def draw_images(folder: Path) -> tuple[Path, ...]:
+    """Draw four images as PNG: a figure in a landscape, each with its own shape, colors and place."""
     paths = []
     for number, size in enumerate(_SIZES):
         paths.append(folder / f"reference-{number}.png")
@@ -45,15 +45,15 @@ def _scene(chance: random.Random, width: int, height: int) -> Image.Image:
     for row in range(height):
         mixed = [round(a + (b - a) * row / height) for a, b in zip(top, bottom, strict=True)]
         canvas.line((0, row, width, row), fill=(mixed[0], mixed[1], mixed[2]))
-    horizon, colours = height * 2 // 3, [tuple(chance.randrange(256) for _ in range(3)) for _ in range(5)]
-    canvas.rectangle((0, horizon, width, height), fill=colours[0])
+    horizon, colors = height * 2 // 3, [tuple(chance.randrange(256) for _ in range(3)) for _ in range(5)]
+    canvas.rectangle((0, horizon, width, height), fill=colors[0])
     for x in range(0, width, 8):
-        canvas.line((x, horizon, x + 40 * math.sin(x), height), fill=colours[1], width=chance.randrange(1, 4))
+        canvas.line((x, horizon, x + 40 * math.sin(x), height), fill=colors[1], width=chance.randrange(1, 4))
     sun, radius = chance.randrange(width), height // 12
-    canvas.ellipse((sun - radius, radius, sun + radius, 3 * radius), fill=colours[2])
+    canvas.ellipse((sun - radius, radius, sun + radius, 3 * radius), fill=colors[2])
     middle, unit = width * chance.uniform(0.3, 0.7), height / 16
-    canvas.rounded_rectangle((middle - 2 * unit, 6 * unit, middle + 2 * unit, 15 * unit), 1.5 * unit, fill=colours[3])
-    canvas.ellipse((middle - 1.5 * unit, 2.5 * unit, middle + 1.5 * unit, 6 * unit), fill=colours[4])
+    canvas.rounded_rectangle((middle - 2 * unit, 6 * unit, middle + 2 * unit, 15 * unit), 1.5 * unit, fill=colors[3])
+    canvas.ellipse((middle - 1.5 * unit, 2.5 * unit, middle + 1.5 * unit, 6 * unit), fill=colors[4])
     for side in (-0.5, 0.5):
         canvas.ellipse((middle + (side - 0.2) * unit, 3.8 * unit, middle + (side + 0.2) * unit, 4.2 * unit), fill=0)
     return image

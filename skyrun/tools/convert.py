@@ -1,6 +1,6 @@
-"""Conversions as events: plan, write, compare with the source, and draw the errors.
+"""Plan and write conversions, compare files with their source, and draw errors. All of them yield events.
 
-The quantizer knows nothing of events; here what it reports becomes stages with progress.
+The quantizer does not know events: it reports progress to callbacks, and this module turns the reports into events.
 """
 
 from collections.abc import Callable, Generator
@@ -26,13 +26,20 @@ from skyrun.quant.planner import plan_conversion
 from skyrun.units import size
 
 T = TypeVar("T")
-Report = Callable[[int, int], None]  # takes how many units are done, and of how many
+Report = Callable[[int, int], None]  # called with the number of units that are done, and of all units
 
 _POLL = 0.1  # seconds
 
 
 def plan(source: Path, out: Path, settings: Settings, device: str = "cpu") -> Generator[Event, None, Conversion]:
-    """Decide every file, name and type, and check device and disk. Writes nothing."""
+    """Plan every file, name and type, and check device and disk space. Writes nothing.
+
+    Args:
+        source: A checkpoint's folder or a file.
+        out: The folder for the results.
+        settings: Types, rules and importance.
+        device: The device that encodes weights.
+    """
     check_device(device)
     conversion = yield from _reported("measure", "matrices", lambda on: plan_conversion(source, out, settings, on))
     check_space(conversion)
@@ -40,7 +47,7 @@ def plan(source: Path, out: Path, settings: Settings, device: str = "cpu") -> Ge
 
 
 def write(conversion: Conversion, device: str = "cpu") -> Generator[Event, None, None]:
-    """Write the files of a conversion. What an interrupted one has finished is not done again."""
+    """Write the files of a conversion, or resume an interrupted one."""
     for file in conversion.files:
         yield from _write(file, device)
 
@@ -58,7 +65,7 @@ def _write(file: PlannedFile, device: str) -> Generator[Event, None, None]:
 
 
 def unfinished(conversion: Conversion) -> list[Path]:
-    """What an interrupted conversion has left to go on from."""
+    """The partial files of an interrupted conversion."""
     partials = (partial_path(file.path) for file in conversion.files)
     return [path for path in partials if path.exists()]
 
@@ -66,12 +73,18 @@ def unfinished(conversion: Conversion) -> list[Path]:
 def compare(
     path: Path, source: Path, importance: Callable[[str], Tensor | None] = lambda name: None
 ) -> Generator[Event, None, list[TensorError]]:
-    """Measure the error of every tensor of a file against its source, weighted where there is importance."""
+    """Measure the error of every tensor of a file against its source.
+
+    Args:
+        path: The file.
+        source: What it was converted from.
+        importance: Returns the importance of a tensor's input channels by name, or None.
+    """
     return (yield from _reported("compare", "bytes", lambda on: compare_files(path, source, importance, on)))
 
 
 def check_report(report: Path, dry_run: bool) -> None:
-    """SkyrunError if errors cannot be drawn there. Ask before the conversion, which may take hours."""
+    """Raise SkyrunError if errors cannot be drawn there. Called before the conversion, which may take hours."""
     check_suffix(report)
     if dry_run:
         raise SkyrunError("--report draws what was written, --dry-run writes nothing", "leave out one of them")
@@ -80,11 +93,11 @@ def check_report(report: Path, dry_run: bool) -> None:
 
 
 def draw_errors(conversion: Conversion, report: Path, imatrix: Path | None = None) -> Generator[Event, None, None]:
-    """Draw the errors of every written transformer, one picture for each; without one, of the first file.
+    """Draw the errors of each written transformer in an image; without a transformer, those of the first file.
 
     Args:
         conversion: What was written.
-        report: Where the picture goes. Several are told apart by their tasks.
+        report: The path of the image. If there are several, their tasks are added to the names.
         imatrix: The file of importances that the errors are weighted by, for the title.
     """
     files = [file for file in conversion.files if file.role == "transformer"] or list(conversion.files[:1])
@@ -98,13 +111,18 @@ def draw_errors(conversion: Conversion, report: Path, imatrix: Path | None = Non
 
 
 class _Stopped(Exception):
-    """Ends work whose reports nobody wants any more."""
+    """Ends the work after the generator has been closed."""
 
 
 def _reported(stage: str, unit: str, work: Callable[[Report], T]) -> Generator[Event, None, T]:
-    """Run work that calls back as it goes on, in a thread, and yield its calls as events.
+    """Run work in a thread, and yield the progress that it reports as events.
 
-    If the generator ends early, the work ends with its next call.
+    If the generator is closed early, the work ends with its next report.
+
+    Args:
+        stage: The name of the stage.
+        unit: What is counted.
+        work: Called with the function to report to.
     """
     reports: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
     stop, start, total = Flag(), now(), 0
@@ -131,7 +149,7 @@ def _reported(stage: str, unit: str, work: Callable[[Report], T]) -> Generator[E
 
 
 def _next(reports: "SimpleQueue[tuple[int, int] | None]") -> tuple[int, int] | None:
-    """Wait in short pieces, between which an interrupt gets through on every system."""
+    """Wait for the next report in short intervals, so that interrupts are handled on every system."""
     while True:
         with suppress(Empty):
             return reports.get(timeout=_POLL)

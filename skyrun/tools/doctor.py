@@ -33,7 +33,7 @@ _LABELS = {"good": "good ", "unknown": "?    ", "slow": "slow ", "fails": "FAILS
 
 @dataclass(frozen=True)
 class Finding:
-    """verdict: "good", "unknown" (not measured yet), "slow" (works, but could be better) or "fails"."""
+    """The result of a check. verdict: "good", "unknown" (not measured), "slow" (works, could be faster) or "fails"."""
 
     subject: str
     verdict: str
@@ -49,7 +49,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Make all checks, the most decisive first. A check that cannot be made is a finding too."""
+    """Run all checks, the most decisive first. A check that cannot be run is a finding, too."""
     gpu = query("name,memory.total,memory.free,driver_version")
     device = "cuda" if gpu else "cpu"
     checks: dict[str, Callable[[], Finding]] = {
@@ -129,7 +129,7 @@ def _kernels(gpu: str) -> Finding:
     try:
         found = f"Triton {version(package)}"
     except PackageNotFoundError:
-        remedy = f'pip install "{package}>=3.6"'
+        remedy = f'pip install "{package}>=3.3"'
         return Finding("kernels", "slow", "torch, as Triton is not installed: no int8, slower decoding", remedy)
     if capability := re.search(r"(\d+)\.(\d+)", query("compute_cap")):
         said = f"compute capability {capability[0]}"
@@ -144,14 +144,14 @@ def _ram() -> Finding:
     total, available = memory()
     found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free"
     if total < psutil.virtual_memory().total:
-        found += ", as much as this container may have"
+        found += ", the limit of this container"
     if total < _COMFORTABLE_RAM:
         return Finding("RAM", "slow", found, "close other programs; 16 GB are comfortable")
     return Finding("RAM", "good", found)
 
 
 def _system(gpu: str) -> Finding:
-    """Whether the operating system moves memory that is meant for the GPU."""
+    """Whether the operating system may spill GPU memory to RAM."""
     system = where()
     if not gpu or system not in ("WSL", "Windows"):
         return Finding("system", "good", system)
@@ -163,13 +163,13 @@ def _system(gpu: str) -> Finding:
 
 
 def _space(folder: Path) -> Finding:
-    """Whether there is room for a model, and whether Linux reads it through Windows."""
+    """Whether there is space for a model, and whether WSL reads it from a Windows disk."""
     there = existing_folder(folder)
     free = free_space(there)
     found = f"{folder}, with {free / GIB:.0f} GiB free"
     if where() == "WSL" and re.match(r"/mnt/[a-z](/|$)", str(there.resolve())):
         remedy = f"keep models inside Linux: export {MODELS_VARIABLE}=~/models"
-        return Finding("models", "slow", f"{found}, on a disk of Windows, which WSL reads slowly", remedy)
+        return Finding("models", "slow", f"{found}, on a Windows disk, which WSL reads slowly", remedy)
     if not os.access(there, os.W_OK):
         return Finding("models", "fails", f"{there} is not writable", f"set {MODELS_VARIABLE} to a folder of your own")
     if free < _MODEL_SPACE:
@@ -179,7 +179,7 @@ def _space(folder: Path) -> Finding:
 
 
 def _disk(folder: Path, device: str) -> Finding:
-    """How fast the disk with the models is: as tuned, or as its largest model file is read now."""
+    """How fast the disk with the models is, from tuning or by reading its largest model file now."""
     tuned = load_tuned(device)
     rate = tuned.disks.get(disk_number(existing_folder(folder)), 0.0) if tuned else 0.0
     source = "skyrun tune"
@@ -207,7 +207,7 @@ def _tuned(device: str) -> Finding:
 
 
 def _cache(folder: Path) -> Finding:
-    """Where measurements and embeddings of prompts are kept."""
+    """Where measurements and prompt embeddings are cached."""
     if not os.access(existing_folder(folder), os.W_OK):
         remedy = "set SKYRUN_CACHE to a folder of your own, or every run measures and encodes prompts again"
         return Finding("cache", "slow", f"{folder} is not writable", remedy)

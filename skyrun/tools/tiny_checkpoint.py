@@ -48,7 +48,13 @@ class CheckpointDims:
 
 
 def write_checkpoint(folder: Path, dims: CheckpointDims, seed: int = 0) -> None:
-    """Write transformer/, text_encoder/, tokenizer/ and vae/. The same dims and seed give the same files."""
+    """Write transformer/, text_encoder/, tokenizer/ and vae/. The same dims and seed give the same files.
+
+    Args:
+        folder: The folder of the checkpoint.
+        dims: Its dims.
+        seed: The seed of the random weights.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     _write_sharded(
         folder / "transformer", WAN_TRANSFORMER.shapes("diffusers", dims.transformer), dims.shard_bytes, generator
@@ -89,7 +95,7 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def _smooth(noise: Tensor) -> Tensor:
-    """A convolution that mixes channels at random and blurs in space and time, so that a decoded clip is not grain."""
+    """A convolution that mixes channels at random and blurs in space and time, so that clips are not pure noise."""
     blur = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
     if noise.dim() == 5:
         blur = blur.expand(noise.shape[2], 3, 3) / noise.shape[2]
@@ -163,7 +169,7 @@ def _text_encoder_config(dims: CheckpointDims) -> dict[str, object]:
 
 
 def demo_tokenizer() -> Tokenizer:
-    """A tokenizer without training. Printable ASCII and a few words; everything else is <unk>."""
+    """An untrained tokenizer with printable ASCII and a few words; everything else is <unk>."""
     characters = [chr(code) for code in range(33, 127)]
     pieces = [(piece, 0.0) for piece in _SPECIAL] + [("▁", -3.0)]
     pieces += [(character, -6.0) for character in characters] + [(f"▁{word}", -5.0) for word in _WORDS.split()]

@@ -1,4 +1,4 @@
-"""Measure the disk, the link, and how fast this device computes at the sizes of the real models, and keep the rates."""
+"""Measure the disk, the link, and the compute rates of this device at the sizes of the real models, and save them."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -30,12 +30,12 @@ from skyrun.streaming.device import choose_device, peak_bytes
 from skyrun.tasks.skyreels_v3 import REFERENCE_TO_VIDEO, WAN_14B
 
 _STAGE = "tune"
-_CLIP = Request(REFERENCE_TO_VIDEO.name, "")  # whose time is predicted before and after
+_CLIP = Request(REFERENCE_TO_VIDEO.name, "")  # its predicted time is compared before and after
 _DIM, _FFN = WAN_14B["dim"], WAN_14B["ffn"]
-_FILE_BYTES = 256 << 20  # of the file that a disk is measured with where there is no model
+_FILE_BYTES = 256 << 20  # of the file that a disk is measured with if there is no model
 _LAUNCHES = 3
-# The whole autoencoder reaches this share of the rate of its widest convolution, by docs/presets.md; norms, copies and
-# narrow levels take the rest.
+# The autoencoder as a whole reaches this share of the rate of its widest convolution (docs/presets.md). Norms, copies
+# and narrow layers take the rest of the time.
 _REACHED = 0.75
 
 
@@ -60,9 +60,9 @@ STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", "fast_a
 class Tuning:
     """What tuning has changed.
 
-    file: where the rates are kept. measured: rate by name of STEPS, bytes or operations per second; 0 for what this
-    machine does not have. before, after: the machine as plans saw it and as they see it now. seconds_before,
-    seconds_after: of a clip of the published model.
+    file: where the rates are saved. measured: rates by the names of STEPS, bytes or operations per second; 0 for what
+    this machine does not have. before, after: the machine as plans saw it before and see it now. seconds_before,
+    seconds_after: of a clip with the published model.
     """
 
     file: Path
@@ -81,11 +81,11 @@ class Tuning:
         return _rate(self.after, name)
 
     def origin_before(self, name: str) -> str:
-        """Where the rate before came from."""
+        """The origin of the rate that plans used before."""
         return self.before.origin("rates" if name in Rates.__dataclass_fields__ else f"{name}_rate")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values of what was measured."""
+        """Plain values of the measured rates."""
         rates = {
             name: {"before": self.rate_before(name), "origin": self.origin_before(name), "now": self.rate_after(name)}
             for name in STEPS
@@ -96,9 +96,9 @@ class Tuning:
 
 
 def tune_machine(device_name: str | None, model: Path | None = None) -> Generator[Event, None, Tuning]:
-    """Measure everything and keep it for plans.
+    """Measure everything and save it for plans.
 
-    model: a large file; its disk is measured instead of the current folder's.
+    model: a file or folder whose disk is measured instead of that of the current folder.
     """
     device = choose_device(device_name)
     before, start = this_machine(device.type, model), now()
@@ -124,7 +124,7 @@ def _rate(hardware: Hardware, name: str) -> float:
 
 @torch.inference_mode()
 def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, float]]:
-    """Name and rate of each of STEPS."""
+    """Yield the name and rate of each of STEPS."""
     cuda, sizes = device.type == "cuda", _SIZES[device.type]
     dtype = torch.bfloat16 if cuda else torch.float32
     yield "disk", _disk(model)

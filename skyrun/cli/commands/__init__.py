@@ -1,1 +1,1 @@
-"""A module for each command: call the engine or a tool, show what it says."""
+"""A module for each command, which calls the engine or a tool and shows its events."""

@@ -69,7 +69,7 @@ def checks_text(checks: Sequence[Check]) -> str:
 
 
 def measurements_text(measured: Sequence[Measurement]) -> str:
-    """Tables of decoding, linear layers, attention and blocks; ratios are against the resident weight or the copy."""
+    """Tables of decoding, linear layers, attention and blocks. Ratios refer to the resident weight or the copy."""
     parts = (_decode(measured), _linear(measured), _attention(measured), _blocks(measured))
     return "\n\n".join(part for part in parts if part)
 
@@ -121,7 +121,7 @@ def _decode(measured: Sequence[Measurement]) -> str:
 
 
 def _linear(measured: Sequence[Measurement]) -> str:
-    """A line for each weight and number of rows; the time of every backend over that of the resident weight."""
+    """A line for each weight and number of rows: the time of each backend relative to that of the resident weight."""
     lines = _of(measured, "linear")
     resident = {(one.what, one.rows): one for one in lines if one.way == "resident"}
     ways = ("exact", "fast", "torch decode")

@@ -1,4 +1,4 @@
-"""`skyrun calibrate`: collect importance, or add up files of it."""
+"""`skyrun calibrate`: collect importance, or merge files of importance."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -10,11 +10,11 @@ from skyrun.cli.progress import shown
 from skyrun.kernels.formats import FORMATS
 from skyrun.quant.importance import Importance, read_importance
 from skyrun.tools.calibrate import Calibration, collect, collected_clips, merge_files, plan_calibration
-from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_pictures
+from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_images
 
 
 def execute(arguments: Namespace) -> int:
-    """Collect importance, or merge files of it."""
+    """Collect importance, or merge files of importance."""
     if arguments.merge:
         importance = merge_files(arguments.merge, arguments.output)
     else:
@@ -34,7 +34,7 @@ def _calibrate(arguments: Namespace) -> None:
             arguments.model,
             arguments.output,
             prompts,
-            arguments.image or draw_pictures(Path(folder))[: len(prompts)],
+            arguments.image or draw_images(Path(folder))[: len(prompts)],
             seed=arguments.seed,
             size=arguments.size,
             resolution=arguments.resolution or "480P",
@@ -52,7 +52,7 @@ def _calibrate(arguments: Namespace) -> None:
 
 
 def _collect(calibration: Calibration, as_json_too: bool) -> None:
-    """Run the pending clips and show the work. If it stops, say what is kept."""
+    """Run the pending clips and show progress. If that is interrupted, say what is kept."""
     try:
         shown(collect(calibration), as_json_too)
     except BaseException:
@@ -62,7 +62,7 @@ def _collect(calibration: Calibration, as_json_too: bool) -> None:
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """What will be collected, and what of it is there already."""
+    """What will be collected, and what has been collected already."""
     total, pending = len(calibration.clips), len(calibration.pending)
     lines = [calibration.origin]
     if pending < total:
@@ -73,6 +73,6 @@ def calibration_text(calibration: Calibration) -> str:
 
 
 def importance_text(path: Path, importance: Importance) -> str:
-    """What a file of importance holds."""
+    """A summary of a file of importance."""
     rows = max(importance.counts.values())
     return f"{path}: {len(importance.sums)} weights, {importance.chunks} clips, up to {rows} rows each"

@@ -1,4 +1,4 @@
-"""`skyrun completion`: a script that completes commands and options in a shell."""
+"""`skyrun completion`: print a script that completes commands and options in a shell."""
 
 from argparse import Namespace
 
@@ -8,6 +8,6 @@ from skyrun.cli.parser import parser
 
 
 def execute(arguments: Namespace) -> int:
-    """Print a shell's script."""
+    """Print the script of a shell."""
     print(complete(parser(), arguments.shell))
     return 0

@@ -1,4 +1,4 @@
-"""`skyrun convert`: a checkpoint becomes GGUF files."""
+"""`skyrun convert`: convert a checkpoint to GGUF files."""
 
 from argparse import Namespace
 
@@ -11,7 +11,7 @@ from skyrun.units import size, table
 
 
 def execute(arguments: Namespace) -> int:
-    """Plan a conversion, print it, write it, and draw what it lost."""
+    """Plan a conversion, print it, write the files, and draw their errors."""
     if arguments.report:
         tool.check_report(arguments.report, arguments.dry_run)
     settings = Settings(
@@ -38,7 +38,7 @@ def execute(arguments: Namespace) -> int:
 
 
 def conversion_text(conversion: Conversion) -> str:
-    """The files that will be written, with sizes, types, expected errors, and what could not be as asked."""
+    """The files that will be written, with sizes, types, expected errors and fallbacks."""
     rows = [("found", "file", "size", "error", "types")]
     notes = []
     for file in conversion.files:

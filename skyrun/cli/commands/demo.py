@@ -1,4 +1,4 @@
-"""`skyrun demo`: the whole chain on a small model: build a checkpoint, convert it, draw a reference, make a clip."""
+"""`skyrun demo`: build a small checkpoint, convert it, draw a reference image, and make a clip."""
 
 import math
 import time
@@ -28,7 +28,7 @@ _QUANT = "Q4_K"
 
 
 def execute(arguments: Namespace) -> int:
-    """Make the clip, and what it is made with in a folder beside it, named after it."""
+    """Make the clip. What it is made from is in a folder beside it with the same name."""
     clip: Path = arguments.output
     folder = clip.with_suffix("")
     try:
@@ -74,8 +74,8 @@ def _run(arguments: Namespace, clip: Path, folder: Path) -> dict[str, Any]:
         say(f"{clip}: it is there already (--overwrite makes it again)")
     else:
         make(job, state, arguments)
-    say(f"done in {duration(time.perf_counter() - start)}. Weights are random, so the clip shows moving colours:")
-    say("what ran is the chain, from published checkpoint to mp4. Next: convert a real one with `skyrun convert`.")
+    say(f"done in {duration(time.perf_counter() - start)}. Weights are random, so the clip shows moving colors:")
+    say("everything ran, from published checkpoint to mp4. Next: make a real clip with `skyrun run`.")
     paths = {"checkpoint": checkpoint, "model": model, "reference": images[0], "clip": clip}
     for name, path in paths.items():
         say(f"   {name}: {path}")
@@ -83,7 +83,7 @@ def _run(arguments: Namespace, clip: Path, folder: Path) -> dict[str, Any]:
 
 
 def draw_reference() -> Image.Image:
-    """A figure before a sunset, 480 x 360."""
+    """Draw a figure in front of a sunset, 480 x 360."""
     image = Image.new("RGB", (480, 360))
     canvas = ImageDraw.Draw(image)
     for row in range(360):

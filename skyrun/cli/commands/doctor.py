@@ -1,4 +1,4 @@
-"""`skyrun doctor`: what decides speed or failure on this machine."""
+"""`skyrun doctor`: check what decides speed or failure on this machine."""
 
 from argparse import Namespace
 

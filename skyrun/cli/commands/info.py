@@ -1,4 +1,4 @@
-"""`skyrun info`: what a file holds, and how far it is from its source."""
+"""`skyrun info`: describe a file, and compare it with its source."""
 
 import json
 from argparse import Namespace
@@ -34,7 +34,7 @@ def execute(arguments: Namespace) -> int:
 
 
 def description_text(description: dict[str, Any]) -> str:
-    """A description of a file; errors of tensors have a text of their own."""
+    """The text of a description, without the errors of tensors."""
     lines = [f"{description['path']}: {description['kind']}, {size(description['bytes'])}"]
     for title, values in description.items():
         if isinstance(values, dict) and values:
@@ -53,12 +53,12 @@ def _shown(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """Line breaks and escapes would not stay in their line."""
+    """Quote a text that would not stay on its line."""
     return text if text.isprintable() else json.dumps(text)
 
 
 def errors_text(errors: "Sequence[TensorError]") -> str:
-    """The error of every tensor that has one, worst first."""
+    """The errors of all tensors that are not exact, largest first."""
     worst = sorted((error for error in errors if error.error), key=lambda error: -error.error)
     same = len(errors) - len(worst)
     rows = [("tensor", "type", "error", "largest")]

@@ -1,4 +1,4 @@
-"""`skyrun list`: the models that were fetched."""
+"""`skyrun list`: list the models that were fetched."""
 
 from argparse import Namespace
 from datetime import datetime
@@ -9,7 +9,7 @@ from skyrun.units import size, table
 
 
 def execute(arguments: Namespace) -> int:
-    """Say which models were fetched."""
+    """Print name, type, size, last use and origin of each model."""
     models = stored()
     if arguments.json:
         emit({"folder": str(models_folder()), "models": [model.as_json() for model in models]})

@@ -1,4 +1,4 @@
-"""`skyrun plan`: what would run, what it takes, and what every number rests on."""
+"""`skyrun plan`: predict memory and time of a clip, with the origin of every number."""
 
 from argparse import Namespace
 
@@ -16,7 +16,7 @@ _MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe anoth
 
 
 def execute(arguments: Namespace) -> int:
-    """Say what would run, here or on another machine. Exit code 3 if it will not fit."""
+    """Plan a clip, on this machine or another one. Returns exit code 3 if it will not fit."""
     if arguments.gpu == "list":
         display(table(card_rows()))
         return 0
@@ -38,9 +38,9 @@ def execute(arguments: Namespace) -> int:
     parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
     if arguments.plot:
-        from skyrun.cli.plan_chart import write_plan_picture
+        from skyrun.cli.plan_chart import write_plan_chart
 
-        write_plan_picture(arguments.plot, planned)
+        write_plan_chart(arguments.plot, planned)
         say(f"{arguments.plot}: memory over the run, and the time of a step against its tokens")
     if arguments.json:
         emit({"event": "plan"} | planned.as_json())
@@ -50,7 +50,7 @@ def execute(arguments: Namespace) -> int:
 
 
 def _use_pulled_model(arguments: Namespace) -> None:
-    """On this machine, plan with the model that a run would take; say so if it is not there."""
+    """On this machine, plan with the model that a run would use, or say that it is not there."""
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
     if name is None or any(value is not None for value in elsewhere):
@@ -63,7 +63,7 @@ def _use_pulled_model(arguments: Namespace) -> None:
 
 
 def planned_text(planned: Planned) -> str:
-    """All of `skyrun plan`."""
+    """The output of `skyrun plan`."""
     plan, work = planned.plan, planned.workload
     lines = [
         f"{work.task}: {work.height}x{work.width} (height x width), {work.frames} frames, "
@@ -84,7 +84,7 @@ def planned_text(planned: Planned) -> str:
 
 
 def hardware_text(hardware: Hardware) -> str:
-    """The machine in a line, each number with where it comes from."""
+    """The machine in one line, each number with its origin."""
 
     def said(name: str, text: str) -> str:
         return f"{text} ({hardware.origin(name)})"
@@ -102,7 +102,7 @@ def hardware_text(hardware: Hardware) -> str:
 
 
 def choice_text(planned: Planned) -> str:
-    """What was chosen."""
+    """What the plan has chosen."""
     plan, work = planned.plan, planned.workload
     dtypes = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
     file = f"a file of {size(planned.transformer_bytes)}"
@@ -114,7 +114,7 @@ def choice_text(planned: Planned) -> str:
 
 
 def blocks_text(resident: int, layers: int) -> str:
-    """Where the transformer's blocks are while it runs."""
+    """How many blocks of the transformer stay in memory."""
     if resident == layers:
         return "all blocks stay in memory"
     if not resident:
@@ -123,7 +123,7 @@ def blocks_text(resident: int, layers: int) -> str:
 
 
 def stages_text(plan: Plan) -> str:
-    """Memory and time of every stage."""
+    """A table with memory and time of each stage."""
     cuda = plan.device == "cuda"
     rows = [["  stage", *(["VRAM GiB"] if cuda else []), "RAM GiB", "time", "waits for", "reading hidden"]]
     for stage in plan.stages:
@@ -135,5 +135,5 @@ def stages_text(plan: Plan) -> str:
 
 
 def origin(planned: Planned) -> str:
-    """Where the speeds of computing come from."""
+    """Where the compute rates come from."""
     return planned.hardware.origin("rates")

@@ -1,4 +1,4 @@
-"""`skyrun pull`: fetch a model, and convert it as it arrives where that is needed."""
+"""`skyrun pull`: fetch a model, and convert it while it arrives if needed."""
 
 import shlex
 from argparse import Namespace

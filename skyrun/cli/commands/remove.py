@@ -8,7 +8,7 @@ from skyrun.units import size
 
 
 def execute(arguments: Namespace) -> int:
-    """Delete the model of a name."""
+    """Delete a model by its name."""
     model = remove(arguments.name)
     if arguments.json:
         emit({"event": "result"} | model.as_json())

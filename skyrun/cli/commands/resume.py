@@ -1,4 +1,4 @@
-"""`skyrun resume`: go on with a clip whose run ended early."""
+"""`skyrun resume`: finish a clip whose run ended early."""
 
 from argparse import Namespace
 
@@ -8,7 +8,7 @@ from skyrun.engine.resume import resume
 
 
 def execute(arguments: Namespace) -> int:
-    """Make what is missing of the clip."""
+    """Load the state of the clip and finish it."""
     names = ("device", "max_vram", "max_ram")
     changes = {name: getattr(arguments, name) for name in names} | {"overwrite": arguments.overwrite or None}
     output = clip_path(state_path(arguments.file))

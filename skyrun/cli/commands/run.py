@@ -1,4 +1,4 @@
-"""`skyrun run`: clips one after the other, shown while they are made."""
+"""`skyrun run`: make one or more clips and show progress."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -18,15 +18,15 @@ from skyrun.presets.named import preset_limits
 
 
 def execute(arguments: Namespace) -> int:
-    """Make the clips, or say with --dry-run how they would be made.
+    """Make the clips, or with --dry-run only check and plan them.
 
-    A clip that cannot be made does not keep the others from being made.
+    If one clip fails, the others are still made.
     """
     _force_preset(arguments)
     requests = requests_of(arguments)
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
-    first = _located(requests[0], arguments)  # with the model of all
+    first = _located(requests[0], arguments)  # all clips use the same model
     if first is None:
         return 0
     if len(requests) == 1:
@@ -47,7 +47,7 @@ def execute(arguments: Namespace) -> int:
 
 
 def _force_preset(arguments: Namespace) -> None:
-    """Limits of the preset that is asked for, where no others are given."""
+    """Apply the limits of --preset, unless other limits are given."""
     if arguments.preset == "cpu":
         arguments.device = arguments.device or "cpu"
     elif arguments.preset:
@@ -57,9 +57,9 @@ def _force_preset(arguments: Namespace) -> None:
 
 
 def _located(request: Request, arguments: Namespace) -> Request | None:
-    """The request with the place of its model, which is fetched if need be.
+    """Find or fetch the model, and return the request with its path.
 
-    None if it would have to be fetched, which a dry run does not do.
+    Returns None if the model is missing and this is a dry run, which fetches nothing.
     """
     model = arguments.model or (str(request.model) if request.model else None)
     name = wanted_name(model, request.task, request.quant)
@@ -68,7 +68,7 @@ def _located(request: Request, arguments: Namespace) -> Request | None:
     if (folder := whole_folder(name)) is not None:
         note_use(folder)
         return replace(request, model=folder, quant=None)
-    from skyrun.hub.pull import pull_for  # local runs need no client of the hub
+    from skyrun.hub.pull import pull_for  # runs with local files do not need the hub
 
     missing = shown(pull_for(request, name, named=model is not None, dry_run=arguments.dry_run), False)
     if not arguments.dry_run:
@@ -80,7 +80,7 @@ def _located(request: Request, arguments: Namespace) -> Request | None:
 
 
 def _run_clip(request: Request, arguments: Namespace) -> None:
-    job, state = continue_or_start(request)  # a preview may be there by now, of a clip before this one
+    job, state = continue_or_start(request)  # without the preview, which an earlier clip of the batch may have drawn
     if job.request.output is None:
         output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
         job = replace(job, request=replace(job.request, output=output))

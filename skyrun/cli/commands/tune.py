@@ -1,4 +1,4 @@
-"""`skyrun tune`: measure this machine, keep the rates, and show what they change."""
+"""`skyrun tune`: measure this machine, save the rates, and show what they change."""
 
 from argparse import Namespace
 
@@ -20,7 +20,7 @@ _NAMES = {
 
 
 def execute(arguments: Namespace) -> int:
-    """Measure this machine, keep the rates, and show what plans used before and use now."""
+    """Measure this machine, save the rates, and show the rates that plans used before and use now."""
     tuning = shown(tune_machine(arguments.device, arguments.model), False)
     if arguments.json:
         emit({"event": "result"} | tuning.as_json())
@@ -30,7 +30,7 @@ def execute(arguments: Namespace) -> int:
 
 
 def tuning_text(tuning: Tuning) -> str:
-    """Rates, and the time of a clip, before and after."""
+    """The rates and the time of a clip, before and after tuning."""
     rows = [["", "before", "", "now"]]
     for name, title in _NAMES.items():
         if tuning.measured[name]:
@@ -39,4 +39,4 @@ def tuning_text(tuning: Tuning) -> str:
             rows.append([title, old, tuning.origin_before(name), new])
     before, after = duration(tuning.seconds_before), duration(tuning.seconds_after)
     rows.append(["r2v, 5 s at 480P, as published", before, "", after])
-    return f"{table(rows)}\nkept in {tuning.file}: `skyrun plan` and `skyrun run` use it"
+    return f"{table(rows)}\nsaved in {tuning.file}: `skyrun plan` and `skyrun run` use it"

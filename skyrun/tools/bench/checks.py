@@ -1,4 +1,4 @@
-"""Check the kernels on this device against their definitions, before they are timed."""
+"""Check the kernels on this device against reference computations, before they are timed."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from skyrun.kernels.torch_int8 import rotate
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tools.bench.kernels import Bench
 
-_ROWS, _COLS = 205, 1024  # of weights; neither is a multiple of a tile
+_ROWS, _COLS = 205, 1024  # of weights; not multiples of a tile
 _FAST = 0.016  # relative error that int8 may add to a linear layer
 _ATTENTION = {"int8": 0.02}  # and that it may add to attention with a peaked softmax
 # Relative error of a matmul against float64, by the activations' dtype, with sums in float16 too.
@@ -25,7 +25,7 @@ _ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 @dataclass(frozen=True)
 class Check:
-    """The relative error of something against its definition, and how large it may be."""
+    """The relative error of a kernel against its reference, and the largest error that is allowed."""
 
     what: str
     error: float
@@ -48,7 +48,7 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
 
 @torch.inference_mode()
 def check_kernels(bench: Bench) -> Iterator[Check]:
-    """Check everything that is timed, and the elementwise kernels between, on small shapes."""
+    """Check everything that is timed, and the elementwise kernels, on small shapes."""
     for type in bench.types:
         yield _decode(bench, type)
         yield from _linear(bench, type)

@@ -28,7 +28,7 @@ ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64)}
 TYPES = {"cuda": QUANTIZED, "cpu": ("Q8_0", "Q6_K", "Q4_K")}
 _STAGE = "measure"
 _COPY_BYTES = {"cuda": GIB, "cpu": 64 << 20}
-_FEWEST_TOKENS = 512  # that attention and a block are measured with
+_FEWEST_TOKENS = 512  # for attention and a block
 
 
 def _wan_14b() -> DiTDims:
@@ -70,7 +70,7 @@ class Bench:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The rows that a clip could have; the largest number if none could."""
+        """The numbers of rows that a clip could have; the largest one if none could."""
         return tuple(rows for rows in self.rows if rows >= _FEWEST_TOKENS) or (max(self.rows),)
 
     @property
@@ -97,7 +97,7 @@ def attention_ways(bench: Bench) -> tuple[str, ...]:
 
 @torch.inference_mode()
 def measure_kernels(bench: Bench) -> Generator[Event, None, list[Measurement]]:
-    """Take all measurements, one after the other."""
+    """Take all measurements."""
     start, measured = now(), []
     yield StageStarted(_STAGE, bench.total, "figures")
     for one in _measurements(bench):
@@ -186,7 +186,13 @@ def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
 
 
 def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights:
-    """A block of random weights, with matrices of a quantized type or in the activations' dtype."""
+    """A block of random weights, with matrices of a quantized type or in the activations' dtype.
+
+    Args:
+        bench: The dims and the device.
+        type: The type of the matrices; None stands for the dtype of the activations.
+        fast: Whether linear layers run in int8.
+    """
     dims, device = bench.dims, bench.device
     weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}
     matrices = {f"{part}.{name}": (dims.dim, dims.dim) for part in ("self_attn", "cross_attn") for name in "qkvo"}
@@ -203,11 +209,17 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
 
 
 def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
-    """Decide what to measure. SkyrunError for a type that is not quantized or for rows below one."""
+    """Decide what to measure. Raises SkyrunError for a type that is not quantized, or for rows below one.
+
+    Args:
+        device: "cuda" or "cpu"; None stands for a GPU if there is one.
+        types: The quantized types; None stands for the default of the device.
+        rows: The numbers of rows of activations; None stands for the default of the device.
+    """
     chosen = choose_device(device)
     names = TYPES[chosen.type] if types is None else tuple(name.upper() for name in types)
     counts = ROWS[chosen.type] if rows is None else tuple(rows)
-    problems = [f"{name} is not a quantized type, choose of {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
+    problems = [f"{name} is not a quantized type, use {', '.join(QUANTIZED)}" for name in {*names} - {*QUANTIZED}]
     problems += [f"{count} rows cannot be measured" for count in counts if count < 1]
     if problems:
         raise SkyrunError.listing("this cannot be measured", problems, "see `skyrun bench --help`")

@@ -1,4 +1,4 @@
-"""One measured figure, the clock that takes it, and the environment that it was taken in."""
+"""A measurement, the clock that takes it, and a description of the environment."""
 
 import platform
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from skyrun.kernels.device import median_seconds
 from skyrun.presets.nvidia_smi import query
 
 _LEAST, _MOST = 5, 50  # launches of a measurement; on a CPU one may be enough
-_WORTH = 0.5  # seconds that a measurement takes, within these bounds
-_FLUSH_BYTES = 256 << 20  # larger than any cache, and written between launches so that each begins with a cold one
+_TARGET = 0.5  # seconds that a measurement should take, within these bounds
+_FLUSH_BYTES = 256 << 20  # larger than any cache; written between launches, so that each begins with a cold cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Clock:
         try:
             once = median_seconds(self._device, work, 1)
             least = _LEAST if self._device.type == "cuda" else 1
-            launches = int(min(_MOST, max(least, _WORTH / max(once, 1e-6))))
+            launches = int(min(_MOST, max(least, _TARGET / max(once, 1e-6))))
             if launches == 1:
                 return once
             return median_seconds(self._device, work, launches, self._flush.zero_)
@@ -64,7 +64,7 @@ class Clock:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What figures depend on: device, clocks, driver, versions, date."""
+    """What measurements depend on: device, clocks, driver, versions, date."""
     found = {"date": str(date.today()), **holds_for(device), "python": platform.python_version()}
     if device.type == "cuda":
         found["driver"] = query("driver_version")

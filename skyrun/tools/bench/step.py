@@ -31,19 +31,19 @@ from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.streaming.device import out_of_memory_explained, vram_limited
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 from skyrun.tools.bench.synthetic_model import model_bytes, write_model
-from skyrun.tools.calibration_prompts import draw_pictures
+from skyrun.tools.calibration_prompts import draw_images
 from skyrun.units import GIB
 
-_SPARE = GIB  # bytes left free on the disk
+_SPARE = GIB  # bytes that stay free on the disk
 
 
 @dataclass(frozen=True)
 class StepFigures:
     """Figures of one bench. Steps in seconds, rates in bytes per second.
 
-    stages: of the streamed run. streamed, resident: the median step after the first. read_rate: of the stream while it
-    read; plain_rate: of reading the same file with plain threads, 0 where the system cannot measure it. stalled: the
-    share of the steps' time that the model waited for weights.
+    stages: of the streamed run. streamed, resident: the median time of a step after the first. read_rate: of the stream
+    while it was reading. plain_rate: of reading the same file with plain threads; 0 if the system cannot measure it.
+    stalled: share of the time of the steps in which the model waited for weights.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ class StepFigures:
     stalled: float
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the two ratios that matter."""
+        """Plain values, with the two ratios."""
         ratios = {
             "streamed_over_resident": self.streamed / self.resident,
             "read_over_plain": self.read_rate / self.plain_rate if self.plain_rate else None,
@@ -90,9 +90,9 @@ def measure_step(
         )
     with TemporaryDirectory(prefix="skyrun-bench-", dir=folder) as place:
         yield from _written(Path(place), model, quant, blocks, total)
-        pictures = draw_pictures(Path(place))[:1]
+        images = draw_images(Path(place))[:1]
         task = model.split("-")[0]
-        job = prepare(Request(task, "a person at the sea", pictures, model=Path(place), seed=0, **settings))
+        job = prepare(Request(task, "a person at the sea", images, model=Path(place), seed=0, **settings))
         return (yield from _both_runs(job, blocks))
 
 
@@ -136,7 +136,7 @@ def _timed(events: Iterator[Event]) -> Generator[Event, None, tuple[list[StageEn
 
 @torch.inference_mode()
 def _from_memory(job: Job) -> Generator[Event, None, None]:
-    """Denoise alone, with every block in memory."""
+    """Only denoise, with every block in memory."""
     request, device = job.request, job.device
     plan = replace(job.plan, resident_blocks=job.workload.layers)
     rows, cols = job.height // 8, job.width // 8

@@ -1,4 +1,4 @@
-"""Model files of the real shapes with random weights, to measure a card and a disk without a download."""
+"""Write model files of the real shapes with random weights, to measure a card and a disk without a download."""
 
 from collections.abc import Iterator, Mapping
 from math import prod, sqrt
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 # Sizes of the published models, by name.
 MODELS: dict[str, dict[str, Dims]] = {"r2v-14b": {"transformer": WAN_14B, "text_encoder": UMT5_XXL, "vae": VAE}}
-_PATTERN_ROWS = 64  # of random blocks, repeated over a matrix: random values are slower to make than to write
+_PATTERN_ROWS = 64  # of random blocks, repeated over a matrix, because random values take longer to make than to write
 
 
 def write_model(folder: Path, name: str, type: str, blocks: int) -> Iterator[int]:
@@ -49,7 +49,13 @@ def write_model(folder: Path, name: str, type: str, blocks: int) -> Iterator[int
 
 
 def model_bytes(name: str, type: str, blocks: int) -> int:
-    """Estimate how many bytes `write_model` writes."""
+    """Estimate how many bytes `write_model` writes.
+
+    Args:
+        name: A name in MODELS.
+        type: The type of the matrices in the transformer's blocks.
+        blocks: How many blocks the transformer has.
+    """
     dims, layers = MODELS[name], min(blocks, TEXT_LAYERS)
     parts = (
         (WAN_TRANSFORMER.shapes("original", {**dims["transformer"], "layers": blocks}), "blocks.", type),
