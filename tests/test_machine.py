@@ -7,7 +7,7 @@ import pytest
 from plans import clip_of, plan_clip
 
 from skyrun.cli import main
-from skyrun.engine.eta import Forecast
+from skyrun.engine.run import Forecast
 from skyrun.events import Progress, StageStarted
 from skyrun.kernels.cache import MeasuredFile
 from skyrun.planning.hardware import Tuned, disk_number, load_tuned, save_tuned, this_machine

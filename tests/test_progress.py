@@ -4,8 +4,8 @@ import pytest
 
 from skyrun.cli import progress
 from skyrun.cli.progress import Display
-from skyrun.engine import eta
-from skyrun.engine.eta import Forecast
+from skyrun.engine import run as eta
+from skyrun.engine.run import Forecast
 from skyrun.events import BlockDone, Progress, Replanned, StageEnded, StageStarted, TimeLeft, as_json, listen
 from skyrun.presets.plan import Plan, StagePlan
 from skyrun.units import duration

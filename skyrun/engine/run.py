@@ -1,24 +1,30 @@
-"""Make the clip of a job and yield events. Finished work is saved and not lost."""
+"""Make the clip of a job and yield events. Finished work is saved and not lost.
 
+When memory runs out, a smaller plan takes over from the last finished step. The time left is corrected by the second
+step: the first one holds compilation and a cold disk.
+"""
+
+import gc
 from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from skyrun.engine.checkpoint import Keeper
 from skyrun.engine.clip import ClipWriter, Result
-from skyrun.engine.eta import Forecast
 from skyrun.engine.output import alone, check_free
 from skyrun.engine.preview import preview_image
-from skyrun.engine.recovery import recovering
 from skyrun.engine.resume import continue_or_start
-from skyrun.events import Event, Notice, Preview, Replanned, StageEnded, StageStarted, drain, now
+from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.events import Event, Notice, Preview, Progress, Replanned, StageEnded, StageStarted, TimeLeft, drain, now
+from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
-from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.streaming.device import peak_bytes, vram_limited
-
-__all__ = ["Result", "run", "run_job"]
+from skyrun.presets import Plan, Workload, choose, probe
+from skyrun.presets.alternatives import largest_size, most_frames
+from skyrun.presets.memory import CONTEXT_BYTES, GIB
+from skyrun.presets.timing import corrected
+from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory, peak_bytes, vram_limited
 
 
 def run_job(
@@ -85,3 +91,127 @@ def run(request: Request) -> Result:
     """
     job, state = continue_or_start(request)
     return drain(run_job(job, state=state))
+
+
+class Forecast:
+    """Estimates the time left after each measured step of a run.
+
+    The first step of a window is not measured, because it compiles kernels and reads from a cold disk.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._times: list[float] = []
+        self._window, self._windows, self._steps = 1, 1, 0
+        self._start: float | None = None  # of the current step, if it is measured
+
+    def after(self, event: Event) -> TimeLeft | None:
+        """The time left after an event, if the event ends a measured step."""
+        if isinstance(event, Replanned):
+            self._plan, self._times, self._start = event.plan, [], None
+        elif isinstance(event, StageStarted) and event.stage == "denoise":
+            self._steps, self._start = event.total, None
+            self._window, self._windows = event.part or (1, 1)
+        elif isinstance(event, Progress) and event.stage == "denoise":
+            begun, self._start = self._start, now()
+            if begun is not None:
+                self._times.append(self._start - begun)
+                return self._left(self._steps - event.done)
+        return None
+
+    def _left(self, steps: float) -> TimeLeft:
+        """steps: how many are left in this window. After them, the window only has to be decoded."""
+        seconds, later = sum(self._times) / len(self._times), self._windows - self._window
+        ahead = (later * self._steps + steps) * seconds
+        for stage in corrected(self._plan, seconds).stages:
+            windows = {"images": later, "decode": later + 1}.get(stage.name, 0)
+            ahead += stage.seconds * windows / self._windows
+        return TimeLeft(ahead, seconds, self._plan.step_seconds)
+
+
+_SHRINK = 0.85  # of the memory that was too much, as the limit of the next plan
+
+
+def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Run the pipeline of a job; when memory runs out, run it again with a smaller plan.
+
+    The same plan is tried again only if it finished something. Raises SkyrunError (exit code 3) if no plan needs less.
+    """
+    stage = ""
+    while True:
+        finished = state.mark
+        try:
+            for event in PIPELINES[job.request.spec.pipeline](job, state):
+                stage = event.stage if isinstance(event, StageStarted) else stage
+                yield event
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = out_of_memory(error)
+        gc.collect()  # outside of the handler no traceback holds tensors
+        finish(job.device)
+        limit = _SHRINK * _taken(job.plan, stage)
+        smaller = _smaller(job, limit)
+        if smaller is None and state.mark == finished:
+            hint = _what_fits(job, limit) or "close other programs: no smaller clip would take less"
+            raise SkyrunError(f"{stage} is {shortage.message}, and no plan takes less", hint, WILL_NOT_FIT)
+        job = replace(job, plan=smaller or job.plan)
+        yield Replanned(f"{stage} is {shortage.message}; {_going_on(smaller)}", job.plan)
+
+
+def _taken(plan: Plan, stage: str) -> int:
+    """Bytes that the plan expects for a stage: of GPU memory on a GPU, of RAM otherwise."""
+    name = "denoise" if stage == "load" else stage
+    taken = {stage.name: stage.device_bytes if plan.device == "cuda" else stage.host_bytes for stage in plan.stages}
+    return taken.get(name, plan.peak_bytes)
+
+
+def _smaller(job: Job, limit: float) -> Plan | None:
+    """The plan for a limit, or the nearest to it, if it needs less than the job's plan. Dtypes do not change."""
+    plan = job.plan
+    smaller = _choose(job, limit)
+    if sum(_taken(smaller, s.name) for s in smaller.stages) >= sum(_taken(plan, s.name) for s in plan.stages):
+        return None
+    if plan.device == "cuda" and max(stage.host_bytes for stage in smaller.stages) > _ram(job):
+        return None
+    return replace(smaller, limit_bytes=plan.limit_bytes, problem="")
+
+
+def _choose(job: Job, limit: float) -> Plan:
+    request, cuda = job.request, job.plan.device == "cuda"
+    return choose(
+        probe(job.plan.device),
+        job.workload,
+        precision=job.plan.precision,
+        dtype=job.plan.dtype,
+        max_vram=limit / GIB if cuda else request.max_vram,
+        max_ram=request.max_ram if cuda else limit / GIB,
+    )
+
+
+def _ram(job: Job) -> int:
+    free = probe("cpu").ram_free
+    return free if job.request.max_ram is None else min(free, int(job.request.max_ram * GIB))
+
+
+def _going_on(smaller: Plan | None) -> str:
+    if smaller is None:
+        return "going on from the last finished step"
+    rows = f", {smaller.token_rows} tokens at a time" if smaller.token_rows else ""
+    return f"going on from the last finished step with a plan that takes {smaller.peak_bytes / GIB:.2f} GiB{rows}"
+
+
+def _what_fits(job: Job, limit: float) -> str:
+    """Options that the job would have fitted into the limit with; empty if there are none."""
+
+    def fits(workload: Workload) -> bool:
+        return not _choose(replace(job, workload=workload), limit).problem
+
+    frames, size = most_frames(job.workload, fits), largest_size(job.workload, fits)
+    named = "resolution" if size in job.request.spec.resolutions else "size"
+    options = [f"--frames {frames}"] * bool(frames) + [f"--{named} {size}"] * bool(size)
+    return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""
+
+
+__all__ = ["Result", "run", "run_job"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from skyrun.cli.commands.run import announce, make
 from skyrun.cli.console import emit, say
-from skyrun.cli.making import announce, make
 from skyrun.engine.output import check_free, is_made
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import FAILED, SkyrunError

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from skyrun.cli.making import announce, make, pictures_of
+from skyrun.cli.commands.run import announce, make, pictures_of
 from skyrun.engine.output import clip_path, state_path
 from skyrun.engine.resume import resume
 
