@@ -26,6 +26,10 @@ from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.timing import corrected
 from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory, peak_bytes, vram_limited
 
+__all__ = ["Result", "run", "run_job"]
+
+_SHRINK = 0.85  # of the memory that was too much, as the limit of the next plan
+
 
 def run_job(
     job: Job, keep_frames: bool = True, state: RunState | None = None, previews: bool = False
@@ -129,9 +133,6 @@ class Forecast:
         return TimeLeft(ahead, seconds, self._plan.step_seconds)
 
 
-_SHRINK = 0.85  # of the memory that was too much, as the limit of the next plan
-
-
 def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
     """Run the pipeline of a job; when memory runs out, run it again with a smaller plan.
 
@@ -212,6 +213,3 @@ def _what_fits(job: Job, limit: float) -> str:
     named = "resolution" if size in job.request.spec.resolutions else "size"
     options = [f"--frames {frames}"] * bool(frames) + [f"--{named} {size}"] * bool(size)
     return f"{' or '.join(options)} would fit in {limit / GIB:.1f} GiB" if options else ""
-
-
-__all__ = ["Result", "run", "run_job"]
