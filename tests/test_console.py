@@ -139,3 +139,4 @@ def test_options_of_other_programs(arguments, usage, message, capsys):
         main(arguments)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and usage in said and message in said
+    assert said.count("unknown") <= 1

@@ -249,3 +249,10 @@ def test_a_device_that_is_not_there(checkpoint, tmp_path):
     with pytest.raises(SkyrunError, match="cannot encode on 'tpu'"):
         convert(checkpoint, tmp_path / "out", device="tpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_matrices_of_another_type_are_said_with_why(checkpoint, tmp_path, capsys):
+    command = ["convert", str(checkpoint), "-o", str(tmp_path), "--text-encoder-quant", "Q4_K", "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "matrices have another type: rows of 128 are not a multiple of Q4_K's 256" in said.out + said.err

@@ -276,7 +276,8 @@ def test_asked_to_stop_it_keeps_what_is_finished(begun, monkeypatch, capsys, sta
     with monkeypatch.context() as patch:
         fail(patch, PLACES[stage], lambda: signal.raise_signal(asks), (5,) if stage == "denoise" else (0,))
         assert main(arguments_of(request)) == INTERRUPTED
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert [json.loads(line)["event"] for line in out.splitlines()[-2:]] == ["kept", "error"]
     assert f"go on with: skyrun resume {path}" in said
     assert "Traceback" not in said
     assert [file.name for file in path.parent.iterdir()] == [path.name]

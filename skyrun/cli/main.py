@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from skyrun.cli.parser import parser
@@ -12,7 +13,7 @@ from skyrun.errors import INTERRUPTED
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code, the code of the SkyrunError that ended it, or 130 if it was interrupted."""
-    from skyrun.cli.console import close_streams, open_streams, say
+    from skyrun.cli.console import close_streams, emit, open_streams, say
 
     open_streams()
     arguments = parser().parse_args(argv)
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except Interrupted:
         say("interrupted: no file was left half-written under its name")
+        if arguments.json:
+            with suppress(OSError, ValueError):
+                emit({"event": "error", "message": "interrupted", "hint": "", "code": INTERRUPTED})
         return INTERRUPTED
     finally:
         close_streams()

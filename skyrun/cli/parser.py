@@ -41,6 +41,8 @@ class _Command(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments, and reject unknown ones."""
         known, unknown = super().parse_known_args(args, namespace)
+        pairs = zip(["", *unknown], unknown, strict=False)  # the value of an unknown option is not unknown itself
+        unknown = [name for before, name in pairs if name.startswith("-") or not before.startswith("-")]
         if unknown:
             self.error("\n".join(f"unknown {argument}{self._instead(argument)}" for argument in unknown))
         if problem := _join_sides(known):

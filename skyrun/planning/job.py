@@ -16,7 +16,7 @@ from skyrun.models.umt5 import UMT5
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
-from skyrun.planning.problems import check
+from skyrun.planning.problems import check, too_long
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
@@ -26,7 +26,6 @@ from skyrun.streaming.device import choose_device
 from skyrun.tasks.windows import Window, speech_frame_count
 
 _SEEDS = 1 << 32
-_TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
 _OBLONG = 1.2  # the longer side by the shorter one, from which on a shape is wide or high
 
 
@@ -57,7 +56,7 @@ class Job:
         passed = tuple(f"passed over: {reason}" for reason in self.passed_over)
         advice = [*_turned(self.height, self.width, self.inputs.shape)]
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
-            advice += _too_long(len(self.windows), self.frames / self.fps)
+            advice += too_long(len(self.windows), self.frames / self.fps)
         return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
 
     @property
@@ -180,12 +179,4 @@ def _turned(height: int, width: int, shape: tuple[int, int]) -> Iterator[str]:
         yield (
             f"the clip is {clip}, {height} high and {width} wide, but what it is made from is {image}; "
             f"--size takes the height first, --size {width}x{height} would be {image}"
-        )
-
-
-def _too_long(windows: int, seconds: float) -> Iterator[str]:
-    """A clip that is made at once and longer than those that the model was trained on."""
-    if windows == 1 and seconds > _TRAINED_SECONDS:
-        yield (
-            f"the model was not made for {seconds:.1f} s at once, it was trained on 5 s: expect repetition and drift"
         )

@@ -20,6 +20,7 @@ PRECISIONS = ("exact", "fast")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
+_TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
 _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
 
 
@@ -90,6 +91,8 @@ def place_problems(path: Path) -> list[str]:
 def _input_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if not request.prompt.strip():
         yield "the prompt is empty: say with -p what the clip shows"
+    if any("\ud800" <= character <= "\udfff" for character in request.prompt):  # bytes that are no characters
+        yield "the prompt is not text in UTF-8"
     fewest, most = spec.images
     if not fewest <= len(request.images) <= most:
         count = f"{fewest} to {most}" if fewest < most else str(most)
@@ -180,3 +183,11 @@ def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]
     for place in places:
         if place.resolve() in taken:
             yield f"{place} is what the clip is made from, it would be lost"
+
+
+def too_long(windows: int, seconds: float) -> Iterator[str]:
+    """A clip that is made at once and longer than those that the model was trained on."""
+    if windows == 1 and seconds > _TRAINED_SECONDS:
+        yield (
+            f"the model was not made for {seconds:.1f} s at once, it was trained on 5 s: expect repetition and drift"
+        )

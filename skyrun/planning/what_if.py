@@ -8,7 +8,7 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import choice_problems, length_problems, shape_problems
+from skyrun.planning.problems import choice_problems, length_problems, shape_problems, too_long
 from skyrun.planning.published import published_workload, with_clip
 from skyrun.planning.request import SECONDS, Request
 from skyrun.presets import Hardware, Plan, Workload, choose
@@ -120,8 +120,10 @@ def described_hardware(
         problems.append("--vram says nothing without --gpu or --like")
     if like is not None and vram is None:
         problems.append("--like needs --vram, the GiB of the card that is meant")
-    name, card = gpu or like, None
-    if name is not None:
+    name, card = like if gpu is None else gpu, None
+    if name == "":
+        problems.append("--gpu and --like take the name of a card; --gpu list lists them")
+    elif name is not None:
         card = card_like(name, vram) if like is not None and vram is not None else find_card(name, vram)
         if card is None:
             problems.append(why_unknown(name))
@@ -141,7 +143,8 @@ def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned
     workload = request_workload(request)
     plan = choose(hardware, workload, prefer=request.prefer or "quality", **limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
-    return Planned(request, hardware, chosen, plan)
+    advice = () if request.spec.video else too_long(chosen.windows, chosen.frames / request.spec.fps)
+    return Planned(request, hardware, chosen, replace(plan, notes=(*plan.notes, *advice)))
 
 
 def stated_hardware(preset_name: str | None, model: Path | None = None, **parts: Any) -> Hardware:

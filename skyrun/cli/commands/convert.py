@@ -50,7 +50,7 @@ def conversion_text(conversion: Conversion) -> str:
         reasons: dict[str, list[str]] = {}
         for name, why in summary["fallbacks"].items():
             reasons.setdefault(why, []).append(name)
-        notes += [f"{len(names)} matrices are F16: {why}; {names[0]}, ..." for why, names in reasons.items()]
+        notes += [f"{len(names)} matrices have another type: {why}; {names[0]}, ..." for why, names in reasons.items()]
     if any(file.errors for file in conversion.files):
         notes.append("(error: how far the outputs of matrices will be off, relative to them; from a sample of rows)")
     if any(file.weighted for file in conversion.files):

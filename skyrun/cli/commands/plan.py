@@ -22,7 +22,7 @@ def execute(arguments: Namespace) -> int:
         return 0
     if arguments.task is None:
         raise SkyrunError("say which task to plan for", f"skyrun plan {', '.join(TASKS)}; --gpu list lists cards")
-    _use_pulled_model(arguments)
+    missing = _use_pulled_model(arguments)
     request = Request(
         arguments.task,
         "",
@@ -37,6 +37,8 @@ def execute(arguments: Namespace) -> int:
     )
     parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
+    if missing:
+        say(missing)
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_chart
 
@@ -49,17 +51,17 @@ def execute(arguments: Namespace) -> int:
     return WILL_NOT_FIT if planned.plan.problem else 0
 
 
-def _use_pulled_model(arguments: Namespace) -> None:
-    """On this machine, plan with the model that a run would use, or say that it is not there."""
+def _use_pulled_model(arguments: Namespace) -> str:
+    """On this machine, plan with the model that a run would use. Returns what to say if it is not there."""
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
     if name is None or any(value is not None for value in elsewhere):
-        return
+        return ""
     if folder := whole_folder(name):
         arguments.model, arguments.quant = folder, None
-    else:
-        say(sources_text(name))
-        arguments.model, arguments.quant = None, name.quant or None
+        return ""
+    arguments.model, arguments.quant = None, name.quant or None
+    return sources_text(name)
 
 
 def planned_text(planned: Planned) -> str:
