@@ -49,7 +49,7 @@ def attempt(kind: Kind, seed: int) -> str:
 
 
 def batch(kind: Kind, seeds: range) -> Iterator[tuple[int, str]]:
-    """Seeds with what came out that may not, of executions in a process of their own. The others go on after a crash."""
+    """Seeds with what came out that may not. A process makes the executions, another goes on after a crash."""
     while seeds:
         last = seeds.start
         read, write = os.pipe()
@@ -85,7 +85,9 @@ def _work(kind: Kind, seeds: range, out: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)
             signal.alarm(_WALL)
             if problem := attempt(kind, seed):
-                text = problem[-4000:].replace("\n", "\v")
+                text = (problem if len(problem) < 4000 else f"{problem[:3000]} ... {problem[-900:]}").replace(
+                    "\n", "\v"
+                )
                 os.write(out, f"{seed} {text}\n".encode("utf-8", "replace"))
         os._exit(0)
     except BaseException:
@@ -112,7 +114,9 @@ def main() -> int:
             for first in range(arguments.seed, arguments.seed + runs, _BATCH):
                 for seed, problem in batch(kind, range(first, min(first + _BATCH, arguments.seed + runs))):
                     found += 1
-                    print(f"--only {name} --seed {seed}: {problem}\nkept in {_kept(kind, name, seed, keep)}\n", flush=True)
+                    print(
+                        f"--only {name} --seed {seed}: {problem}\nkept in {_kept(kind, name, seed, keep)}\n", flush=True
+                    )
             print(f"{name:20} {runs:8} executions in {time.monotonic() - start:6.0f} s", flush=True)
     print(f"{found} found")
     return bool(found)

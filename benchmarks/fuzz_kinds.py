@@ -23,7 +23,7 @@ import torch
 from fuzz_readers import PROMPT
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import get_session
-from mutations import Mutation, either, json_file, json_text, mutated, safetensors_file, torch_file
+from mutations import Mutation, either, json_file, json_text, mutated, mutated_value, safetensors_file, torch_file
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -63,7 +63,14 @@ from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 COMMIT, BLOB, REPO = "0123456789abcdef" * 2 + "01234567", "0" * 40, "somebody/model"
 _CPU = torch.device("cpu")
 _RATE = 48000
-_VIDEO = {"a.ts": "mpeg2video", "b.mkv": "ffv1", "c.avi": "mjpeg", "d.webm": "libvpx", "e.h264": "libx264", "f.flv": "flv"}
+_VIDEO = {
+    "a.ts": "mpeg2video",
+    "b.mkv": "ffv1",
+    "c.avi": "mjpeg",
+    "d.webm": "libvpx",
+    "e.h264": "libx264",
+    "f.flv": "flv",
+}
 _PIXELS = {"mjpeg": "yuvj420p", "ffv1": "bgr0"}
 _AUDIO = {"a.wav": "pcm_s16le", "b.mp3": "mp3", "c.aac": "aac", "d.flac": "flac", "e.ogg": "libopus", "f.mka": "ac3"}
 _CONTAINERS = {".aac": "adts", ".mka": "matroska"}
@@ -111,7 +118,9 @@ class Samples:
             "gguf": Kind(self._of_model("*.gguf"), fuzz_readers.run_model, 8),
             "gguf-convert": Kind(self._of(self._model, "*.gguf"), fuzz_readers.convert, 4),
             "safetensors": Kind(self._of_model("*.safetensors", safetensors_file), fuzz_readers.run_model, 6),
-            "safetensors-convert": Kind(self._checkpoint_file("text_encoder/*.safetensors", safetensors_file), fuzz_readers.convert, 3),
+            "safetensors-convert": Kind(
+                self._checkpoint_file("text_encoder/*.safetensors", safetensors_file), fuzz_readers.convert, 3
+            ),
             "pth": Kind(self._pth(), fuzz_readers.convert, 8),
             "imatrix": Kind(self._importance(), read_importance, 12),
             "spiece": Kind(self._tokenizer("spiece.model"), self._read_tokenizer, 10),
@@ -273,7 +282,9 @@ class Samples:
         (source / "start").write_bytes(transformer.read_bytes()[: 1 << 15])
         client = import_module(type(get_session()).__module__.partition(".")[0])  # the HTTP library differs
         constants.HF_HUB_OFFLINE = False
-        set_client_factory(lambda: client.Client(transport=client.MockTransport(lambda asked: self._answer(client, asked))))
+        set_client_factory(
+            lambda: client.Client(transport=client.MockTransport(lambda asked: self._answer(client, asked)))
+        )
         whole = self._of(source, "[mt]*", json_file)
         return [*whole, *self._of(source, "[ls]*")]
 
@@ -367,7 +378,7 @@ def _sealed(path: Path) -> Sample:
     def sealed(data: bytes, random: Random) -> bytes:
         values = json.loads(data)
         outside = {name: values.pop(name) for name in ("holds_for", "checksum")}
-        values = json.loads(json_text(values, random).replace(b"[" * 1000, b"").replace(b"]" * 1000, b"") or b"{}")
+        values = mutated_value(values, random)
         if isinstance(values, dict):
             outside["checksum"] = sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
             values = outside | values

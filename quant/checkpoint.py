@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrun.kernels.disk import is_possible
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.names import brief
@@ -146,7 +147,7 @@ def _check_whole(group: _Group) -> None:
         if not group.files:
             raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download it again")
         title = f"{group.index.name} names shards that are not there"
-        missing = [f"{path} is missing" for path in group.files if not path.is_file()]
+        missing = [f"{path} is missing" for path in group.files if not (is_possible(path) and path.is_file())]
     else:
         numbered = _SHARD.fullmatch(group.files[0].name)
         if numbered is None:
