@@ -14,7 +14,6 @@ SECONDS = 5.0  # length of a clip if the user gives none
 PLACES = ("video", "audio", "output", "model", "save_latents")
 _OPTIONS = frozenset().union(*(spec.options for spec in TASKS.values()))
 _TOO_LARGE = 1 << 64
-_HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs: bytes that were not UTF-8, or damaged JSON
 _WHOLE, _NUMBER, _TEXT, _PATH, _FLAG = (int,), (int, float), (str,), (str, Path), (bool,)
 _EXPECTED: dict[tuple[type, ...], str] = {
     _WHOLE: "a whole number",
@@ -196,8 +195,6 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
         return f"{name} has a NUL character in it"
     if kind is _PATH and not is_possible(Path(value)):
         return f"{name} is {reprlib.repr(str(value))}, which no file can be called"
-    if kind is _TEXT and _HALVES.search(value):
-        return f"{name} is {reprlib.repr(value)}, which has characters that are no text"
     return ""
 
 
