@@ -6,6 +6,7 @@ damaged file is kept: `python benchmarks/fuzz.py --only KIND --seed SEED --runs 
 """
 
 import argparse
+import faulthandler
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch do not survive
 
 import psutil
 from environment import environment
-from fuzz_kinds import Kind, Samples
+from fuzz_kinds import Kind, kinds_in
 
 from skyrun.errors import SkyrunError
 
@@ -75,6 +76,7 @@ def batch(kind: Kind, seeds: range) -> Iterator[tuple[int, str]]:
 
 def _work(kind: Kind, seeds: range, out: int) -> None:
     """Make the executions of a child, and end it."""
+    faulthandler.disable()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what decoders and panics print
     most = psutil.Process().memory_info().vms + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -85,10 +87,9 @@ def _work(kind: Kind, seeds: range, out: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)
             signal.alarm(_WALL)
             if problem := attempt(kind, seed):
-                text = (problem if len(problem) < 4000 else f"{problem[:3000]} ... {problem[-900:]}").replace(
-                    "\n", "\v"
-                )
-                os.write(out, f"{seed} {text}\n".encode("utf-8", "replace"))
+                brief = problem if len(problem) < 4000 else f"{problem[:3000]} ... {problem[-900:]}"
+                lines = "\v".join(brief.splitlines())
+                os.write(out, f"{seed} {lines}\n".encode("utf-8", "replace"))
         os._exit(0)
     except BaseException:
         os._exit(1)
@@ -104,8 +105,7 @@ def main() -> int:
     keep = Path(gettempdir()) / "skyrun-fuzz"
     print(environment())
     found = 0
-    with TemporaryDirectory() as place:
-        kinds = Samples(Path(place)).kinds()
+    with TemporaryDirectory() as place, kinds_in(Path(place)) as kinds:
         if arguments.only:
             kinds = {arguments.only: kinds[arguments.only]}
         shares = sum(kind.share for kind in kinds.values())

@@ -1,28 +1,29 @@
 """Every kind of file and reply that comes from outside: valid samples, made small here, and what reads them."""
 
-import io
 import json
 import os
 import shutil
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
-import av
+import fuzz_media
 import fuzz_readers
 import numpy as np
 import torch
 from fuzz_readers import PROMPT
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import get_session
+from huggingface_hub.utils._http import default_client_factory
 from mutations import Mutation, either, json_file, json_text, mutated, mutated_value, safetensors_file, torch_file
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,9 +39,7 @@ from skyrun.hub.client import list_repository
 from skyrun.hub.gguf_repo import look
 from skyrun.hub.manifest import Manifest
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.media.audio import Audio
 from skyrun.media.image import open_image
-from skyrun.media.video_writer import Format, writing_video
 from skyrun.models.folder import open_folder
 from skyrun.models.identity import model_identity
 from skyrun.models.umt5 import UMT5
@@ -62,18 +61,6 @@ from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 COMMIT, BLOB, REPO = "0123456789abcdef" * 2 + "01234567", "0" * 40, "somebody/model"
 _CPU = torch.device("cpu")
-_RATE = 48000
-_VIDEO = {
-    "a.ts": "mpeg2video",
-    "b.mkv": "ffv1",
-    "c.avi": "mjpeg",
-    "d.webm": "libvpx",
-    "e.h264": "libx264",
-    "f.flv": "flv",
-}
-_PIXELS = {"mjpeg": "yuvj420p", "ffv1": "bgr0"}
-_AUDIO = {"a.wav": "pcm_s16le", "b.mp3": "mp3", "c.aac": "aac", "d.flac": "flac", "e.ogg": "libopus", "f.mka": "ac3"}
-_CONTAINERS = {".aac": "adts", ".mka": "matroska"}
 _SMALL = CheckpointDims(dim=128, layers=1, ffn=256, text=64, text_layers=1, vae_base=2, shard_bytes=1 << 18)
 
 
@@ -96,15 +83,10 @@ class Kind:
 
 
 class Samples:
-    """Makes the samples of all kinds in a folder, which is also that of the caches."""
+    """Makes the samples of all kinds in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._hub = folder, folder
-        os.environ |= {
-            "SKYRUN_CACHE": str(folder / "cache"),
-            "SKYRUN_MODELS": str(folder / "fetched"),
-            "XDG_CONFIG_HOME": str(folder / "config"),
-        }
         self._checkpoint, self._model = folder / "checkpoint", folder / "model"
         write_checkpoint(self._checkpoint, _SMALL)
         drain(write(drain(plan(self._checkpoint, self._model, Settings("Q8_0")))))
@@ -128,9 +110,9 @@ class Samples:
             "index": Kind(self._checkpoint_file("transformer/*.index.json", json_file), fuzz_readers.convert, 3),
             "request": Kind(self._request(), fuzz_readers.request, 24),
             "tag": Kind(self._tag(), fuzz_readers.tag, 10),
-            "video": Kind(self._video(), fuzz_readers.video, 4),
-            "audio": Kind(self._audio(), fuzz_readers.audio, 6),
-            "image": Kind(self._image(), open_image, 16),
+            "video": Kind(self._media(fuzz_media.videos), fuzz_readers.video, 4),
+            "audio": Kind(self._media(fuzz_media.recordings), fuzz_readers.audio, 6),
+            "image": Kind(self._images(), open_image, 16),
             "hub": Kind(self._replies(), self._list, 12),
             "manifest": Kind(self._manifest(), fuzz_readers.manifest, 16),
             "tune": Kind(self._tune(), lambda path: load_tuned("cpu"), 16),
@@ -167,10 +149,9 @@ class Samples:
         shutil.copy(self._checkpoint / "tokenizer/tokenizer.json", source)
         for part in ("text_encoder", "vae"):
             (weights,) = (self._checkpoint / part).glob("*.safetensors")
-            torch.save(OrderedDict(load_file(weights)), source / f"{part}.pth")
-        odd = _made(self._folder / "odd")
-        torch.save({"epoch": 3, "state_dict": {"a": torch.ones(3, 2)[1:], "b": torch.tensor(3)}}, odd / "odd.pth")
-        return [*self._of(source, "*.pth", torch_file), *self._of(odd, "*.pth", torch_file)]
+            state = OrderedDict(load_file(weights))
+            torch.save(state if part == "vae" else {"epoch": 3, "state_dict": state}, source / f"{part}.pth")
+        return self._of(source, "*.pth", torch_file)
 
     def _importance(self) -> list[Sample]:
         sums = {f"blocks.{block}.ffn.0.weight": torch.rand(64, dtype=torch.float64) for block in range(3)}
@@ -209,7 +190,7 @@ class Samples:
 
     def _tag(self) -> list[Sample]:
         comment = Request("r2v", "a sea " * 300, images=(self._picture,), seed=3, size=(480, 832)).as_json()
-        path = self._clip("clip.mp4", comment)
+        path = fuzz_media.clip(self._folder / "clip.mp4", comment)
         start, length = path.read_bytes().index(b'{"task"'), len(json.dumps(comment))
 
         def in_comment(data: bytes, random: Random) -> bytes:
@@ -218,53 +199,11 @@ class Samples:
 
         return [Sample(path, path.read_bytes(), either(mutated, in_comment, in_comment))]
 
-    def _clip(self, name: str, comment: dict[str, Any]) -> Path:
-        """Twelve frames with a tone, as skyrun writes them."""
-        path, rng = self._folder / name, np.random.default_rng(0)
-        tone = np.sin(np.arange(24000, dtype=np.float32) / 9)[None] / 3
-        with writing_video(path, Format(32, 48, Fraction(24), comment, Audio([tone], 1, 24000))) as clip:
-            clip.add(rng.integers(0, 255, (12, 32, 48, 3), np.uint8))
-        return path
+    def _media(self, write: Callable[[Path], list[Path]]) -> list[Sample]:
+        return [Sample(path, path.read_bytes()) for path in write(self._folder)]
 
-    def _video(self) -> list[Sample]:
-        paths = [self._clip("video.mp4", {"a": "b"})]
-        for name, codec in _VIDEO.items():
-            paths.append(self._folder / name)
-            with av.open(str(paths[-1]), "w") as container:
-                stream = container.add_stream(codec, rate=24)
-                stream.height, stream.width, stream.pix_fmt = 32, 48, _PIXELS.get(codec, "yuv420p")
-                if codec == "mjpeg":
-                    stream.codec_context.color_range = 2
-                for number in range(8):
-                    frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * number, np.uint8), format="rgb24")
-                    container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
-                container.mux(stream.encode())
-        return [Sample(path, path.read_bytes()) for path in paths]
-
-    def _audio(self) -> list[Sample]:
-        wave = (9000 * np.sin(np.arange(_RATE // 2) / 9)).astype(np.int16)[None]
-        paths = [self._clip("audio.mp4", {"a": "b"})]
-        for name, codec in _AUDIO.items():
-            paths.append(self._folder / name)
-            with av.open(str(paths[-1]), "w", format=_CONTAINERS.get(paths[-1].suffix)) as container:
-                stream = container.add_stream(codec, rate=_RATE, layout="mono")
-                frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = _RATE, 0, Fraction(1, _RATE)
-                container.mux([*stream.encode(frame), *stream.encode()])
-        return [Sample(path, path.read_bytes()) for path in paths]
-
-    def _image(self) -> list[Sample]:
-        pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
-        samples = []
-        for format in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"):
-            file = io.BytesIO()
-            exif = Image.Exif()
-            exif[0x0112] = 6
-            Image.fromarray(pixels).save(file, format, **({} if format in ("BMP", "GIF") else {"exif": exif}))
-            samples.append(Sample(self._folder / "image", file.getvalue()))
-        file = io.BytesIO()
-        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(file, "PNG")
-        return [*samples, Sample(self._folder / "image", file.getvalue())]
+    def _images(self) -> list[Sample]:
+        return [Sample(self._folder / "image", data) for data in fuzz_media.images()]
 
     def _replies(self) -> list[Sample]:
         """What a hub says of a repository of GGUF files, and the beginnings of these."""
@@ -281,7 +220,6 @@ class Samples:
         (source / "link").write_text(f'<https://huggingface.co/api/models/{REPO}/tree/{COMMIT}?cursor=1>; rel="next"')
         (source / "start").write_bytes(transformer.read_bytes()[: 1 << 15])
         client = import_module(type(get_session()).__module__.partition(".")[0])  # the HTTP library differs
-        constants.HF_HUB_OFFLINE = False
         set_client_factory(
             lambda: client.Client(transport=client.MockTransport(lambda asked: self._answer(client, asked)))
         )
@@ -358,6 +296,17 @@ class Samples:
         _made(config_path().parent)
         text = 'models = "/mnt/big/models"\nresolution = "480P"\nquant = "Q6_K"\nprefer = "speed"\n'
         return [Sample(config_path(), text.encode())]
+
+
+@contextmanager
+def kinds_in(folder: Path) -> Iterator[dict[str, Kind]]:
+    """Every kind by its name, in a folder. Meanwhile the caches and the hub are the folder's."""
+    places = {"SKYRUN_CACHE": "cache", "SKYRUN_MODELS": "fetched", "XDG_CONFIG_HOME": "config"}
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, {name: str(folder / place) for name, place in places.items()}))
+        stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", False))
+        stack.callback(set_client_factory, default_client_factory)
+        yield Samples(folder).kinds()
 
 
 def _made(folder: Path) -> Path:
