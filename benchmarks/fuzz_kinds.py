@@ -52,8 +52,11 @@ from skyrun.planning.model import choose_model
 from skyrun.planning.request import Request
 from skyrun.presets.cards import Rates
 from skyrun.quant.checkpoint import Part
+from skyrun.quant.conversion import write_file
 from skyrun.quant.importance import Importance, read_importance, write_importance
+from skyrun.quant.partial import finished_before, partial_path
 from skyrun.quant.plan import Settings
+from skyrun.quant.planner import plan_conversion
 from skyrun.quant.tokenizer import tokenizer_keys
 from skyrun.tasks import TASKS
 from skyrun.tools.convert import plan, write
@@ -120,6 +123,7 @@ class Samples:
             "embeddings": Kind(self._embeddings(), self._embedding, 10),
             "state": Kind(self._state(), resume, 10),
             "window": Kind(self._window(), self._read_window, 6),
+            "journal": Kind(self._journal(), lambda path: finished_before(self._begun), 8),
             "config": Kind(self._config(), lambda path: read_config(), 8),
             "prompts": Kind([Sample(self._folder / "prompts.txt", f"a sea\n{PROMPT}\n".encode())], read_prompts, 8),
         }
@@ -291,6 +295,17 @@ class Samples:
         frames, _ = WindowStore(path.with_name("c.skyrun"), 32, 48).read(0, 5)
         for _ in frames:
             pass
+
+    def _journal(self) -> list[Sample]:
+        """What an interrupted conversion says that it has finished."""
+        self._begun = plan_conversion(self._checkpoint, self._folder / "begun", Settings("Q8_0")).files[0]
+        writing = write_file(self._begun)
+        for _ in range(4):
+            next(writing)
+        writing.close()
+        path = partial_path(self._begun.path)
+        journal = path.with_name(f"{path.name}.journal")
+        return [Sample(journal, journal.read_bytes())]
 
     def _config(self) -> list[Sample]:
         _made(config_path().parent)

@@ -19,7 +19,7 @@ RUNS = 3  # of a kind with a share of 1, times its share
 NAMES = (
     *("gguf", "gguf-convert", "safetensors", "safetensors-convert", "pth", "imatrix", "spiece", "tokenizer", "index"),
     *("request", "tag", "video", "audio", "image", "hub", "manifest", "tune", "choices", "embeddings", "state"),
-    *("window", "config", "prompts"),
+    *("window", "journal", "config", "prompts"),
 )
 
 
