@@ -151,7 +151,7 @@ def test_a_sixteen_bit_picture_is_the_picture(goldens, converted, tmp_path):
         ({"images": ()}, "got 0 reference images"),
         ({"images": "x" * 300}, "image is 'xxxxxxxxxxxx...xxxxxxxxxxxxx', which no file can be called"),
         ({"output": "\ud800.mp4"}, "output is '.ud800.mp4', which no file can be called"),
-        ({"model": "a/" * 3000}, "model is 'a/a/a/.*', which no file can be called"),
+        ({"save_latents": "a/" * 3000}, "save_latents is 'a/a/a/.*', which no file can be called"),
         ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
         ({"frames": True}, "frames is True, expected a whole number"),
         ({"seconds": 1}, "got 17 frames and 1 seconds, expected one of them"),

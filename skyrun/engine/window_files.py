@@ -49,7 +49,7 @@ class WindowStore:
                 stream = self._container.add_stream("ffv1", rate=24)
                 stream.height, stream.width, stream.pix_fmt = self._height, self._width, "bgr0"
             for pixels in frames:
-                self._checksum = zlib.crc32(np.ascontiguousarray(pixels), self._checksum)
+                self._checksum = zlib.crc32(np.ascontiguousarray(pixels).data, self._checksum)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 self._container.mux(self._container.streams.video[0].encode(frame.reformat(format="bgr0")))
 
@@ -120,7 +120,7 @@ class WindowStore:
 
 def _checksum(latents: Tensor, frames: int) -> str:
     """Of latents and their shape, after the checksum of the frames."""
-    return f"{zlib.crc32(latents.float().numpy(), zlib.crc32(str(latents.shape).encode(), frames)):08x}"
+    return f"{zlib.crc32(latents.float().numpy().data, zlib.crc32(str(latents.shape).encode(), frames)):08x}"
 
 
 @contextmanager
