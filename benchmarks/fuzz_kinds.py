@@ -63,6 +63,7 @@ from skyrun.tools.convert import plan, write
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 COMMIT, BLOB, REPO = "0123456789abcdef" * 2 + "01234567", "0" * 40, "somebody/model"
+_AVATAR = Path(__file__).parent.parent / "tests" / "data" / "checkpoints" / "a2v-tiny"
 _CPU = torch.device("cpu")
 _SMALL = CheckpointDims(dim=128, layers=1, ffn=256, text=64, text_layers=1, vae_base=2, shard_bytes=1 << 18)
 
@@ -92,7 +93,9 @@ class Samples:
         self._folder, self._hub = folder, folder
         self._checkpoint, self._model = folder / "checkpoint", folder / "model"
         write_checkpoint(self._checkpoint, _SMALL)
-        drain(write(drain(plan(self._checkpoint, self._model, Settings("Q8_0")))))
+        self._avatar = folder / "avatar"
+        for source, out in ((self._checkpoint, self._model), (_AVATAR, self._avatar)):
+            drain(write(drain(plan(source, out, Settings("Q8_0")))))
         self._picture = folder / "picture.png"
         Image.new("RGB", (48, 32)).save(self._picture)
         self._encoder = UMT5(open_gguf(next(self._model.glob("umt5*"))))
@@ -100,9 +103,11 @@ class Samples:
     def kinds(self) -> dict[str, Kind]:
         """Every kind by its name."""
         return {
-            "gguf": Kind(self._of_model("*.gguf"), fuzz_readers.run_model, 8),
+            "gguf": Kind(self._of_model("*.gguf", "clip*"), fuzz_readers.run_model, 8),
             "gguf-convert": Kind(self._of(self._model, "*.gguf"), fuzz_readers.convert, 4),
-            "safetensors": Kind(self._of_model("*.safetensors", safetensors_file), fuzz_readers.run_model, 6),
+            "safetensors": Kind(
+                self._of_model("*.safetensors", "wav2vec2*", safetensors_file), fuzz_readers.run_model, 6
+            ),
             "safetensors-convert": Kind(
                 self._checkpoint_file("text_encoder/*.safetensors", safetensors_file), fuzz_readers.convert, 3
             ),
@@ -140,8 +145,9 @@ class Samples:
         assert paths, pattern
         return [self._beside(source, path, either(mutated, *damages)) for path in paths]
 
-    def _of_model(self, pattern: str, *damages: Mutation) -> list[Sample]:
-        return self._of(self._model, pattern, *damages)
+    def _of_model(self, pattern: str, encoder: str, *damages: Mutation) -> list[Sample]:
+        """Files of a model, and one of the encoders that only an avatar has."""
+        return [*self._of(self._model, pattern, *damages), *self._of(self._avatar, encoder, *damages)]
 
     def _checkpoint_file(self, pattern: str, *damages: Mutation) -> list[Sample]:
         return self._of(self._checkpoint, pattern, *damages)

@@ -33,7 +33,8 @@ def run_model(path: Path) -> None:
     """As a run opens it: the whole folder, the prompt's tokens; and as `skyrun info` describes it."""
     with suppress(SkyrunError):
         describe(path)
-    model = choose_model(open_folder(path.parent), TASKS["r2v"])
+    folder = open_folder(path.parent)
+    model = choose_model(folder, TASKS["a2v" if folder.has("image encoder") else "r2v"])
     model.encoder.token_ids(PROMPT)
     model_identity(model.files)
 

@@ -12,7 +12,7 @@ from skyrun.kernels.disk import is_possible
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.names import brief
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
 from skyrun.quant.arrange import apply_scales, join, unwrap
 from skyrun.quant.foreign import check_known
 from skyrun.quant.source import SourceTensor
@@ -215,10 +215,9 @@ def _own_words(gguf: GGUFFile | None, texts: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in gguf.metadata.items() if not key.startswith(("general.", "tokenizer."))}
         return {re.sub(r"^(skyrun|clip\.vision|clip|[^.]+)\.", "", key): value for key, value in own.items()}
     try:
-        said = json.loads(texts.get("skyrun", "{}"))
+        return own_words(texts)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
