@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -87,7 +86,7 @@ class MeasuredFile(Generic[T]):
 
 def checked(value: Any) -> float:
     """A number as a measurement can have it: finite and not negative. ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{value!r} is not a measurement")
     return float(value)
 

@@ -1,6 +1,22 @@
-"""What already exists on disk: the nearest existing folder of a path, and the bytes that a file occupies."""
+"""What exists on disk and what can: the nearest folder of a path, the bytes of a file, and which paths are possible."""
 
+import os
 from pathlib import Path
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes
+
+
+def is_possible(path: Path) -> bool:
+    """Whether file systems may have such a path. Of others they do not say that nothing is there: they raise errors."""
+    try:
+        parts = [os.fsencode(part) for part in path.parts]
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return (
+        b"\0" not in b"".join(parts)
+        and max(map(len, parts), default=0) <= _LONGEST_NAME
+        and (sum(map(len, parts)) + len(parts) <= _LONGEST_PATH)
+    )
 
 
 def existing_folder(path: Path) -> Path:

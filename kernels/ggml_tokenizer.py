@@ -39,6 +39,7 @@ class Unigram:
 
     def tokenizer(self) -> Tokenizer:
         """The same model in the tokenizers library. Passes on whatever the library raises for an unusable one."""
+        _check_charsmap(self.charsmap)
         unknown = self.types.index(UNKNOWN)
         tokenizer = Tokenizer(models.Unigram(self.pieces, unk_id=unknown, byte_fallback=BYTE in self.types))
         steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
@@ -113,11 +114,27 @@ def load_tokenizer(where: str, text: str, rows: int, hint: str = _CONVERT) -> To
     Raises SkyrunError if it is damaged or has more tokens than the embedding has rows.
     """
     with guarded(where, hint):
+        json.loads(text, object_pairs_hook=_check_pairs)
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_padding()  # a file may enable padding, but here every id counts as a token
         tokenizer.encode(_SAMPLE)
     _check_size(where, tokenizer.get_vocab_size(with_added_tokens=True), rows)
     return tokenizer
+
+
+def _check_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a tokenizer's JSON."""
+    for key, value in pairs:
+        if key == "precompiled_charsmap" and isinstance(value, str):
+            _check_charsmap(base64.b64decode(value))
+    return dict(pairs)
+
+
+def _check_charsmap(charsmap: bytes) -> None:
+    """ValueError for a map that says it is larger than it is: for lack of that memory the library ends the process."""
+    nbytes = int.from_bytes(charsmap[:4], "little")
+    if charsmap and (len(charsmap) < 4 or nbytes % 4 or nbytes > len(charsmap) - 4):
+        raise ValueError(f"a map of characters of {nbytes} bytes in {len(charsmap)}")
 
 
 @contextmanager

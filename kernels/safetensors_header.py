@@ -1,6 +1,7 @@
 """Read and check the header of a safetensors file, without torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,6 +69,17 @@ def read_safetensors_header(path: Path, nbytes: int | None = None) -> Safetensor
         message = f"{path} is not a usable safetensors file: {kind.what if kind else error}"
         hint = kind.hint if kind else "it is damaged: take it from another source, or download the published one"
         raise SkyrunError(message, hint) from error
+
+
+def own_words(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What skyrun wrote into a file's metadata; {} if nothing. ValueError if that is no JSON object."""
+    try:
+        said = json.loads(metadata.get("skyrun", "{}"))
+    except RecursionError as error:
+        raise ValueError("lists within lists without end") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"its entry skyrun is of type {type(said).__name__}, expected an object")
+    return said
 
 
 class _AnotherKind(Exception):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skyrun.kernels.disk import is_possible
 from skyrun.kernels.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.names import brief
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
 from skyrun.quant.arrange import apply_scales, join, unwrap
 from skyrun.quant.foreign import check_known
 from skyrun.quant.source import SourceTensor
@@ -146,7 +147,7 @@ def _check_whole(group: _Group) -> None:
         if not group.files:
             raise SkyrunError(f"{group.index} has no weight_map of tensors to files", "download it again")
         title = f"{group.index.name} names shards that are not there"
-        missing = [f"{path} is missing" for path in group.files if not path.is_file()]
+        missing = [f"{path} is missing" for path in group.files if not (is_possible(path) and path.is_file())]
     else:
         numbered = _SHARD.fullmatch(group.files[0].name)
         if numbered is None:
@@ -214,10 +215,9 @@ def _own_words(gguf: GGUFFile | None, texts: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in gguf.metadata.items() if not key.startswith(("general.", "tokenizer."))}
         return {re.sub(r"^(skyrun|clip\.vision|clip|[^.]+)\.", "", key): value for key, value in own.items()}
     try:
-        said = json.loads(texts.get("skyrun", "{}"))
+        return own_words(texts)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

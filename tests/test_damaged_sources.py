@@ -93,6 +93,8 @@ DAMAGES = {
     "missing shard": (remove(SHARD_2), f"{SHARD_2} is missing", "download"),
     "missing numbered shard": (remove(INDEX, SHARD_1), f"{SHARD_1} is missing", "download"),
     "broken index": (lambda f: (f / INDEX).write_text("{"), "index.json is not JSON", "download"),
+    "impossible name": (replace(INDEX, SHARD_2, "x" * 300), "x{300} is missing", "download"),
+    "half a character": (replace(INDEX, SHARD_2, "\\ud800"), "\ud800 is missing", "download"),
     "index of nothing": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "has no weight_map", "download"),
     "tensor twice": (twice, f"patch_embedding.bias is in both {SHARD_1} and {SHARD_2}", "download"),
     "cut shard": (cut(SHARD_2), f"{SHARD_2} is not a usable safetensors file", "download"),

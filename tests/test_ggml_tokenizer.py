@@ -184,6 +184,8 @@ REFUSED = {
     "an end beyond": (lambda text: arrays(eos_token_id=9999), "that works"),
     "numbers as tokens": (lambda text: arrays(tokens=(1,) * 750), "that works"),
     "a charsmap that is none": (lambda text: arrays(precompiled_charsmap=b"\xff\xff\xff\xff1"), "that works"),
+    "a charsmap larger than it is": (lambda text: arrays(precompiled_charsmap=b"\0\0\0\x80"), "2147483648 bytes in 4"),
+    "such a one in JSON": (lambda text: changed(text, with_charsmap(b"\0\0\0\x80a\0")), "2147483648 bytes in 6"),
     "a panic on a word": (lambda text: arrays(precompiled_charsmap=b"\4\0\0\0" + b"\xff" * 4 + b"a\0"), "that works"),
     "a panic of JSON": (lambda text: changed(text, with_charsmap(b"\4\0\0\0" + b"\xff" * 4 + b"a\0")), "that works"),
     "fails on a word": (

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from skyrun.cli import main
-from skyrun.errors import BAD_INPUT, MODEL_MISSING, WILL_NOT_FIT
+from skyrun.errors import BAD_INPUT, MODEL_MISSING, WILL_NOT_FIT, SkyrunError
 
 
 def damaged(pattern, change):
@@ -197,3 +197,12 @@ def test_files_of_others_in_the_folder_do_not_matter(places, tmp_path, converted
     for model in (crowded, next(crowded.glob("SkyReels*.gguf"))):
         arguments = [*INPUTS, *SMALL, "--dry-run", "--model", str(model)]
         assert main([argument.format(**places) for argument in arguments]) == 0
+
+
+@pytest.mark.parametrize("message", ["x" * 100_000, "a\n" * 100_000, "\n".join(["y" * 3000] * 50)])
+def test_a_message_keeps_its_ends_and_is_bounded(message):
+    """What files say may be of any length."""
+    error = SkyrunError(f"clip.mp4 says {message}, expected a number", "hint")
+    assert error.message.startswith("clip.mp4 says ") and error.message.endswith(", expected a number")
+    assert len(error.message) < 50_000 and max(map(len, error.message.splitlines())) < 2000
+    assert str(error) == error.message

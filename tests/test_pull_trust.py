@@ -72,6 +72,7 @@ REPLIES = [
     ("tree", entry(lfs=[]), "as the SHA-256 of a.gguf"),
     ("tree", (entry(), {"Link": f'<{PAGE}>; rel="next"'}), "a.gguf twice in a list of files"),
     ("tree", (b"[]", {"Link": f'<{PAGE}>; rel="next"'}), "a list of files of more than 50 pages"),
+    ("tree", (b"[]", {"Link": f'<{PAGE}?{"x" * 70_000}>; rel="next"'}), "goes on elsewhere, at "),
     ("tree", (b"[]", {"Link": '<http://127.0.0.1:9/api/x>; rel="next"'}), "goes on elsewhere, at http://127.0.0.1:9"),
 ]
 # fmt: on
@@ -168,6 +169,8 @@ DAMAGED = [
     {"done": {"a": ["/etc/passwd"]}},
     {"done": {"a": [".."]}},
     {"done": {"a": [3]}},
+    {"done": {"a": ["猫" * 200]}},
+    {"begun": ["\ud800"]},
     {"begun": ["sub/a.gguf"]},
     {"begun": "a.gguf"},
     {"complete": "yes"},

@@ -225,6 +225,10 @@ DAMAGES = {
     "no latents": (lambda p: rewritten(p, lambda run, t, m: t.pop("latents")), "are not those of a clip"),
     "other latents": (lambda p: rewritten(p, lambda run, t, m: t.update(latents=torch.zeros(16, 1, 4, 6))), "are not"),
     "other steps": (lambda p: rewritten(p, lambda run, t, m: run["request"].update(steps=9)), "its request 9"),
+    "a huge shift": (lambda p: rewritten(p, lambda run, t, m: run["sampler"].update(shift=10**400)), "is damaged"),
+    "a window without end": (lambda p: rewritten(p, lambda run, t, m: run.update(window=float("inf"))), "is damaged"),
+    "no size": (lambda p: rewritten(p, lambda run, t, m: run["request"].pop("size")), "its request has no size"),
+    "a list of models": (lambda p: rewritten(p, lambda run, t, m: run.update(model=["a"])), "not described in words"),
     "a number": (lambda p: rewritten(p, lambda run, t, m: run.update(sampler=3)), "is damaged"),
 }
 # fmt: on
@@ -241,6 +245,14 @@ def test_a_damaged_state_is_refused(begun, what):
             attempt()
         assert caught.value.code == BAD_INPUT and "skyrun run" in caught.value.hint
     assert path.read_bytes() == before
+
+
+def test_a_model_of_other_parts_is_another_model(begun):
+    request, path = begun
+    rewritten(path, lambda run, t, m: run.update(model="a"))
+    for attempt in (lambda: resume(path), lambda: continue_or_start(request)):
+        with pytest.raises(SkyrunError, match="the model is not the one that .* was made with: transformer .* changed"):
+            attempt()
 
 
 def test_without_a_state_there_is_nothing_to_go_on_with(tmp_path, capsys):

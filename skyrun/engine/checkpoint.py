@@ -32,6 +32,7 @@ from skyrun.planning.request import Request
 _SHARE = 0.05  # of the run's time that saving may take; a kill loses what was done since the last save
 _VERSION = 2
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # in the description
 _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 
 
@@ -191,12 +192,14 @@ def load_state(path: Path) -> tuple[RunState, Origin]:
             described = json.loads(text)
             sampler, window = described.pop("sampler", None), int(described.pop("window"))
             origin = Origin(**described | {"request": parse_request(described["request"])})
+            if not all(isinstance(value, str) for name, value in vars(origin).items() if name != "request"):
+                raise ValueError("what it was made from is not described in words")
             return _state(tensors, window, sampler, origin.request), origin
     except FileNotFoundError as error:
         clip = clip_path(path)
         is_whole = f": {clip} is finished" if clip.exists() else ""
         raise SkyrunError(f"there is no unfinished run in {path}{is_whole}", "start one with `skyrun run`") from error
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, *_NONSENSE) as error:
         raise SkyrunError(f"{path} is not the state of a run, or is damaged: {error}", _START_ANEW) from error
     message = f"{path} is a state of version {version}, this skyrun reads version {_VERSION}"
     raise SkyrunError(message, f"use the skyrun that wrote it, or {_START_ANEW}")
@@ -224,7 +227,8 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
             raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")
         history = named(_SAMPLER)
         state.sampler = restored(described, history)
-        assert isinstance(request.size, tuple)
+        if not isinstance(request.size, tuple):
+            raise ValueError("its request has no size")
         shape = (_latent_frames(request, window), *(side // 8 for side in request.size))
         clips = [*history.values(), *([] if state.latents is None else [state.latents])]
         if state.latents is None or any(tuple(tensor.shape[1:]) != shape for tensor in clips):

@@ -98,6 +98,7 @@ def _other_clip(origin: Origin, state: RunState, path: Path, different: list[str
 def _other_model(job: Job, origin: Origin, path: Path) -> SkyrunError | None:
     """The error if the model has changed since the state was saved; None if it has not."""
     before, there = origin.model.split(), model_identity(job.files).split()
+    before = before if len(before) == len(there) else [""] * len(there)  # of other parts
     parts = job.files.parts.items()
     changed = [f"{name} {file}" for (name, file), a, b in zip(parts, before, there, strict=True) if a != b]
     if not changed:

@@ -1,8 +1,10 @@
 """Store the frames and latents of finished windows of a long clip, until the clip is complete.
 
-Frames are stored losslessly (FFV1), so that a resumed run makes the same clip as one that was not interrupted.
+Frames are stored losslessly (FFV1), so that a resumed run makes the same clip as one that was not interrupted. The
+latents' file has a checksum of both.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,14 +12,16 @@ from typing import Any
 
 import av
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.atomic import replacing
+from skyrun.media.container import Track, opened
 from skyrun.media.pixels import Frames
 
+_CHECKSUM = "crc32"
 _ANEW = "begin anew: choose another -o, or delete the state"
 
 
@@ -29,12 +33,12 @@ class WindowStore:
         self._height, self._width = height, width
         self._stack = ExitStack()
         self._container: Any = None
-        self._window = 0
+        self._window = self._checksum = 0
 
     def begin(self, window: int) -> None:
         """Begin a window: the next frames belong to it."""
         self.abandon()
-        self._window = window
+        self._window, self._checksum = window, 0
 
     def add(self, frames: Frames) -> None:
         """Store frames of the window. Raises OSError if they cannot be written."""
@@ -45,6 +49,7 @@ class WindowStore:
                 stream = self._container.add_stream("ffv1", rate=24)
                 stream.height, stream.width, stream.pix_fmt = self._height, self._width, "bgr0"
             for pixels in frames:
+                self._checksum = zlib.crc32(np.ascontiguousarray(pixels).data, self._checksum)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 self._container.mux(self._container.streams.video[0].encode(frame.reformat(format="bgr0")))
 
@@ -56,7 +61,8 @@ class WindowStore:
                 self._container = None
                 self._stack.close()
             with replacing(self._path(self._window, ".safetensors")) as partial:
-                save_file({"latents": latents.contiguous()}, partial)
+                metadata = {_CHECKSUM: _checksum(latents.contiguous(), self._checksum)}
+                save_file({"latents": latents.contiguous()}, partial, metadata)
 
     def abandon(self) -> None:
         """Discard the unfinished window."""
@@ -69,10 +75,11 @@ class WindowStore:
     def read(self, window: int, expected: int) -> tuple[Iterator[Frames], Tensor]:
         """Frames of a finished window one by one, and its latents. Raises SkyrunError if they are damaged or gone."""
         try:
-            latents = load_file(self._path(window, ".safetensors"))["latents"]
-        except (OSError, SafetensorError, KeyError) as error:
+            with safe_open(self._path(window, ".safetensors"), "pt") as file:
+                latents, checksum = file.get_tensor("latents"), (file.metadata() or {}).get(_CHECKSUM)
+        except (OSError, SafetensorError) as error:
             raise self._damaged(window, error) from error
-        return self._frames(window, expected), latents
+        return self._frames(window, expected, latents, checksum), latents
 
     def remove(self) -> None:
         """Remove the files of all windows."""
@@ -84,18 +91,24 @@ class WindowStore:
         name, _, window = path.stem.rpartition(".")
         return name == self._state.stem and window.isdecimal() and path.suffix in (".mkv", ".safetensors")
 
-    def _frames(self, window: int, expected: int) -> Iterator[Frames]:
-        count = 0
-        try:
-            if expected:
-                with av.open(str(self._path(window, ".mkv"))) as container:
-                    for frame in container.decode(video=0):
-                        count += 1
-                        yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)[None]
-        except (av.FFmpegError, OSError) as error:
-            raise self._damaged(window, error) from error
+    def _frames(self, window: int, expected: int, latents: Tensor, checksum: str | None) -> Iterator[Frames]:
+        count = found = 0
+        if expected:
+            path = self._path(window, ".mkv")
+            try:
+                with opened(path, "video") as container:
+                    for frame in Track.video(path, container).frames():
+                        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+                        if pixels.shape != (self._height, self._width, 3):
+                            raise self._damaged(window, f"it has frames of {pixels.shape[1]} x {pixels.shape[0]}")
+                        count, found = count + 1, zlib.crc32(pixels, found)
+                        yield pixels[None]
+            except SkyrunError as error:
+                raise self._damaged(window, error.message) from error
         if count != expected:
             raise self._damaged(window, f"it has {count} frames, expected {expected}")
+        if checksum != _checksum(latents, found):
+            raise self._damaged(window, "its contents do not have the checksum that is beside them")
 
     def _damaged(self, window: int, why: object) -> SkyrunError:
         path = self._path(window, ".mkv")
@@ -103,6 +116,11 @@ class WindowStore:
 
     def _path(self, window: int, suffix: str) -> Path:
         return self._state.with_name(f"{self._state.stem}.{window}{suffix}")
+
+
+def _checksum(latents: Tensor, frames: int) -> str:
+    """Of latents and their shape, after the checksum of the frames."""
+    return f"{zlib.crc32(latents.float().numpy().data, zlib.crc32(str(latents.shape).encode(), frames)):08x}"
 
 
 @contextmanager

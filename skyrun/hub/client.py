@@ -8,6 +8,7 @@ Listings are read here too, because the library neither checks nor limits what a
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -48,6 +49,7 @@ _HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
 _CHUNK = 1 << 18
 _TRIES = 4  # in a row without progress
 _WAIT = 1.0  # seconds before the first retry; doubled before each further one
+_ADDRESS = re.compile("[!-~]{1,4000}")
 _BUSY = (408, 429, 500, 502, 503, 504)  # status codes that are worth a retry
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints warnings from hubs without escaping them
@@ -90,7 +92,7 @@ def _files(address: str, name: str, sha: str) -> Iterator[RemoteFile]:
                 raise BadReply(f"{file.path} twice in a list of files")
             seen.add(file.path)
             yield file
-        if following is not None and not following.startswith(f"{endpoint()}/api/"):
+        if following is not None and not (following.startswith(f"{endpoint()}/api/") and _ADDRESS.fullmatch(following)):
             raise BadReply(f"a list of files that goes on elsewhere, at {printable(following)[:80]}")
     raise BadReply(f"a list of files of more than {MAX_PAGES} pages")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.atomic import replacing
+from skyrun.kernels.disk import is_possible
 from skyrun.tasks.sources import SOURCES
 
 _FILE = "skyrun-model.json"
@@ -56,7 +57,7 @@ class Manifest:
             and all(_COMMIT.fullmatch(commit) for commit in self.commits.values())
             and isinstance(self.begun, list)
             and all(isinstance(files, list) for files in self.done.values())
-            and all(_PLAIN.fullmatch(name) and name.strip(". ") for name in names)
+            and all(_PLAIN.fullmatch(name) and name.strip(". ") and is_possible(Path(name)) for name in names)
             and isinstance(self.complete, bool)
             and self.task in ("", *SOURCES)
         )

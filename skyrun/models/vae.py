@@ -7,7 +7,6 @@ convolution depends on, so the slabs join exactly: nothing is blended and there 
 names, from which the structure is derived.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.name_tables import WAN_VAE
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
 
 Tile = tuple[int, int]  # height, width in pixels
 
@@ -55,6 +54,7 @@ def _slab(start: int, stop: int, height: int, margin: int) -> Slab:
 
 
 # Statistics of the latents that the diffusion models were trained on; they are the same for every Wan 2.1 VAE.
+_LARGEST = 1e6  # of statistics that are believed
 _LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -150,9 +150,10 @@ class WanVAE:
             memory.first_group = False
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
-        config = json.loads(metadata.get("skyrun", "{}"))
-        values = config.get(key, default) if isinstance(config, dict) else default
-        numbers = isinstance(values, (list, tuple)) and [v for v in values if isinstance(v, (int, float))]
+        values = own_words(metadata).get(key, default)
+        numbers = isinstance(values, (list, tuple)) and [
+            value for value in values if isinstance(value, (int, float)) and abs(value) < _LARGEST
+        ]
         if not numbers or len(numbers) != len(values) or len(values) != LATENT_CHANNELS:
             raise SkyrunError(
                 f"{self._path} says {key} = {values}, expected {LATENT_CHANNELS} numbers", "convert it again"

@@ -3,9 +3,9 @@
 It is small enough to stay in memory whole. Weights have the names of transformers.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +13,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels.fitting import check_tensors
+from skyrun.kernels.name_tables import WAV2VEC2
+from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
 
 RATE = 16000  # samples per second
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"
 _CHUNK = 512  # features that are computed at a time: the widest activations of long speech would not fit
 _TINY = 1e-7
+_CONVS, _MOST = 7, 1000  # convolutions, and heads, layers or samples of a stride that are believed
+_FLOAT = ("F32", "F16", "BF16")
+
+
+class _Config(NamedTuple):
+    """What the tensors do not say."""
+
+    strides: list[int]
+    eps: float
+    heads: int
+    layers: int
+
+
+def check_wav2vec2(path: Path) -> None:
+    """Raise SkyrunError if a tensor is missing or does not fit the others. Reads the header only."""
+    header = read_safetensors_header(path)
+    config = _config(path, header.metadata)
+    if strange := [f"{name} is {t.dtype}" for name, t in header.tensors.items() if t.dtype not in _FLOAT]:
+        raise SkyrunError(f"{path} cannot be used: {strange[0]}, expected F32, F16 or BF16", _CONVERT)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    dims = check_tensors(path, WAV2VEC2, shapes, _CONVERT, config.layers)
+    if dims["dim"] % config.heads or dims["dim"] % dims["group"]:
+        parts = f"{config.heads} heads or groups of {dims['group']}"
+        raise SkyrunError(f"{path} cannot divide {dims['dim']} channels among {parts}", _CONVERT)
+
+
+def _config(path: Path, metadata: Mapping[str, str]) -> _Config:
+    """The entry `skyrun`, or wav2vec2 base where there is none."""
+    try:
+        said = own_words(metadata)
+    except ValueError as error:
+        raise SkyrunError(f"{path} has metadata that is not JSON: {error}", _CONVERT) from error
+    strides, eps = said.get("conv_stride", [5, 2, 2, 2, 2, 2, 2]), said.get("layer_norm_eps", 1e-5)
+    heads, layers = (said.get(f"num_{what}", 12) for what in ("attention_heads", "hidden_layers"))
+    whole = [*strides, heads, layers] if isinstance(strides, list) and len(strides) == _CONVS else [None]
+    if not all(type(number) is int and 0 < number <= _MOST for number in whole) or not (
+        isinstance(eps, (int, float)) and 0 < eps < 1
+    ):
+        raise SkyrunError(f"{path} says {said}, expected the settings of wav2vec2", _CONVERT)
+    return _Config(strides, float(eps), heads, layers)
 
 
 class Wav2Vec2:
@@ -29,12 +72,10 @@ class Wav2Vec2:
         try:
             with safe_open(str(path), framework="pt") as file:
                 self._weights = {name: file.get_tensor(name).to(device, torch.float32) for name in file.keys()}  # noqa: SIM118
-                config = json.loads((file.metadata() or {}).get("skyrun", "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
+                config = _config(path, file.metadata() or {})
+        except (SafetensorError, OSError) as error:
             raise SkyrunError(f"cannot read {path}: {error}", _CONVERT) from error
-        self._strides: list[int] = config.get("conv_stride", [5, 2, 2, 2, 2, 2, 2])
-        self._eps = float(config.get("layer_norm_eps", 1e-5))
-        self._heads, self.layers = int(config.get("num_attention_heads", 12)), int(config.get("num_hidden_layers", 12))
+        self._strides, self._eps, self._heads, self.layers = config
         self._kernels = [self._w(f"{_conv(layer)}.weight").shape[2] for layer in range(len(self._strides))]
 
     @property

@@ -12,6 +12,7 @@ from skyrun.models.dit_header import DiTDims, read_dims
 from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae, read_vae_dims
+from skyrun.models.wav2vec2 import check_wav2vec2
 from skyrun.tasks import TaskSpec, tasks_in
 
 T = TypeVar("T")
@@ -56,6 +57,7 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
         vision = _first(folder.ggufs["image encoder"], lambda file: _image_encoder(file, dims), passed_over)
     if "audio encoder" in spec.parts:
         audio = folder.safetensors["audio encoder"][0]
+        check_wav2vec2(audio)
     vae = _first(folder.safetensors["autoencoder"], _autoencoder, passed_over)
     dims = _checked_transformer(transformer, spec, encoder, vision)
     encoder.check()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from skyrun.kernels.disk import is_possible
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.windows import Length, Window, latents
 
@@ -150,9 +151,11 @@ class Request:
         images: Any = self.images
         values += [("image", image, _PATH) for image in (images if isinstance(images, (list, tuple)) else (images,))]
         size: Any = self.size
-        if size is not None and not isinstance(size, str):
-            pair = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else (size,)
-            values += [("size", size if len(pair) == 1 else side, _WHOLE) for side in pair]
+        is_pair = isinstance(size, (list, tuple)) and len(size) == 2
+        if is_pair:
+            values += [("size", side, _WHOLE) for side in size]
+        elif size is not None and not isinstance(size, str):
+            return [f"size is {reprlib.repr(size)}, expected height and width, such as (480, 832)"]
         return [problem for name, value, kind in values if (problem := _type_problem(name, value, kind))]
 
     def absolute(self) -> "Request":
@@ -190,6 +193,8 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
         return f"{name} is {reprlib.repr(value)}, expected {_EXPECTED[kind]}"
     if isinstance(value, (str, Path)) and "\0" in str(value):
         return f"{name} has a NUL character in it"
+    if kind is _PATH and not is_possible(Path(str(value))):
+        return f"{name} is {reprlib.repr(str(value))}, which no file can be called"
     return ""
 
 
