@@ -20,7 +20,8 @@ from skyrun.media.pixels import Frames
 
 # The `comment` tag survives remuxing and re-encoding; custom keys do not.
 _TAG = "comment"
-_CRF = "16"
+# Visually lossless. Without macroblock trees, by which x264 makes other bytes of the same frames now and then.
+_ENCODING = {"crf": "16", "mbtree": "0"}
 _BT709 = 1
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 _OPTIONS = {"movflags": "+faststart"}  # the index comes first, so that players start before the whole file has arrived
@@ -44,7 +45,7 @@ class VideoWriter:
 
     def __init__(self, container: Any, format: Format) -> None:
         self._container, self._format = container, format
-        self._stream = container.add_stream("libx264", rate=format.fps, options={"crf": _CRF})
+        self._stream = container.add_stream("libx264", rate=format.fps, options=_ENCODING)
         self._stream.height, self._stream.width, self._stream.pix_fmt = format.height, format.width, "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
