@@ -91,8 +91,6 @@ def place_problems(path: Path) -> list[str]:
 def _input_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if not request.prompt.strip():
         yield "the prompt is empty: say with -p what the clip shows"
-    if any("\ud800" <= character <= "\udfff" for character in request.prompt):  # bytes that are no characters
-        yield "the prompt is not text in UTF-8"
     fewest, most = spec.images
     if not fewest <= len(request.images) <= most:
         count = f"{fewest} to {most}" if fewest < most else str(most)
