@@ -58,12 +58,6 @@ def fastest(device: torch.device, key: str, candidates: Mapping[str, Callable[[]
     return next(name for name, taken in known.items() if taken <= limit)
 
 
-def known_choices(device: torch.device) -> dict[str, dict[str, float]]:
-    """Everything that was measured on the device: seconds by candidate, by key."""
-    with _lock:
-        return dict(_table(device))
-
-
 def _measure(device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     taken = {}
     for name, work in candidates.items():

@@ -134,7 +134,7 @@ def test_what_another_process_found_meanwhile_is_kept_and_learned(monkeypatch):
     assert choice.fastest(CPU, "theirs", {"a": known, "b": known}) == "b"
     assert known.runs == 0
     forget(monkeypatch)
-    assert set(choice.known_choices(CPU)) == {"first", "theirs", "second"}
+    assert set(choice._table(CPU)) == {"first", "theirs", "second"}
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_measurement_may_itself_choose():
     work = Choosing(0.1)
     assert choice.fastest(CPU, "outer", {"a": work, "b": Work(0.5)}) == "a"
     assert work.chosen == "d"
-    assert set(choice.known_choices(CPU)) == {"inner", "outer"}
+    assert set(choice._table(CPU)) == {"inner", "outer"}
 
 
 def test_the_clock_takes_the_median():

@@ -9,7 +9,7 @@ from hub_server import COMMIT
 from skyrun.cli import main
 from skyrun.hub.head import HEAD_BYTES, read_head
 from skyrun.hub.manifest import Manifest
-from skyrun.hub.repository import is_plain_path, printable
+from skyrun.hub.repository import is_plain_path, one_line
 from skyrun.tasks import sources
 from skyrun.tasks.sources import SOURCES, Source
 
@@ -123,7 +123,7 @@ def test_a_list_in_pages(hub, capsys):
 def test_plain_paths():
     assert all(map(is_plain_path, ("a", "a/b.gguf", "..a/b", "a b/ü")))
     assert not any(map(is_plain_path, ("", "/a", "a/", "a//b", ".", "a/./b", "a/..", "\\a", "c:\\a", "c:a", "a\0b")))
-    assert printable("a\x1b[1m\n\u202eb") == r"a\x1b[1m\n\u202eb"
+    assert one_line("a\x1b[1m\n\u202eb") == r"a\x1b[1m\n\u202eb"
 
 
 # the first bytes of a file

@@ -37,9 +37,9 @@ from skyrun.hub.repository import (
     RemoteFile,
     Repository,
     cached_repository,
+    one_line,
     parse_commit,
     parse_files,
-    printable,
 )
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def _files(address: str, name: str, sha: str) -> Iterator[RemoteFile]:
             seen.add(file.path)
             yield file
         if following is not None and not (following.startswith(f"{endpoint()}/api/") and _ADDRESS.fullmatch(following)):
-            raise BadReply(f"a list of files that goes on elsewhere, at {printable(following)[:80]}")
+            raise BadReply(f"a list of files that goes on elsewhere, at {one_line(following)[:80]}")
     raise BadReply(f"a list of files of more than {MAX_PAGES} pages")
 
 
@@ -335,9 +335,9 @@ def _explained(repo: str, place: Path | None = None, began_with: str | None = No
     except _HTTPError as error:
         hint = "check the connection (and HF_ENDPOINT, HTTPS_PROXY), then run the same command again"
         if place is not None and partial_of(place).exists():
-            message = f"the connection to {endpoint()} was lost: {printable(str(error))}"
+            message = f"the connection to {endpoint()} was lost: {one_line(str(error))}"
             raise SkyrunError(message, f"{hint} to go on from there", MODEL_MISSING) from error
-        raise SkyrunError(f"{endpoint()} cannot be reached: {printable(str(error))}", hint, MODEL_MISSING) from error
+        raise SkyrunError(f"{endpoint()} cannot be reached: {one_line(str(error))}", hint, MODEL_MISSING) from error
     except OSError as error:
         if place is None:
             raise

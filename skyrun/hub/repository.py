@@ -59,7 +59,7 @@ class BadReply(ValueError):
     """What is wrong with a reply: a clause that goes on after "the hub answers with"."""
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """Escape a text from outside, so that it takes one line and cannot control a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
@@ -134,7 +134,7 @@ def _parse(reply: bytes) -> Any:
 
 
 def _brief(value: object) -> str:
-    """A printable form of a value; of a long one, its beginning."""
+    """A one_line form of a value; of a long one, its beginning."""
     text = value if isinstance(value, str) else type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 

@@ -13,13 +13,13 @@ from skyrun.hub.manifest import Manifest
 from skyrun.hub.part import Part, Ready, Shared
 from skyrun.hub.repository import Repository
 from skyrun.hub.store import Name, manifests, models_folder
+from skyrun.kernels import name_tables
 from skyrun.kernels.disk import existing_folder
 from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.quant.recipes import default_encoder_quant
-from skyrun.tasks import TASKS
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
@@ -29,8 +29,7 @@ _WEIGHTS = (".safetensors", ".pth", ".bin")
 
 def needed_roles(task: str) -> set[str]:
     """The roles of the files that a task needs; "" stands for any task."""
-    spoken = task in TASKS and TASKS[task].audio
-    return {"transformer", "text_encoder", "vae", *(("image_encoder", "audio_encoder") if spoken else ())}
+    return {"transformer", *name_tables.needed_roles(task)}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Choose the files of a folder that make up the model of a task."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -193,8 +193,3 @@ def _shape_problem(dims: DiTDims, spec: TaskSpec) -> str:
         has, needs = ("an", "none") if dims.image_dim else ("no", "one")
         return f"has {has} image input, {spec.name} needs {needs}"
     return ""
-
-
-def missing_parts(folder: ModelFolder, spec: TaskSpec) -> Iterator[str]:
-    """Roles of a task's files for which the folder has no file."""
-    yield from (role for role in ("transformer", *spec.parts) if not folder.has(role))
