@@ -1,0 +1,1 @@
+"""Trains the small model that skyrun carries. Not part of the package."""

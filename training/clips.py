@@ -1,0 +1,112 @@
+"""Clips of the small model's world, drawn at random: a topic, its prompt, its references and its frames."""
+
+import math
+import zlib
+from dataclasses import astuple, dataclass
+from itertools import product
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from skyrun.demo.world import (
+    COLOURS,
+    MOTIONS,
+    SCENES,
+    SHAPES,
+    Picture,
+    Size,
+    Topic,
+    composed,
+    radius,
+    scene_picture,
+    sentence,
+    sprite_picture,
+    tint,
+)
+
+SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
+FRAMES = (9, 13, 17, 21, 25, 29, 33)
+OPEN = 0.2  # how far the place that the prompt leaves open is from the middle at most, as a share of the side
+_MARGIN = 1.1  # between a sprite's middle and the picture's edge at least, in radii
+
+Floats = NDArray[np.float32]
+TOPICS = tuple(
+    Topic(colour, shape, motion, scene)
+    for colour, shape, motion, scene in product(COLOURS, SHAPES, MOTIONS, SCENES)
+    if (shape, motion) != ("ball", "spin")  # it would look the same as a ball that stays still
+)
+
+
+def _shuffled(topic: Topic) -> int:
+    return zlib.crc32(" ".join(astuple(topic)).encode())
+
+
+HELD_OUT = frozenset(sorted(TOPICS, key=_shuffled)[: len(TOPICS) // 10])  # a tenth that training never shows
+TRAINED = tuple(topic for topic in TOPICS if topic not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A drawn clip. references: one or two pictures [H, W, 3]; frames: [T, H, W, 3]; all in 0 to 1."""
+
+    topic: Topic
+    prompt: str
+    references: list[Picture]
+    frames: Picture
+
+
+def draw_clip(topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1) -> Clip:
+    """A clip of the topic; of its frames only each `step`-th is drawn."""
+    colour, scene = tint(topic.colour, draw), scene_picture(topic.scene, size, draw)
+    place = path(topic.motion, size, frames, draw.uniform(-1, 1), draw.uniform(-1, 1))
+    references = [sprite_picture(topic.shape, colour, size)] + ([] if topic.scene == "white" else [scene])
+    shown = composed(topic.shape, colour, scene, *place[:, ::step])
+    return Clip(topic, sentence(topic, draw), references, shown)
+
+
+def path(motion: str, size: Size, frames: int, right: float, down: float) -> Floats:
+    """x, y, radius and angle of the sprite in every frame, [4, frames].
+
+    right, down: from -1 to 1, where the sprite is as far as the prompt leaves that open.
+    """
+    rows, columns = size
+    share, rest = np.linspace(0, 1, frames), radius(size)
+    r, angle = np.full(frames, rest), np.zeros(frames)
+    if motion == "grow":
+        r = rest * (0.5 + 0.85 * share)
+    elif motion == "shrink":
+        r = rest * (1.35 - 0.85 * share)
+    elif motion == "spin":
+        angle = math.pi / 16 * np.arange(frames)
+    edge = _MARGIN * r.max()
+    x = np.full(frames, columns / 2 + right * min(OPEN * columns, columns / 2 - edge))
+    y = np.full(frames, rows / 2 + down * min(OPEN * rows, rows / 2 - edge))
+    if motion in ("right", "left"):
+        x = edge + (columns - 2 * edge) * (share if motion == "right" else 1 - share)
+    elif motion in ("down", "up"):
+        y = edge + (rows - 2 * edge) * (share if motion == "down" else 1 - share)
+    elif motion == "bounce":
+        jumps = max(1, round((frames - 1) / 16))
+        y = rows - edge - (rows - 2 * edge) * np.abs(np.sin(jumps * math.pi * share))
+    return np.stack((x, y, r, angle)).astype(np.float32)
+
+
+def draw_pictures(size: Size, count: int, draw: Generator) -> Picture:
+    """Single pictures [count, H, W, 3] for the autoencoder: references and frames, with sprites anywhere."""
+    rows, columns = size
+    pictures = np.empty((count, *size, 3), np.float32)
+    for index in range(count):
+        topic = TOPICS[draw.integers(len(TOPICS))]
+        colour, scene = tint(topic.colour, draw), scene_picture(topic.scene, size, draw)
+        kind = draw.random()
+        if kind < 0.12:
+            pictures[index] = scene
+        elif kind < 0.24:
+            pictures[index] = sprite_picture(topic.shape, colour, size)
+        else:
+            r = radius(size) * (draw.uniform(0.5, 1.35) if draw.random() < 0.4 else 1)
+            angle = draw.uniform(0, 2 * math.pi) if draw.random() < 0.3 else 0
+            x, y = draw.uniform(r, columns - r), draw.uniform(r, rows - r)
+            pictures[index] = composed(topic.shape, colour, scene, [x], [y], [r], [angle])[0]
+    return pictures

@@ -1,0 +1,105 @@
+"""The stage that trains transformer and text encoder by flow matching, and a sampler to look at what they learned."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from skyrun.pipelines.samplers import UniPC
+from skyrun.tasks import TASKS
+from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
+from training import transformer
+from training.latents import Bucket, Latents
+from training.muon import Optimizer
+from training.stage import Losses, Random, Stage, Weights
+from training.text import encode_text, token_ids, unigram
+from training.transformer import velocity
+
+_TOKENS = 2400  # of a step's batch, about
+_LARGEST_SIGMA = 0.999
+_BINS = (0.6, 0.85, 0.95)  # the loss is reported for sigmas below and above each
+
+
+def denoising_stage(dit: Weights, encoder: Weights, latents: Latents, steps: int) -> Stage:
+    """Train to predict noise - clip from (1 - sigma) clip + sigma noise, a prompt and references."""
+    tokenizer = unigram().tokenizer()
+    sizes = np.array([len(bucket.prompts) for bucket in latents.buckets], np.float64)
+
+    def loss(step: int, random: Random) -> tuple[Tensor, Losses]:
+        bucket = latents.buckets[random.draw.choice(len(sizes), p=sizes / sizes.sum())]
+        picked = random.draw.integers(len(bucket.prompts), size=_batch(bucket))
+        prompts = [bucket.prompts[index] for index in picked]
+        clean, after = _pictures(bucket, torch.from_numpy(picked), latents, random)
+        sigma = _sigmas(len(picked), random)
+        noise, share = random.normal(clean), sigma.view(-1, 1, 1, 1, 1)
+        noisy = torch.cat(((1 - share) * clean + share * noise, after), 2)
+        context, scores = encode_text(encoder, token_ids(tokenizer, prompts))
+        made = velocity(dit, noisy, (1000 * sigma).floor(), context, scores, clean.shape[2])
+        each = (made - (noise - clean)).square().mean((1, 2, 3, 4))
+        return each.mean(), _by_sigma(sigma, each.detach())
+
+    trained = {f"transformer.{name}": weight for name, weight in dit.items()}
+    trained |= {f"text_encoder.{name}": weight for name, weight in encoder.items()}
+    matrices = {id(weight) for name, weight in dit.items() if name.startswith("blocks") and weight.dim() == 2}
+    optimizer = Optimizer(trained.values(), lambda weight: id(weight) in matrices, 0.02, 1.5e-3, torch.bfloat16)
+    return Stage("denoising", steps, trained, optimizer, loss, warm_up=60)
+
+
+@torch.no_grad()
+def sample(
+    dit: Weights, encoder: Weights, prompts: Sequence[str], references: Tensor, noise: Tensor, tokenizer: Tokenizer
+) -> Tensor:
+    """Clips from noise [B, 16, F, h, w] and normalised references [B, 16, 4, h, w], by the runtime's sampler."""
+    context, scores = encode_text(encoder, token_ids(tokenizer, prompts))
+    spec = TASKS["r2v"]
+    sampler, latents = UniPC(spec.steps, spec.shift), noise
+    for timestep in sampler.timesteps:
+        times = torch.full((len(noise),), float(timestep))
+        made = velocity(dit, torch.cat((latents, references), 2), times, context, scores, noise.shape[2])
+        latents = sampler.step(made, latents)
+    return latents
+
+
+def _batch(bucket: Bucket) -> int:
+    frames, height, width = bucket.frames.shape[2:]
+    return round(_TOKENS / ((frames + MAX_REFERENCES) * height * width / 4))
+
+
+def _pictures(bucket: Bucket, picked: Tensor, latents: Latents, random: Random) -> tuple[Tensor, Tensor]:
+    """The picked clips, and samples of their references followed by zeros for those that are missing."""
+    mean, std = bucket.references[picked].float().unbind(1)
+    references = latents.normalised(mean + std * random.normal(mean))
+    there = torch.arange(references.shape[2]) < bucket.counts[picked, None]
+    references = references * there[:, None, :, None, None]
+    missing = MAX_REFERENCES - references.shape[2]
+    return latents.normalised(bucket.frames[picked].float()), F.pad(references, (0, 0, 0, 0, 0, missing))
+
+
+def _sigmas(count: int, random: Random) -> Tensor:
+    """One sigma from each of `count` equal parts of the schedule that clips are sampled with."""
+    even = _LARGEST_SIGMA * (torch.arange(count) + torch.rand(count, generator=random.noise)) / count
+    shift = TASKS["r2v"].shift
+    return shift * even / (1 + (shift - 1) * even)
+
+
+def _by_sigma(sigma: Tensor, each: Tensor) -> Losses:
+    bins = torch.bucketize(sigma, torch.tensor(_BINS))
+    names = [f"sigma_to_{edge}" for edge in (*_BINS, 1)]
+    return {"loss": each.mean().item()} | {
+        name: each[bins == number].mean().item() for number, name in enumerate(names) if (bins == number).any()
+    }
+
+
+def compile_blocks(dit: Weights, encoder: Weights) -> None:
+    """Compile the transformer's block, always on the same two shapes: the code depends on those that come first."""
+    transformer.block = torch.compile(transformer.block, dynamic=True)
+    ids = token_ids(unigram().tokenizer(), ["a red ball spins."])
+    for rows, columns in ((8, 8), (6, 10)):
+        context, scores = encode_text(encoder, ids.expand(8, -1))
+        made = velocity(dit, torch.zeros(8, 16, 9, rows, columns), torch.zeros(8), context, scores, 5)
+        made.sum().backward()
+    for weight in (*dit.values(), *encoder.values()):
+        weight.grad = None
