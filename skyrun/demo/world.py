@@ -89,7 +89,7 @@ def composed(
 ) -> Picture:
     """Frames [T, H, W, 3] of the sprite before the scene [H, W, 3]; place, radius and angle [T] each."""
     shown, cover = _sprite(shape, colour, scene.shape[:2], x, y, r, angle)
-    return shown * cover + scene * (1 - cover)
+    return (shown * cover + scene * (1 - cover)).astype(np.float32)
 
 
 def scene_picture(scene: str, size: Size, draw: Generator) -> Picture:
