@@ -1,6 +1,7 @@
 """Reads a made clip: which of all drawn clips is nearest to it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -12,10 +13,26 @@ from training.clips import path
 Floats = NDArray[np.float32]
 _COARSE = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _FINER = (0.25, 0.12)  # steps by which the nearest place is refined
+_REFINED = 3  # motions whose place is refined
+
+
+@dataclass(frozen=True, order=True)
+class _Found:
+    """A drawn clip, and its squared error. right, down: where the sprite is, as for `path`."""
+
+    error: float
+    colour: str
+    shape: str
+    motion: str
+    right: float
+    down: float
 
 
 def nearest(frames: Picture, scene: Picture, name: str, times: Sequence[int], length: int) -> Topic:
     """The topic of the drawn clip with the least squared error, of every colour, shape, motion and open place.
+
+    The place is found with every motion, shape and colour on a coarse grid in pictures of half the size, and refined
+    for the nearest motions.
 
     Args:
         frames: of the made clip [T, H, W, 3] in 0 to 1.
@@ -24,36 +41,51 @@ def nearest(frames: Picture, scene: Picture, name: str, times: Sequence[int], le
         times: which frames of the clip these are.
         length: frames of the whole clip.
     """
-    best = min((_nearest_of(frames, scene, motion, times, length) for motion in MOTIONS), key=lambda found: found[0])
-    return Topic(best[1], best[2], best[3], name)
-
-
-def _nearest_of(
-    frames: Picture, scene: Picture, motion: str, times: Sequence[int], length: int
-) -> tuple[float, str, str, str]:
-    """Error, colour, shape and motion of the nearest clip with that motion.
-
-    The place is found with every shape and colour on a coarse grid and half the rows and columns, then refined.
-    """
     size = scene.shape[:2]
 
-    def errors(shape: str, right: float, down: float, every: int = 1) -> Iterator[tuple[float, str, str, float, float]]:
-        place = path(motion, size, length, right, down)[:, list(times)]
-        # A drawn clip is linear in the sprite's colour, so two of them give all.
-        black, white = (composed(shape, [level] * 3, scene, *place)[:, ::every, ::every] for level in (0, 1))
-        wanted = frames[:, ::every, ::every]
-        for name, colour in COLOURS.items():
-            made = black + (white - black) * (np.asarray(colour, np.float32) / 255)
-            yield float(np.square(made - wanted).mean()), name, shape, right, down
+    def least(motion: str, places: Sequence[tuple[float, float]], scale: int = 1) -> _Found:
+        wanted, ground = _reduced(frames, scale), _reduced(scene, scale)
+        paths = np.stack([path(motion, size, length, *place)[:, list(times)] for place in places], 1)
+        paths[:3] /= scale  # x, y and radius
+        found = []
+        for shape in SHAPES:
+            errors = _errors(wanted, ground, shape, paths)
+            number, colour = np.unravel_index(errors.argmin(), errors.shape)
+            found.append(_Found(errors[number, colour], tuple(COLOURS)[colour], shape, motion, *places[number]))
+        return min(found)
 
-    grid = [(right, down) for right, down in product(_COARSE, _COARSE) if _matters(motion, right, down)]
-    best = min(error for shape in SHAPES for right, down in grid for error in errors(shape, right, down, 2))
-    for step in _FINER:
-        _, _, _, right, down = best
-        around = [(right + a * step, down + b * step) for a, b in product((-1, 0, 1), repeat=2)]
-        places = [place for place in around if _matters(motion, *place, centre=(right, down))]
-        best = min(error for shape in SHAPES for place in places for error in errors(shape, *place))
-    return best[0], best[1], best[2], motion
+    grid = list(product(_COARSE, _COARSE))
+    coarse = [least(motion, [place for place in grid if _matters(motion, *place)], 2) for motion in MOTIONS]
+    refined = []
+    for best in sorted(coarse)[:_REFINED]:
+        for step in _FINER:
+            centre = best.right, best.down
+            around = [(best.right + a * step, best.down + b * step) for a, b in product((-1, 0, 1), repeat=2)]
+            best = least(best.motion, [place for place in around if _matters(best.motion, *place, centre=centre)])
+        refined.append(best)
+    best = min(refined)
+    return Topic(best.colour, best.shape, best.motion, name)
+
+
+def _reduced(pictures: Picture, scale: int) -> Picture:
+    """Pictures [..., H, W, 3] of which each `scale` x `scale` pixels are one."""
+    *rest, rows, columns, channels = pictures.shape
+    return pictures.reshape(*rest, rows // scale, scale, columns // scale, scale, channels).mean((-4, -2))
+
+
+def _errors(frames: Picture, scene: Picture, shape: str, paths: Floats) -> Floats:
+    """The squared error of drawn clips by path and colour. paths: x, y, radius and angle, [4, paths, T].
+
+    A clip is linear in the sprite's colour, so that two of them give those of all colours.
+    """
+    count = paths.shape[1]
+    black, white = (composed(shape, [level] * 3, scene, *paths.reshape(4, -1)) for level in (0, 1))
+    gain = (white - black).reshape(count, -1, 3)
+    rest = (black.reshape(count, *frames.shape) - frames).reshape(count, -1, 3)
+    pairs = ((gain, gain), (gain, rest), (rest, rest))
+    squares, products, plain = (np.einsum("pnc,pnc->pc", a, b)[:, None] for a, b in pairs)
+    levels = np.asarray(list(COLOURS.values()), np.float32) / 255
+    return (levels**2 * squares + 2 * levels * products + plain).sum(2)
 
 
 def _matters(motion: str, right: float, down: float, centre: tuple[float, float] = (0.0, 0.0)) -> bool:

@@ -24,34 +24,40 @@ from training.stage import Weights, run_stage
 from training.text import new_text_encoder
 from training.transformer import new_transformer
 
-_THREADS = 2  # a sum's order depends on their number
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage is. compiled: whether the transformer's block is compiled, which takes a minute."""
+    """How long each stage is.
+
+    judged: how many clips of each kind the report is about. save_every: after how many steps a stage saves its state.
+    threads: of torch, on which the order of sums depends. compiled: whether the transformer's block is compiled, which
+    takes a minute.
+    """
 
     pictures: int = 5000
     latents: int = 7000
     denoising: int = 5000
     clips: int = 1600
     judged: int = 144
+    save_every: int = 100
+    threads: int = 2
     compiled: bool = True
 
 
 def train(folder: Path, recipe: Recipe, seed: int = 0) -> None:
     """Train all parts and write the checkpoint and its report. Goes on from the states that the folder has."""
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     report: list[dict[str, Any]] = []
     vae = new_autoencoder(seed)
-    run_stage(pictures_stage(vae, recipe.pictures), folder, seed, report)
+    run_stage(pictures_stage(vae, recipe.pictures), folder, seed, report, recipe.save_every)
     latents = _latents(folder / "latents.pt", vae, recipe.latents, seed)
     dit, encoder = new_transformer(seed + 1), new_text_encoder(seed + 2)
     if recipe.compiled:
         compile_blocks(dit, encoder)
-    run_stage(denoising_stage(dit, encoder, latents, recipe.denoising), folder, seed, report)
-    run_stage(clips_stage(vae, recipe.clips), folder, seed, report)
+    stage = denoising_stage(dit, encoder, latents, recipe.denoising)
+    run_stage(stage, folder, seed, report, recipe.save_every)
+    run_stage(clips_stage(vae, recipe.clips), folder, seed, report, recipe.save_every)
     write_checkpoint(folder / "checkpoint", dit, encoder, vae, latents)
     write_report(folder, dit, encoder, vae, latents, recipe.judged, report)
 
