@@ -32,8 +32,8 @@ class Recipe:
     """How long each stage is. compiled: whether the transformer's block is compiled, which takes a minute."""
 
     pictures: int = 5000
-    latents: int = 7000
-    denoising: int = 5000
+    latents: int = 8000
+    denoising: int = 6500
     clips: int = 1600
     judged: int = 144
     compiled: bool = True
