@@ -54,6 +54,13 @@ class Said:
     def text(self, key: str) -> str:
         return str(self._config.get(key, ""))
 
+    def texts(self, key: str) -> list[str]:
+        """A list of texts; empty if the config has no such key."""
+        values = self._config.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise SkyrunError(f"{self._where} says {key} = {values!r}", "expected a list of texts")
+        return values
+
     def agree(self, expected: Mapping[str, Any]) -> None:
         """Raise SkyrunError if the config contradicts these values. A key lists all names of a value, with spaces."""
         problems = [
@@ -123,7 +130,16 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
     keys: dict[str, Any] = {"general.type": "model"}
     if task:
         keys |= {"general.license": "other", "general.license.name": "Skywork Community License", "skyrun.task": task}
-    return keys | {f"skyrun.{key}": value for key, value in values.items()} | {"skyrun.eps": said.number("eps", 1e-6)}
+    keys |= {f"skyrun.{key}": value for key, value in values.items()} | {"skyrun.eps": said.number("eps", 1e-6)}
+    return keys | _clips(said)
+
+
+def _clips(said: Said) -> dict[str, Any]:
+    """Sizes and lengths of the clips that a small model makes; the published ones make those of their task."""
+    if not (sizes := said.texts("clip_sizes")):
+        return {}
+    numbers = {key: said.count(key, 1) for key in ("least_frames", "most_frames", "usual_frames", "shown_scale")}
+    return {"skyrun.clip_sizes": sizes} | {f"skyrun.{key}": number for key, number in numbers.items()}
 
 
 def _audio(part: Part, dims: Dims) -> dict[str, int]:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from skyrun.cli import main
 from skyrun.errors import SkyrunError
-from skyrun.hub.store import remove, stored, wanted_name, whole_folder
+from skyrun.hub.local import wanted_name, whole_folder
+from skyrun.hub.store import remove, stored
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ LEAVES = {"events", "errors", "units", "version", "kernels"}  # everyone may imp
 MAY = {
     "tasks": set(),
     "media": set(),
+    "demo": set(),
     "streaming": {"presets"},
     "models": {"streaming"},
     "planning": {"tasks", "media", "streaming", "models", "presets"},
     "pipelines": {"planning", "models", "streaming", "media", "tasks", "presets"},
-    "hub": {"planning", "tasks", "streaming", "quant"},
+    "hub": {"demo", "planning", "tasks", "streaming", "quant"},
     "engine": {"pipelines", "planning", "models", "streaming", "media", "tasks", "presets"},
     "tools": {"pipelines", "planning", "models", "streaming", "media", "tasks", "presets", "quant", "hub"},
     "errors": set(),

@@ -46,6 +46,11 @@ _TRANSFORMER = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
+    "clip_sizes": ["64x64", "48x48", "48x80"],  # height x width, the usual size first
+    "least_frames": 9,
+    "most_frames": 33,
+    "usual_frames": 17,
+    "shown_scale": 4,  # so large is a pixel in the mp4
 }
 _TEXT_ENCODER = {
     "architectures": ["UMT5EncoderModel"],

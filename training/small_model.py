@@ -35,8 +35,8 @@ class Recipe:
     """
 
     pictures: int = 5000
-    latents: int = 7000
-    denoising: int = 5000
+    latents: int = 8000
+    denoising: int = 6500
     clips: int = 1600
     judged: int = 144
     save_every: int = 100

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.demo.world import ARTICLES, COLOURS, MOTIONS, SCENES, SHAPES
+from skyrun.demo.words import ARTICLES, known_words
 from skyrun.kernels.ggml_tokenizer import Unigram
 from skyrun.kernels.name_tables import UMT5_ENCODER
 from skyrun.models.umt5 import TEXT_LENGTH, relative_buckets
@@ -23,17 +23,11 @@ _SPECIAL = (("<pad>", 3), ("</s>", 3), ("<s>", 3), ("<unk>", 2))  # and their ty
 _BLOCK = "encoder.block.0.layer"
 
 
-def known_words() -> list[str]:
-    """Every word that a prompt of the small model's world can have, as it stands there."""
-    phrases = [*COLOURS, *SHAPES, *(phrase for group in (*MOTIONS.values(), *SCENES.values()) for phrase in group)]
-    words = {word for phrase in phrases for word in phrase.split()} | set(ARTICLES)
-    return sorted(words | {article.capitalize() for article in ARTICLES})
-
-
 def unigram() -> Unigram:
     """Whole words, printable ASCII for all other words, and nothing else."""
+    words = sorted({*known_words(), *(article.capitalize() for article in ARTICLES)})
     pieces = [(piece, 0.0) for piece, _ in _SPECIAL] + [("\u2581", -3.0)]
-    pieces += [(chr(code), -6.0) for code in range(33, 127)] + [(f"\u2581{word}", -5.0) for word in known_words()]
+    pieces += [(chr(code), -6.0) for code in range(33, 127)] + [(f"\u2581{word}", -5.0) for word in words]
     types = [type for _, type in _SPECIAL] + [1] * (len(pieces) - len(_SPECIAL))
     return Unigram(pieces, types, b"", end=1, prefix_space=True, squeeze_spaces=True)
 

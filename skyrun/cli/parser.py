@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from skyrun.demo.words import PROMPT, words_text
 from skyrun.presets.named import PRESETS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
@@ -242,15 +243,22 @@ def _add_resume(commands: Commands) -> None:
 
 
 def _add_demo(commands: Commands) -> None:
-    parser = _add(commands, "demo", "the whole chain on a small built-in model: no download, no GPU")
-    parser.add_argument("-p", "--prompt", help="what the clip shows (default: built in)")
+    parser = _add(commands, "demo", "the whole chain on a small trained model that is built in: no download, no GPU")
+    parser.epilog = words_text()
+    parser.add_argument("-p", "--prompt", default=PROMPT, help=f"what the clip shows ({PROMPT})")
     parser.add_argument(
-        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="images (default: drawn)"
+        "--image",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="F",
+        help="a sprite on white, and a scene (default: drawn as the prompt says)",
     )
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="start of the noise (1)")
-    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, height first (208x352)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the noise (0)")
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels: 64x64, 48x48 or 48x80 (64x64)")
     output = parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo.mp4"), metavar="OUT.mp4")
-    output.help = "the clip (skyrun-demo.mp4); what it is made with stays in a folder beside it"
+    output.help = "the clip (skyrun-demo.mp4); its contact sheet and drawn images are put beside it"
     _add_pictures(parser)
     _add_overwrite(parser)
 
@@ -298,7 +306,7 @@ def _add_convert(commands: Commands) -> None:
 def _add_calibrate(commands: Commands) -> None:
     parser = _add(commands, "calibrate", "collect importance (an imatrix) of an r2v model, for better small types")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", type=Path, metavar="DIR|FILE", help="converted files, best BF16 or Q8_0")
+    source.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="converted files, best BF16 or Q8_0")
     source.add_argument("--merge", type=Path, nargs="+", metavar="F", help="add up importance files, without a model")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("importance.gguf"), metavar="F", help="file (importance.gguf)"
@@ -313,7 +321,7 @@ def _add_calibrate(commands: Commands) -> None:
 
 def _add_info(commands: Commands) -> None:
     parser = _add(commands, "info", "what a GGUF, safetensors or mp4 file holds")
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE|NAME", help="a file, or the name of a model: its transformer")
     parser.add_argument("--against", type=Path, metavar="SRC", help="its source: also print the error of every tensor")
 
 

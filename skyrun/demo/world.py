@@ -1,65 +1,22 @@
-"""The world that the small model knows: the words for it, and how its pictures are drawn.
+"""Pictures of the small model's world, drawn.
 
 Pictures are float32 [H, W, 3] in 0 to 1. A sprite's place, radius and angle are in pixels and radians.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
+from skyrun.demo.words import COLOURS, MOTIONS, SCENES, Topic
+
 Picture = NDArray[np.float32]
 Size = tuple[int, int]  # height and width in pixels
 
-COLOURS = {
-    "red": (215, 35, 45),
-    "orange": (250, 145, 20),
-    "yellow": (250, 220, 60),
-    "green": (35, 160, 70),
-    "blue": (50, 100, 235),
-    "purple": (150, 60, 190),
-}
-SHAPES = ("ball", "square", "triangle", "star", "face")
-SCENES = {
-    "white": ("on white", "on a white ground"),
-    "sea": ("over the sea", "by the sea"),
-    "grass": ("over the grass", "on the grass"),
-    "desert": ("in the desert", "over the sand"),
-    "night": ("at night", "in the night"),
-}
-MOTIONS = {
-    "right": ("moves to the right", "goes right"),
-    "left": ("moves to the left", "goes left"),
-    "up": ("moves up", "rises"),
-    "down": ("moves down", "falls"),
-    "bounce": ("bounces", "jumps up and down"),
-    "grow": ("grows", "gets bigger"),
-    "shrink": ("shrinks", "gets smaller"),
-    "spin": ("spins", "turns around"),
-    "still": ("stays still", "stands still"),
-}
-ARTICLES = ("a", "an", "the")
-
-_RADIUS = 0.23  # of a sprite at rest, as a share of the picture's shorter side
+RADIUS = 12.0  # of a sprite at rest, in pixels
 _SOFT = 0.8  # half the width in pixels over which an edge fades
-
-
-@dataclass(frozen=True)
-class Topic:
-    """What a clip shows."""
-
-    colour: str
-    shape: str
-    motion: str
-    scene: str
-
-
-def radius(size: Size) -> float:
-    """The radius of a sprite at rest, in pixels."""
-    return _RADIUS * min(size)
 
 
 def sentence(topic: Topic, draw: Generator) -> str:
@@ -81,7 +38,7 @@ def tint(colour: str, draw: Generator) -> Picture:
 def sprite_picture(shape: str, colour: ArrayLike, size: Size) -> Picture:
     """The first reference: the sprite at rest, in the middle of a white picture."""
     rows, columns = size
-    return composed(shape, colour, np.ones((*size, 3), np.float32), [columns / 2], [rows / 2], [radius(size)], [0])[0]
+    return composed(shape, colour, np.ones((*size, 3), np.float32), [columns / 2], [rows / 2], [RADIUS], [0])[0]
 
 
 def composed(

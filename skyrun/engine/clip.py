@@ -129,7 +129,7 @@ def clip_format(job: Job) -> Format:
         # Rounded to 16 bits and clipped, as in the file that upstream writes.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
         audio = Audio([levels.astype(np.float32)[None]], 1, SPEECH_RATE)
-    return Format(job.height, job.width, fps, job.request.as_json(), audio)
+    return Format(job.height, job.width, fps, job.request.as_json(), audio, job.scale)
 
 
 def source_frames(job: Job, notices: list[str]) -> Iterator[Frames]:

@@ -19,7 +19,7 @@ from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
 from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
-from skyrun.tasks.sources import SOURCES
+from skyrun.tasks.sources import BUILT_IN, SOURCES
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
 LOCK = ".lock"  # in the folder of a model
@@ -43,7 +43,11 @@ def _home() -> Path:
 
 @dataclass(frozen=True)
 class Name:
-    """The name of a model. repo: "" for the model of a task. quant: "" if any type will do."""
+    """The name of a model.
+
+    repo: OWNER/NAME, or the name of a model that is built in; "" for the model of a task. quant: "" if any type will
+    do.
+    """
 
     task: str
     repo: str
@@ -59,7 +63,7 @@ class Name:
 
 
 def parse_name(text: str, quant: str | None = None, task: str | None = None) -> Name:
-    """Parse a task, OWNER/NAME, or either with :TYPE. Raises SkyrunError for anything else.
+    """Parse a task, a built-in model, OWNER/NAME, or any of them with :TYPE. Raises SkyrunError for anything else.
 
     Args:
         text: The name.
@@ -67,10 +71,12 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
         task: The task to take a repository's transformer for.
     """
     base, colon, type = text.partition(":")
-    if (base not in SOURCES and not _REPOSITORY.fullmatch(base)) or (colon and not _TYPE.fullmatch(type)):
+    if (base not in SOURCES and base not in BUILT_IN and not _REPOSITORY.fullmatch(base)) or (
+        colon and not _TYPE.fullmatch(type)
+    ):
         raise SkyrunError(
             f"{text!r} is not the name of a model that can be fetched",
-            f"expected {', '.join(SOURCES)}, or OWNER/NAME:TYPE such as OWNER/NAME:Q4_K_M",
+            f"expected {', '.join((*SOURCES, *BUILT_IN))}, or OWNER/NAME:TYPE such as OWNER/NAME:Q4_K_M",
             BAD_INPUT,
         )
     asked = (quant or "").upper()
@@ -78,31 +84,9 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
         raise SkyrunError(f"got {text} and --quant {quant}, expected one type", "leave out one of them", BAD_INPUT)
     if base in SOURCES:
         return Name(base, "", type.upper() or asked)
+    if base in BUILT_IN:
+        return Name(BUILT_IN[base], base, type.upper() or asked)
     return Name(task or "", base, type.upper() or asked)
-
-
-def wanted_name(model: str | None, task: str, quant: str | None) -> Name | None:
-    """The name of the model to make a clip with; None if `model` is a path.
-
-    Args:
-        model: The name or path that was given; None stands for the model of the task.
-        task: The task of the clip.
-        quant: The type that was asked for.
-    """
-    if model is not None and (Path(model).exists() or not _is_name(model)):
-        return None
-    return parse_name(model or task, quant, task)
-
-
-def _is_name(text: str) -> bool:
-    """Whether a text is a name and not a path. OWNER/NAME is a name only with a type."""
-    return text in SOURCES or (":" in text and not Path(text).is_absolute())
-
-
-def whole_folder(name: Name) -> Path | None:
-    """The folder of a complete model; None if it has to be downloaded."""
-    found = pulled(name)
-    return found[0][0] if found and found[0][1].is_whole(found[0][0]) else None
 
 
 def sources_text(name: Name) -> str:
@@ -120,7 +104,7 @@ def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:
         quant: Its type.
         root: The folder of all models, by default `models_folder()`.
     """
-    task = f"--{name.task}" if name.repo and name.task else ""
+    task = f"--{name.task}" if "/" in name.repo and name.task else ""
     return (root or models_folder()) / f"{name.stem}{task}-{quant}"
 
 

@@ -31,13 +31,18 @@ _LARGEST = 1 << 64  # integer; seeds are below it
 
 @dataclass(frozen=True)
 class Format:
-    """Settings of an mp4. fps: frames per second. comment: the request it is made from, as plain values."""
+    """Settings of an mp4.
+
+    height, width: of the frames that are added. fps: frames per second. comment: the request it is made from, as plain
+    values. scale: how many pixels high and wide the mp4 shows a pixel.
+    """
 
     height: int
     width: int
     fps: Fraction
     comment: dict[str, Any]
     audio: Audio | None = None
+    scale: int = 1
 
 
 class VideoWriter:
@@ -46,7 +51,8 @@ class VideoWriter:
     def __init__(self, container: Any, format: Format) -> None:
         self._container, self._format = container, format
         self._stream = container.add_stream("libx264", rate=format.fps, options=_ENCODING)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = format.height, format.width, "yuv420p"
+        self._stream.height, self._stream.width = format.scale * format.height, format.scale * format.width
+        self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         self.count = 0  # frames so far
@@ -55,7 +61,8 @@ class VideoWriter:
     def add(self, frames: Frames) -> None:
         """Encode uint8 [n, H, W, 3]."""
         for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            shown = pixels.repeat(self._format.scale, 0).repeat(self._format.scale, 1)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
             self._container.mux(self._stream.encode(frame))
             self.count += 1

@@ -16,6 +16,7 @@ from skyrun.models.umt5 import UMT5
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
+from skyrun.planning.own_clips import read_own_clips
 from skyrun.planning.problems import check, too_long
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
@@ -33,7 +34,8 @@ _OBLONG = 1.2  # the longer side by the shorter one, from which on a shape is wi
 class Job:
     """A request that has passed every check, with everything that was decided for it.
 
-    frames: of the clip. passed_over: files of the model that do not fit, and why.
+    frames: of the clip. passed_over: files of the model that do not fit, and why. scale: how many pixels high and wide
+    the mp4 shows a pixel.
     """
 
     request: Request
@@ -49,6 +51,7 @@ class Job:
     workload: Workload
     plan: Plan
     passed_over: tuple[str, ...] = ()
+    scale: int = 1
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -95,6 +98,9 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     spec, device = request.spec, choose_device(request.device)
     inputs, model = _open(request)
+    own = read_own_clips(model.files.transformer)
+    if own is not None:
+        request = own.fitted(request, *inputs.shape)
     size = clip_size(request, *inputs.shape)
     request = replace(request, size=size)
     if spec.takes_frames:
@@ -130,6 +136,7 @@ def prepare(request: Request) -> Job:
         workload,
         plan,
         model.passed_over,
+        own.scale if own else 1,
     )
 
 

@@ -62,20 +62,28 @@ def request_workload(request: Request) -> Workload:
     if problems := [*_problems(request)]:
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
     spec = request.spec
+    if request.model is None:
+        work = published_workload(spec.name, request.quant)
+    else:
+        request, work = _with_model(request)
     size = request.size or spec.size(request.resolution, *_WIDE)
     assert not isinstance(size, str)
     seconds = SECONDS if request.seconds is None else request.seconds
     windows = request.windows(speech_frame_count(round(seconds * SPEECH_RATE)))
-    work = published_workload(spec.name, request.quant) if request.model is None else _model_workload(request)
     return with_clip(work, spec, size, request.steps, windows)
 
 
-def _model_workload(request: Request) -> Workload:
+def _with_model(request: Request) -> tuple[Request, Workload]:
+    """The request with a size and length that its model makes, and the workload of that model."""
     from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
     from skyrun.planning.model import choose_model
+    from skyrun.planning.own_clips import read_own_clips
     from skyrun.planning.workload import model_workload
 
-    return model_workload(request.spec, choose_model(open_folder(request.model), request.spec, request.quant))
+    model = choose_model(open_folder(request.model), request.spec, request.quant)
+    if (own := read_own_clips(model.files.transformer)) is not None:
+        request = own.fitted(request, *_WIDE)
+    return request, model_workload(request.spec, model)
 
 
 def _problems(request: Request) -> Iterator[str]:

@@ -31,6 +31,9 @@ SOURCES = {
 }
 
 
+BUILT_IN = {"demo": "r2v"}  # models that come with the package, and their tasks
+
+
 def pinned(source: str) -> tuple[str, str | None]:
     """The name of a repository, and the commit of it that is to be used, if one is given."""
     name, _, commit = source.partition("@")

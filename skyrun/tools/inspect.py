@@ -10,6 +10,7 @@ from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
+_TRANSFORMER = "wan"  # its architecture in GGUF
 _VIDEO = (".mp4", ".mkv", ".mov", ".webm")
 # The role of a tensor by its name; the first pattern that matches counts.
 _ROLES = (
@@ -43,6 +44,12 @@ def describe(path: Path) -> dict[str, Any]:
             f"{path} is not a kind of file that skyrun knows", "it describes GGUF, safetensors and video files"
         )
     return head | _describe_gguf(path)
+
+
+def described_file(path: Path) -> Path:
+    """The file to describe: of the folder of a model its transformer, anything else itself."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return next((file for file in files if open_gguf(file).architecture == _TRANSFORMER), path)
 
 
 def _starts_like_gguf(path: Path) -> bool:

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from skyrun.cli.batch import read_prompts
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
+from skyrun.hub.local import model_path
 from skyrun.kernels.formats import FORMATS
 from skyrun.quant.importance import Importance, read_importance
 from skyrun.tools.calibrate import Calibration, collect, collected_clips, merge_files, plan_calibration
@@ -31,7 +32,7 @@ def _calibrate(arguments: Namespace) -> None:
     prompts = read_prompts(arguments.prompts) if arguments.prompts else PROMPTS
     with TemporaryDirectory(prefix="skyrun-") as folder:
         calibration = plan_calibration(
-            arguments.model,
+            model_path(arguments.model),
             arguments.output,
             prompts,
             arguments.image or draw_images(Path(folder))[: len(prompts)],

@@ -1,99 +1,104 @@
-"""`skyrun demo`: build a small checkpoint, convert it, draw a reference image, and make a clip."""
+"""`skyrun demo`: convert the built-in model, draw references as the prompt says, and make a clip."""
 
-import math
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image
 
-from skyrun.cli.commands.run import announce, make
+from skyrun.cli.commands.run import announce, draw_sheet, make
 from skyrun.cli.console import emit, say
-from skyrun.engine.output import check_free, is_made
+from skyrun.demo.words import known_in, pictured, words_text
+from skyrun.demo.world import Picture, scene_picture, sprite_picture, tint
+from skyrun.engine.output import check_free, check_outputs, is_made
 from skyrun.engine.resume import continue_or_start
-from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.atomic import replacing
-from skyrun.planning.problems import place_problems
+from skyrun.errors import SkyrunError
+from skyrun.hub.built_in import QUANT, built_in_folder
+from skyrun.hub.store import parse_name
+from skyrun.media.image import write_image
+from skyrun.models.folder import open_folder
+from skyrun.planning.own_clips import read_own_clips
+from skyrun.planning.problems import place_problems, value_problems
 from skyrun.planning.request import Request
-from skyrun.quant.conversion import convert
 from skyrun.tasks.skyreels_v3 import REFERENCE_TO_VIDEO
-from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
-from skyrun.units import duration, size
+from skyrun.units import duration, printable
 
-_PROMPT = "A person walking by the sea, looking at the camera."
-_SIZE = (208, 352)
-_FRAMES = 17
-_QUANT = "Q4_K"
+_MODEL = "demo"
 
 
 def execute(arguments: Namespace) -> int:
-    """Make the clip. What it is made from is in a folder beside it with the same name."""
-    clip: Path = arguments.output
-    folder = clip.with_suffix("")
-    try:
-        summary = _run(arguments, clip, folder)
-    except OSError as error:
-        raise SkyrunError(f"cannot write {folder}: {error}", "check the path, permissions and space", FAILED) from error
-    if arguments.json:
-        emit({"event": "result"} | summary)
-    return 0
-
-
-def _run(arguments: Namespace, clip: Path, folder: Path) -> dict[str, Any]:
+    """Make the clip. Its contact sheet and the references that are drawn are put beside it."""
     start = time.perf_counter()
-    checkpoint, model, picture = (folder / name for name in ("checkpoint", "model", "reference.png"))
-    images = tuple(arguments.image) or (picture,)
+    if not known_in(arguments.prompt):
+        raise SkyrunError(f"the small model knows no word of {arguments.prompt!r}", words_text())
+    clip, images = arguments.output, tuple(arguments.image)
+    drawn = () if images else _places(arguments.prompt, clip)
     request = Request(
         REFERENCE_TO_VIDEO.name,
-        arguments.prompt or _PROMPT,
-        images,
+        arguments.prompt,
+        images or drawn,
         clip,
-        model,
-        size=arguments.size or _SIZE,
-        frames=_FRAMES,
+        size=arguments.size,
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )
-    if problems := place_problems(clip):
-        raise SkyrunError.listing("the clip cannot be written", problems, "choose another -o")
-    check_free(request)
-    say("1. building a small checkpoint: the architecture of SkyReels-V3 R2V, random weights")
-    write_checkpoint(checkpoint, CheckpointDims())
-    say(f"2. converting it to {_QUANT}")
-    for file in convert(checkpoint, model, _QUANT)["files"]:
-        say(f"   {file['path']}: {size(file['bytes'])}")
-    if not arguments.image:
-        say("3. drawing a reference image")
-        with replacing(picture) as partial:
-            draw_reference().save(partial, format="PNG")
-    say("4. making a clip from it")
+    problems = request.type_problems() or value_problems(request)
+    if problems := problems or place_problems(clip):
+        raise SkyrunError.listing("the clip cannot be made", problems, "see `skyrun demo --help`")
+    say(f"1. converting the checkpoint that comes with skyrun, a small model of the same architecture, to {QUANT}")
+    model = built_in_folder(parse_name(_MODEL))
+    request = _fitted(replace(request, model=model))
+    pictures = [clip.with_suffix(".png"), *([arguments.preview] if arguments.preview else [])]
+    check_free(request, [*pictures, *drawn])
+    say("2. the references, what moves and where: " + " and ".join(str(place) for place in request.images))
+    for place, picture in zip(drawn, _drawn(request) if drawn else (), strict=True):
+        write_image(place, Image.fromarray((picture * 255).round().astype(np.uint8)))
+    check_outputs(request, pictures)
+    say("3. making the clip: the weights stream from the file, block by block")
+    _run(request, arguments)
+    say(f"done in {duration(time.perf_counter() - start)}. {clip} shows: {printable(arguments.prompt)}")
+    say("The same steps run with a model of 14 billion weights. Next:")
+    say('   skyrun demo -p "a blue ball bounces by the sea"     another clip; skyrun demo --help lists the words')
+    say("   skyrun plan r2v                                     what this machine can make, and how long that takes")
+    say('   skyrun run r2v -p "…" --image her.png               a real clip; the model is fetched first')
+    if arguments.json:
+        paths = {"clip": clip, "model": model, "sheet": clip.with_suffix(".png")}
+        values = {name: str(path) for name, path in paths.items()}
+        emit({"event": "result", **values, "references": [str(path) for path in request.images]})
+    return 0
+
+
+def _places(prompt: str, clip: Path) -> tuple[Path, ...]:
+    """Where the references are drawn: the sprite, and the scene unless it is white."""
+    count = 1 if pictured(prompt)[2] == "white" else 2
+    return tuple(clip.with_suffix(f".reference-{number}.png") for number in range(1, count + 1))
+
+
+def _drawn(request: Request) -> list[Picture]:
+    """The references that the prompt names, in the size of the clip."""
+    assert isinstance(request.size, tuple)
+    colour, shape, scene = pictured(request.prompt)
+    draw = np.random.default_rng(request.seed)
+    pictures = [sprite_picture(shape, tint(colour, draw), request.size), scene_picture(scene, request.size, draw)]
+    return pictures[: len(request.images)]
+
+
+def _fitted(request: Request) -> Request:
+    """The request with a size and a length that the model makes."""
+    (transformer,) = open_folder(request.model).transformers
+    own = read_own_clips(transformer)
+    if own is None:
+        raise SkyrunError(f"{transformer.path} is not the model of the demo", f"skyrun remove {_MODEL}, then try again")
+    return own.fitted(request, *own.sizes[0])
+
+
+def _run(request: Request, arguments: Namespace) -> None:
     job, state = continue_or_start(request)
     announce(job, state, arguments.json)
     if is_made(job.request) and not request.overwrite:
-        say(f"{clip}: it is there already (--overwrite makes it again)")
+        say(f"{request.output}: it is there already (--overwrite makes it again)")
     else:
         make(job, state, arguments)
-    say(f"done in {duration(time.perf_counter() - start)}. Weights are random, so the clip shows moving colors:")
-    say("everything ran, from published checkpoint to mp4. Next: make a real clip with `skyrun run`.")
-    paths = {"checkpoint": checkpoint, "model": model, "reference": images[0], "clip": clip}
-    for name, path in paths.items():
-        say(f"   {name}: {path}")
-    return {name: str(path) for name, path in paths.items()}
-
-
-def draw_reference() -> Image.Image:
-    """Draw a figure in front of a sunset, 480 x 360."""
-    image = Image.new("RGB", (480, 360))
-    canvas = ImageDraw.Draw(image)
-    for row in range(360):
-        warmth = row / 360
-        canvas.line((0, row, 480, row), fill=(int(40 + 200 * warmth), int(60 + 90 * warmth), int(150 - 60 * warmth)))
-    canvas.ellipse((300, 150, 400, 250), fill=(255, 214, 120))
-    canvas.rectangle((0, 250, 480, 360), fill=(28, 60, 92))
-    for wave in range(0, 480, 12):
-        height = 250 + 4 * math.sin(wave / 20)
-        canvas.line((wave, height, wave + 12, 250 + 4 * math.sin((wave + 12) / 20)), fill=(250, 190, 120), width=3)
-    canvas.ellipse((150, 110, 210, 170), fill=(60, 36, 40))
-    canvas.rounded_rectangle((135, 170, 225, 330), radius=30, fill=(120, 30, 50))
-    return image
+    draw_sheet(job)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyrun.cli.console import display, emit
-from skyrun.tools.inspect import describe
+from skyrun.hub.local import model_path
+from skyrun.tools.inspect import describe, described_file
 from skyrun.units import size, table
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _LONG = 2000  # characters; a prompt is shorter, a tokenizer longer
 
 def execute(arguments: Namespace) -> int:
     """Describe a file, and compare it with its source."""
+    arguments.file = described_file(model_path(arguments.file))
     description = describe(arguments.file)
     text = description_text(description)
     if arguments.against:

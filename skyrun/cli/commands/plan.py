@@ -4,8 +4,9 @@ from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
-from skyrun.hub.store import sources_text, wanted_name, whole_folder
-from skyrun.planning.request import SECONDS, Request
+from skyrun.hub.local import wanted_name, whole_folder
+from skyrun.hub.store import sources_text
+from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.cards import card_rows
@@ -31,7 +32,7 @@ def execute(arguments: Namespace) -> int:
         size=arguments.size,
         resolution=arguments.resolution or Request.resolution,
         frames=arguments.frames,
-        seconds=arguments.seconds if arguments.frames is not None else arguments.seconds or SECONDS,
+        seconds=arguments.seconds,
         steps=arguments.steps,
         prefer=arguments.prefer,
     )

@@ -16,8 +16,8 @@ from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Preview, as_json
+from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.manifest import note_use
-from skyrun.hub.store import wanted_name, whole_folder
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import write_image
 from skyrun.media.video_reader import frame_count, frames_at

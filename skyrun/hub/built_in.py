@@ -1,0 +1,42 @@
+"""Convert a model that comes with the package. Nothing is downloaded."""
+
+import hashlib
+from pathlib import Path
+
+import skyrun.demo
+from skyrun.hub.manifest import Manifest, note_use
+from skyrun.hub.store import Name, alone_in, folder_of
+
+QUANT = "Q4_K_M"  # if no type is named
+CHECKPOINT = Path(skyrun.demo.__file__).parent / "checkpoint"
+
+
+def built_in_folder(name: Name) -> Path:
+    """The folder of the converted model. It is converted now unless that was done before from the same checkpoint."""
+    quant = name.quant or QUANT
+    folder, commits = folder_of(name, quant), {name.repo: _digest()}
+    if _is_there(folder, commits):
+        note_use(folder)
+        return folder
+    from skyrun.quant.conversion import convert  # a run with files that are there does not need the quantizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, f"another skyrun is writing {folder}"):
+        if not _is_there(folder, commits):  # another process may have written it meanwhile
+            written = [Path(file["path"]).name for file in convert(CHECKPOINT, folder, quant)["files"]]
+            Manifest(name.stem, quant, commits, {name.repo: written}, [], True, name.task).write(folder)
+    return folder
+
+
+def _is_there(folder: Path, commits: dict[str, str]) -> bool:
+    manifest = Manifest.read(folder)
+    return manifest is not None and manifest.commits == commits and manifest.is_whole(folder)
+
+
+def _digest() -> str:
+    """A digest of the checkpoint, in place of a commit."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for path in sorted(CHECKPOINT.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(CHECKPOINT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
