@@ -15,7 +15,7 @@ from skyrun.demo.words import COLOURS, MOTIONS, SCENES, Topic
 Picture = NDArray[np.float32]
 Size = tuple[int, int]  # height and width in pixels
 
-RADIUS = 12.0  # of a sprite at rest, in pixels
+RADIUS = 11.0  # of a sprite at rest, in pixels
 _SOFT = 0.8  # half the width in pixels over which an edge fades
 
 
@@ -46,7 +46,7 @@ def composed(
 ) -> Picture:
     """Frames [T, H, W, 3] of the sprite before the scene [H, W, 3]; place, radius and angle [T] each."""
     shown, cover = _sprite(shape, colour, scene.shape[:2], x, y, r, angle)
-    return shown * cover + scene * (1 - cover)
+    return (shown * cover + scene * (1 - cover)).astype(np.float32)
 
 
 def scene_picture(scene: str, size: Size, draw: Generator) -> Picture:
