@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from skyrun.demo.words import COLOURS, MOTIONS, SCENES, SHAPES, Topic
 from skyrun.demo.world import RADIUS, Picture, Size, composed, scene_picture, sentence, sprite_picture, tint
+from skyrun.tasks.windows import FRAMES_PER_LATENT
 
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
 FRAMES = (9, 13, 17, 21, 25, 29, 33)
 PLACES = (-1, 0, 1)  # that a prompt leaves open: latents (8 pixels) from the middle, to the right and down
+_FAR = 2  # latents from the middle, where motions begin and end
 _PIXELS = 8  # of a latent
 _PICTURE_RADIUS = (
     0.23  # of sprites that the autoencoder sees, as a share of the shorter side: it has to know many sizes
@@ -56,28 +58,37 @@ def draw_clip(topic: Topic, size: Size, frames: int, draw: Generator, step: int 
 
 
 def path(motion: str, size: Size, frames: int, right: int, down: int) -> Floats:
-    """x, y, radius and angle of the sprite in every frame, [4, frames].
+    """x, y, radius and angle of the sprite in every frame, [4, frames]. A longer clip begins as a shorter one.
 
-    right, down: one of PLACES, where the sprite is as far as the prompt leaves that open.
+    In the frames that are a latent frame's last the sprite is whole latents away from the middle, so that its latents
+    are those of the reference, moved.
+
+    Args:
+        motion: one of MOTIONS.
+        size: of the picture.
+        frames: how many.
+        right: one of PLACES, where the sprite is as far as the motion leaves that open.
+        down: as `right`.
     """
     rows, columns = size
-    share = np.linspace(0, 1, frames)
-    x, y = np.full(frames, columns / 2 + _PIXELS * right), np.full(frames, rows / 2 + _PIXELS * down)
+    time = np.arange(frames) / FRAMES_PER_LATENT
+    gone = np.minimum(time, 2 * _FAR)  # latents, after which it rests
+    x, y = np.full(frames, float(right)), np.full(frames, float(down))
     r, angle = np.full(frames, RADIUS), np.zeros(frames)
     if motion in ("right", "left"):
-        x = columns / 4 + columns / 2 * (share if motion == "right" else 1 - share)
+        x = (gone - _FAR) if motion == "right" else (_FAR - gone)
     elif motion in ("down", "up"):
-        y = rows / 4 + rows / 2 * (share if motion == "down" else 1 - share)
+        y = (gone - _FAR) if motion == "down" else (_FAR - gone)
     elif motion == "bounce":
-        jumps = max(1, round((frames - 1) / 16))
-        y = rows * 3 / 4 - rows / 2 * np.abs(np.sin(jumps * math.pi * share))
+        share = time / (2 * _FAR) % 1
+        y = _FAR - 8 * _FAR * share * (1 - share)
     elif motion == "grow":
-        r = RADIUS * (0.5 + 0.85 * share)
+        r = RADIUS * (0.55 + 0.2 * gone)
     elif motion == "shrink":
-        r = RADIUS * (1.35 - 0.85 * share)
+        r = RADIUS * (1.35 - 0.2 * gone)
     elif motion == "spin":
-        angle = math.pi / 16 * np.arange(frames)
-    return np.stack((x, y, r, angle)).astype(np.float32)
+        angle = math.pi / 4 * time
+    return np.stack((columns / 2 + _PIXELS * x, rows / 2 + _PIXELS * y, r, angle)).astype(np.float32)
 
 
 def draw_pictures(size: Size, count: int, draw: Generator) -> Picture:

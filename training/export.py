@@ -14,7 +14,7 @@ from training import autoencoder, text, transformer
 from training.latents import Latents
 from training.stage import Weights
 
-_FLOAT32 = ("scale_shift_table", "norm2.weight", "norm2.bias", "time_embedder")  # of the transformer, as published
+_FLOAT32 = ("scale_shift_table", "norm2.weight", "norm2.bias")  # of the transformer, as published
 
 
 def write_checkpoint(folder: Path, dit: Weights, encoder: Weights, vae: Weights, latents: Latents) -> None:

@@ -13,7 +13,7 @@ from training.clips import FRAMES, SIZES, TRAINED, draw_clip
 from training.stage import Weights, random_of
 
 _SIZE_SHARES = (0.25, 0.5, 0.25)  # in the order of SIZES
-_FRAME_SHARES = (0.08, 0.05, 0.57, 0.05, 0.1, 0.05, 0.1)  # in the order of FRAMES
+_FRAME_SHARES = (0.05, 0.05, 0.7, 0.05, 0.05, 0.05, 0.05)  # in the order of FRAMES
 _LEAST_STD = 0.5  # a channel that holds little is not blown up to pure noise
 
 

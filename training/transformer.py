@@ -12,7 +12,7 @@ from skyrun.models.rope import rope_table, sinusoid
 from training import text
 from training.stage import Weights
 
-DIM, LAYERS, FFN, FREQUENCIES, CHANNELS = 256, 3, 512, 256, 16
+DIM, LAYERS, FFN, FREQUENCIES, CHANNELS = 256, 4, 256, 256, 16
 _HEADS = DIM // HEAD_DIM
 _PATCH = 4 * CHANNELS
 _EPS = 1e-6

@@ -15,7 +15,7 @@ from skyrun.demo.words import COLOURS, MOTIONS, SCENES, Topic
 Picture = NDArray[np.float32]
 Size = tuple[int, int]  # height and width in pixels
 
-RADIUS = 12.0  # of a sprite at rest, in pixels
+RADIUS = 11.0  # of a sprite at rest, in pixels
 _SOFT = 0.8  # half the width in pixels over which an edge fades
 
 
