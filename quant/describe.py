@@ -139,7 +139,7 @@ def _clips(said: Said) -> dict[str, Any]:
     if not (sizes := said.texts("clip_sizes")):
         return {}
     numbers = {key: said.count(key, 1) for key in ("least_frames", "most_frames", "usual_frames", "shown_scale")}
-    return {"skyrun.clip_sizes": sizes} | {f"skyrun.{key}": number for key, number in numbers.items()}
+    return {"skyrun.clip_sizes": " ".join(sizes)} | {f"skyrun.{key}": number for key, number in numbers.items()}
 
 
 def _audio(part: Part, dims: Dims) -> dict[str, int]:

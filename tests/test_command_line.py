@@ -141,7 +141,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(places, tmp_path, what):
         "clip": ([*GOOD, "--size", "256x384", "--frames", "5", "--steps", "1", "-o", "{out}"], 20_000),
         "latents": ([*GOOD, *SMALL, "-o", "{out}", "--save-latents", str(tmp_path / "latents")], 2_000),
         "conversion": (["convert", "{checkpoint}", "-o", str(tmp_path / "model")], 1_000_000),
-        "demo": (["demo", "-o", str(tmp_path / "demo.mp4")], 1_000_000),
+        "demo": (["demo", "-o", str(tmp_path / "demo.mp4")], 1_000),
     }[what]
     done = subprocess.run(
         [sys.executable, "-m", "skyrun", *filled(arguments, places)],
@@ -230,9 +230,3 @@ def test_quick_commands_do_not_import_torch(arguments, converted):
     code += "assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, *(argument.format(**files) for argument in arguments)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-
-
-def test_the_demo_runs_the_whole_chain(tmp_path):
-    assert main(["demo", "-o", str(tmp_path / "demo.mp4")]) == 0
-    assert (tmp_path / "demo.mp4").stat().st_size > 10_000
-    assert len(list((tmp_path / "demo" / "model").iterdir())) == 3

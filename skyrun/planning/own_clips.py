@@ -48,17 +48,13 @@ def read_own_clips(file: GGUFFile) -> OwnClips | None:
     """What the header states; None if it states nothing. Raises SkyrunError if that cannot be."""
     if _KEY not in file.metadata:
         return None
-    sizes = [re.fullmatch(r"(\d{1,4})x(\d{1,4})", str(size)) for size in _listed(file.metadata[_KEY])]
+    sizes = [re.fullmatch(r"(\d{1,4})x(\d{1,4})", size) for size in str(file.metadata[_KEY]).split()]
     names = ("least_frames", "most_frames", "usual_frames", "shown_scale")
     numbers = [file.metadata.get(f"skyrun.{name}") for name in names]
     least, most, usual, scale = (number if isinstance(number, int) else 0 for number in numbers)
     if not sizes or not all(sizes) or not 0 < least <= usual <= most or not 0 < scale <= _LARGEST_SCALE:
         raise SkyrunError(f"{file.path} states sizes and lengths of clips that cannot be", "convert it again")
     return OwnClips(tuple((int(size[1]), int(size[2])) for size in sizes if size), least, most, usual, scale)
-
-
-def _listed(value: object) -> list[object]:
-    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def _name(size: object) -> str:

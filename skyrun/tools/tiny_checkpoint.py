@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, dims: CheckpointDims, seed: int = 0) -> None:
     vae = dict(_weights(WAN_VAE.shapes("diffusers", {"base": dims.vae_base, "z": 16}), generator))
     _write_whole(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
     _write_config(folder / "vae", {"_class_name": "AutoencoderKLWan", "base_dim": dims.vae_base, "z_dim": 16})
-    _write_text(folder / "tokenizer" / "tokenizer.json", demo_tokenizer().to_str(pretty=True))
+    _write_text(folder / "tokenizer" / "tokenizer.json", ascii_tokenizer().to_str(pretty=True))
 
 
 def _weights(shapes: Shapes, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +168,7 @@ def _text_encoder_config(dims: CheckpointDims) -> dict[str, object]:
     }
 
 
-def demo_tokenizer() -> Tokenizer:
+def ascii_tokenizer() -> Tokenizer:
     """An untrained tokenizer with printable ASCII and a few words; everything else is <unk>."""
     characters = [chr(code) for code in range(33, 127)]
     pieces = [(piece, 0.0) for piece in _SPECIAL] + [("▁", -3.0)]

@@ -16,7 +16,7 @@ from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.kernels.synthetic import random_blocks
 from skyrun.planning.published import TEXT_LAYERS, UMT5_XXL, VAE
 from skyrun.tasks.skyreels_v3 import WAN_14B
-from skyrun.tools.tiny_checkpoint import demo_tokenizer
+from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
 Dims = Mapping[str, int]
 Shape = tuple[int, ...]
@@ -41,7 +41,7 @@ def write_model(folder: Path, name: str, type: str, blocks: int) -> Iterator[int
     yield from _write_gguf(folder / f"transformer-{type}.gguf", "wan", shapes, "blocks.", type, keys)
     layers = min(blocks, TEXT_LAYERS)
     shapes = UMT5_ENCODER.shapes("gguf", {**dims["text_encoder"], "layers": layers})
-    keys = {"t5encoder.block_count": layers, "tokenizer.huggingface.json": demo_tokenizer().to_str()}
+    keys = {"t5encoder.block_count": layers, "tokenizer.huggingface.json": ascii_tokenizer().to_str()}
     yield from _write_gguf(folder / "text-encoder.gguf", "t5encoder", shapes, "enc.blk.", "Q8_0", keys)
     vae = {name: _random(shape) for name, shape in WAN_VAE.shapes("original", dims["vae"]).items()}
     save_file(vae, folder / "vae.safetensors")
