@@ -1,5 +1,6 @@
 """The small model that skyrun carries: clips show what their prompts say, and types lose as little as they should."""
 
+import json
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,7 @@ from skyrun.quant import convert
 with pytest.MonkeyPatch.context() as patch:  # training is not part of the package
     patch.syspath_prepend(str(Path(__file__).parent.parent))
     from training.nearest import nearest
+    from training.report import REPORT, digests
     from training.requests import FRAMES, drawn_request, make, psnr
 
 LEAST = {"Q8_0": 50, "Q6_K": 45, "Q5_K_M": 42, "Q4_K_M": 38, "Q2_K": 25}  # dB, in the mean
@@ -69,3 +71,9 @@ def test_the_seed_chooses_what_the_prompt_leaves_open(exact):
     request = next(request for request, _ in exact if "still" in request.prompt)
     clips = [make(replace(request, seed=seed)).frames for seed in range(4)]
     assert min(psnr(one, two) for one, two in combinations(clips, 2)) < 20
+
+
+def test_the_checkpoint_is_what_the_report_is_about():
+    report = json.loads((CHECKPOINT / REPORT).read_text())
+    assert report["files"] == digests(CHECKPOINT)
+    assert report["judged"]["trained"]["all"] >= 0.9

@@ -1,5 +1,6 @@
 """Judges the trained weights on fresh clips, and writes report.json and sheets of pictures."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from training.nearest import nearest
 from training.stage import Weights, random_of
 from training.text import unigram
 
+REPORT = "report.json"
 _FRAMES = 17
 _TIMES = range(0, _FRAMES, 4)  # the frames that are a latent frame's last
 _SHOWN = 8  # rows of a sheet
@@ -49,9 +51,21 @@ def write_report(
         judged[name] = _judged(found)
         _write_sheet(folder / f"{name}.png", [pair for pair in found if pair[0].frames.shape[1:3] == SIZES[1]][:_SHOWN])
         print(f"{name}: {judged[name]}", flush=True)
-    report = {"torch": torch.__version__, "numpy": np.__version__, "stages": stages, "judged": judged}
-    with replacing(folder / "report.json") as partial:
+    report = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "files": digests(folder / "checkpoint"),
+        "stages": stages,
+        "judged": judged,
+    }
+    with replacing(folder / "checkpoint" / REPORT) as partial:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint by its name there, but for the report that is put beside them."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != REPORT]
+    return {path.relative_to(checkpoint).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @torch.no_grad()

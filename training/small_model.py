@@ -1,7 +1,7 @@
 """Train the small model that skyrun carries: `python -m training.small_model -o DIR`.
 
 Stages follow one another; each saves its state, so that the command goes on where it stopped. The checkpoint is
-written to DIR/checkpoint, the report with its sheets to DIR/report.json and DIR/*.png.
+written to DIR/checkpoint with report.json beside its folders, sheets of pictures to DIR.
 """
 
 import argparse
