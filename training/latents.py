@@ -12,8 +12,8 @@ from training.autoencoder_stages import as_tensor
 from training.clips import FRAMES, SIZES, TRAINED, draw_clip
 from training.stage import Weights, random_of
 
-_SIZE_SHARES = (0.25, 0.5, 0.25)  # in the order of SIZES
-_FRAME_SHARES = (0.05, 0.05, 0.7, 0.05, 0.05, 0.05, 0.05)  # in the order of FRAMES
+_SIZE_SHARES = (0.15, 0.7, 0.15)  # in the order of SIZES
+_FRAME_SHARES = (0.03, 0.02, 0.85, 0.02, 0.03, 0.02, 0.03)  # in the order of FRAMES
 _LEAST_STD = 0.5  # a channel that holds little is not blown up to pure noise
 
 
@@ -48,6 +48,8 @@ class Latents:
 def draw_latents(weights: Weights, count: int, seed: int) -> Latents:
     """Draw and encode `count` clips; of a clip only the frames that are a latent frame's last are drawn."""
     coder, drawn = Autoencoder(weights), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a clip is too small for more
     for number in range(count):
         random = random_of(seed, "latents", number)
         size = SIZES[random.draw.choice(len(SIZES), p=_SIZE_SHARES)]
@@ -60,6 +62,7 @@ def draw_latents(weights: Weights, count: int, seed: int) -> Latents:
         both = torch.stack((mean[:, latent:], (0.5 * log_variance[:, latent:]).exp()))
         padded = F.pad(both, (0, 0, 0, 0, 0, 2 - references))
         drawn.setdefault((size, frames), []).append((clip.prompt, mean[:, :latent].half(), padded.half(), references))
+    torch.set_num_threads(threads)
     buckets = [_bucket(drawn[key]) for key in sorted(drawn)]
     total = torch.cat([bucket.frames.float().transpose(0, 1).flatten(1) for bucket in buckets], 1)
     return Latents(buckets, total.mean(1), total.std(1).clamp_min(_LEAST_STD))

@@ -35,10 +35,10 @@ class Recipe:
     """
 
     pictures: int = 5000
-    latents: int = 8000
-    denoising: int = 6500
-    clips: int = 1600
-    judged: int = 144
+    latents: int = 6000
+    denoising: int = 6000
+    clips: int = 1000
+    judged: int = 108
     save_every: int = 100
     threads: int = 2
     compiled: bool = True

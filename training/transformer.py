@@ -16,6 +16,7 @@ DIM, LAYERS, FFN, FREQUENCIES, CHANNELS = 256, 4, 256, 256, 16
 _HEADS = DIM // HEAD_DIM
 _PATCH = 4 * CHANNELS
 _EPS = 1e-6
+_SHARPNESS = 1.5  # of the norms of queries and keys at the start, so that attention tells neighbours apart sooner
 
 
 def new_transformer(seed: int) -> Weights:
@@ -39,7 +40,7 @@ def new_transformer(seed: int) -> Weights:
         if len(shape) == 2:
             weight.normal_(std=shape[1] ** -0.5, generator=generator)
         elif name.endswith("weight") and len(shape) == 1:
-            weight.fill_(1)
+            weight.fill_(_SHARPNESS if "attn" in name else 1)
         if name.endswith(("to_out.0.weight", "ffn.net.2.weight")):
             weight *= 0.3
         if name.startswith("blocks") and name.endswith("scale_shift_table"):
