@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 
@@ -48,10 +49,12 @@ class Clip:
     frames: Picture
 
 
-def draw_clip(topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1) -> Clip:
-    """A clip of the topic; of its frames only each `step`-th is drawn."""
+def draw_clip(
+    topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1, places: Sequence[int] = PLACES
+) -> Clip:
+    """A clip of the topic at one of the places; of its frames only each `step`-th is drawn."""
     colour, scene = tint(topic.colour, draw), scene_picture(topic.scene, size, draw)
-    place = path(topic.motion, size, frames, PLACES[draw.integers(len(PLACES))])
+    place = path(topic.motion, size, frames, places[draw.integers(len(places))])
     references = [sprite_picture(topic.shape, colour, size)] + ([] if topic.scene == "white" else [scene])
     shown = composed(topic.shape, colour, scene, *place[:, ::step])
     return Clip(topic, sentence(topic, draw), references, shown)

@@ -18,8 +18,8 @@ from training.stage import Losses, Random, Stage, Weights
 from training.text import encode_text, token_ids, unigram
 from training.transformer import velocity
 
-_TOKENS = 2400  # of a step's batch, about
-_FIRST = 600  # steps with the usual size and length alone
+_TOKENS = 1200  # of a step's batch, about
+_EASY = 0.12  # share of the steps that only see easy clips
 _LARGEST_SIGMA = 0.999
 _BINS = (0.6, 0.85, 0.95)  # the loss is reported for sigmas below and above each
 
@@ -30,8 +30,9 @@ def denoising_stage(dit: Weights, encoder: Weights, latents: Latents, steps: int
     sizes = np.array([len(bucket.prompts) for bucket in latents.buckets], np.float64)
 
     def loss(step: int, random: Random) -> tuple[Tensor, Losses]:
-        share = sizes * (sizes == sizes.max() if step < _FIRST else 1)
-        bucket = latents.buckets[random.draw.choice(len(share), p=share / share.sum())]
+        bucket = latents.buckets[random.draw.choice(len(sizes), p=sizes / sizes.sum())]
+        if step < steps * _EASY:
+            bucket = latents.easy
         picked = random.draw.integers(len(bucket.prompts), size=_batch(bucket))
         prompts = [bucket.prompts[index] for index in picked]
         clean, after = _pictures(bucket, torch.from_numpy(picked), latents, random)

@@ -9,11 +9,20 @@ from torch.nn import functional as F
 
 from training.autoencoder import Autoencoder
 from training.autoencoder_stages import as_tensor
-from training.clips import FRAMES, SIZES, TRAINED, draw_clip
+from training.clips import FRAMES, SIZES, TRAINED, Clip, draw_clip
 from training.stage import Weights, random_of
 
-_SIZE_SHARES = (0.15, 0.7, 0.15)  # in the order of SIZES
+_SIZE_SHARES = (0.4, 0.4, 0.2)  # in the order of SIZES
 _FRAME_SHARES = (0.03, 0.02, 0.85, 0.02, 0.03, 0.02, 0.03)  # in the order of FRAMES
+_USUAL_FRAMES = 17
+# A few topics at one place, so that the words for motions are learned before what a prompt leaves open.
+_EASY = [
+    topic
+    for topic in TRAINED
+    if topic.motion in ("right", "left", "up", "down")
+    and topic.shape in ("ball", "square", "star")
+    and topic.scene in ("white", "sea", "grass")
+]
 _LEAST_STD = 0.5  # a channel that holds little is not blown up to pure noise
 
 
@@ -33,9 +42,10 @@ class Bucket:
 
 @dataclass
 class Latents:
-    """All buckets, and the statistics of their frames by channel, [16] each."""
+    """All buckets, and the statistics of their frames by channel, [16] each. easy: what is learned first."""
 
     buckets: list[Bucket]
+    easy: Bucket
     mean: Tensor
     std: Tensor
 
@@ -46,26 +56,38 @@ class Latents:
 
 @torch.no_grad()
 def draw_latents(weights: Weights, count: int, seed: int) -> Latents:
-    """Draw and encode `count` clips; of a clip only the frames that are a latent frame's last are drawn."""
+    """Draw and encode `count` clips, and a quarter as many easy ones."""
     coder, drawn = Autoencoder(weights), {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a clip is too small for more
     for number in range(count):
-        random = random_of(seed, "latents", number)
-        size = SIZES[random.draw.choice(len(SIZES), p=_SIZE_SHARES)]
-        frames = FRAMES[random.draw.choice(len(FRAMES), p=_FRAME_SHARES)]
-        topic = TRAINED[random.draw.integers(len(TRAINED))]
-        clip = draw_clip(topic, size, frames, random.draw, step=4)
-        pictures = as_tensor(np.concatenate((clip.frames, np.stack(clip.references))).astype(np.float32))
-        mean, log_variance = (part.transpose(0, 1) for part in coder.encode(pictures))
-        latent, references = len(clip.frames), len(clip.references)
-        both = torch.stack((mean[:, latent:], (0.5 * log_variance[:, latent:]).exp()))
-        padded = F.pad(both, (0, 0, 0, 0, 0, 2 - references))
-        drawn.setdefault((size, frames), []).append((clip.prompt, mean[:, :latent].half(), padded.half(), references))
+        draw = random_of(seed, "latents", number).draw
+        size = SIZES[draw.choice(len(SIZES), p=_SIZE_SHARES)]
+        frames = FRAMES[draw.choice(len(FRAMES), p=_FRAME_SHARES)]
+        topic = TRAINED[draw.integers(len(TRAINED))]
+        drawn.setdefault((size, frames), []).append(_encoded(draw_clip(topic, size, frames, draw, 4), coder))
+    easy = []
+    for number in range(max(1, count // 4)):
+        draw = random_of(seed, "easy", number).draw
+        topic = _EASY[draw.integers(len(_EASY))]
+        easy.append(_encoded(draw_clip(topic, SIZES[0], _USUAL_FRAMES, draw, 4, places=(0,)), coder))
     torch.set_num_threads(threads)
     buckets = [_bucket(drawn[key]) for key in sorted(drawn)]
     total = torch.cat([bucket.frames.float().transpose(0, 1).flatten(1) for bucket in buckets], 1)
-    return Latents(buckets, total.mean(1), total.std(1).clamp_min(_LEAST_STD))
+    return Latents(buckets, _bucket(easy), total.mean(1), total.std(1).clamp_min(_LEAST_STD))
+
+
+def _encoded(clip: Clip, coder: Autoencoder) -> tuple[str, Tensor, Tensor, int]:
+    """Prompt, latents of frames and references, and how many references there are.
+
+    Of the clip only the frames are drawn that are a latent frame's last.
+    """
+    pictures = as_tensor(np.concatenate((clip.frames, np.stack(clip.references))))
+    mean, log_variance = (part.transpose(0, 1) for part in coder.encode(pictures))
+    latent, references = len(clip.frames), len(clip.references)
+    both = torch.stack((mean[:, latent:], (0.5 * log_variance[:, latent:]).exp()))
+    padded = F.pad(both, (0, 0, 0, 0, 0, 2 - references))
+    return clip.prompt, mean[:, :latent].half(), padded.half(), references
 
 
 def _bucket(clips: list[tuple[str, Tensor, Tensor, int]]) -> Bucket:

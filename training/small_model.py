@@ -36,7 +36,7 @@ class Recipe:
 
     pictures: int = 5000
     latents: int = 6000
-    denoising: int = 6000
+    denoising: int = 7500
     clips: int = 1000
     judged: int = 108
     save_every: int = 100
