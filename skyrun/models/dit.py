@@ -194,12 +194,16 @@ def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, ro
     def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
         h = x[span.rows].to(context.text.device)
-        mixed = _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims)
-        h = w.linear("self_attn.o", mixed, gate, h)
+        # Arguments, not names: what a layer has read is let go when it returns.
+        h = w.linear(
+            "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims), gate, h
+        )
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
-            mixed = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
-            h = w.linear("audio_cross_attn.proj", mixed, residual=h)
+            tokens = len(x) // len(audio_keys)
+            spoken = _audio_attention(h, span.rows, tokens, audio_keys, w, dims)
+            h = w.linear("audio_cross_attn.proj", spoken, residual=h)
+            del spoken
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
     for span in spans:
