@@ -243,7 +243,7 @@ def test_small_tensors_are_read_together(model):
 @pytest.mark.parametrize(("refusals", "pieces", "locked"), [(0, 8, True), (1, 4, True), (2, 2, True), (3, 2, False)])
 def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, locked):
     stand_in = cuda(refusals)
-    ring = CudaRing(CPU, 2, 10_000)
+    ring = CudaRing(CPU, 2, 0, 10_000)
     assert ring.piece_bytes == 16384
     assert list(stand_in.registered.values()) == [pieces * 16384] * locked
     buffers = set()
@@ -259,7 +259,7 @@ def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, l
 
 def test_the_plan_counts_what_a_ring_takes(cuda):
     stand_in = cuda()
-    CudaRing(CPU, 2, 100 << 20).close()
+    CudaRing(CPU, 2, 0, 100 << 20).close()
     (locked,) = stand_in.sizes
     assert locked == 256 << 20
     assert memory.staging_bytes(100 << 20) == locked + memory.LOADERS * (32 << 20)
