@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from skyrun.presets.memory import STAGING_PIECES, piece_bytes
 from skyrun.streaming.reader import PAGE
+from skyrun.streaming.staging import PageLocked, page_aligned
 
 Arrival = Any  # when bytes have arrived on a device: a CUDA event, or None on a CPU
 
 _BLOCKS_AHEAD = 2
-_PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class Ring(Protocol):
@@ -101,11 +101,10 @@ class CudaRing:
         self.slots, self.kept = buffers[:slots], buffers[slots:]
         self._released: list[Any] = [None] * slots
         self._enqueued: deque[Any] = deque()
-        self._locked, memory = _page_locked(device, self.piece_bytes)
+        self._locked = PageLocked(device, self.piece_bytes, (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4))
         self._staging: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
-        for buffer in memory.split(self.piece_bytes):
+        for buffer in self._locked.pieces:
             self._staging.put((buffer, torch.cuda.Event(blocking=True)))
-        self._address = memory.data_ptr()
 
     @contextmanager
     def staging(self) -> Iterator[Tensor]:
@@ -141,9 +140,7 @@ class CudaRing:
 
     def close(self) -> None:
         self._copies.synchronize()
-        if self._locked:
-            self._locked = False
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._locked.close()
         self._staging = SimpleQueue()
         self.slots.clear()
         self.kept.clear()
@@ -152,24 +149,3 @@ class CudaRing:
 def make_ring(device: torch.device, slots: int, kept: int, nbytes: int) -> Ring:
     """Make a ring of `slots` buffers of `nbytes` on the device, and `kept` more for blocks that stay there."""
     return CudaRing(device, slots, kept, nbytes) if device.type == "cuda" else HostRing(slots, kept, nbytes)
-
-
-def page_aligned(nbytes: int) -> Tensor:
-    """Allocate page-aligned bytes on the host."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % PAGE :][:nbytes]
-
-
-def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
-    """Whether memory is page-locked, and the memory: room for a few pieces of `nbytes`, fewer if less can be locked.
-
-    The memory is registered with CUDA because torch's own page-locked allocations are rounded up to powers of two.
-    """
-    memory, cudart = torch.empty(0), torch.cuda.cudart()
-    for pieces in (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4):
-        memory = page_aligned(pieces * nbytes)
-        if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
-            return True, memory
-        with suppress(RuntimeError):  # the next kernel would report the failure as its own: run one here
-            torch.ones(1, device=device)
-    return False, memory

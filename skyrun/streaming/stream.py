@@ -22,7 +22,8 @@ from skyrun.kernels.planes import to_planes
 from skyrun.presets.memory import LOADERS
 from skyrun.streaming.layout import Block, Piece
 from skyrun.streaming.reader import PAGE, Extent, FileReader
-from skyrun.streaming.ring import Arrival, make_ring, page_aligned
+from skyrun.streaming.ring import Arrival, make_ring
+from skyrun.streaming.staging import page_aligned
 from skyrun.streaming.weights import Weights
 
 ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, with the index of the block first
