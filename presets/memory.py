@@ -8,7 +8,7 @@ GIB = 1 << 30
 PROCESS_BYTES = int(0.45 * GIB)
 CONTEXT_BYTES = int(0.6 * GIB)
 
-# Taken on a GPU besides tensors: pages of the allocator that are used in part, and workspaces of the vendor's libraries.
+# Taken on a GPU besides tensors: pages of the allocator that are used in part, and workspaces of libraries.
 ALLOCATOR_BYTES = 160 << 20
 
 # Left free on a GPU before blocks are kept there.

@@ -36,7 +36,7 @@ def test_where_blocks_are_kept_nine_tenths_of_the_limit_are_used(replays):
 
 
 def test_what_is_counted_is_what_a_block_takes(replays):
-    """Without the pages of the allocator and libraries. (A plan that keeps all blocks counts a ring that it has not.)"""
+    """Without the pages of the allocator and libraries. A plan that keeps all blocks counts a ring too."""
     for one in (one for one in replays if one.planned.plan.resident_blocks < one.planned.workload.layers):
         taken = live_bytes(one)
         assert 0.985 * taken <= one.counted - memory.ALLOCATOR_BYTES <= 1.03 * taken, one

@@ -16,6 +16,7 @@ from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import needs_planes, to_planes
 from skyrun.presets import memory
 from skyrun.streaming import ring as module
+from skyrun.streaming import staging
 from skyrun.streaming import stream as stream_module
 from skyrun.streaming.layout import lay_out
 from skyrun.streaming.reader import FileReader
@@ -188,7 +189,8 @@ def cuda(monkeypatch):
 
     def install(refusals=0):
         stand_in = StandIn(refusals)
-        monkeypatch.setattr(module, "torch", SimpleNamespace(**{**vars(torch), "cuda": stand_in}))
+        for place in (module, staging):
+            monkeypatch.setattr(place, "torch", SimpleNamespace(**{**vars(torch), "cuda": stand_in}))
 
         class Ring(CudaRing):
             def send(self, moves, slot):
