@@ -268,6 +268,20 @@ def test_the_plan_counts_what_a_ring_takes(cuda):
     assert memory.staging_bytes(0) == 0
 
 
+@pytest.mark.parametrize("nbytes", [1, 4096, 4097, 5 * 4096 - 1])
+def test_parked_bytes_go_to_the_device_and_back(cuda, monkeypatch, nbytes):
+    stand_in = cuda()
+    monkeypatch.setattr(staging, "PARKING_PIECE", 4096)
+    parking, there = staging.Parking(CPU), torch.zeros(nbytes, dtype=torch.uint8)
+    data, back = torch.randint(256, (nbytes,), dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    parking.fetch(data, there)
+    assert torch.equal(there, data) and list(stand_in.registered.values()) == [2 * 4096]
+    parking.store(there, back)
+    assert torch.equal(back, data)
+    parking.close()
+    assert not stand_in.registered
+
+
 def test_a_ring_that_cannot_be_made_leaves_nothing_open(model, monkeypatch):
     path, blocks, _ = model
 

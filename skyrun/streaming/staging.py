@@ -31,7 +31,7 @@ class PageLocked:
                 break
             with suppress(RuntimeError):  # the next kernel would report the failure as its own: run one here
                 torch.ones(1, device=device)
-        self.pieces = list(self._memory.split(nbytes))
+        self.pieces: list[Tensor] = list(self._memory.split(nbytes))
 
     def close(self) -> None:
         """Unlock the memory. No copy may still use it."""
