@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 _OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
-_GEFORCE = ((8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 3000, 4000 and 5000 series
+_GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 2000 to 5000 series
 _LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 

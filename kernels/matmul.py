@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from skyrun.kernels import elementwise, float16_sums, torch_int8
 from skyrun.kernels.choice import bucket, fastest, seconds
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.device import float16_sums_are_quick, uses_triton
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.synthetic import random_weight
@@ -60,7 +60,7 @@ def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     backends: dict[str, Backend] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
     if x.device.type != "cpu" and x.dtype != torch.float32:
         if len(flat) > FEW_ROWS:
-            if not float16_sums.may_overflow(weight):
+            if float16_sums_are_quick(x.device) and not float16_sums.may_overflow(weight):
                 backends["decode, float16 sums"] = lambda part: float16_sums.multiply(flat[part], weight, bias)
         elif uses_triton(x.device):
             backends["fused"] = lambda part: _fused(flat[part], weight, bias)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import (
+    ALLOCATOR_BYTES,
     CONTEXT_BYTES,
     GIB,
     PROCESS_BYTES,
@@ -43,7 +44,9 @@ class Budget:
             waiting: activations that wait on the host.
         """
         total = RING_SLOTS * block_bytes + working_bytes + self.base
-        return (total, staging_bytes(block_bytes) + PROCESS_BYTES + waiting) if self.cuda else (0, total)
+        if not self.cuda:
+            return 0, total
+        return total + ALLOCATOR_BYTES, staging_bytes(block_bytes) + PROCESS_BYTES + waiting
 
 
 def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None) -> Budget:

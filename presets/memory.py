@@ -8,7 +8,10 @@ GIB = 1 << 30
 PROCESS_BYTES = int(0.45 * GIB)
 CONTEXT_BYTES = int(0.6 * GIB)
 
-# Left free on a GPU for workspaces of the vendor's libraries and for fragmentation.
+# Taken on a GPU besides tensors: pages of the allocator that are used in part, and workspaces of libraries.
+ALLOCATOR_BYTES = 160 << 20
+
+# Left free on a GPU before blocks are kept there.
 RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -18,33 +21,64 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STAGING_PIECES, LOADERS = 8, 4
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
 _PIECE, _PAGE = 32 << 20, 4096
+PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which parked tokens travel
+_OLDEST = (8, 0)  # compute capability that the Triton kernels need
+_GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of cards that may sum in float16 at twice the rate
 
 _HEAD_DIM = 128  # values per token in the rotary table
-_TEXT_ROWS = 512  # rows of the prompt's keys and values
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
 _VAE_MEMORY, _VAE_WHOLE, _VAE_SLAB = 6.2, 2.0, 2.5
 
 
-def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parked: bool = False) -> int:
-    """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
+def way_of(cuda: bool, capability: tuple[int, int], dtype: str, fast: bool) -> str:
+    """How a block is computed: "int8", "float16 sums" and "exact" with Triton's kernels, or "plain" without them."""
+    if not cuda or capability < _OLDEST:
+        return "plain"
+    if fast:
+        return "int8"
+    return "float16 sums" if capability in _GEFORCE and dtype != "float32" else "exact"
 
-    For all tokens there are activations, keys and values, the rotary table, and the prompt's keys and values. For the
-    rows of a chunk there are either activations and the hidden layer before and after GELU, or activations, the hidden
-    layer, a matmul's result and a float32 sum (tests/test_memory.py counts them).
+
+def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parked: bool = False, way: str = "") -> int:
+    """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
 
     Args:
         workload: the clip and its models.
         dtype: of activations.
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the activations of the other tokens wait on the host.
+        way: as `way_of` has it; "" stands for "plain".
     """
-    size, tokens, dim, ffn = BYTES[dtype], workload.tokens, workload.dim, workload.ffn_dim
-    of_all = tokens * ((2 if parked else 3) * dim * size + _HEAD_DIM * 4) + 2 * _TEXT_ROWS * dim * size
+    size, tokens, dim = BYTES[dtype], workload.tokens, workload.dim
+    keys, of_keys, passing, matrix = _block_values(workload, size, way)
+    held = tokens * ((0 if parked else dim * size) + _HEAD_DIM * 4)
+    context = 2 * workload.context_tokens * dim * size
+    part = min(rows or tokens, tokens)
+    queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
+    peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
+    return workload.outer_bytes + held + context + peak
+
+
+def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, int, int]:
+    """What a block takes besides its tokens: bytes of a token's keys and values; of these while they are quantized; of
+    a token that passes through, where most is held; and of a value of a decoded matrix.
+
+    A token that passes holds its activations and a hidden layer, and one thing more: the hidden layer before GELU, the
+    norm before the first projection, or the results of the second one (tests/test_memory.py counts them).
+    """
+    dim, ffn = workload.dim, workload.ffn_dim
+    if way == "int8":
+        codes, hidden = 1, ffn * size
+        return 3 * dim + dim // 32, 5 * dim, max(dim * size + hidden + ffn, dim * (size + codes) + hidden), 1
+    if way == "float16 sums":  # a product's float16 result is there beside that in the activations' dtype
+        first, second = 2 * dim * size + 2 * dim + 2 * ffn, dim * size + ffn * size + 2 * ffn + 2 * dim
+        return 2 * dim * size, 2 * dim * size, max(first + ffn * size - 2 * dim, second), size
+    if way == "exact":
+        return 2 * dim * size, 2 * dim * size, max(dim + 2 * ffn, 3 * dim + ffn) * size, size
     summing = (2 * dim + ffn) * size + dim * (4 if size == 4 else 4 + size)
-    passing = min(rows or tokens, tokens) * max((dim + 2 * ffn) * size, summing)
-    return workload.outer_bytes + ffn * dim * size + of_all + passing
+    return 2 * dim * size, 2 * dim * size, max((dim + 2 * ffn) * size, summing), size
 
 
 def parked_bytes(workload: Workload, dtype: str) -> int:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
-from skyrun.presets.memory import denoise_bytes, parked_bytes
+from skyrun.presets.memory import PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
 from skyrun.presets.timing import Time, denoise_time, step_time
 from skyrun.presets.workload import Workload
 
@@ -79,10 +79,13 @@ def options(
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
+        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast")
         for chunking in _chunkings(work, budget.cuda):
             rows, parked = chunking
-            working = denoise_bytes(work, dtype, rows, parked)
-            device, host = budget.taken(work.block_bytes, working, parked_bytes(work, dtype) if parked else 0)
+            working = denoise_bytes(work, dtype, rows, parked, way)
+            device, host = budget.taken(
+                work.block_bytes, working, parked_bytes(work, dtype) + PARKING_PIECES * PARKING_PIECE if parked else 0
+            )
             spare = max(0, budget.usable - device) if budget.cuda and keep else 0
             resident = min(work.layers, spare // max(1, work.block_bytes))
             step = step_time(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HIDDEN = 1.03  # times as long as without any reading a step may take whose reading counts as hidden
 _UNNOTICED = 0.2  # seconds of a step that nobody waits for
 _CACHED_RATE = 4e9  # bytes per second from there
+_CROSSINGS = 3  # of parked tokens in a block: to the device for keys and for everything else, and back
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
 _ENCODE, _DECODE = 620, 940
@@ -179,7 +180,7 @@ def _computing(hardware: Hardware, workload: Workload, fast: bool, dtype: str, r
     decoded = workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype])
     seconds = linear / linear_rate + attention / attention_rate + workload.layers * parts * decoded / rates.decode
     if parked:
-        seconds += workload.layers * 2 * parked_bytes(workload, dtype) / hardware.link_rate
+        seconds += workload.layers * _CROSSINGS * parked_bytes(workload, dtype) / hardware.link_rate
     return seconds
 
 

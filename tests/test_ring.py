@@ -16,6 +16,7 @@ from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import needs_planes, to_planes
 from skyrun.presets import memory
 from skyrun.streaming import ring as module
+from skyrun.streaming import staging
 from skyrun.streaming import stream as stream_module
 from skyrun.streaming.layout import lay_out
 from skyrun.streaming.reader import FileReader
@@ -188,7 +189,8 @@ def cuda(monkeypatch):
 
     def install(refusals=0):
         stand_in = StandIn(refusals)
-        monkeypatch.setattr(module, "torch", SimpleNamespace(**{**vars(torch), "cuda": stand_in}))
+        for place in (module, staging):
+            monkeypatch.setattr(place, "torch", SimpleNamespace(**{**vars(torch), "cuda": stand_in}))
 
         class Ring(CudaRing):
             def send(self, moves, slot):
@@ -243,7 +245,7 @@ def test_small_tensors_are_read_together(model):
 @pytest.mark.parametrize(("refusals", "pieces", "locked"), [(0, 8, True), (1, 4, True), (2, 2, True), (3, 2, False)])
 def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, locked):
     stand_in = cuda(refusals)
-    ring = CudaRing(CPU, 2, 10_000)
+    ring = CudaRing(CPU, 2, 0, 10_000)
     assert ring.piece_bytes == 16384
     assert list(stand_in.registered.values()) == [pieces * 16384] * locked
     buffers = set()
@@ -259,11 +261,25 @@ def test_page_locked_memory_has_the_size_that_there_is(cuda, refusals, pieces, l
 
 def test_the_plan_counts_what_a_ring_takes(cuda):
     stand_in = cuda()
-    CudaRing(CPU, 2, 100 << 20).close()
+    CudaRing(CPU, 2, 0, 100 << 20).close()
     (locked,) = stand_in.sizes
     assert locked == 256 << 20
     assert memory.staging_bytes(100 << 20) == locked + memory.LOADERS * (32 << 20)
     assert memory.staging_bytes(0) == 0
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 4097, 5 * 4096 - 1])
+def test_parked_bytes_go_to_the_device_and_back(cuda, monkeypatch, nbytes):
+    stand_in = cuda()
+    monkeypatch.setattr(staging, "PARKING_PIECE", 4096)
+    parking, there = staging.Parking(CPU), torch.zeros(nbytes, dtype=torch.uint8)
+    data, back = torch.randint(256, (nbytes,), dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    parking.fetch(data, there)
+    assert torch.equal(there, data) and list(stand_in.registered.values()) == [2 * 4096]
+    parking.store(there, back)
+    assert torch.equal(back, data)
+    parking.close()
+    assert not stand_in.registered
 
 
 def test_a_ring_that_cannot_be_made_leaves_nothing_open(model, monkeypatch):

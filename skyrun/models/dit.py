@@ -4,6 +4,7 @@ Weights have original Wan names. A block is a function of activations and of str
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_
 from skyrun.models.rope import rope_table, sinusoid
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
+from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
 from skyrun.streaming.weights import Weights, load_weights
 
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
@@ -124,35 +126,33 @@ class DiT:
             rope: the rotary table of the latents.
         """
         _, frames, height, width = latents.shape
-        x = self._patchify(latents)
-        spans = list(divide(times, len(x) // frames, self._rows))
-        for weights, clock in stream.blocks():
-            dit_block(x, weights, spans, context, rope, self.dims)
-            yield clock.done()
-        patches = self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1)
+        shape = frames * (height // 2) * (width // 2), self.dims.dim
+        with closing((ParkedTokens if self._parked else HeldTokens)(shape, self.dtype, self.device)) as x:
+            self._patchify(latents, x)
+            spans = list(divide(times, shape[0] // frames, self._rows))
+            for weights, clock in stream.blocks():
+                dit_block(x, weights, spans, context, rope, self.dims)
+                yield clock.done()
+            patches = self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1)
         return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
 
-    def _patchify(self, latents: Tensor) -> Tensor:
-        """[C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""
+    def _patchify(self, latents: Tensor, x: Tokens) -> None:
+        """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""
         channels, frames, height, width = latents.shape
         patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
         patches = patches.reshape(-1, channels * 4).to(self.device, self.dtype)
         weight = self._outer.dense("patch_embedding.weight", self.dtype).flatten(1)
         bias = self._outer.dense("patch_embedding.bias", self.dtype)
-        if not self._parked:
-            return F.linear(patches, weight, bias)
-        x = torch.empty(len(patches), self.dims.dim, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        for part in chunks(0, len(x), self._rows):
-            x[part] = F.linear(patches[part], weight, bias)
-        return x
+        for part in chunks(0, len(patches), self._rows):
+            x.store(part, F.linear(patches[part], weight, bias))
 
-    def _head(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
+    def _head(self, x: Tokens, spans: Sequence[Span]) -> Tensor:
         """Tokens [L, D] -> patches, float32 [L, 4 * out_channels]."""
         modulation = self._outer.dense("head.modulation").view(2, -1)
         patches = []
         for span in spans:
             shift, scale = modulation + span.time[0]
-            normed = layer_norm(x[span.rows].to(self.device), 1 + scale, shift, self.dims.eps)
+            normed = layer_norm(x.fetch(span.rows), 1 + scale, shift, self.dims.eps)
             patches.append(self._outer.linear("head.head", normed).float())
         return torch.cat(patches)
 
@@ -173,11 +173,11 @@ def chunks(start: int, end: int, rows: int | None) -> list[slice]:
     return [slice(first, min(first + rows, end)) for first in range(start, end, rows)]
 
 
-def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
+def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
     """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 
-    Only keys and values of all tokens are in memory at once; everything else is computed span by span. x may be on the
-    host; times and context are on the device.
+    Only keys and values of all tokens are in memory at once; everything else is computed span by span. Times and
+    context are on the device.
     """
     modulation = w.dense("modulation").view(6, -1)
 
@@ -193,17 +193,21 @@ def dit_block(x: Tensor, w: Weights, spans: Sequence[Span], context: Context, ro
 
     def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
-        h = x[span.rows].to(context.text.device)
-        mixed = _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims)
-        h = w.linear("self_attn.o", mixed, gate, h)
+        h = x.fetch(span.rows)
+        # Arguments, not names: what a layer has read is let go when it returns.
+        h = w.linear(
+            "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims), gate, h
+        )
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
-            mixed = _audio_attention(h, span.rows, len(x) // len(audio_keys), audio_keys, w, dims)
-            h = w.linear("audio_cross_attn.proj", mixed, residual=h)
+            tokens = x.shape[0] // len(audio_keys)
+            spoken = _audio_attention(h, span.rows, tokens, audio_keys, w, dims)
+            h = w.linear("audio_cross_attn.proj", spoken, residual=h)
+            del spoken
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
     for span in spans:
-        x[span.rows] = within_range(span_through_block, span)
+        x.store(span.rows, within_range(span_through_block, span))
 
 
 def _self_attention(
@@ -251,12 +255,12 @@ def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
-def _keys(x: Tensor, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
+def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
     """Keys and values of all tokens. The keys' norm runs over the full width, before the split into heads."""
     k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
     for span in spans:
         shift, scale = modulation[:2] + span.time[1][:2]
-        h, rotated = x[span.rows].to(modulation.device), w.rotated("self_attn.k", "self_attn.v")
+        h, rotated = x.fetch(span.rows), w.rotated("self_attn.k", "self_attn.v")
         normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
         v[span.rows] = w.linear("self_attn.v", normed)
         projected = w.linear("self_attn.k", normed)

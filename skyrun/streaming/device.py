@@ -1,5 +1,6 @@
 """Choose the device, limit its memory, and recognise when memory runs out."""
 
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,28 @@ _SPILL_SHARE = 0.01  # of the device's memory: with less of it free, Windows spi
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
+# Torch's allocator reads these once, when CUDA starts. The second name is the one of torch before 2.9.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_outside: dict[torch.device, int] = {}  # bytes in use outside of torch when a measurement began
+
+
+def join_free_memory() -> None:
+    """Let torch's allocator join free memory of any sizes, unless the user has set the allocator up. Call it before
+    CUDA starts.
+
+    Without it memory that was freed in other sizes cannot be used for a large tensor, and plans that fit run out of
+    memory. The driver of Windows does not support it.
+    """
+    if sys.platform == "win32" or any(name in os.environ for name in _ALLOCATOR):
+        return
+    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9)
+    os.environ[_ALLOCATOR[old]] = "expandable_segments:True"
+
+
 def choose_device(name: str | None) -> torch.device:
     """The named device; without a name CUDA if torch finds a GPU, else the CPU. Raises SkyrunError if it is missing."""
+    if name != "cpu":
+        join_free_memory()
     if name is not None and name != "cpu" and not torch.cuda.is_available():
         built = torch.version.cuda
         cause = f"torch {torch.__version__} finds no NVIDIA GPU" if built else f"torch {torch.__version__} has no CUDA"
@@ -89,13 +110,24 @@ def reset_peak(device: torch.device) -> None:
     """Start a new measurement of `peak_bytes`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        _outside[device] = _outside_torch(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak device memory in bytes since `reset_peak`; on a CPU the memory that the process uses now."""
+    """Peak device memory in bytes since `reset_peak`; on a CPU the memory that the process uses now.
+
+    It is what torch has reserved at most, used or not, and what is taken outside of torch now or was at the start: the
+    CUDA context, libraries, and other programs.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        outside = max(_outside_torch(device), _outside.get(device, 0))
+        return int(torch.cuda.max_memory_reserved(device)) + outside
     return int(psutil.Process().memory_info().rss)
+
+
+def _outside_torch(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(total - free - torch.cuda.memory_reserved(device)))
 
 
 def finish(device: torch.device) -> None:

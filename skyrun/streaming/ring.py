@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -11,31 +11,30 @@ from torch import Tensor
 
 from skyrun.presets.memory import STAGING_PIECES, piece_bytes
 from skyrun.streaming.reader import PAGE
+from skyrun.streaming.staging import PageLocked, page_aligned
 
 Arrival = Any  # when bytes have arrived on a device: a CUDA event, or None on a CPU
 
 _BLOCKS_AHEAD = 2
-_PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class Ring(Protocol):
     """A fixed number of equal buffers on a device, which reader threads fill and the model uses one after the other.
 
-    slots: the buffers. staged: whether bytes pass through staging buffers on the host, of `piece_bytes` each.
+    slots: the buffers. kept: further buffers, for blocks that stay on the device. staged: whether bytes pass through
+    staging buffers on the host, of `piece_bytes` each.
     """
 
     slots: list[Tensor]
+    kept: list[Tensor]
     staged: bool
     piece_bytes: int
-
-    def allocate(self, nbytes: int) -> Tensor:
-        """Reader: allocate another buffer on the device, for a block that stays there."""
 
     def staging(self) -> AbstractContextManager[Tensor]:
         """Reader: a free staging buffer on the host. Waits until there is one."""
 
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
-        """Reader: start copies, (to, from), from staging to the slot's buffer, or to an allocated one if it is None."""
+        """Reader: start copies, (to, from), from staging to the slot's buffer, or to a kept one if it is None."""
 
     def receive(self, arrivals: Iterable[Arrival]) -> None:
         """Model: make work that is enqueued from now on wait for these arrivals."""
@@ -55,16 +54,13 @@ class HostRing:
 
     staged = False
 
-    def __init__(self, slots: int, nbytes: int) -> None:
-        self.slots = [self.allocate(nbytes) for _ in range(slots)]
+    def __init__(self, slots: int, kept: int, nbytes: int) -> None:
+        self.slots, self.kept = ([page_aligned(nbytes) for _ in range(count)] for count in (slots, kept))
         self.piece_bytes = piece_bytes(nbytes)
-
-    def allocate(self, nbytes: int) -> Tensor:
-        return page_aligned(nbytes)
 
     @contextmanager
     def staging(self) -> Iterator[Tensor]:
-        yield self.allocate(self.piece_bytes)
+        yield page_aligned(self.piece_bytes)
 
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
         for target, source in moves:
@@ -81,6 +77,7 @@ class HostRing:
 
     def close(self) -> None:
         self.slots.clear()
+        self.kept.clear()
 
 
 class CudaRing:
@@ -92,23 +89,22 @@ class CudaRing:
 
     staged = True
 
-    def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
+    def __init__(self, device: torch.device, slots: int, kept: int, nbytes: int) -> None:
         self.piece_bytes = piece_bytes(nbytes)
         self._device = device
         self._copies = torch.cuda.Stream(device)
-        self.slots = [self.allocate(nbytes) for _ in range(slots)]
+        # One allocation, before there are activations: buffers that come between these would cut up the memory.
+        room = -(-nbytes // PAGE) * PAGE
+        slab = torch.empty((slots + kept) * room, dtype=torch.uint8, device=device)
+        self._copies.wait_stream(torch.cuda.current_stream(device))  # where the memory may still be in use
+        buffers = [part[:nbytes] for part in slab.split(room)]
+        self.slots, self.kept = buffers[:slots], buffers[slots:]
         self._released: list[Any] = [None] * slots
         self._enqueued: deque[Any] = deque()
-        self._locked, memory = _page_locked(device, self.piece_bytes)
+        self._locked = PageLocked(device, self.piece_bytes, (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4))
         self._staging: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
-        for buffer in memory.split(self.piece_bytes):
+        for buffer in self._locked.pieces:
             self._staging.put((buffer, torch.cuda.Event(blocking=True)))
-        self._address = memory.data_ptr()
-
-    def allocate(self, nbytes: int) -> Tensor:
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))  # where the memory may still be in use
-        return buffer
 
     @contextmanager
     def staging(self) -> Iterator[Tensor]:
@@ -144,34 +140,12 @@ class CudaRing:
 
     def close(self) -> None:
         self._copies.synchronize()
-        if self._locked:
-            self._locked = False
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._locked.close()
         self._staging = SimpleQueue()
         self.slots.clear()
+        self.kept.clear()
 
 
-def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:
-    """Make a ring of `slots` buffers of `nbytes` on the device."""
-    return CudaRing(device, slots, nbytes) if device.type == "cuda" else HostRing(slots, nbytes)
-
-
-def page_aligned(nbytes: int) -> Tensor:
-    """Allocate page-aligned bytes on the host."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % PAGE :][:nbytes]
-
-
-def _page_locked(device: torch.device, nbytes: int) -> tuple[bool, Tensor]:
-    """Whether memory is page-locked, and the memory: room for a few pieces of `nbytes`, fewer if less can be locked.
-
-    The memory is registered with CUDA because torch's own page-locked allocations are rounded up to powers of two.
-    """
-    memory, cudart = torch.empty(0), torch.cuda.cudart()
-    for pieces in (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4):
-        memory = page_aligned(pieces * nbytes)
-        if int(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)) == 0:
-            return True, memory
-        with suppress(RuntimeError):  # the next kernel would report the failure as its own: run one here
-            torch.ones(1, device=device)
-    return False, memory
+def make_ring(device: torch.device, slots: int, kept: int, nbytes: int) -> Ring:
+    """Make a ring of `slots` buffers of `nbytes` on the device, and `kept` more for blocks that stay there."""
+    return CudaRing(device, slots, kept, nbytes) if device.type == "cuda" else HostRing(slots, kept, nbytes)

@@ -22,7 +22,8 @@ from skyrun.kernels.planes import to_planes
 from skyrun.presets.memory import LOADERS
 from skyrun.streaming.layout import Block, Piece
 from skyrun.streaming.reader import PAGE, Extent, FileReader
-from skyrun.streaming.ring import Arrival, make_ring, page_aligned
+from skyrun.streaming.ring import Arrival, make_ring
+from skyrun.streaming.staging import page_aligned
 from skyrun.streaming.weights import Weights
 
 ObserveBlock = Callable[[int, str, Tensor], None]  # as weights.Observe, with the index of the block first
@@ -118,7 +119,7 @@ class BlockStream:
         self._reader = reader or FileReader(path)
         slots = slots if len(resident) < len(blocks) else 0
         try:
-            self._ring = make_ring(device, slots, max(block.lead + block.nbytes for block in blocks))
+            self._ring = make_ring(device, slots, len(resident), max(block.lead + block.nbytes for block in blocks))
         except BaseException:
             self._reader.close()
             raise
@@ -183,13 +184,14 @@ class BlockStream:
     def _load_all(self) -> None:
         """Find a buffer for every block, in order, and submit the block to the loaders."""
         try:
+            kept = iter(self._ring.kept)
             for number in range(self._passes):
                 for index, block in enumerate(self._blocks):
                     if self._closed:
                         return
                     if index in self._resident:
                         if number == 0:
-                            self._load_kept(index, block)
+                            self._load_kept(index, block, next(kept))
                         continue
                     slot = self._free.get()
                     if slot is None or self._closed:
@@ -199,8 +201,8 @@ class BlockStream:
         except BaseException as error:
             self._ready.put(error)
 
-    def _load_kept(self, index: int, block: Block) -> None:
-        buffer = self._ring.allocate(block.lead + block.nbytes)[block.lead :]
+    def _load_kept(self, index: int, block: Block, memory: Tensor) -> None:
+        buffer = memory[block.lead :]
         pieces = self._load(block, buffer, None)
         self._ready.put(_Loading(index, None, buffer, pieces))
         for piece in pieces:  # wait, since no slot limits how many blocks are read at a time

@@ -18,6 +18,7 @@ from skyrun.models.rope import rope_table
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.planning.published import LAYERS
 from skyrun.streaming.device import choose_device, peak_bytes
+from skyrun.streaming.tokens import HeldTokens
 from skyrun.streaming.weights import Weight, Weights
 from skyrun.tasks import skyreels_v3 as tasks
 from skyrun.tools.bench.measurement import Clock, Measurement
@@ -171,8 +172,10 @@ def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]
 
 def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
     dims = bench.dims
-    x, context = bench.random(tokens, dims.dim), Context(bench.random(TEXT_LENGTH, dims.dim))
-    spans = [Span(slice(0, tokens), (x.new_empty(0), torch.randn(6, dims.dim, device=bench.device)))]
+    values, context = bench.random(tokens, dims.dim), Context(bench.random(TEXT_LENGTH, dims.dim))
+    x = HeldTokens((tokens, dims.dim), bench.dtype, bench.device)
+    x.store(slice(0, tokens), values)
+    spans = [Span(slice(0, tokens), (values.new_empty(0), torch.randn(6, dims.dim, device=bench.device)))]
     rope = rope_table([0], 1, tokens, HEAD_DIM, bench.device)
 
     def measured(what: str, way: str, weights: Weights) -> Measurement:

@@ -1,0 +1,262 @@
+"""What a transformer block allocates on a card, replayed through the rules of torch's allocator, against the plan.
+
+No GPU is needed: the code that runs on a card runs on tensors without data, and launches of kernels do nothing. A block
+is recorded once for a way of computing and a number of tokens; the recording is replayed after everything that stays in
+memory: the ring with the blocks that are kept, what lies outside of blocks, the tokens, the rotary table.
+
+    python benchmarks/block_memory.py
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from unittest.mock import patch
+
+import torch
+from allocator import Allocator, Block, OutOfMemory
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from skyrun.kernels import FORMATS, QuantizedWeight, attention, decode, elementwise, float16_sums, matmul
+from skyrun.models.dit import Context, Span, chunks, dit_block
+from skyrun.models.dit_header import HEAD_DIM, DiTDims
+from skyrun.planning.published import transformer_table
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import Planned, plan_request
+from skyrun.presets.cards import CARDS, Card
+from skyrun.presets.hardware import stated
+from skyrun.presets.memory import CONTEXT_BYTES, GIB, RING_SLOTS, way_of
+from skyrun.presets.workload import Workload
+from skyrun.streaming.tokens import HeldTokens
+from skyrun.streaming.weights import Weight, Weights
+from skyrun.tasks import TASKS
+
+META = torch.device("meta")
+RAM, DISK = 64, 2.0
+_TYPE = "Q8_0"  # of the recorded weights; what a block allocates does not depend on it
+_PASSES = 3  # of the recording: memory that one leaves cut up is met by the next
+_IMAGE_TOKENS = 257
+_OUTER_TENSORS = 40  # outside of blocks
+_WORKSPACE = 32 << 20  # of cuBLAS on Hopper; other cards take less
+_CHOICES = {"exact": ("decode", "flash"), "float16 sums": ("decode, float16 sums", "flash"), "int8": ("triton", "int8")}
+
+Log = list[tuple[int, int]]  # (number of the allocation, its bytes, or 0 where it is freed)
+
+
+class Recorder(TorchDispatchMode):
+    """Logs when operations allocate memory on the meta device, and when the last tensor that uses it is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Log = []
+        self._users: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or tensor.device != META or not tensor.untyped_storage().nbytes():
+                continue
+            storage = _storage(tensor)
+            if storage not in self._numbers:
+                if storage in given:
+                    continue  # it was there before
+                self._numbers[storage] = len(self.log)
+                self.log.append((len(self.log), tensor.untyped_storage().nbytes()))
+            self._users[storage] = self._users.get(storage, 0) + 1
+            weakref.finalize(tensor, self._drop, storage)
+        return result
+
+    def _drop(self, storage: int) -> None:
+        self._users[storage] -= 1
+        if not self._users[storage]:
+            del self._users[storage]
+            self.log.append((self._numbers.pop(storage), 0))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def pretended_card(way: str) -> Iterator[None]:
+    """Let tensors without data pass for those of a card on which one way of computing is the fastest."""
+
+    def fastest(device, key, candidates):  # type: ignore[no-untyped-def]
+        return next((name for name in _CHOICES[way] if name in candidates), next(iter(candidates)))
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # the logarithms of its sums
+        return out
+
+    with ExitStack() as stack:
+        for module in (attention, decode, elementwise, float16_sums, matmul):
+            stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
+        for module in (attention, matmul):
+            stack.enter_context(patch.object(module, "fastest", fastest))
+        stack.enter_context(patch.object(matmul, "float16_sums_are_quick", lambda device: way == "float16 sums"))
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(patch.object(kind, "run", lambda self, *args, **kwargs: None))
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", flash))
+        stack.enter_context(patch.object(torch.Tensor, "tolist", lambda self: [True] * self.numel()))
+        yield
+
+
+@cache
+def recorded(task: str, way: str, tokens: int, frames: int, rows: int | None, parked: bool) -> tuple[int, ...]:
+    """The log of a block, flattened: the first chunks of all tokens, and the last one."""
+    spec, seen = TASKS[task], Recorder()
+    dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
+    with torch.inference_mode(), pretended_card(way):
+        x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
+        rope = (_empty(tokens, HEAD_DIM // 2, dtype=torch.float32),) * 2
+        avatar = spec.sees_image
+        context = Context(
+            _empty(512, dims.dim),
+            _empty(_IMAGE_TOKENS, dims.dim) if avatar else None,
+            _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if avatar else None,
+        )
+        time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
+        parts = chunks(0, tokens, rows)
+        spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
+        weights = _weights(task, way)
+        with seen:
+            dit_block(x, weights, spans, context, rope, dims)
+    return tuple(number for entry in seen.log for number in entry)
+
+
+class _Waiting:
+    """Parked tokens, as far as the card sees them."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        self.shape, self.dtype = torch.Size((tokens, dim)), torch.bfloat16
+
+    def fetch(self, rows: slice) -> Tensor:
+        return _empty(rows.stop - rows.start, self.shape[1])
+
+    def store(self, rows: slice, values: Tensor) -> None:
+        pass
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _weights(task: str, way: str) -> Weights:
+    spec, format = TASKS[task], FORMATS[_TYPE]
+    views: dict[str, Weight] = {}
+    for name, shape in transformer_table(spec).shapes("original", {**spec.dims, "layers": 1}).items():
+        if name.startswith("blocks.0.") and len(shape) == 2:
+            data = torch.empty(shape[0], format.row_bytes(shape[1]), dtype=torch.uint8, device=META)
+            views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, True, way == "int8", name)
+        elif name.startswith("blocks.0."):
+            views[name.removeprefix("blocks.0.")] = _empty(*shape, dtype=torch.float32)
+    return Weights("the recorded block", views, None, way == "int8")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A plan's memory in bytes. counted: what the plan counts. reserved: what the replay has taken at most; None if it
+    ran out of memory. CUDA's context is in both."""
+
+    planned: Planned
+    way: str
+    counted: int
+    reserved: int | None
+
+    @property
+    def limit(self) -> int:
+        return self.planned.plan.limit_bytes
+
+
+def replay(planned: Planned, expandable: bool = True) -> Replay:
+    """Replay the denoising of a plan."""
+    plan, work, hardware = planned.plan, planned.workload, planned.hardware
+    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast")
+    counted = next(stage.device_bytes for stage in plan.stages if stage.name == "denoise")
+    log = recorded(work.task, way, work.tokens, work.latent_frames, plan.token_rows, plan.parked_tokens)
+    allocator = Allocator(plan.limit_bytes - CONTEXT_BYTES, expandable)
+    try:
+        slots = RING_SLOTS if plan.resident_blocks < work.layers else 0
+        for nbytes in _before(work, slots + plan.resident_blocks, plan.parked_tokens):
+            allocator.take(nbytes)
+        for _ in range(_PASSES):
+            _replay_block(log, allocator)
+    except OutOfMemory:
+        return Replay(planned, way, counted, None)
+    return Replay(planned, way, counted, allocator.peak + CONTEXT_BYTES)
+
+
+def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
+    """What is allocated before the first block, in order."""
+    yield _WORKSPACE
+    yield blocks * work.block_bytes
+    for _ in range(_OUTER_TENSORS):
+        yield work.outer_bytes // _OUTER_TENSORS
+    if not parked:
+        yield 2 * work.tokens * work.dim
+    yield from (4 * work.tokens * HEAD_DIM // 2,) * 2
+    yield 2 * work.context_tokens * work.dim
+
+
+def _replay_block(log: tuple[int, ...], allocator: Allocator) -> None:
+    held: dict[int, Block] = {}
+    for number, nbytes in zip(log[::2], log[1::2], strict=True):
+        if nbytes:
+            held[number] = allocator.take(nbytes)
+        else:
+            allocator.give(held.pop(number))
+    for block in held.values():
+        allocator.give(block)
+
+
+def live_bytes(one: Replay) -> int:
+    """What the tensors of a replayed plan take at most, without the context."""
+    plan, work = one.planned.plan, one.planned.workload
+    log = recorded(work.task, one.way, work.tokens, work.latent_frames, plan.token_rows, plan.parked_tokens)
+    slots = RING_SLOTS if plan.resident_blocks < work.layers else 0
+    taken = peak = sum(_before(work, slots + plan.resident_blocks, plan.parked_tokens)) - _WORKSPACE
+    held = {}
+    for number, nbytes in zip(log[::2], log[1::2], strict=True):
+        held[number] = nbytes or held[number]
+        taken += nbytes or -held[number]
+        peak = max(peak, taken)
+    return peak + CONTEXT_BYTES
+
+
+def cases(cards: Iterable[Card]) -> Iterator[Planned]:
+    """The plans of cards for every task, resolution and way of computing, but those that do not fit."""
+    for card in cards:
+        for task in TASKS:
+            for resolution in ("480P", "720P"):
+                if card.capability >= (8, 0) and resolution in TASKS[task].resolutions:
+                    for precision in ("exact", "fast"):
+                        request = Request(task, "", resolution=resolution)
+                        planned = plan_request(request, stated(card, RAM, DISK), precision=precision)
+                        if not planned.plan.problem:
+                            yield planned
+
+
+def main() -> None:
+    """Print the table."""
+    print("| card | task | clip | way | tokens at a time | blocks kept | limit | counted | replayed | of the limit |")
+    print("|" + " --- |" * 10)
+    for planned in cases(CARDS):
+        one, plan = replay(planned), planned.plan
+        rows = "all" if plan.token_rows is None else f"{plan.token_rows:,}" + ", parked" * plan.parked_tokens
+        taken = "out of memory" if one.reserved is None else f"{one.reserved / GIB:.2f}"
+        share = "" if one.reserved is None else f"{one.reserved / one.limit:.0%}"
+        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, rows]
+        cells += [str(plan.resident_blocks), f"{one.limit / GIB:.2f}", f"{one.counted / GIB:.2f}", taken, share]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Plans for cards against the memory that torch's allocator would reserve for them (benchmarks/block_memory.py)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from allocator import MIB, Allocator, OutOfMemory
+from block_memory import cases, live_bytes, recorded, replay
+
+from skyrun.kernels import device
+from skyrun.presets import memory
+from skyrun.presets.cards import CARDS
+from skyrun.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def replays():
+    """For the cards with every amount of memory and every way of computing: of those that are alike one is enough."""
+    unlike = {(card.vram, card.capability in memory._GEFORCE): card for card in CARDS}
+    return [replay(planned) for planned in cases(unlike.values())]
+
+
+def test_every_plan_stays_within_its_limit(replays):
+    assert {one.way for one in replays} == {"exact", "float16 sums", "int8"}
+    assert {one.planned.workload.task for one in replays} == set(TASKS)
+    out = [one for one in replays if one.reserved is None or one.reserved > one.limit]
+    assert not [(one.planned.hardware.name, one.planned.workload.task, one.way) for one in out]
+
+
+def test_where_blocks_are_kept_nine_tenths_of_the_limit_are_used(replays):
+    kept = [one for one in replays if 0 < one.planned.plan.resident_blocks < one.planned.workload.layers]
+    assert len(kept) > 50
+    assert min(one.reserved / one.limit for one in kept) >= 0.9
+
+
+def test_what_is_counted_is_what_a_block_takes(replays):
+    """Without the pages of the allocator and libraries. A plan that keeps all blocks counts a ring too."""
+    for one in (one for one in replays if one.planned.plan.resident_blocks < one.planned.workload.layers):
+        taken = live_bytes(one)
+        assert 0.985 * taken <= one.counted - memory.ALLOCATOR_BYTES <= 1.03 * taken, one
+
+
+def test_with_segments_of_fixed_size_plans_would_run_out(replays):
+    assert any(replay(one.planned, expandable=False).reserved is None for one in replays)
+
+
+def test_a_block_frees_everything():
+    log = recorded("a2v", "float16 sums", 4096, 4, 1000, False)
+    numbers = list(zip(log[::2], log[1::2], strict=True))
+    assert sorted(n for n, nbytes in numbers if nbytes) == sorted(n for n, nbytes in numbers if not nbytes)
+
+
+def test_presets_and_kernels_mean_the_same_cards():
+    assert memory._GEFORCE == device._GEFORCE and memory._OLDEST == device._OLDEST
+
+
+@pytest.mark.parametrize(
+    ("expandable", "sizes", "reserved"),
+    [
+        (False, [1], 2), (False, [2], 20), (False, [9, 9], 20), (False, [9, 9, 9], 40), (False, [10], 10),
+        (False, [21], 22), (True, [1], 2), (True, [2], 20), (True, [30], 40), (True, [30, 10], 40),
+        (True, [30, 11], 60),
+    ],
+)  # fmt: skip
+def test_segments_have_the_sizes_of_torch(expandable, sizes, reserved):
+    allocator = Allocator(1 << 40, expandable)
+    for size in sizes:
+        allocator.take(size * MIB)
+    assert allocator.reserved == allocator.peak == reserved * MIB
+
+
+@pytest.mark.parametrize(("expandable", "fits"), [(False, False), (True, True)])
+def test_only_expandable_segments_join_what_lies_apart(expandable, fits):
+    """800 of 1000 MiB are free, but the rest lies in their midst."""
+    allocator = Allocator(1000 * MIB, expandable)
+    whole = allocator.take(1000 * MIB)
+    allocator.give(whole)
+    first, _ = allocator.take(400 * MIB), allocator.take(200 * MIB)
+    allocator.give(first)
+    if fits:
+        allocator.take(800 * MIB)
+    else:
+        with pytest.raises(OutOfMemory):
+            allocator.take(800 * MIB)
+
+
+def test_neighbours_are_joined_and_the_smallest_fitting_block_is_taken():
+    allocator = Allocator(300 * MIB, False)
+    parts = [allocator.take(100 * MIB) for _ in range(2)]
+    allocator.give(parts[0])
+    small = [allocator.take(40 * MIB), allocator.take(30 * MIB), allocator.take(30 * MIB)]
+    assert allocator.reserved == 200 * MIB
+    allocator.give(small[0])
+    allocator.give(small[2])
+    assert allocator.take(30 * MIB) is small[2]
+    allocator.give(small[1])
+    allocator.take(70 * MIB)  # the first two, joined
+    assert allocator.reserved == 200 * MIB
