@@ -22,10 +22,31 @@ def uses_triton(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= _OLDEST
 
 
+def refused_allocations() -> int:
+    """How many allocations torch has refused on GPUs so far, including those where a library went on without."""
+    return sum(torch.cuda.memory_stats(index).get("num_ooms", 0) for index in _used_gpus())
+
+
+def free_device_bytes() -> float:
+    """Bytes that are free on the fullest GPU that this process uses; infinite without one."""
+    return min((torch.cuda.mem_get_info(index)[0] for index in _used_gpus()), default=float("inf"))
+
+
+def _used_gpus() -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
+    return [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_stats(index)]
+
+
 @lru_cache
 def device_name(device: torch.device) -> str:
     """The name of the graphics card, or the device type if it is not a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def driver_version(device: torch.device) -> str:
+    """The newest CUDA that the GPU's driver supports, such as "12080"; empty for a CPU."""
+    return str(torch._C._cuda_getDriverVersion()) if device.type == "cuda" else ""
 
 
 def median_seconds(

@@ -16,6 +16,8 @@ from skyrun.engine.preview import preview_image
 from skyrun.engine.resume import continue_or_start
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Notice, Preview, Progress, Replanned, StageEnded, StageStarted, TimeLeft, drain, now
+from skyrun.kernels.device import refused_allocations
+from skyrun.kernels.failures import is_out_of_memory
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -24,7 +26,7 @@ from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.timing import corrected
-from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory, peak_bytes, vram_limited
+from skyrun.streaming.device import finish, out_of_memory, peak_bytes, vram_limited
 
 __all__ = ["Result", "run", "run_job"]
 
@@ -140,14 +142,14 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
     """
     stage = ""
     while True:
-        finished = state.mark
+        finished, refused = state.mark, refused_allocations()
         try:
             for event in PIPELINES[job.request.spec.pipeline](job, state):
                 stage = event.stage if isinstance(event, StageStarted) else stage
                 yield event
             return
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error, refused):
                 raise
             shortage = out_of_memory(error)
         gc.collect()  # outside of the handler no traceback holds tensors

@@ -1,4 +1,4 @@
-"""Choose the device, limit its memory, and recognise when memory runs out."""
+"""Choose the device, limit its memory, and explain when memory runs out."""
 
 import platform
 import sys
@@ -9,11 +9,11 @@ import psutil
 import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.kernels.device import refused_allocations
+from skyrun.kernels.failures import is_out_of_memory
 
 _SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
 _SPILL_SHARE = 0.01  # of the device's memory: with less of it free, Windows spills to RAM
-# Failed allocations that torch reports as a plain RuntimeError.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -30,6 +30,12 @@ def choose_device(name: str | None) -> torch.device:
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
     # With an index, because other threads may have another default device.
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def use_device(device: torch.device) -> None:
+    """Make the device this thread's own: CUDA calls of a new thread go to the first GPU, and take memory there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 @contextmanager
@@ -60,13 +66,6 @@ def refuse_to_spill(device: torch.device) -> None:
         raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would spill to RAM")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is a failed allocation, on the device or the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-
-
 def out_of_memory(error: BaseException) -> SkyrunError:
     """The SkyrunError for a failed allocation."""
     cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
@@ -77,10 +76,11 @@ def out_of_memory(error: BaseException) -> SkyrunError:
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
     """Turn a failed allocation into a SkyrunError."""
+    refused = refused_allocations()
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error, refused):
             raise
         raise out_of_memory(error) from error
 

@@ -99,11 +99,15 @@ class CudaRing:
         self.slots = [self.allocate(nbytes) for _ in range(slots)]
         self._released: list[Any] = [None] * slots
         self._enqueued: deque[Any] = deque()
-        self._locked, memory = _page_locked(device, self.piece_bytes)
         self._staging: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
-        for buffer in memory.split(self.piece_bytes):
-            self._staging.put((buffer, torch.cuda.Event(blocking=True)))
+        self._locked, memory = _page_locked(device, self.piece_bytes)
         self._address = memory.data_ptr()
+        try:
+            for buffer in memory.split(self.piece_bytes):
+                self._staging.put((buffer, torch.cuda.Event(blocking=True)))
+        except BaseException:
+            self.close()
+            raise
 
     def allocate(self, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -117,8 +121,10 @@ class CudaRing:
             copied.synchronize()
             yield buffer
         finally:
-            copied.record(self._copies)
-            self._staging.put((buffer, copied))
+            try:
+                copied.record(self._copies)
+            finally:  # without the buffer, other threads would wait for it forever
+                self._staging.put((buffer, copied))
 
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
         with torch.cuda.stream(self._copies):
@@ -143,12 +149,14 @@ class CudaRing:
             self._enqueued.popleft().synchronize()
 
     def close(self) -> None:
-        self._copies.synchronize()
-        if self._locked:
-            self._locked = False
-            torch.cuda.cudart().cudaHostUnregister(self._address)
-        self._staging = SimpleQueue()
-        self.slots.clear()
+        try:
+            self._copies.synchronize()
+        finally:
+            if self._locked:
+                self._locked = False
+                torch.cuda.cudart().cudaHostUnregister(self._address)
+            self._staging = SimpleQueue()
+            self.slots.clear()
 
 
 def make_ring(device: torch.device, slots: int, nbytes: int) -> Ring:
