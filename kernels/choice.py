@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from skyrun.kernels.cache import MeasuredFile, checked
-from skyrun.kernels.device import device_name, driver_version, median_seconds, refused_allocations
+from skyrun.kernels.device import device_name, driver_version, median_seconds
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.failures import is_device_lost, is_out_of_memory
+from skyrun.kernels.failures import is_device_lost, is_out_of_memory, refused_allocations
 
 Table = dict[str, dict[str, float]]  # seconds by candidate, by key; infinite where a candidate fails
 

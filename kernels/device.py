@@ -1,41 +1,45 @@
-"""What a device can do, and which kernels run on it. The only file of kernels/ that calls CUDA."""
+"""What a device can do, and which kernels run on it."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from statistics import median
 
 import torch
+
+from skyrun.kernels.failures import is_device_lost, is_out_of_memory
+from skyrun.kernels.toolchain import missing
 
 _OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
 _GEFORCE = ((8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 3000, 4000 and 5000 series
 _LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 
-@lru_cache
 def uses_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on the device. The torch versions run elsewhere."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _OLDEST
+    return device.type == "cuda" and not triton_problem(device)
 
 
-def refused_allocations() -> int:
-    """How many allocations torch has refused on GPUs so far, including those where a library went on without."""
-    return sum(torch.cuda.memory_stats(index).get("num_ooms", 0) for index in _used_gpus())
+@lru_cache
+def triton_problem(device: torch.device) -> str:
+    """Why the Triton kernels do not run on a GPU, and what to do about it; empty if they do.
 
+    The first call launches a trivial kernel: a compiler that is there may still not work.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _OLDEST:
+        return f"the card has compute capability {major}.{minor}, Triton's kernels need {_OLDEST[0]}.{_OLDEST[1]}"
+    try:
+        from skyrun.kernels import triton_probe
 
-def free_device_bytes() -> float:
-    """Bytes that are free on the fullest GPU that this process uses; infinite without one."""
-    return min((torch.cuda.mem_get_info(index)[0] for index in _used_gpus()), default=float("inf"))
-
-
-def _used_gpus() -> list[int]:
-    if not torch.cuda.is_initialized():
-        return []
-    return [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_stats(index)]
+        triton_probe.launch(device)
+    except Exception as error:  # compilers raise all kinds of errors
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        cause = str(error).partition("\n")[0]
+        return str(missing() or f"Triton's kernels do not run here: {cause}; `pip install -U triton` may help")
+    return ""
 
 
 @lru_cache

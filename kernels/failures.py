@@ -4,8 +4,6 @@ import errno
 
 import torch
 
-from skyrun.kernels.device import free_device_bytes, refused_allocations
-
 # What is said where memory is short.
 _OUT_OF_MEMORY = (
     "out of memory",  # the CUDA runtime and driver; Triton, which passes on the driver's words
@@ -62,3 +60,19 @@ def is_out_of_memory(error: BaseException, refused: int = 0) -> bool:
 def is_device_lost(error: BaseException) -> bool:
     """Whether the error is one after which every further call of CUDA in this process fails."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)
+
+
+def refused_allocations() -> int:
+    """How many allocations torch has refused on GPUs so far, including those where a library went on without."""
+    return sum(torch.cuda.memory_stats(index).get("num_ooms", 0) for index in _used_gpus())
+
+
+def free_device_bytes() -> float:
+    """Bytes that are free on the fullest GPU that this process uses; infinite without one."""
+    return min((torch.cuda.mem_get_info(index)[0] for index in _used_gpus()), default=float("inf"))
+
+
+def _used_gpus() -> list[int]:
+    if not torch.cuda.is_initialized():
+        return []
+    return [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_stats(index)]
