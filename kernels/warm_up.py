@@ -44,7 +44,8 @@ def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], 
     x, wide = _zeros(_ROWS, blocks.dim, blocks, device), _zeros(_ROWS, blocks.ffn, blocks, device)
     gain = torch.zeros(blocks.dim, device=device)
     table = torch.zeros(_ROWS, HEAD_DIM // 2, device=device)
-    yield partial(kernels.layer_norm, x, gain, gain, 1e-6, blocks.fast)
+    for rotated in {False, blocks.fast}:  # the last norm is not before an int8 product
+        yield partial(kernels.layer_norm, x, gain, gain, 1e-6, rotated)
     yield partial(kernels.rms_norm, x, gain, 1e-6)
     yield partial(kernels.rms_norm, x, gain, 1e-6, (table, table))
     yield partial(kernels.gelu, wide, blocks.fast)

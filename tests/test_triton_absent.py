@@ -127,13 +127,6 @@ ABSENT = {
     "a compiler": ("", ""),
 }
 TESTS = ["test_choice.py", "test_soak.py"]
-    "test_triton_absent.py",
-    "test_choice.py",
-    "test_decode.py",
-    "test_planes.py",
-    "test_doctor.py",
-    "test_soak.py",
-]
 
 
 @pytest.mark.skipif("SKYRUN_TEST_ABSENT" in os.environ, reason="this is the Python without it")
