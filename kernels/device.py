@@ -50,7 +50,9 @@ def device_name(device: torch.device) -> str:
 
 def driver_version(device: torch.device) -> str:
     """The newest CUDA that the GPU's driver supports, such as "12080"; empty for a CPU."""
-    return str(torch._C._cuda_getDriverVersion()) if device.type == "cuda" else ""
+    if device.type != "cuda":
+        return ""
+    return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined] # only builds with CUDA have it
 
 
 def median_seconds(

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -128,7 +129,9 @@ def _kernels(gpu: str) -> Finding:
         return Finding("kernels", "good", "torch, on the CPU")
     if lack := missing():
         return Finding("kernels", "slow", f"torch, as {lack.what}: no int8, slower decoding", lack.remedy)
-    found = f"Triton {version(triton_package())}"
+    found = "Triton"
+    with suppress(PackageNotFoundError):  # a nightly torch brings it under another name
+        found = f"Triton {version(triton_package())}"
     if capability := re.search(r"(\d+)\.(\d+)", query("compute_cap")):
         said = f"compute capability {capability[0]}"
         if int(capability[1]) < _OLDEST_CAPABILITY:
