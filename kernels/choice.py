@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from skyrun.kernels.cache import MeasuredFile, checked
-from skyrun.kernels.device import device_name, median_seconds
+from skyrun.kernels.device import device_name, driver_version, median_seconds
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.failures import is_device_lost, is_out_of_memory, refused_allocations
 
-Table = dict[str, dict[str, float]]  # seconds by candidate, by key
+Table = dict[str, dict[str, float]]  # seconds by candidate, by key; infinite where a candidate fails
 
 _MARGIN = 0.03  # a later candidate has to be quicker by more than this: what is not clearly better does not win
 
@@ -59,13 +60,13 @@ def fastest(device: torch.device, key: str, candidates: Mapping[str, Callable[[]
 
 
 def _measure(device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    taken = {}
+    taken, refused = {}, refused_allocations()
     for name, work in candidates.items():
         try:
             taken[name] = median_seconds(device, work)
-        except torch.OutOfMemoryError:
-            raise  # memory is short at this moment; that does not rule out the candidate
-        except Exception:  # compilers and libraries raise all kinds of errors; a candidate that fails is ruled out
+        except Exception as error:  # compilers and libraries raise all kinds of errors
+            if is_out_of_memory(error, refused) or is_device_lost(error):
+                raise  # memory is short at this moment, or nothing works: that does not rule out the candidate
             taken[name] = float("inf")
     return taken
 
@@ -76,6 +77,7 @@ def holds_for(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
+        "driver": driver_version(device),
         "triton": _version("triton"),
         "skyrun": _version("skyrun"),
     }
@@ -101,18 +103,15 @@ def _table(device: torch.device) -> Table:
 
 
 def _parsed(values: dict[str, Any]) -> Table:
-    """Seconds from plain values, where null stands for a candidate that does not work."""
+    """Seconds from plain values."""
     return {
-        str(key): {str(name): float("inf") if taken is None else checked(taken) for name, taken in row.items()}
-        for key, row in values["seconds"].items()
+        str(key): {str(name): checked(taken) for name, taken in row.items()} for key, row in values["seconds"].items()
     }
 
 
-def _plain(table: Table) -> dict[str, Any]:
-    return {
-        key: {name: None if taken == float("inf") else taken for name, taken in row.items()}
-        for key, row in table.items()
-    }
+def _plain(table: Table) -> Table:
+    """What is kept on disk: a candidate that fails today may work when a compiler or another version is there."""
+    return {key: {name: taken for name, taken in row.items() if taken != float("inf")} for key, row in table.items()}
 
 
 def _save(device: torch.device, table: Table) -> None:

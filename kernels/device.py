@@ -1,31 +1,58 @@
-"""What a device can do, and which kernels run on it. The only file of kernels/ that calls CUDA."""
+"""What a device can do, and which kernels run on it."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from statistics import median
 
 import torch
+
+from skyrun.kernels.failures import is_device_lost, is_out_of_memory
+from skyrun.kernels.toolchain import missing
 
 _OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
 _GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 2000 to 5000 series
 _LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 
-@lru_cache
 def uses_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on the device. The torch versions run elsewhere."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _OLDEST
+    return device.type == "cuda" and not triton_problem(device)
+
+
+@lru_cache
+def triton_problem(device: torch.device) -> str:
+    """Why the Triton kernels do not run on a GPU, and what to do about it; empty if they do.
+
+    The first call launches a trivial kernel: a compiler that is there may still not work.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _OLDEST:
+        return f"the card has compute capability {major}.{minor}, Triton's kernels need {_OLDEST[0]}.{_OLDEST[1]}"
+    try:
+        from skyrun.kernels import triton_probe
+
+        triton_probe.launch(device)
+    except Exception as error:  # compilers raise all kinds of errors
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        cause = str(error).partition("\n")[0]
+        return str(missing() or f"Triton's kernels do not run here: {cause}; `pip install -U triton` may help")
+    return ""
 
 
 @lru_cache
 def device_name(device: torch.device) -> str:
     """The name of the graphics card, or the device type if it is not a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def driver_version(device: torch.device) -> str:
+    """The newest CUDA that the GPU's driver supports, such as "12080"; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined] # only builds with CUDA have it
 
 
 def median_seconds(

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.kernels import elementwise, float16_sums, torch_int8
-from skyrun.kernels.choice import bucket, fastest, seconds
+from skyrun.kernels.choice import bucket, fastest
 from skyrun.kernels.device import float16_sums_are_quick, uses_triton
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.rotated import RotatedInt8
-from skyrun.kernels.synthetic import random_weight
 from skyrun.kernels.weight import QuantizedWeight
 
 FEW_ROWS = 64  # up to here the fused kernel can be faster than decoding first
@@ -113,18 +112,3 @@ def _fast(
         "_int_mm": partial(run, torch_int8.multiply),
     }
     return backends[_choose("int8", len(x.codes), weight, x.dtype, device, backends)](slice(None))
-
-
-def fast_gain(device: torch.device, rows: int, cols: int) -> float:
-    """How many times faster fast matmuls are than exact ones for rows of `cols`; 0 without Triton.
-
-    More than 8192 rows are not measured: the ratio no longer changes.
-    """
-    if not uses_triton(device) or cols % FORMATS["Q4_K"].block_size:
-        return 0.0
-    rows = min(rows, _MEASURED_ROWS)
-    x = torch.randn(rows, cols, dtype=torch.bfloat16, device=device)
-    exact, fast = (random_weight("Q4_K", cols, cols, device, fast=fast) for fast in (False, True))
-    key = f"gain {bucket(rows)}x{cols}"
-    taken = seconds(device, key, {"exact": lambda: linear(x, exact), "fast": lambda: linear(x, fast)})
-    return taken["exact"] / taken["fast"] if len(taken) == 2 else 0.0

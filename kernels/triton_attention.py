@@ -21,7 +21,7 @@ ROWS, ROW_WARPS = 64, 4  # of the kernels that quantize queries, keys and values
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # clips of all sizes share a kernel
 def quantize_kernel(x, mean, codes, scales, count, factor, HEADS: tl.constexpr, ROWS: tl.constexpr):
     """Quantize rows of one head, minus the mean if there is one, to int8. `factor` is multiplied into the scales."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -39,7 +39,7 @@ def quantize_kernel(x, mean, codes, scales, count, factor, HEADS: tl.constexpr, 
     tl.store(scales + head * count + row, peak * (factor / 127) + tl.sum(values * 0.0, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def values_kernel(v, scales, out, count, HEADS: tl.constexpr, ROWS: tl.constexpr):
     """Values of one head in float16, divided by its scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -82,7 +82,7 @@ def _add_keys(
     return higher, total, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "M"])
 def attend_kernel(
     q, q_scales, k, k_scales, v, v_scales, out, L, M, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     FLOAT16_SUMS: tl.constexpr

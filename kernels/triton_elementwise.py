@@ -96,7 +96,7 @@ def _places(stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexp
     return row, col, (row < rows) & (col < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # clips of all sizes share a kernel
 def gelu_kernel(x, out, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """tanh-GELU."""
     row, col, inside = _places(stride, rows, D, ROWS, COLS)
@@ -104,7 +104,7 @@ def gelu_kernel(x, out, stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS:
     tl.store(out + row * D + col, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_gated_kernel(
     x, y, gate, out, x_stride, y_stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):

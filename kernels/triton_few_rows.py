@@ -18,7 +18,7 @@ COLS, WARPS = 16, 4  # rows of the weight that a program multiplies, and its war
 _LEAST = 16  # rows that tensor cores take
 
 
-@triton.jit(do_not_specialize=["n"])  # n = 1 must not compile a kernel of its own
+@triton.jit(do_not_specialize=["M", "n"])  # so that no number of them compiles a kernel of its own
 def few_rows_kernel(
     x,
     data,

@@ -27,7 +27,7 @@ _FEW = 256  # rows; up to here large tiles would leave most of a card idle
 _ORDER = 8  # row tiles that are computed together, so that they share the weight's tiles in the cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # clips of all sizes share a kernel
 def multiply_kernel(
     x,
     w,

@@ -27,7 +27,7 @@ class Hardware:
     """The machine that a plan is for. Sizes are in bytes.
 
     device: "cuda" or "cpu". vram_total, vram_free: 0 without a GPU. fast_gain: how many times faster linear layers are
-    in int8, as measured; 0 if int8 is not available or was not measured. disk_rate: bytes per second from the disk that
+    in int8; 0 if int8 is not available. disk_rate: bytes per second from the disk that
     holds the model. link_rate: bytes per second to the GPU. rates: of computing; None if nothing is known.
     system: "Linux", "WSL" or "Windows". origins: where the values come from, by field: "measured", "reported", "stated"
     or "assumed"; fields that are missing are assumed.
@@ -96,7 +96,8 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
     card = find_card(name, total / GIB) or unknown_card(
         name, capability, total, torch.cuda.get_device_properties(0).multi_processor_count
     )
-    found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate)
+    gain = card.rates.fast_linear / card.rates.linear
+    found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate, fast_gain=gain)
     match = re.match(r"([\d.]+), (\d+), (\d+)", query("driver_version,pcie.link.gen.max,pcie.link.width.max"))
     if match:
         found = found.knowing(REPORTED, driver=match[1]).knowing(

@@ -59,12 +59,16 @@ def test_one_candidate_is_not_measured():
     assert work.runs == 0
 
 
-def test_a_candidate_that_fails_is_none(monkeypatch):
+def test_a_candidate_that_fails_is_none_until_the_process_ends(folder, monkeypatch):
     works = {"broken": Work(error=RuntimeError("no kernel image")), "whole": Work(0.01)}
-    assert choice.fastest(CPU, "work", works) == "whole"
-    forget(monkeypatch)
-    assert choice.fastest(CPU, "work", works) == "whole"
+    for _ in range(2):
+        assert choice.fastest(CPU, "work", works) == "whole"
     assert works["broken"].runs == 1
+    (file,) = folder.glob("*.json")
+    assert json.loads(file.read_text())["seconds"] == {"work": {"whole": 0.01}}
+    forget(monkeypatch)
+    works["broken"].error = None
+    assert choice.fastest(CPU, "work", works) == "broken"
 
 
 def test_nothing_works():
@@ -72,9 +76,17 @@ def test_nothing_works():
         choice.fastest(CPU, "work", {"a": Work(error=RuntimeError()), "b": Work(error=ValueError())})
 
 
-def test_too_little_memory_now_says_nothing_about_later():
-    works = {"large": Work(error=torch.OutOfMemoryError()), "small": Work()}
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_what_is_no_fault_of_a_candidate_is_raised_and_says_nothing_about_later(error):
+    works = {"large": Work(error=error), "small": Work()}
+    with pytest.raises(RuntimeError):
         choice.fastest(CPU, "work", works)
     works["large"].error = None
     assert choice.fastest(CPU, "work", works) in works

@@ -3,47 +3,56 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from skyrun.errors import FAILED
 from skyrun.kernels import device as kernels_device
+from skyrun.kernels import toolchain
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned
 from skyrun.presets.cards import Rates
 from skyrun.tools import doctor
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """machine(system, triton, capability) pretends to be one with a GPU; triton: its version or None."""
+def machine(monkeypatch, tmp_path):
+    """machine(system, triton, capability, lacks) pretends to be one with a GPU.
 
-    def pretend(system, triton, capability):
+    triton: its version or None. lacks: "gcc" or "Python.h", which are missing.
+    """
+
+    def pretend(system, triton, capability, lacks=""):
         def version(package):
-            if package == ("triton-windows" if system == "Windows" else "triton") and triton:
-                return triton
-            raise PackageNotFoundError(package)
+            assert package == ("triton-windows" if system == "Windows" else "triton")
+            return triton
 
+        (tmp_path / "Python.h").touch() if lacks != "Python.h" else None
+        monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(doctor, "version", version)
         monkeypatch.setattr(doctor, "query", lambda fields: capability)
-        monkeypatch.setattr(doctor.platform, "system", lambda: system)
+        monkeypatch.setattr(toolchain, "find_spec", lambda package: triton)
+        monkeypatch.setattr(toolchain.shutil, "which", lambda name: name if name == "gcc" != lacks else None)
+        monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        monkeypatch.setattr(toolchain.platform, "system", lambda: system)
 
     return pretend
 
 
 @pytest.mark.parametrize(
-    ("system", "triton", "capability", "verdict", "found", "remedy"),
+    ("system", "triton", "capability", "lacks", "verdict", "found", "remedy"),
     [
-        ("Linux", "3.9.0", "8.6", "good", "Triton 3.9.0, compute capability 8.6", ""),
-        ("Windows", "3.7.1", "12.0", "good", "Triton 3.7.1, compute capability 12.0", ""),
-        ("Linux", "3.6.0", "", "good", "Triton 3.6.0", ""),
-        ("Linux", "3.9.0", "7.5", "slow", "Triton's kernels need 8.0", "RTX 3000"),
-        ("Linux", None, "8.9", "slow", "Triton is not installed", 'pip install "triton>='),
-        ("Windows", None, "8.9", "slow", "Triton is not installed", 'pip install "triton-windows>='),
+        ("Linux", "3.9.0", "8.6", "", "good", "Triton 3.9.0, compute capability 8.6", ""),
+        ("Windows", "3.7.1", "12.0", "gcc", "good", "Triton 3.7.1, compute capability 12.0", ""),
+        ("Linux", "3.6.0", "", "", "good", "Triton 3.6.0", ""),
+        ("Linux", "3.9.0", "7.5", "", "slow", "Triton's kernels need 8.0", "RTX 3000"),
+        ("Linux", None, "8.9", "", "slow", "Triton is not installed", 'pip install "triton>='),
+        ("Windows", None, "8.9", "", "slow", "Triton is not installed", 'pip install "triton-windows>='),
+        ("Linux", "3.9.0", "8.9", "gcc", "slow", "Triton finds no C compiler", "apt install gcc"),
+        ("Linux", "3.9.0", "8.9", "Python.h", "slow", "Triton finds no Python.h", "apt install python3-dev"),
     ],
 )
-def test_kernels(machine, system, triton, capability, verdict, found, remedy):
-    machine(system, triton, capability)
+def test_kernels(machine, system, triton, capability, lacks, verdict, found, remedy):
+    machine(system, triton, capability, lacks)
     finding = doctor._kernels("NVIDIA GeForce RTX 3060, 12288 MiB, 11000 MiB, 580.1")
     assert finding.verdict == verdict
     assert found in finding.found

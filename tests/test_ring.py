@@ -3,6 +3,7 @@
 Without a GPU a stand-in for CUDA runs copies when something waits for them, at the latest possible moment.
 """
 
+import itertools
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -294,3 +295,103 @@ def test_a_ring_that_cannot_be_made_leaves_nothing_open(model, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         BlockStream(path, blocks, CPU)
     assert len(closed) == 1
+
+
+@pytest.fixture
+def places(cuda, monkeypatch):
+    """The stand-in, and everything in a stream that may lack memory: functions by name, with their owners."""
+    stand_in = cuda()
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: True)
+    owners = [(module, "page_aligned"), (stream_module, "page_aligned"), (stream_module, "to_planes")]
+    owners += [(stand_in, "Event"), (CudaRing, "allocate"), (Target, "copy_"), (DelayedEvent, "record")]
+    owners += [(Delayed, "synchronize"), (Delayed, "wait_event"), (FileReader, "_fill")]
+    return stand_in, [(owner, name, getattr(owner, name)) for owner, name in owners]
+
+
+def streamed(model):
+    path, blocks, _ = model
+    with BlockStream(path, blocks, CPU, passes=2, slots=2, resident=spread(2, BLOCKS)) as stream:
+        for _ in range(2):
+            for _ in stream.blocks():
+                pass
+
+
+def failing(work, fails, count):
+    """The function, which counts its calls in `count` and lacks memory in those of `fails`."""
+
+    def call(*arguments, **keywords):
+        if next(count) in fails:
+            raise torch.OutOfMemoryError
+        return work(*arguments, **keywords)
+
+    return call
+
+
+def test_no_call_that_lacks_memory_leaves_anything_behind(model, monkeypatch, places):
+    """Memory, copies, events and waits fail at their first, second and last call, in whichever thread makes it."""
+    stand_in, functions = places
+    threads, counts = threading.active_count(), [itertools.count() for _ in functions]
+    for (owner, name, work), count in zip(functions, counts, strict=True):
+        monkeypatch.setattr(owner, name, failing(work, (), count))
+    streamed(model)
+    for (owner, name, work), calls in zip(functions, [next(count) for count in counts], strict=True):
+        assert calls, name
+        for fails in sorted({0, min(1, calls - 1), calls - 1}):
+            monkeypatch.setattr(owner, name, failing(work, (fails,), itertools.count()))
+            with pytest.raises(torch.OutOfMemoryError):
+                streamed(model)
+            assert not stand_in.registered and threading.active_count() == threads, (name, fails)
+        monkeypatch.setattr(owner, name, work)
+
+
+def test_a_device_that_is_lost_hides_no_error_and_keeps_no_memory(model, places):
+    """The first error is raised, or that of closing if there was none."""
+
+    def lost(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    stand_in, _ = places
+    path, blocks, _ = model
+    closing = pytest.MonkeyPatch()
+    for error, expected in ((ValueError("first"), "first"), (None, "illegal memory access")):
+        with (
+            pytest.raises((ValueError, RuntimeError), match=expected),
+            BlockStream(path, blocks, CPU, resident=spread(BLOCKS, BLOCKS)) as stream,
+        ):
+            list(stream.blocks())
+            closing.setattr(Delayed, "synchronize", lost)
+            if error:
+                raise error
+        closing.undo()
+        assert not stand_in.registered
+
+
+def test_threads_work_on_the_device_of_the_stream(model, monkeypatch):
+    """A new thread's device is the first GPU, and a stream that it enters would be left to that one again."""
+    path, blocks, _ = model
+    mine = threading.local()
+    seen = set()
+
+    class Ring(HostRing):
+        staged = True
+
+        def __init__(self, device, slots, nbytes):
+            super().__init__(slots, nbytes)
+
+        def send(self, moves, slot):
+            seen.add(mine.device)
+            super().send(moves, slot)
+
+        def allocate(self, nbytes):
+            if threading.current_thread() is not threading.main_thread():
+                seen.add(mine.device)
+            return super().allocate(nbytes)
+
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(stream_module, "make_ring", Ring)
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(mine, "device", device))
+    with BlockStream(path, blocks, second, slots=2, resident=spread(2, BLOCKS)) as stream:
+        for _ in stream.blocks():
+            pass
+    assert seen == {second}

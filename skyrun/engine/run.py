@@ -14,8 +14,11 @@ from skyrun.engine.clip import ClipWriter, Result
 from skyrun.engine.output import alone, check_free
 from skyrun.engine.preview import preview_image
 from skyrun.engine.resume import continue_or_start
+from skyrun.engine.warm_up import WarmUp
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Notice, Preview, Progress, Replanned, StageEnded, StageStarted, TimeLeft, drain, now
+from skyrun.kernels.device import triton_problem
+from skyrun.kernels.failures import is_out_of_memory, refused_allocations
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -24,7 +27,7 @@ from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.timing import corrected
-from skyrun.streaming.device import finish, is_out_of_memory, out_of_memory, peak_bytes, vram_limited
+from skyrun.streaming.device import finish, out_of_memory, peak_bytes, use_device, vram_limited
 
 __all__ = ["Result", "run", "run_job"]
 
@@ -48,6 +51,9 @@ def run_job(
     """
     with alone(job.request.output):
         check_free(job.request)  # again, because another run may just have finished
+        use_device(job.device)  # where Triton launches
+        if job.device.type == "cuda" and (problem := triton_problem(job.device)):
+            yield Notice(problem)
         return (yield from _made(job, keep_frames, state or RunState(), previews))
 
 
@@ -140,14 +146,14 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
     """
     stage = ""
     while True:
-        finished = state.mark
+        finished, refused = state.mark, refused_allocations()
         try:
-            for event in PIPELINES[job.request.spec.pipeline](job, state):
+            for event in _with_warm_up(job, state):
                 stage = event.stage if isinstance(event, StageStarted) else stage
                 yield event
             return
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error, refused):
                 raise
             shortage = out_of_memory(error)
         gc.collect()  # outside of the handler no traceback holds tensors
@@ -161,9 +167,19 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
         yield Replanned(f"{stage} is {shortage.message}; {_going_on(smaller)}", job.plan)
 
 
+def _with_warm_up(job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Run the pipeline of a job. Kernels are compiled while the text is encoded, if it is still to be."""
+    with ExitStack() as stack:
+        kernels = stack.enter_context(WarmUp(job)) if "text" not in state.encoded else None
+        for event in PIPELINES[job.request.spec.pipeline](job, state):
+            yield event
+            if kernels is not None and isinstance(event, StageEnded) and event.stage == "text":
+                yield from kernels.finish()
+
+
 def _taken(plan: Plan, stage: str) -> int:
     """Bytes that the plan expects for a stage: of GPU memory on a GPU, of RAM otherwise."""
-    name = "denoise" if stage == "load" else stage
+    name = {"load": "denoise", "kernels": "text"}.get(stage, stage)
     taken = {stage.name: stage.device_bytes if plan.device == "cuda" else stage.host_bytes for stage in plan.stages}
     return taken.get(name, plan.peak_bytes)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.cache import MeasuredFile, checked
+from skyrun.kernels.toolchain import missing
 from skyrun.presets import Hardware, probe
 from skyrun.presets.cards import Rates
-from skyrun.presets.hardware import MEASURED
+from skyrun.presets.hardware import MEASURED, REPORTED
 from skyrun.presets.host import cpu_name
 from skyrun.presets.nvidia_smi import query
 
@@ -36,13 +37,16 @@ def this_machine(device: str | None = None, model: Path | None = None) -> Hardwa
     tuned = load_tuned(device)
     disk = tuned.disks.get(disk_number(model), 0.0) if tuned else 0.0
     found = probe(device, model or Path.cwd(), measure=not disk)
-    if tuned is None:
-        return found
-    gain = tuned.rates.fast_linear / tuned.rates.linear
-    found = found.knowing(MEASURED, rates=tuned.rates, fast_gain=gain)
-    if tuned.link_rate:
-        found = found.knowing(MEASURED, link_rate=tuned.link_rate)
-    return found.knowing(MEASURED, disk_rate=disk) if disk else found
+    if tuned is not None:
+        gain = tuned.rates.fast_linear / tuned.rates.linear
+        found = found.knowing(MEASURED, rates=tuned.rates, fast_gain=gain)
+        if tuned.link_rate:
+            found = found.knowing(MEASURED, link_rate=tuned.link_rate)
+        if disk:
+            found = found.knowing(MEASURED, disk_rate=disk)
+    if device == "cuda" and missing():  # without Triton, int8 gains nothing
+        found = found.knowing(REPORTED, fast_gain=0.0)
+    return found
 
 
 def _found_device() -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
-from skyrun.kernels.matmul import fast_gain
 from skyrun.models.clip import CLIPVision
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
@@ -22,7 +21,6 @@ from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
 from skyrun.presets import Plan, Workload, choose
-from skyrun.presets.plan import EXACT_TYPES
 from skyrun.streaming.device import choose_device
 from skyrun.tasks.windows import Window, speech_frame_count
 
@@ -141,11 +139,8 @@ def prepare(request: Request) -> Job:
 
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:
-    hardware = this_machine(device.type, model)
-    if request.precision is None and any(offer.weight_type not in EXACT_TYPES for offer in workload.offers()):
-        hardware = replace(hardware, fast_gain=fast_gain(device, workload.tokens, workload.dim))
     return choose(
-        hardware,
+        this_machine(device.type, model),
         workload,
         precision=request.precision,
         dtype=request.dtype,

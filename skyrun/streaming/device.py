@@ -1,4 +1,4 @@
-"""Choose the device, limit its memory, and recognise when memory runs out."""
+"""Choose the device, limit its memory, and explain when memory runs out."""
 
 import os
 import platform
@@ -10,11 +10,10 @@ import psutil
 import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.kernels.failures import is_out_of_memory, refused_allocations
 
 _SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
 _SPILL_SHARE = 0.01  # of the device's memory: with less of it free, Windows spills to RAM
-# Failed allocations that torch reports as a plain RuntimeError.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 # Torch's allocator reads these once, when CUDA starts. The second name is the one of torch before 2.9.
@@ -53,6 +52,12 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
+def use_device(device: torch.device) -> None:
+    """Make the device this thread's own: CUDA calls of a new thread go to the first GPU, and take memory there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 @contextmanager
 def vram_limited(device: torch.device, nbytes: int) -> Iterator[None]:
     """Make torch's allocator fail instead of taking more than `nbytes`."""
@@ -81,13 +86,6 @@ def refuse_to_spill(device: torch.device) -> None:
         raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would spill to RAM")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is a failed allocation, on the device or the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-
-
 def out_of_memory(error: BaseException) -> SkyrunError:
     """The SkyrunError for a failed allocation."""
     cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
@@ -98,10 +96,11 @@ def out_of_memory(error: BaseException) -> SkyrunError:
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
     """Turn a failed allocation into a SkyrunError."""
+    refused = refused_allocations()
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error, refused):
             raise
         raise out_of_memory(error) from error
 

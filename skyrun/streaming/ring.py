@@ -101,10 +101,14 @@ class CudaRing:
         self.slots, self.kept = buffers[:slots], buffers[slots:]
         self._released: list[Any] = [None] * slots
         self._enqueued: deque[Any] = deque()
-        self._locked = PageLocked(device, self.piece_bytes, (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4))
         self._staging: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
-        for buffer in self._locked.pieces:
-            self._staging.put((buffer, torch.cuda.Event(blocking=True)))
+        self._locked = PageLocked(device, self.piece_bytes, (STAGING_PIECES, STAGING_PIECES // 2, STAGING_PIECES // 4))
+        try:
+            for buffer in self._locked.pieces:
+                self._staging.put((buffer, torch.cuda.Event(blocking=True)))
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
     def staging(self) -> Iterator[Tensor]:
@@ -113,8 +117,10 @@ class CudaRing:
             copied.synchronize()
             yield buffer
         finally:
-            copied.record(self._copies)
-            self._staging.put((buffer, copied))
+            try:
+                copied.record(self._copies)
+            finally:  # without the buffer, other threads would wait for it forever
+                self._staging.put((buffer, copied))
 
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
         with torch.cuda.stream(self._copies):
@@ -139,11 +145,13 @@ class CudaRing:
             self._enqueued.popleft().synchronize()
 
     def close(self) -> None:
-        self._copies.synchronize()
-        self._locked.close()
-        self._staging = SimpleQueue()
-        self.slots.clear()
-        self.kept.clear()
+        try:
+            self._copies.synchronize()
+        finally:
+            self._locked.close()
+            self._staging = SimpleQueue()
+            self.slots.clear()
+            self.kept.clear()
 
 
 def make_ring(device: torch.device, slots: int, kept: int, nbytes: int) -> Ring:

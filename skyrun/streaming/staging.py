@@ -74,9 +74,11 @@ class Parking:
 
     def close(self) -> None:
         """Wait for the copies and unlock the buffers."""
-        for copied in self._copied:
-            copied.synchronize()
-        self._buffers.close()
+        try:
+            for copied in self._copied:
+                copied.synchronize()
+        finally:
+            self._buffers.close()
 
     def _free(self, turn: int) -> Tensor:
         """A turn's buffer, once the last copy from or to it is done."""

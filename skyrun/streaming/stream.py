@@ -7,7 +7,7 @@ plan keeps resident. Blocks are read by their offsets in the header, whatever th
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from skyrun.events import BlockDone, now
 from skyrun.kernels.device import uses_triton
 from skyrun.kernels.planes import to_planes
 from skyrun.presets.memory import LOADERS
+from skyrun.streaming.device import use_device
 from skyrun.streaming.layout import Block, Piece
 from skyrun.streaming.reader import PAGE, Extent, FileReader
 from skyrun.streaming.ring import Arrival, make_ring
@@ -137,8 +138,9 @@ class BlockStream:
     def __enter__(self) -> "BlockStream":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(RuntimeError) if kind else nullcontext():  # what failed first is what the caller has to know
+            self.close()
 
     def close(self) -> None:
         """Stop reading and free all buffers."""
@@ -184,6 +186,7 @@ class BlockStream:
     def _load_all(self) -> None:
         """Find a buffer for every block, in order, and submit the block to the loaders."""
         try:
+            use_device(self._device)
             kept = iter(self._ring.kept)
             for number in range(self._passes):
                 for index, block in enumerate(self._blocks):
@@ -228,6 +231,7 @@ class BlockStream:
     @torch.inference_mode()
     def _stage(self, piece: Piece, buffer: Tensor, slot: int | None) -> _Loaded:
         """Read a piece, repack it into planes if it needs them, and send it to the buffer."""
+        use_device(self._device)
         lead = piece.offset % PAGE  # as in Block.lead
         with self._ring.staging() as staged:
             if piece.info is None:

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from skyrun.errors import SkyrunError
 from skyrun.hub.store import MODELS_VARIABLE, models_folder
 from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.disk import existing_folder
+from skyrun.kernels.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
@@ -125,12 +127,11 @@ def _kernels(gpu: str) -> Finding:
     """Which kernels decode and multiply weights."""
     if not gpu:
         return Finding("kernels", "good", "torch, on the CPU")
-    package = "triton-windows" if platform.system() == "Windows" else "triton"
-    try:
-        found = f"Triton {version(package)}"
-    except PackageNotFoundError:
-        remedy = f'pip install "{package}>=3.3"'
-        return Finding("kernels", "slow", "torch, as Triton is not installed: no int8, slower decoding", remedy)
+    if lack := missing():
+        return Finding("kernels", "slow", f"torch, as {lack.what}: no int8, slower decoding", lack.remedy)
+    found = "Triton"
+    with suppress(PackageNotFoundError):  # a nightly torch brings it under another name
+        found = f"Triton {version(triton_package())}"
     if capability := re.search(r"(\d+)\.(\d+)", query("compute_cap")):
         said = f"compute capability {capability[0]}"
         if int(capability[1]) < _OLDEST_CAPABILITY:

@@ -10,6 +10,7 @@ import torch
 
 from skyrun.kernels.choice import holds_for
 from skyrun.kernels.device import median_seconds
+from skyrun.kernels.failures import is_out_of_memory
 from skyrun.presets.nvidia_smi import query
 
 _LEAST, _MOST = 5, 50  # launches of a measurement; on a CPU one may be enough
@@ -59,7 +60,9 @@ class Clock:
             if launches == 1:
                 return once
             return median_seconds(self._device, work, launches, self._flush.zero_)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             return None
 
 

@@ -1,0 +1,115 @@
+"""The launches that compile what the blocks of a transformer need: each compiles other kernels, on a few rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from skyrun.kernels.device import float16_sums_are_quick
+from skyrun.kernels.formats import block_format
+from skyrun.kernels.planes import needs_planes
+from skyrun.kernels.quantized_keys import HEAD_DIM
+from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.weight import QuantizedWeight
+
+_ROWS = 512  # more than the kernels for few rows take
+_OUT = 16  # rows of a weight: how many there are makes no other kernel
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What decides which kernels the blocks of a transformer need.
+
+    weights: the quantized types of their weights with the columns that these have. fast: whether int8 is used.
+    """
+
+    weights: frozenset[tuple[str, int]]
+    dim: int
+    ffn: int
+    dtype: torch.dtype
+    fast: bool
+
+
+def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]:
+    """Functions without arguments. Each launches kernels on the device that no other one launches."""
+    found = [*_elementwise(blocks, device), *_decoding(blocks, device)]
+    return [*found, *_int8(blocks, device), *_attention(blocks, device)] if blocks.fast else found
+
+
+def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    from skyrun.kernels import triton_elementwise as kernels
+
+    x, wide = _zeros(_ROWS, blocks.dim, blocks, device), _zeros(_ROWS, blocks.ffn, blocks, device)
+    gain = torch.zeros(blocks.dim, device=device)
+    table = torch.zeros(_ROWS, HEAD_DIM // 2, device=device)
+    for rotated in {False, blocks.fast}:  # the last norm is not before an int8 product
+        yield partial(kernels.layer_norm, x, gain, gain, 1e-6, rotated)
+    yield partial(kernels.rms_norm, x, gain, 1e-6)
+    yield partial(kernels.rms_norm, x, gain, 1e-6, (table, table))
+    yield partial(kernels.gelu, wide, blocks.fast)
+    if blocks.fast:
+        yield partial(kernels.quantize_rows, x)
+    else:  # the product of int8 rows adds the residual itself
+        yield partial(kernels.add_gated, x, x)
+        yield partial(kernels.add_gated, x, x, gain)
+
+
+def _decoding(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    """Exact products decode to the dtype of the tokens, or to float16 where that sums quicker."""
+    from skyrun.kernels import triton_cast, triton_decode
+
+    if blocks.fast:
+        return
+    quick = float16_sums_are_quick(device)
+    for type in _types(blocks.weights):
+        data = _weight(type, block_format(type).block_size, False, device).data
+        for dtype in {blocks.dtype, torch.float16} if quick else {blocks.dtype}:
+            yield partial(triton_decode.dequantize, data, type, dtype, needs_planes(type))
+    if quick:
+        yield partial(triton_cast.cast_checked, torch.zeros(_ROWS, HEAD_DIM, device=device).half(), blocks.dtype)
+
+
+def _int8(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    from skyrun.kernels import triton_encode, triton_int8
+
+    for type, cols in sorted(blocks.weights):
+        yield partial(triton_encode.encode_weight, _weight(type, cols, True, device))
+    residual, vector = _zeros(_ROWS, _OUT, blocks, device), torch.zeros(_OUT, device=device)
+    alone, added, gated = (), (None, residual), (vector, residual)  # gate and residual
+    forms = {blocks.dim: (alone, added, gated), blocks.ffn: (gated,)}
+    for cols in sorted({cols for _, cols in blocks.weights}):
+        rows, weight = _rotated(_ROWS, cols, blocks.dtype, device), _rotated(_OUT, cols, torch.float32, device)
+        for form in forms.get(cols, (alone,)):
+            yield partial(triton_int8.multiply, rows, weight, vector, *form)
+
+
+def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    from skyrun.kernels import triton_attention as kernels
+    from skyrun.kernels.quantized_keys import QuantizedKeys
+
+    def attend() -> Tensor:
+        keys = QuantizedKeys(*kernels.quantize_keys(x), *kernels.quantize_values(x))
+        return kernels.attend(x, keys)
+
+    x = _zeros(_ROWS, blocks.dim, blocks, device)
+    yield attend
+
+
+def _types(weights: Iterable[tuple[str, int]]) -> list[str]:
+    return sorted({type for type, _ in weights})
+
+
+def _zeros(rows: int, cols: int, blocks: Blocks, device: torch.device) -> Tensor:
+    return torch.zeros(rows, cols, dtype=blocks.dtype, device=device)
+
+
+def _rotated(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> RotatedInt8:
+    codes = torch.zeros(rows, cols, dtype=torch.int8, device=device)
+    return RotatedInt8(codes, torch.zeros(rows, device=device), dtype)
+
+
+def _weight(type: str, cols: int, fast: bool, device: torch.device) -> QuantizedWeight:
+    data = torch.zeros(_OUT, block_format(type).row_bytes(cols), dtype=torch.uint8, device=device)
+    return QuantizedWeight(data, type, needs_planes(type), fast)

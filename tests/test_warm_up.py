@@ -1,0 +1,64 @@
+"""Kernels that are compiled ahead are those that a run launches, each in one variant."""
+
+from collections import Counter
+
+import pytest
+import torch
+from test_fast_models import forward, our_kernel, set_everywhere
+
+from skyrun.kernels import triton_int8
+from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.warm_up import Blocks, launches
+from skyrun.models.dit_header import block_layouts, read_dims
+
+if not torch.cuda.is_available():
+    from triton.runtime.interpreter import InterpretedFunction
+
+__all__ = ["forward"]  # a fixture
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.usefixtures("inference"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU"),
+]
+
+
+def variant(kernel, arguments, keywords):
+    """What makes a kernel of its own: its name, the types of its arguments, and the values of its constants."""
+    values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+    parts = []
+    for name, value in sorted(values.items()):
+        if isinstance(value, torch.Tensor):
+            parts.append((name, str(value.dtype)))
+        elif name.isupper() and name not in ("M", "N", "L") or value is None:
+            parts.append((name, value))
+    return kernel.fn.__name__, tuple(parts)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Variants that are launched, each with how often; nothing is computed."""
+    found = Counter()
+
+    def run(self, *arguments, grid, warmup, **keywords):
+        found[variant(self, arguments, keywords)] += 1
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    return found
+
+
+@pytest.mark.parametrize(("quant", "fast"), [("Q4_K", False), ("Q6_K", False), ("Q8_0", False), ("Q4_K", True)])
+def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, monkeypatch, quant, fast):
+    file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
+    dims = read_dims(file)
+    matrices = [info for block in block_layouts(file) for _, info, _ in block.tensors if len(info.shape) == 2]
+    weights = frozenset((i.format.name, i.shape[1]) for i in matrices if i.format.block_size > 1)
+    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast), CPU):
+        work()
+    ahead = dict(launched)
+    assert set(ahead.values()) == {1}
+    launched.clear()
+    set_everywhere(monkeypatch, "uses_triton", lambda device: True)
+    set_everywhere(monkeypatch, "fastest", our_kernel)
+    monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
+    forward(quant, fast=fast)
+    assert set(launched) == set(ahead)
