@@ -148,6 +148,7 @@ def _plan(request: Request, workload: Workload, device: torch.device, model: Pat
         hardware,
         workload,
         precision=request.precision,
+        attention=request.attention,
         dtype=request.dtype,
         max_vram=request.max_vram,
         max_ram=request.max_ram,
