@@ -29,7 +29,14 @@ def main() -> None:
             quick = plan_request(Request("r2v", "", resolution=size, prefer="speed"), hardware).plan
             rows = f"{plan.token_rows:,}" + (", parked" if plan.parked_tokens else "") if plan.token_rows else "all"
             host = max(stage.host_bytes for stage in plan.stages)
-            cells = [f"{name} {vram} GB", size, plan.weight_type, f"{plan.precision}, {plan.dtype}", rows]
+            cells = [
+                f"{name} {vram} GB",
+                size,
+                plan.weight_type,
+                f"{plan.precision}, {plan.dtype}",
+                plan.attention,
+                rows,
+            ]
             cells += [str(plan.resident_blocks), f"{plan.peak_bytes / GIB:.1f}", f"{host / GIB:.1f}"]
             cells += [
                 duration(plan.step_seconds),
