@@ -16,10 +16,11 @@ RAM, DISK = 16, 0.5
 
 def main() -> None:
     """Print the table."""
-    print(
-        "| card | clip | file | matmuls | tokens at a time | blocks kept | VRAM | RAM | a step | in all | for speed |"
+    head = (
+        "| card | clip | file | matmuls | attention | tokens at a time | blocks kept | VRAM | RAM | a step | in all |"
     )
-    print("|" + " --- |" * 11)
+    print(head + " for speed |")
+    print("|" + " --- |" * 12)
     for name, vram in CARDS:
         card = find_card(name, vram)
         assert card is not None
