@@ -16,10 +16,11 @@ RAM, DISK = 16, 0.5
 
 def main() -> None:
     """Print the table."""
-    print(
-        "| card | clip | file | matmuls | tokens at a time | blocks kept | VRAM | RAM | a step | in all | for speed |"
+    head = (
+        "| card | clip | file | matmuls | attention | tokens at a time | blocks kept | VRAM | RAM | a step | in all |"
     )
-    print("|" + " --- |" * 11)
+    print(head + " for speed |")
+    print("|" + " --- |" * 12)
     for name, vram in CARDS:
         card = find_card(name, vram)
         assert card is not None
@@ -29,7 +30,14 @@ def main() -> None:
             quick = plan_request(Request("r2v", "", resolution=size, prefer="speed"), hardware).plan
             rows = f"{plan.token_rows:,}" + (", parked" if plan.parked_tokens else "") if plan.token_rows else "all"
             host = max(stage.host_bytes for stage in plan.stages)
-            cells = [f"{name} {vram} GB", size, plan.weight_type, f"{plan.precision}, {plan.dtype}", rows]
+            cells = [
+                f"{name} {vram} GB",
+                size,
+                plan.weight_type,
+                f"{plan.precision}, {plan.dtype}",
+                plan.attention,
+                rows,
+            ]
             cells += [str(plan.resident_blocks), f"{plan.peak_bytes / GIB:.1f}", f"{host / GIB:.1f}"]
             cells += [
                 duration(plan.step_seconds),

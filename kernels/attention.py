@@ -5,11 +5,14 @@ Keys and values are prepared once and kept; queries may come in parts of any num
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from skyrun.kernels import torch_attention
 from skyrun.kernels.choice import bucket, fastest
 from skyrun.kernels.device import uses_triton
 from skyrun.kernels.errors import SkyrunError
@@ -27,7 +30,8 @@ _QUERIES, _KEYS = 4096, 16384
 class Keys:
     """Keys and values [M, heads * d]. The object owns them and frees the copies that the chosen kernel does not read.
 
-    fast: whether scores may be computed in int8.
+    fast: whether scores may be computed in int8, and are where the torch twin runs; heads then have 128 dims, or they
+    are exact.
     """
 
     def __init__(self, k: Tensor, v: Tensor, heads: int, fast: bool = False) -> None:
@@ -46,9 +50,8 @@ class Keys:
     def quantized(self) -> QuantizedKeys:
         """Keys and values for int8 scores. The first access frees the originals, each as early as possible."""
         if self._quantized is None:
-            from skyrun.kernels import triton_attention as kernels
-
             k, v = self.plain
+            kernels = _kernels(k.device)
             self._k = self._v = None
             codes, scales = kernels.quantize_keys(k)
             del k
@@ -68,10 +71,10 @@ class Keys:
 
 def attend(q: Tensor, keys: Keys) -> Tensor:
     """Attend from q [L, heads * d] to all keys -> [L, heads * d]."""
-    if q.device.type != "cuda" and not (keys.fast and uses_triton(q.device)):
-        return _sdpa(q, keys)
     if keys.is_quantized:
         return _int8(q, keys)
+    if q.device.type != "cuda" and not (keys.fast and uses_triton(q.device)):
+        return _int8(q, keys) if keys.fast and q.shape[1] == keys.heads * HEAD_DIM else _sdpa(q, keys)
     return ways(q, keys)[_choose(q, keys)]()
 
 
@@ -116,6 +119,13 @@ def _sdpa(q: Tensor, keys: Keys, backend: SDPBackend | None = None) -> Tensor:
 
 
 def _int8(q: Tensor, keys: Keys) -> Tensor:
+    attended: Tensor = _kernels(q.device).attend(q, keys.quantized)
+    return attended
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    if not uses_triton(device):
+        return torch_attention
     from skyrun.kernels import triton_attention
 
-    return triton_attention.attend(q, keys.quantized)
+    return triton_attention

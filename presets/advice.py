@@ -25,7 +25,7 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
     """
     if other.problem or NEARLY * other.seconds >= plan.seconds:
         return ""
-    parts = [f"{other.weight_type} in {other.dtype}" + " and int8" * (other.precision == "fast")]
+    parts = [f"{other.weight_type} in {other.dtype}" + precisions(other)]
     if other.vae_dtype != plan.vae_dtype:
         parts.append(f"the autoencoder in {other.vae_dtype}")
     if other.weight_type in POOR_TYPES:
@@ -34,6 +34,16 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
         parts.append(f"{other.peak_bytes / GIB:.1f} GiB of memory")
     saved = f"{1 - other.seconds / plan.seconds:.0%} less time, about {about(other.seconds)}"
     return f"this plan takes more time for {what_for}: {option} takes {saved}, with {', '.join(parts)}"
+
+
+def precisions(plan: "Plan") -> str:
+    """What a plan computes in int8, to follow the dtype of its activations; empty if nothing."""
+    parts = [name for name, is_int8 in _int8_parts(plan) if is_int8]
+    return " and int8" + ("" if len(parts) == 2 else f" {parts[0]}") if parts else ""
+
+
+def _int8_parts(plan: "Plan") -> tuple[tuple[str, bool], ...]:
+    return ("linear layers", plan.precision == "fast"), ("attention", plan.attention == "int8")
 
 
 def without_card(plan: "Plan", with_card: "Plan", smaller: Workload, smaller_plan: "Plan") -> str:

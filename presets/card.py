@@ -4,11 +4,18 @@ from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
 
-# Shares of the peak that long clips reached in published measurements, accurate to 15 to 30 %. In order: matmuls in
-# bfloat16 with float32 accumulation; matmuls with float16 accumulation, for cards where that is twice as fast; int8
-# matmuls including quantization; attention; attention with int8 scores, relative to plain attention; convolutions;
-# memory bandwidth.
-_LINEAR, _LINEAR16, _INT8, _ATTENTION, _ATTENTION_INT8, _CONVOLUTION, _MEMORY = 0.65, 0.58, 0.42, 0.60, 1.7, 0.40, 0.65
+# Shares of the peak that long clips reached in published measurements. In order: matmuls in bfloat16 with float32
+# accumulation; matmuls with float16 accumulation, for cards where that is twice as fast; int8 matmuls including
+# quantization; memory bandwidth.
+_LINEAR, _LINEAR16, _INT8, _MEMORY = 0.65, 0.58, 0.42, 0.65
+# Attention, exact and with int8 scores, in shares of the float16 peak with float32 accumulation: by generation of cards
+# whose float16 accumulation is quicker, and of all others, where int8 scores gain nothing. The RTX 4090 reaches 162 and
+# 317 of 165 TFLOPS (FlashAttention-2 and SageAttention, heads of 128, 32k tokens); the others are what steps of whole
+# clips took (tests/test_published_times.py).
+_ATTENTION = {"Turing": (0.60, 0.60), "Ampere": (0.60, 1.02), "Ada": (0.97, 1.92), "Blackwell": (0.60, 1.35)}
+_OTHER_ATTENTION = (0.60, 0.60)
+# Convolutions of the autoencoder in a 16-bit dtype: 0.40 on an RTX 4090, half of that on an H100.
+_CONVOLUTION, _SERVER_CONVOLUTION = 0.40, 0.20
 _OLDEST = (8, 0)  # compute capability that the Triton kernels and bfloat16 need
 _LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation transfers from page-locked memory
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 9): "Ada", (9, 0): "Hopper"}
@@ -62,15 +69,15 @@ class Card:
     @property
     def rates(self) -> Rates:
         """The rates that a run is expected to reach."""
-        attention = _ATTENTION * self.float16 * TERA
-        triton = self.capability >= _OLDEST
-        gains = self.float16_sums > self.float16  # not on server cards: their rates are equal, and int8 gains less
+        triton, halved = self.capability >= _OLDEST, self.float16_sums > self.float16
+        exact, int8 = _ATTENTION[self.generation] if halved else _OTHER_ATTENTION
+        server = self.capability in ((7, 0), (8, 0), (9, 0), (10, 0))
         return Rates(
             linear=max(_LINEAR * self.float16, _LINEAR16 * self.float16_sums) * TERA,
-            attention=attention,
+            attention=exact * self.float16 * TERA,
             fast_linear=_INT8 * self.int8 * TERA if triton else 0.0,
-            fast_attention=attention * (_ATTENTION_INT8 if gains else 1.0) if triton else 0.0,
-            convolution=_CONVOLUTION * self.float16 * TERA,
+            fast_attention=int8 * self.float16 * TERA if triton else 0.0,
+            convolution=(_SERVER_CONVOLUTION if server else _CONVOLUTION) * self.float16 * TERA,
             decode=_MEMORY * self.memory * GIGA,
         )
 

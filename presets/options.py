@@ -7,10 +7,11 @@ from functools import cached_property
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
-from skyrun.presets.timing import Time, denoise_time, step_time
+from skyrun.presets.timing import Time, denoise_time, rates_of, step_time
 from skyrun.presets.workload import Workload
 
 EXACT_TYPES = ("F32", "F16", "BF16", "Q8_0")  # int8 matmuls would visibly add to the small error of these types
+ATTENTIONS = ("exact", "int8")
 POOR_TYPES = ("Q3_K", "Q2_K")  # clips look visibly worse: chosen only if nothing better fits or the user asks
 PREFERENCES = ("quality", "speed", "memory")
 WORTH_GAIN = 1.1  # times faster than exact matmuls that int8 must be
@@ -28,13 +29,14 @@ Chunking = tuple[int | None, bool]
 class Option:
     """A transformer file with a precision and a chunking of the tokens, and the memory and time that it takes.
 
-    work: the workload with this file. precision: "exact" or "fast". resident: how many blocks stay on the device.
-    fits: whether it stays within the budget. step: the time of a denoising step.
+    work: the workload with this file. precision: "exact" or "fast". attention: of ATTENTIONS. resident: how many blocks
+    stay on the device. fits: whether it stays within the budget. step: the time of a denoising step.
     """
 
     hardware: Hardware
     work: Workload
     precision: str
+    attention: str
     chunking: Chunking
     resident: int
     device_bytes: int
@@ -65,7 +67,13 @@ class Option:
 
 
 def options(
-    hardware: Hardware, workload: Workload, budget: Budget, precision: str | None, dtype: str, keep: bool
+    hardware: Hardware,
+    workload: Workload,
+    budget: Budget,
+    precision: str | None,
+    attention: str,
+    dtype: str,
+    keep: bool,
 ) -> Iterator[Option]:
     """Every candidate file with every chunking of the tokens.
 
@@ -74,6 +82,7 @@ def options(
         workload: the clip and the candidate files.
         budget: the memory that may be used; options that exceed it are listed too, with `fits` False.
         precision: "exact" or "fast"; None chooses what suits the type of each file.
+        attention: of ATTENTIONS.
         dtype: of activations.
         keep: whether as many blocks stay on the GPU as fit.
     """
@@ -89,10 +98,17 @@ def options(
             spare = max(0, budget.usable - device) if budget.cuda and keep else 0
             resident = min(work.layers, spare // max(1, work.block_bytes))
             step = step_time(
-                hardware, work, fast=how == "fast", dtype=dtype, rows=rows, parked=parked, resident=resident
+                hardware,
+                work,
+                fast=how == "fast",
+                attention=attention,
+                dtype=dtype,
+                rows=rows,
+                parked=parked,
+                resident=resident,
             )
             fits, kept = budget.fits(device, host), resident * work.block_bytes
-            yield Option(hardware, work, how, chunking, resident, device + kept, host, fits, step)
+            yield Option(hardware, work, how, attention, chunking, resident, device + kept, host, fits, step)
 
 
 def _chunkings(workload: Workload, cuda: bool) -> list[Chunking]:
@@ -104,6 +120,15 @@ def _chunkings(workload: Workload, cuda: bool) -> list[Chunking]:
 def _precision(hardware: Hardware, workload: Workload) -> str:
     gains = hardware.fast_gain >= WORTH_GAIN and workload.weight_type not in EXACT_TYPES
     return "fast" if gains else "exact"
+
+
+def usual_attention(hardware: Hardware, precision: str | None) -> str:
+    """The precision of attention if none is asked for: int8 where it is noticeably faster and not all is to be exact.
+
+    Even a peaked softmax is at most 1.9 % off with it, which suits every preference (docs/kernels.md).
+    """
+    rates = rates_of(hardware)
+    return "int8" if precision != "exact" and rates.fast_attention >= WORTH_GAIN * rates.attention else "exact"
 
 
 def best(found: list[Option], prefer: str) -> Option:

@@ -13,7 +13,7 @@ from skyrun.presets.budget import Budget, budget_of
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated
 from skyrun.presets.memory import GIB, RING_SLOTS, text_bytes
-from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, Option, best, options
+from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, Option, best, options, usual_attention
 from skyrun.presets.timing import Time, decode_time, images_time, text_time
 from skyrun.presets.workload import Workload
 
@@ -41,10 +41,10 @@ class StagePlan:
 class Plan:
     """How a clip will be made. It is frozen: the run does exactly what was printed.
 
-    weight_type: type of the chosen transformer file. precision: "exact", or "fast" for linear layers and attention in
-    int8. dtype: of activations. ring_slots: streaming buffers, one block each. resident_blocks: blocks that stay on the
-    device. token_rows: how many tokens pass through a block at a time; None stands for all. parked_tokens: whether the
-    other tokens wait on the host.
+    weight_type: type of the chosen transformer file. precision: of linear layers, "exact" or "fast" for int8.
+    attention: its precision, "exact", or "int8" for scores in int8. dtype: of activations. ring_slots: streaming
+    buffers, one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through
+    a block at a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
     vae_tile: height and width in pixels that a VAE convolution works on at a time; None stands for whole frames.
     vae_room: bytes of the device for the VAE's cache of earlier frames, the rest of which waits on the host; None if
     all of it stays on the device. step_seconds: expected for a denoising step after the first.
@@ -55,6 +55,7 @@ class Plan:
     device: str
     device_name: str
     precision: str
+    attention: str
     dtype: str
     vae_dtype: str
     vae_tile: tuple[int, int] | None
@@ -91,6 +92,7 @@ def choose(
     workload: Workload,
     *,
     precision: str | None = None,
+    attention: str | None = None,
     dtype: str | None = None,
     max_vram: float | None = None,
     max_ram: float | None = None,
@@ -106,6 +108,7 @@ def choose(
         hardware: the machine.
         workload: the clip and its models.
         precision: "exact" or "fast"; None chooses what suits the file's type and the card.
+        attention: "exact" or "int8"; None chooses what is faster on the card, and exact if `precision` is.
         dtype: of activations; None chooses one for the device.
         max_vram: a limit in GiB; None allows all that is free.
         max_ram: a limit in GiB; None allows all that is free.
@@ -115,9 +118,11 @@ def choose(
     budget = budget_of(hardware, max_vram, max_ram)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
 
+    scores = attention or usual_attention(hardware, precision)
+
     @cache
     def found(work: Workload, keep: bool) -> list[Option]:
-        return [*options(hardware, work, budget, precision, kind, keep)]
+        return [*options(hardware, work, budget, precision, scores, kind, keep)]
 
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
         allowed = [option for option in found(work, prefer != "memory") if type in (None, option.work.weight_type)]
@@ -163,6 +168,7 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         device=hardware.device,
         device_name=hardware.name,
         precision=option.precision,
+        attention=option.attention,
         dtype=dtype,
         vae_dtype=vae.dtype,
         vae_tile=vae.tile,

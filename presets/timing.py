@@ -24,6 +24,9 @@ _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
 _ENCODE, _DECODE = 620, 940
 _TEXT_TOKENS = 512
+# Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
+# activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
+_ELEMENTWISE, _ELEMENTWISE_FAST = 100, 52
 _TEXT_SQUARES = 11.5  # weights of a block of the text encoder in squares of its width
 
 
@@ -63,6 +66,7 @@ def step_time(
     workload: Workload,
     *,
     fast: bool = False,
+    attention: str = "exact",
     dtype: str = "bfloat16",
     rows: int | None = None,
     parked: bool = False,
@@ -73,13 +77,14 @@ def step_time(
     Args:
         hardware: the machine.
         workload: the clip and its models.
-        fast: whether linear layers and attention run in int8.
+        fast: whether linear layers run in int8.
+        attention: "exact", or "int8" for scores in int8.
         dtype: of activations.
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the other tokens wait on the host.
         resident: how many blocks stay on the device.
     """
-    computing = _computing(hardware, workload, fast, dtype, rows, parked)
+    computing = _computing(hardware, workload, fast, attention, dtype, rows, parked)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if _is_cached(hardware, workload) else hardware.disk_rate
     return _overlapped(hardware, computing, reading, rate)
@@ -119,13 +124,14 @@ def decode_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Tim
     return _one_after_the_other(hardware, time, 2 * workload.vae_weights)
 
 
-def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype: str) -> int:
+def break_even_tokens(hardware: Hardware, workload: Workload, fast: bool, dtype: str, attention: str = "exact") -> int:
     """The least number of tokens for which reading all blocks from disk is hidden behind a step."""
     reading = workload.layers * workload.block_bytes / min(hardware.disk_rate, _link_rate(hardware))
     low, high = 1, 1 << 22
     while low < high:
         middle = (low + high) // 2
-        computing = step_time(hardware, with_tokens(workload, middle), fast=fast, dtype=dtype).compute
+        some = with_tokens(workload, middle)
+        computing = step_time(hardware, some, fast=fast, attention=attention, dtype=dtype).compute
         low, high = (low, middle) if computing >= reading else (middle + 1, high)
     return low
 
@@ -170,15 +176,19 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 
-def _computing(hardware: Hardware, workload: Workload, fast: bool, dtype: str, rows: int | None, parked: bool) -> float:
+def _computing(
+    hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
+) -> float:
     rates = rates_of(hardware)
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
-    linear, attention = step_operations(workload)
+    linear, scores = step_operations(workload)
     linear_rate = (fast and rates.fast_linear) or rates.linear / slower
-    attention_rate = (fast and rates.fast_attention) or rates.attention / slower
+    attention_rate = (attention == "int8" and rates.fast_attention) or rates.attention / slower
     parts = -(-workload.tokens // rows) if rows else 1
-    decoded = workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype])
-    seconds = linear / linear_rate + attention / attention_rate + workload.layers * parts * decoded / rates.decode
+    moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
+    if hardware.device == "cuda":  # a CPU takes next to no time for them
+        moved += workload.tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
+    seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
     if parked:
         seconds += workload.layers * _CROSSINGS * parked_bytes(workload, dtype) / hardware.link_rate
     return seconds

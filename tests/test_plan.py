@@ -6,9 +6,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import clip_of
 
+from skyrun.planning.what_if import request_workload
 from skyrun.presets import Hardware, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
+from skyrun.presets.cards import find_card
+from skyrun.presets.hardware import stated
 from skyrun.presets.memory import PROCESS_BYTES, vae_memory_bytes
 from skyrun.presets.plan import GIB
 from skyrun.presets.timing import block_weights, step_operations
@@ -158,3 +162,19 @@ def test_a_plan_is_plain_data():
 def test_probe_finds_this_machine():
     hardware = probe("cpu")
     assert 0 < hardware.ram_free <= hardware.ram_total
+
+
+@pytest.mark.parametrize(
+    ("card", "asked", "attention"),
+    [
+        ("RTX 4090", {}, "int8"),
+        ("RTX 4090", {"precision": "exact"}, "exact"),
+        ("RTX 4090", {"precision": "exact", "attention": "int8"}, "int8"),
+        ("RTX 4090", {"precision": "fast", "attention": "exact"}, "exact"),
+        ("RTX 2080 Ti", {}, "exact"),
+        ("H100", {}, "exact"),
+    ],
+)
+def test_int8_scores_are_for_cards_that_gain_by_them(card, asked, attention):
+    plan = choose(stated(find_card(card), 64, 2), request_workload(clip_of("r2v", quant="Q8_0")), **asked)
+    assert plan.attention == attention

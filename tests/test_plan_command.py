@@ -10,7 +10,7 @@ from skyrun.cli import main
 SAYS = [
     (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),
     (["r2v", "--gpu", "RTX 3060", "--width", "832", "--height", "480"], "480x832"),
-    (["r2v", "--gpu", "RTX 3060"], "Q8_0 in bfloat16, a file of 15.4 GB;"),
+    (["r2v", "--gpu", "RTX 3060"], "Q8_0 in bfloat16 and int8 attention, a file of 15.4 GB;"),
     (["a2v", "--gpu", "RTX 3060"], "a file of 20.4 GB"),
     (["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K"], "Q4_K in bfloat16 and int8, a file of 8.4 GB"),
     (["r2v", "--gpu", "RTX 4090", "--seconds", "10"], "not made for 10.0 s at once"),

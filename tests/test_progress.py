@@ -76,7 +76,7 @@ def test_the_first_step_shows_its_blocks(clock):
 
 
 PLAN = Plan(
-    *("cuda", "a card", "exact", "bfloat16", "float32", None, None, 3, 0, None, False),
+    *("cuda", "a card", "exact", "exact", "bfloat16", "float32", None, None, 3, 0, None, False),
     stages=tuple(StagePlan(name, 0, 0, seconds) for name, seconds in zip(
         ("text", "images", "denoise", "decode"), (5.0, 8.0, 80.0, 20.0), strict=True
     )),

@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from skyrun.demo.words import PROMPT, words_text
 from skyrun.presets.named import PRESETS
+from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS
@@ -177,7 +178,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         dest="precision",
         action="store_const",
         const="exact",
-        help="multiply in the activations' type (default: for Q8_0 and larger types, and where int8 is not faster)",
+        help="compute in the activations' type (default: for Q8_0 and larger types, and where int8 is not faster)",
     )
     precision.add_argument(
         "--fast",
@@ -185,6 +186,11 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="fast",
         help="multiply in int8, about 1.4%% off (default: for smaller types, on cards where that is faster)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        help="scores exact, or in int8, 0.1 to 1.9%% off (default: int8 on cards where that is faster; --exact: exact)",
     )
 
 
@@ -224,6 +230,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="as for run (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
+    _add_precision(parser)
     parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 

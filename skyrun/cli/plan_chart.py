@@ -152,7 +152,9 @@ def _draw_steps(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
     counts = [few * (many / few) ** (step / 60) for step in range(61)]
 
     def computing(tokens: float) -> float:
-        return step_time(hardware, with_tokens(work, round(tokens)), fast=fast, dtype=plan.dtype).compute
+        return step_time(
+            hardware, with_tokens(work, round(tokens)), fast=fast, attention=plan.attention, dtype=plan.dtype
+        ).compute
 
     reading = work.layers * work.block_bytes / hardware.disk_rate
     waits = {f"from the disk, {hardware.disk_rate / 1e9:g} GB/s": (reading, _RED)}
@@ -173,7 +175,7 @@ def _draw_steps(draw: ImageDraw.ImageDraw, planned: Planned) -> None:
     for text, (wait, color) in waits.items():
         axes.line([(_LEFT, axes.y(wait)), (_WIDTH - _RIGHT, axes.y(wait))], color, 2)
         axes.text((_LEFT + 6, axes.y(wait) - 6), f"reading every block {text}", color, "ls")
-    crossing = break_even_tokens(hardware, work, fast, dtype=plan.dtype)
+    crossing = break_even_tokens(hardware, work, fast, plan.dtype, plan.attention)
     if few < crossing < many:
         axes.dots((axes.x(crossing), top), (axes.x(crossing), bottom), _INK)
         axes.text((axes.x(crossing) - 5, top + 2), f"hidden from {crossing} tokens on", anchor="ra")

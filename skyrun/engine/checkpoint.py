@@ -30,7 +30,7 @@ from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
 
 _SHARE = 0.05  # of the run's time that saving may take; a kill loses what was done since the last save
-_VERSION = 2
+_VERSION = 3
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
 _NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # in the description
 _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
@@ -38,13 +38,17 @@ _ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
 
 @dataclass(frozen=True)
 class Origin:
-    """The run that a state belongs to. model: identity of its files. device, dtype, precision: of the plan."""
+    """The run that a state belongs to.
+
+    model: identity of its files. device, dtype, precision, attention: of the plan.
+    """
 
     request: Request
     model: str
     device: str
     dtype: str
     precision: str
+    attention: str
 
 
 class Keeper:
@@ -142,7 +146,7 @@ class Keeper:
 
 def _origin(job: Job) -> Origin:
     plan = job.plan
-    return Origin(job.request, model_identity(job.files), plan.device, plan.dtype, plan.precision)
+    return Origin(job.request, model_identity(job.files), plan.device, plan.dtype, plan.precision, plan.attention)
 
 
 def kept(request: Request) -> Kept | None:

@@ -70,13 +70,13 @@ def _continued(request: Request) -> tuple[Job, RunState | None]:
 
 
 def _prepared(request: Request, origin: Origin) -> Job:
-    """Prepare the request; on the same device type, reuse the saved dtype and precision."""
+    """Prepare the request; on the same device type, reuse the saved dtype and precisions."""
     request = replace(request, quant=request.quant or origin.request.quant)
     if choose_device(request.device).type != origin.device:
         return prepare(request)
-    dtype, precision = request.dtype or origin.dtype, request.precision or origin.precision
-    job = prepare(replace(request, dtype=dtype, precision=precision))
-    return replace(job, request=replace(job.request, dtype=request.dtype, precision=request.precision))
+    names = ("dtype", "precision", "attention")
+    job = prepare(replace(request, **{name: getattr(request, name) or getattr(origin, name) for name in names}))
+    return replace(job, request=replace(job.request, **{name: getattr(request, name) for name in names}))
 
 
 def _clip(request: Request) -> dict[str, Any]:

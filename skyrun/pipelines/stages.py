@@ -154,7 +154,7 @@ def denoise(
 
     Args:
         file: the transformer.
-        plan: dtype, precision, ring slots, resident blocks and token rows.
+        plan: dtype, precisions, ring slots, resident blocks and token rows.
         state: holds the latents and the sampler.
         condition: what the window is conditioned on.
         device: where the transformer runs.
@@ -174,6 +174,7 @@ def denoise(
         resident=spread(plan.resident_blocks, len(blocks)),
         observe=observe,
         fast=plan.precision == "fast",
+        attention=plan.attention,
     ) as stream:
         dit = yield from load_transformer(file, plan, device)
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)

@@ -143,6 +143,7 @@ def _plan(request: Request, workload: Workload, device: torch.device, model: Pat
         this_machine(device.type, model),
         workload,
         precision=request.precision,
+        attention=request.attention,
         dtype=request.dtype,
         max_vram=request.max_vram,
         max_ram=request.max_ram,

@@ -11,6 +11,7 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
+from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
@@ -150,6 +151,7 @@ def choice_problems(request: Request) -> Iterator[str]:
     for name, value, known in (
         ("dtype", request.dtype, DTYPES),
         ("precision", request.precision, PRECISIONS),
+        ("attention", request.attention, ATTENTIONS),
         ("preference", request.prefer, PREFERENCES),
     ):
         if value is not None and value not in known:

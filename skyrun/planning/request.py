@@ -25,7 +25,7 @@ _EXPECTED: dict[tuple[type, ...], str] = {
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames"), _WHOLE),
     **dict.fromkeys(("seconds", "max_vram", "max_ram"), _NUMBER),
-    **dict.fromkeys(("quant", "device", "dtype", "precision", "prefer", "transition"), _TEXT),
+    **dict.fromkeys(("quant", "device", "dtype", "precision", "attention", "prefer", "transition"), _TEXT),
     **dict.fromkeys(("task", "prompt", "resolution"), _TEXT),
     **dict.fromkeys(("join", "overwrite"), _FLAG),
     **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
@@ -43,7 +43,8 @@ class Request:
     quant: which transformer to use if the folder has several. size: (height, width) in pixels, or "HxW"; without it,
     `resolution` chooses one with the aspect ratio of the first image or the video. frames: 4 k + 1. seconds: the length
     if `frames` is not given, five by default; of speech, how much of its beginning is used. seed: None draws one.
-    precision: "exact" or "fast" (int8); None leaves it to the plan. prefer: "quality", "speed" or "memory".
+    precision: of linear layers, "exact" or "fast" (int8); attention: "exact" or "int8"; None leaves them to the plan,
+    but where `precision` is "exact" attention is too. prefer: "quality", "speed" or "memory".
     max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
     replaced.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
@@ -69,6 +70,7 @@ class Request:
     device: str | None = None
     dtype: str | None = None
     precision: str | None = None
+    attention: str | None = None
     prefer: str | None = None
     max_vram: float | None = None
     max_ram: float | None = None

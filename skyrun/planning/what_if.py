@@ -149,7 +149,8 @@ def described_hardware(
 def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
     """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
     workload = request_workload(request)
-    plan = choose(hardware, workload, prefer=request.prefer or "quality", **limits)
+    asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or "quality"}
+    plan = choose(hardware, workload, **asked | limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
     advice = () if request.spec.video else too_long(chosen.windows, chosen.frames / request.spec.fps)
     return Planned(request, hardware, chosen, replace(plan, notes=(*plan.notes, *advice)))

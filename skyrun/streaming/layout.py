@@ -70,7 +70,13 @@ class Block:
         return 0 if lead % _ALIGNMENT else lead
 
     def weights(
-        self, owner: str, buffer: Tensor, observe: Observe | None = None, planar: bool = False, fast: bool = False
+        self,
+        owner: str,
+        buffer: Tensor,
+        observe: Observe | None = None,
+        planar: bool = False,
+        fast: bool = False,
+        attention: str = "exact",
     ) -> Weights:
         """The block's weights as views of its buffer, without a copy.
 
@@ -80,9 +86,10 @@ class Block:
             observe: called with the name and the input of every linear layer that is used.
             planar: whether tensors that need planes were repacked.
             fast: whether linear layers multiply in rotated int8.
+            attention: its precision, "exact", or "int8" for scores in int8.
         """
         views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
-        return Weights(owner, views, observe, fast)
+        return Weights(owner, views, observe, attention)
 
     def pieces(self, limit: int, planar: bool) -> list[Piece]:
         """The block in pieces of at most `limit` bytes. planar: whether tensors that need planes are repacked."""

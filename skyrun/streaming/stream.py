@@ -96,6 +96,7 @@ class BlockStream:
 
     slots: buffers of the ring, at least two. resident: indexes of blocks that are read once and stay in memory.
     observe: called with the input of every linear layer. fast: whether linear layers multiply in rotated int8.
+    attention: its precision, "exact", or "int8" for scores in int8.
     """
 
     def __init__(
@@ -110,9 +111,10 @@ class BlockStream:
         reader: FileReader | None = None,
         observe: ObserveBlock | None = None,
         fast: bool = False,
+        attention: str = "exact",
     ) -> None:
         self.stats = StreamStats()
-        self._observe, self._fast = observe, fast
+        self._observe, self._fast, self._attention = observe, fast, attention
         self._planar = uses_triton(device)
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
@@ -159,7 +161,7 @@ class BlockStream:
             clock = BlockClock(index, len(self._blocks), read_start, read_end, now())
             observe = partial(self._observe, index) if self._observe else None
             name = f"block {index} of {self._path}"
-            yield block.weights(name, buffer, observe, self._planar, self._fast), clock
+            yield block.weights(name, buffer, observe, self._planar, self._fast, self._attention), clock
             if slot is not None:
                 self._ring.release(slot)
                 self._free.put(slot)

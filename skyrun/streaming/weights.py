@@ -46,15 +46,15 @@ def as_weight(data: Tensor, info: TensorInfo, planar: bool = False, fast: bool =
 class Weights:
     """Weights by name, of one block or of the layers outside of blocks.
 
-    owner: the block or file, named in errors. observe: called with the input of every linear layer. fast: whether
-    kernels may trade some accuracy for speed.
+    owner: the block or file, named in errors. observe: called with the input of every linear layer.
+    attention: precision of the block's attention, "exact", or "int8" for scores in int8.
     """
 
     def __init__(
-        self, owner: str, weights: dict[str, Weight], observe: Observe | None = None, fast: bool = False
+        self, owner: str, weights: dict[str, Weight], observe: Observe | None = None, attention: str = "exact"
     ) -> None:
         self._owner, self._weights, self._observe = owner, weights, observe
-        self.fast = fast
+        self.attention = attention
 
     def __getitem__(self, name: str) -> Weight:
         if name not in self._weights:

@@ -14,7 +14,7 @@ from skyrun.tools.bench.measurement import Measurement, environment
 from skyrun.tools.bench.step import StepFigures, measure_step
 from skyrun.units import duration, table
 
-_SETTINGS = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "max_vram", "max_ram")
+_SETTINGS = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "attention", "max_vram", "max_ram")
 
 
 def execute(arguments: Namespace) -> int:

@@ -9,6 +9,7 @@ from skyrun.hub.store import sources_text
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
+from skyrun.presets.advice import precisions
 from skyrun.presets.cards import card_rows
 from skyrun.tasks import TASKS
 from skyrun.units import GIB, duration, size, table
@@ -34,6 +35,8 @@ def execute(arguments: Namespace) -> int:
         frames=arguments.frames,
         seconds=arguments.seconds,
         steps=arguments.steps,
+        precision=arguments.precision,
+        attention=arguments.attention,
         prefer=arguments.prefer,
     )
     parts = {name: getattr(arguments, name) for name in _MACHINE}
@@ -110,7 +113,7 @@ def hardware_text(hardware: Hardware) -> str:
 def choice_text(planned: Planned) -> str:
     """What the plan has chosen."""
     plan, work = planned.plan, planned.workload
-    dtypes = f"{plan.dtype} and int8" if plan.precision == "fast" else plan.dtype
+    dtypes = plan.dtype + precisions(plan)
     file = f"a file of {size(planned.transformer_bytes)}"
     kept = blocks_text(plan.resident_blocks, work.layers)
     rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"

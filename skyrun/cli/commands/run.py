@@ -26,6 +26,7 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
+from skyrun.presets.advice import precisions
 from skyrun.presets.named import preset_limits
 from skyrun.units import GIB, duration, size, table
 
@@ -229,7 +230,8 @@ def _passing(plan: Plan) -> list[str]:
 
 
 def _dtypes(plan: Plan) -> str:
-    return f"{plan.dtype} and int8 (--exact does without)" if plan.precision == "fast" else plan.dtype
+    quick = precisions(plan)
+    return f"{plan.dtype}{quick} (--exact does without)" if quick else plan.dtype
 
 
 def state_text(job: Job, state: RunState) -> str:

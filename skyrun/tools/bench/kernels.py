@@ -194,7 +194,7 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
     Args:
         bench: The dims and the device.
         type: The type of the matrices; None stands for the dtype of the activations.
-        fast: Whether linear layers run in int8.
+        fast: Whether linear layers and scores run in int8.
     """
     dims, device = bench.dims, bench.device
     weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}
@@ -208,7 +208,7 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
     norms = ["norm3.weight", *(f"{part}.norm_{name}.weight" for part in ("self_attn", "cross_attn") for name in "qk")]
     weights |= {name: torch.ones(dims.dim, device=device) for name in norms}
     weights["norm3.bias"] = torch.zeros(dims.dim, device=device)
-    return Weights(f"a random block of {type}", weights, fast=fast)
+    return Weights(f"a random block of {type}", weights, attention="int8" if fast else "exact")
 
 
 def plan_bench(device: str | None, types: Sequence[str] | None, rows: Sequence[int] | None) -> Bench:
