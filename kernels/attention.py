@@ -23,6 +23,8 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# Earlier versions of cuDNN give wrong results for lengths that are no multiple of 128 (pytorch issue 169849).
+_CUDNN_IS_RIGHT = 91501
 # Backends are measured on at most this many: beyond, the time per query and key stays the same.
 _QUERIES, _KEYS = 4096, 16384
 
@@ -85,13 +87,19 @@ def ways(q: Tensor, keys: Keys) -> dict[str, Callable[[], Tensor]]:
     """
     found: dict[str, Callable[[], Tensor]]
     if q.device.type == "cuda":
-        found = {name: partial(_sdpa, q, keys, backend) for name, backend in _BACKENDS.items()}
+        found = {name: partial(_sdpa, q, keys, backend) for name, backend in _backends().items()}
         found["math"] = partial(_sdpa, q, keys, SDPBackend.MATH)
     else:
         found = {"math": partial(_sdpa, q, keys)}
     if keys.fast and uses_triton(q.device) and q.shape[1] == keys.heads * HEAD_DIM:
         found["int8"] = partial(_int8, q, keys)
     return found
+
+
+def _backends() -> dict[str, SDPBackend]:
+    """torch's backends by name, without cuDNN where its version gives wrong results."""
+    cudnn = torch.backends.cudnn.version() or 0
+    return {name: backend for name, backend in _BACKENDS.items() if name != "cudnn" or cudnn >= _CUDNN_IS_RIGHT}
 
 
 def _choose(q: Tensor, keys: Keys) -> str:

@@ -197,6 +197,16 @@ def test_a_measured_choice_is_followed(monkeypatch, tmp_path):
         assert relative(result, definition(q, k, v, 2)) < INT8
 
 
+@pytest.mark.parametrize(
+    ("cudnn", "offered"), [(None, False), (91002, False), (91500, False), (91501, True), (92000, True)]
+)
+def test_cudnn_is_left_out_where_it_is_wrong(monkeypatch, cudnn, offered):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    q, k, v = (torch.empty(3, 128, device="meta") for _ in range(3))
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    assert ("cudnn" in ways(q, Keys(k, v, 1))) == offered
+
+
 TENSORS = {"q": "*i8", "q_scales": "*fp32", "k": "*i8", "k_scales": "*fp32", "v": "*fp16", "v_scales": "*fp32"}
 SIZES = {"out": "*bf16", "L": "i32", "M": "i32"}
 TILE = {"HEADS": 40, "QUERIES": triton_attention.QUERIES, "KEYS": triton_attention.KEYS}
