@@ -9,7 +9,7 @@ from skyrun.quant.encode import ENCODERS
 from skyrun.quant.families import ModelTensor
 
 # How much a weight's error counts where it is not 1. In a trained model an error that softmax smooths, or that goes
-# through cross-attention, hardly changes the clip: docs/quantization.md has the measurement.
+# through cross-attention, hardly changes the clip: benchmarks/trained.py measures it.
 _INFLUENCE = ((re.compile(r"cross_attn\."), 1 / 16), (re.compile(r"self_attn\.[qk]\."), 1 / 8))
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
