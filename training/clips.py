@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 
@@ -14,8 +15,9 @@ from skyrun.demo.world import RADIUS, Picture, Size, composed, scene_picture, se
 from skyrun.tasks.windows import FRAMES_PER_LATENT
 
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
-FRAMES = (9, 13, 17, 21, 25, 29, 33)
+SIZE, FRAMES = SIZES[0], 17  # of the clips that the transformer is trained on
 PLACES = (-1, 0, 1)  # that a prompt leaves open: tokens (16 pixels) from the middle, across the motion
+SHARES = (0.2, 0.6, 0.2)  # of clips at each of them
 _FAR = 2  # latents from the middle, where motions begin and end
 _PIXELS = 8  # of a latent
 _PICTURE_RADIUS = (
@@ -48,10 +50,12 @@ class Clip:
     frames: Picture
 
 
-def draw_clip(topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1) -> Clip:
-    """A clip of the topic; of its frames only each `step`-th is drawn."""
+def draw_clip(
+    topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1, shares: Sequence[float] = SHARES
+) -> Clip:
+    """A clip of the topic at a place that is drawn with these shares; of its frames only each `step`-th is drawn."""
     colour, scene = tint(topic.colour, draw), scene_picture(topic.scene, size, draw)
-    place = path(topic.motion, size, frames, PLACES[draw.integers(len(PLACES))])
+    place = path(topic.motion, size, frames, int(draw.choice(PLACES, p=shares)))
     references = [sprite_picture(topic.shape, colour, size)] + ([] if topic.scene == "white" else [scene])
     shown = composed(topic.shape, colour, scene, *place[:, ::step])
     return Clip(topic, sentence(topic, draw), references, shown)

@@ -15,10 +15,8 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.streaming.stream import ObserveBlock
-from training.clips import SIZES, TRAINED, Clip, draw_clip
+from training.clips import FRAMES, SIZE, TRAINED, Clip, draw_clip
 from training.stage import random_of
-
-FRAMES = 17
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def drawn_request(number: int, use: str, folder: Path) -> tuple[Clip, Request]:
     """
     random = random_of(number, use, 0)
     topic = TRAINED[random.draw.integers(len(TRAINED))]
-    clip = draw_clip(topic, SIZES[number % len(SIZES)], FRAMES, random.draw)
+    clip = draw_clip(topic, SIZE, FRAMES, random.draw)
     paths = tuple(folder / f"{use}-{number}.{index}.png" for index in range(1, len(clip.references) + 1))
     for path, picture in zip(paths, clip.references, strict=True):
         Image.fromarray((255 * picture).round().astype(np.uint8)).save(path)

@@ -18,7 +18,7 @@ from training.autoencoder import new_autoencoder
 from training.autoencoder_stages import clips_stage, pictures_stage
 from training.denoising import compile_blocks, denoising_stage
 from training.export import write_checkpoint
-from training.latents import Bucket, Latents, draw_latents
+from training.latents import Clips, Latents, draw_latents
 from training.report import write_report
 from training.stage import Weights, run_stage
 from training.text import new_text_encoder
@@ -36,8 +36,8 @@ class Recipe:
 
     pictures: int = 5000
     latents: int = 6000
-    denoising: int = 6000
-    clips: int = 1000
+    denoising: int = 4500
+    clips: int = 800
     judged: int = 108
     save_every: int = 100
     threads: int = 2
@@ -70,7 +70,7 @@ def _latents(path: Path, vae: Weights, count: int, seed: int) -> Latents:
         with replacing(path) as partial:
             torch.save(drawn, partial)
         print(f"latents: {count} clips, {time.monotonic() - started:.0f} s", flush=True)
-    with torch.serialization.safe_globals([Latents, Bucket]):
+    with torch.serialization.safe_globals([Latents, Clips]):
         loaded: Latents = torch.load(path, weights_only=True)
     return loaded
 
