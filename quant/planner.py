@@ -34,7 +34,7 @@ from skyrun.quant.recipes import (
 )
 from skyrun.quant.sampled_error import sampled_errors
 from skyrun.quant.source import stamp
-from skyrun.quant.target_size import candidates, fit, size_text
+from skyrun.quant.target_size import candidates, fit, influence, size_text
 from skyrun.quant.threads import one_thread
 
 # Called with the number of matrices that have been measured, and the total.
@@ -204,8 +204,8 @@ class _Planner:
         sizes = {name: {type: _padded(_nbytes(free[name], type)) for type in row} for name, row in errors.items()}
         whole = self._layout(family, label, choices).nbytes
         rest = whole - sum(_padded(_nbytes(tensor, choices[name].type)) for name, tensor in free.items())
-        weights = {name: tensor.source.numel for name, tensor in free.items()}
-        return {name: Choice(type) for name, type in fit(sizes, errors, weights, rest, target).items()}
+        influences = {name: influence(tensor) for name, tensor in free.items()}
+        return {name: Choice(type) for name, type in fit(sizes, errors, influences, rest, target).items()}
 
     def _file(
         self,

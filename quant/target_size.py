@@ -8,6 +8,9 @@ from skyrun.quant.allocate import Option, allocate
 from skyrun.quant.encode import ENCODERS
 from skyrun.quant.families import ModelTensor
 
+# How much a weight's error counts where it is not 1. In a trained model an error that softmax smooths, or that goes
+# through cross-attention, hardly changes the clip: benchmarks/trained.py measures it.
+_INFLUENCE = ((re.compile(r"cross_attn\."), 1 / 16), (re.compile(r"self_attn\.[qk]\."), 1 / 8))
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
@@ -32,10 +35,16 @@ def candidates(tensor: ModelTensor) -> list[str]:
     return [name for name in blocks if tensor.shape[-1] % block_format(name).block_size == 0] + [plain]
 
 
+def influence(tensor: ModelTensor) -> float:
+    """How much the relative error of a matrix counts: its weights, fewer where the clip depends less on them."""
+    shares = (share for pattern, share in _INFLUENCE if pattern.search(tensor.name))
+    return tensor.source.numel * next(shares, 1.0)
+
+
 def fit(
     sizes: dict[str, dict[str, int]],
     errors: dict[str, dict[str, float]],
-    weights: dict[str, int],
+    influences: dict[str, float],
     rest: int,
     target: int,
 ) -> dict[str, str]:
@@ -44,14 +53,14 @@ def fit(
     Args:
         sizes: bytes of each matrix, by name and type.
         errors: noise over signal in each matrix's output, by name and type.
-        weights: how many weights each matrix has; its error counts in proportion to that.
+        influences: how much the error of each matrix counts.
         rest: bytes of the file that are not matrices.
         target: the most bytes that the file may have.
 
     Raises SkyrunError, which names the smallest possible size, if that is above the target.
     """
     tables = [
-        [Option(type, sizes[name][type], weights[name] * error) for type, error in row.items()]
+        [Option(type, sizes[name][type], influences[name] * error) for type, error in row.items()]
         for name, row in errors.items()
     ]
     least = rest + sum(min(option.nbytes for option in table) for table in tables)

@@ -56,8 +56,9 @@ def exact(tmp_path_factory):
     """Requests, and the clips that F32 weights make of them."""
     folder = tmp_path_factory.mktemp("exact")
     convert(CHECKPOINT, folder / "F32", "F32")
-    requests = [drawn_request(number, "ladder", folder)[1] for number in range(JUDGED)]
-    return [(request, make(replace(request, model=folder / "F32"))) for request in requests]
+    drawn = [drawn_request(number, "ladder", folder)[1] for number in range(JUDGED)]
+    requests = [replace(request, model=folder / "F32") for request in drawn]
+    return [(request, make(request)) for request in requests]
 
 
 @pytest.mark.parametrize("quant", LEAST)
