@@ -158,7 +158,7 @@ def _weights(task: str, way: str) -> Weights:
             views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, True, way == "int8", name)
         elif name.startswith("blocks.0."):
             views[name.removeprefix("blocks.0.")] = _empty(*shape, dtype=torch.float32)
-    return Weights("the recorded block", views, None, way == "int8")
+    return Weights("the recorded block", views, None, "int8" if way == "int8" else "exact")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Replay:
 def replay(planned: Planned, expandable: bool = True) -> Replay:
     """Replay the denoising of a plan."""
     plan, work, hardware = planned.plan, planned.workload, planned.hardware
-    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast")
+    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast" and plan.attention == "int8")
     counted = next(stage.device_bytes for stage in plan.stages if stage.name == "denoise")
     log = recorded(work.task, way, work.tokens, work.latent_frames, plan.token_rows, plan.parked_tokens)
     allocator = Allocator(plan.limit_bytes - CONTEXT_BYTES, expandable)

@@ -22,7 +22,8 @@ _OUT = 16  # rows of a weight: how many there are makes no other kernel
 class Blocks:
     """What decides which kernels the blocks of a transformer need.
 
-    weights: the quantized types of their weights with the columns that these have. fast: whether int8 is used.
+    weights: the quantized types of their weights with the columns that these have. fast: whether their
+    products are in int8. fast_attention: whether the scores of attention are.
     """
 
     weights: frozenset[tuple[str, int]]
@@ -30,12 +31,14 @@ class Blocks:
     ffn: int
     dtype: torch.dtype
     fast: bool
+    fast_attention: bool
 
 
 def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]:
     """Functions without arguments. Each launches kernels on the device that no other one launches."""
     found = [*_elementwise(blocks, device), *_decoding(blocks, device)]
-    return [*found, *_int8(blocks, device), *_attention(blocks, device)] if blocks.fast else found
+    found += _int8(blocks, device) if blocks.fast else []
+    return found + [*_attention(blocks, device)] if blocks.fast_attention else found
 
 
 def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:

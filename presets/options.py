@@ -88,7 +88,7 @@ def options(
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
-        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast")
+        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast" and attention == "int8")
         for chunking in _chunkings(work, budget.cuda):
             rows, parked = chunking
             working = denoise_bytes(work, dtype, rows, parked, way)

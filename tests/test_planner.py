@@ -202,7 +202,7 @@ def test_days_on_a_cpu_are_said_and_what_to_do():
     note = plan.notes[-1]
     hours = int(re.search(r"about (\d+) hours for this clip", note)[1])
     assert hours == round(plan.seconds / 3600) > 100
-    assert "an RTX 3060 would take about 2 hours" in note and "256x448 with 25 frames would take" in note
+    assert "an RTX 3060 would take about " in note and "256x448 with 25 frames would take" in note
     talking = plan_clip(clip_of("a2v"), stated_cpu(32, 0.5)).plan.notes[-1]
     assert "with 125 frames" in talking  # its length is that of the speech
 

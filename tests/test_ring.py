@@ -302,8 +302,8 @@ def places(cuda, monkeypatch):
     """The stand-in, and everything in a stream that may lack memory: functions by name, with their owners."""
     stand_in = cuda()
     monkeypatch.setattr(stream_module, "uses_triton", lambda device: True)
-    owners = [(module, "page_aligned"), (stream_module, "page_aligned"), (stream_module, "to_planes")]
-    owners += [(stand_in, "Event"), (CudaRing, "allocate"), (Target, "copy_"), (DelayedEvent, "record")]
+    owners = [(staging, "page_aligned"), (stream_module, "page_aligned"), (stream_module, "to_planes")]
+    owners += [(stand_in, "Event"), (Target, "copy_"), (DelayedEvent, "record")]
     owners += [(Delayed, "synchronize"), (Delayed, "wait_event"), (FileReader, "_fill")]
     return stand_in, [(owner, name, getattr(owner, name)) for owner, name in owners]
 
@@ -375,17 +375,12 @@ def test_threads_work_on_the_device_of_the_stream(model, monkeypatch):
     class Ring(HostRing):
         staged = True
 
-        def __init__(self, device, slots, nbytes):
-            super().__init__(slots, nbytes)
+        def __init__(self, device, slots, kept, nbytes):
+            super().__init__(slots, kept, nbytes)
 
         def send(self, moves, slot):
             seen.add(mine.device)
             super().send(moves, slot)
-
-        def allocate(self, nbytes):
-            if threading.current_thread() is not threading.main_thread():
-                seen.add(mine.device)
-            return super().allocate(nbytes)
 
     second = torch.device("cuda", 1)
     monkeypatch.setattr(stream_module, "make_ring", Ring)

@@ -52,7 +52,7 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     dims = read_dims(file)
     matrices = [info for block in block_layouts(file) for _, info, _ in block.tensors if len(info.shape) == 2]
     weights = frozenset((i.format.name, i.shape[1]) for i in matrices if i.format.block_size > 1)
-    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast), CPU):
+    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast, fast), CPU):
         work()
     ahead = dict(launched)
     assert set(ahead.values()) == {1}
@@ -60,5 +60,5 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     set_everywhere(monkeypatch, "uses_triton", lambda device: True)
     set_everywhere(monkeypatch, "fastest", our_kernel)
     monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
-    forward(quant, fast=fast)
+    forward(quant, fast=fast, attention="int8" if fast else "exact")
     assert set(launched) == set(ahead)
