@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from allocator import MIB, Allocator, OutOfMemory
 from block_memory import cases, live_bytes, recorded, replay
 
+del sys.path[0]
+
 from skyrun.kernels import device
 from skyrun.presets import memory
 from skyrun.presets.cards import CARDS

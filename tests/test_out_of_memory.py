@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from out_of_memory import Runs
 
+del sys.path[0]
+
 SHARE = 12
 
 
