@@ -9,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from allocator import MIB, Allocator, OutOfMemory
 from block_memory import cases, live_bytes, recorded, replay
 
-del sys.path[0]
-
 from skyrun.kernels import device
 from skyrun.presets import memory
 from skyrun.presets.cards import CARDS
 from skyrun.tasks import TASKS
+
+del sys.path[0]
 
 
 @pytest.fixture(scope="module")
