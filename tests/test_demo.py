@@ -11,12 +11,13 @@ from PIL import Image
 from skyrun.cli.main import main
 from skyrun.demo.words import COLOURS, MOTIONS, SCENES, SHAPES, Topic, known_in, known_words, pictured
 from skyrun.demo.world import sentence
-from skyrun.errors import BAD_INPUT
+from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.hub.built_in import CHECKPOINT, is_converted
 from skyrun.hub.local import model_path, wanted_name, whole_folder
 from skyrun.hub.manifest import Manifest
 from skyrun.kernels.gguf_file import open_gguf
-from skyrun.planning.own_clips import read_own_clips
+from skyrun.planning.own_clips import OwnClips, read_own_clips
+from skyrun.planning.request import Request
 
 PROMPT = "a blue ball spins on white"
 
@@ -75,10 +76,10 @@ def test_outputs_have_the_usual_names_and_a_scene_is_a_second_reference(tmp_path
 def test_pixels_are_shown_as_squares(demo):
     assert {path.name for path in demo.iterdir()} == {"a.mp4", "a.png", "a.reference-1.png"}
     shown = frames(demo / "a.mp4")
-    assert shown.shape == (17, 256, 256, 3)
-    blocks = shown.reshape(17, 64, 4, 64, 4, 3).astype(int)
+    assert shown.shape == (17, 240, 240, 3)
+    blocks = shown.reshape(17, 48, 5, 48, 5, 3).astype(int)
     assert np.abs(blocks - blocks[:, :, 1:2, :, 1:2]).mean() < 4, "but for what H.264 loses"
-    assert Image.open(demo / "a.reference-1.png").size == (64, 64)
+    assert Image.open(demo / "a.reference-1.png").size == (48, 48)
 
 
 def test_the_same_demo_is_there_already_and_another_needs_another_name(demo, capsys):
@@ -105,7 +106,7 @@ def test_a_drawn_reference_replaces_no_file_of_the_user(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--size", "96x96"], "makes 64x64, 48x48, 48x80"),
+        (["--size", "96x96"], "makes 48x48 (height x width)"),
         (["--size", "50x60"], "not on the grid"),
         (["--size", "large"], "is not HxW"),
         (["--image", "none.png"], "none.png does not exist"),
@@ -120,8 +121,8 @@ def test_wrong_inputs_of_the_demo_leave_nothing(arguments, said, tmp_path, monke
 
 
 def test_own_pictures_and_sizes(demo):
-    assert main(["demo", "-p", PROMPT, "--image", "a.reference-1.png", "--size", "48x80", "-o", "b.mp4"]) == 0
-    assert frames(demo / "b.mp4").shape == (17, 192, 320, 3)
+    assert main(["demo", "-p", PROMPT, "--image", "a.reference-1.png", "--size", "48x48", "-o", "b.mp4"]) == 0
+    assert frames(demo / "b.mp4").shape == (17, 240, 240, 3)
     assert not (demo / "b.reference-1.png").exists()
 
 
@@ -168,19 +169,47 @@ def test_the_built_in_model_is_a_model_like_any_other(demo, capsys):
 
     run = ["run", "r2v", "--model", "demo", "-p", PROMPT, "--image", "a.reference-1.png"]
     plan = said(*run, "--dry-run")
-    assert (plan["size"], plan["frames"]) == ([64, 64], 17)
-    assert said(*run, "--dry-run", "--size", "48x80", "--frames", "33")["frames"] == 33
+    assert (plan["size"], plan["frames"]) == ([48, 48], 17)
     assert said("plan", "r2v", "--model", "demo")["frames"] == 17
     assert said("plan", "r2v", "--model", "demo", "--gpu", "RTX 3060")["frames"] == 17
-    assert said("info", "demo")["metadata"]["skyrun.clip_sizes"] == "64x64 48x48 48x80"
+    assert said("info", "demo")["metadata"]["skyrun.clip_sizes"] == "48x48"
     assert main([*run, "--frames", "37"]) == BAD_INPUT
-    assert "makes 9 to 33" in capsys.readouterr().err
+    assert "37 frames, it makes 17" in capsys.readouterr().err
     assert main(["plan", "r2v", "--model", "demo", "--seconds", "5"]) == BAD_INPUT
     calibrate = ["calibrate", "--model", "demo:Q8_0", "-o", "i.gguf", "--image", "a.reference-1.png"]
     (demo / "p.txt").write_text(PROMPT)
     assert main([*calibrate, "--prompts", "p.txt", "--steps", "2"]) == 0
     assert main(["pull", "demo"]) == BAD_INPUT
     assert "nothing to fetch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "height", "width", "size", "frames"),
+    [
+        ({}, 100, 100, (64, 64), 17),
+        ({}, 90, 160, (48, 80), 17),
+        ({"size": "48x48"}, 90, 160, (48, 48), 17),
+        ({"frames": 33}, 1, 1, (64, 64), 33),
+        ({"seconds": 1}, 1, 1, (64, 64), 25),
+    ],
+)
+def test_a_model_with_sizes_of_its_own_chooses_among_them(asked, height, width, size, frames):
+    own = OwnClips(((64, 64), (48, 48), (48, 80)), 9, 33, 17, 4)
+    request = own.fitted(Request("r2v", PROMPT, **asked), height, width)
+    assert (request.size, request.frame_count) == (size, frames)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"size": "96x96"}, "no clips of 96x96, it makes 64x64, 48x80"),
+        ({"frames": 5}, "no clips of 5 frames, it makes 9 to 33"),
+        ({"seconds": 5}, "no clips of 121 frames"),
+    ],
+)
+def test_other_sizes_than_those_of_the_model_are_refused(asked, said):
+    with pytest.raises(SkyrunError, match=said):
+        OwnClips(((64, 64), (48, 80)), 9, 33, 17, 4).fitted(Request("r2v", PROMPT, **asked), 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class OwnClips:
             asked, known = _name(size), ", ".join(map(_name, self.sizes))
             problems.append(f"this model makes no clips of {asked}, it makes {known} (height x width)")
         if not self.least <= frames <= self.most:
-            problems.append(f"this model makes no clips of {frames} frames, it makes {self.least} to {self.most}")
+            known = f"{self.least} to {self.most}" if self.least < self.most else str(self.most)
+            problems.append(f"this model makes no clips of {frames} frames, it makes {known}")
         if problems:
             raise SkyrunError.listing("this cannot be run", problems, "leave out --size, --frames and --seconds")
         return replace(request, size=size, frames=frames, seconds=None)
