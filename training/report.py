@@ -77,7 +77,8 @@ def _made(
         references.append(F.pad(latents.normalised(mean), (0, 0, 0, 0, 0, 4 - mean.shape[1])))
     after = torch.stack(references)
     start = torch.randn(len(clips), 16, len(_TIMES), *after.shape[3:], generator=noise)
-    made = sample(dit, encoder, [clip.prompt for clip in clips], after, start, unigram().tokenizer())
+    with torch.compiler.set_stance("force_eager"):  # what was compiled for training gives NaN without gradients
+        made = sample(dit, encoder, [clip.prompt for clip in clips], after, start, unigram().tokenizer())
     raw = made * latents.std.view(-1, 1, 1, 1) + latents.mean.view(-1, 1, 1, 1)
     frames = coder.decode(raw.transpose(1, 2).flatten(0, 1), len(_TIMES)).clamp(-1, 1)
     return list((frames.permute(0, 2, 3, 1).unflatten(0, (-1, FRAMES)) / 2 + 0.5).numpy())

@@ -38,7 +38,7 @@ class Recipe:
     latents: int = 6000
     denoising: int = 4500
     clips: int = 800
-    judged: int = 108
+    judged: int = 72
     save_every: int = 100
     threads: int = 2
     compiled: bool = True

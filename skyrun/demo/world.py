@@ -32,13 +32,16 @@ def sentence(topic: Topic, draw: Generator) -> str:
 
 def tint(colour: str, draw: Generator) -> Picture:
     """The colour [3], a little different each time."""
-    return np.clip(np.asarray(COLOURS[colour]) + draw.uniform(-12, 12, 3), 0, 255).astype(np.float32) / 255
+    shade: Picture = np.clip(np.asarray(COLOURS[colour]) + draw.uniform(-12, 12, 3), 0, 255).astype(np.float32)
+    return shade / np.float32(255)
 
 
 def sprite_picture(shape: str, colour: ArrayLike, size: Size) -> Picture:
     """The first reference: the sprite at rest, in the middle of a white picture."""
     rows, columns = size
-    return composed(shape, colour, np.ones((*size, 3), np.float32), [columns / 2], [rows / 2], [RADIUS], [0])[0]
+    white = np.ones((*size, 3), np.float32)
+    picture: Picture = composed(shape, colour, white, [columns / 2], [rows / 2], [RADIUS], [0])[0]
+    return picture
 
 
 def composed(
@@ -46,7 +49,8 @@ def composed(
 ) -> Picture:
     """Frames [T, H, W, 3] of the sprite before the scene [H, W, 3]; place, radius and angle [T] each."""
     shown, cover = _sprite(shape, colour, scene.shape[:2], x, y, r, angle)
-    return (shown * cover + scene * (1 - cover)).astype(np.float32)
+    frames: Picture = (shown * cover + scene * (1 - cover)).astype(np.float32)
+    return frames
 
 
 def scene_picture(scene: str, size: Size, draw: Generator) -> Picture:
@@ -77,7 +81,8 @@ def scene_picture(scene: str, size: Size, draw: Generator) -> Picture:
         moon = np.hypot(x - draw.uniform(0.15, 0.85) * columns, y - draw.uniform(0.13, 0.2) * rows)
         sky = _fade(sky, shade((240, 235, 205), 5), _inside(moon - 0.08 * min(size)))
         ground = _fade(shade((60, 70, 100), 8), shade((45, 50, 75), 8), below)
-    return _fade(ground, sky, _inside(y - horizon)).astype(np.float32)
+    picture: Picture = _fade(ground, sky, _inside(y - horizon)).astype(np.float32)
+    return picture
 
 
 def _grid(size: Size) -> tuple[Picture, Picture]:
