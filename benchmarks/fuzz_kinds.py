@@ -285,7 +285,7 @@ class Samples:
         state = RunState({name: torch.rand(2, 8) for name in TASKS["r2v"].encoded})
         state.finish_step(sampler.step(torch.rand(16, 2, 4, 6), latents), sampler)
         path, files = state_path(request.output), choose_model(open_folder(self._model), TASKS["r2v"]).files
-        save_state(path, state, Origin(request, model_identity(files), "cpu", "float32", "exact"))
+        save_state(path, state, Origin(request, model_identity(files), "cpu", "float32", "exact", "exact"))
         return [Sample(path, path.read_bytes(), either(mutated, safetensors_file, _resealed, _resealed))]
 
     def _window(self) -> list[Sample]:

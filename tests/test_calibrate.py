@@ -64,7 +64,7 @@ class Recorder:
 
     def __init__(self, weights, seen):
         self._weights, self._seen = weights, seen
-        self.dense, self.rotated, self.fast = weights.dense, weights.rotated, weights.fast
+        self.dense, self.rotated, self.attention = weights.dense, weights.rotated, weights.attention
 
     def linear(self, name, x, *rest, **sum_up):
         self._seen.setdefault(name, []).append(x.clone())
