@@ -12,7 +12,9 @@ from skyrun.cli.main import main
 from skyrun.demo.words import COLOURS, MOTIONS, SCENES, SHAPES, Topic, known_in, known_words, pictured
 from skyrun.demo.world import sentence
 from skyrun.errors import BAD_INPUT
+from skyrun.hub.built_in import CHECKPOINT, is_converted
 from skyrun.hub.local import model_path, wanted_name, whole_folder
+from skyrun.hub.manifest import Manifest
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.planning.own_clips import read_own_clips
 
@@ -47,6 +49,27 @@ def test_a_prompt_of_unknown_words_is_refused_with_the_known_ones(prompt, tmp_pa
     assert main(["demo", "-p", prompt]) == BAD_INPUT
     assert {*COLOURS, *SHAPES} <= set(capsys.readouterr().err.replace(",", " ").replace(";", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_every_word_and_the_sizes_of_the_checkpoint(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    said = set(capsys.readouterr().out.replace(",", " ").replace(";", " ").replace(".", " ").split())
+    sizes = json.loads((CHECKPOINT / "transformer" / "config.json").read_text())["clip_sizes"]
+    motions = {word for phrases in MOTIONS.values() for word in phrases[0].split()}
+    assert {*COLOURS, *SHAPES, *SCENES, *motions, *sizes} <= said
+
+
+def test_outputs_have_the_usual_names_and_a_scene_is_a_second_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--size", "48x48"]) == 0
+    pictures = {f"skyrun-demo.{part}png" for part in ("", "reference-1.", "reference-2.")}
+    assert {path.name for path in tmp_path.iterdir()} == {"skyrun-demo.mp4", *pictures}
+    sprite, scene = (np.asarray(Image.open(f"skyrun-demo.reference-{number}.png")) for number in (1, 2))
+    assert sprite.shape == scene.shape == (48, 48, 3)
+    assert (sprite[0] == 255).all() and (scene != 255).any(-1).all()
+    red, green, blue = sprite[24, 24].astype(int)
+    assert red > max(green, blue) + 100
 
 
 def test_pixels_are_shown_as_squares(demo):
@@ -115,6 +138,21 @@ def test_the_built_in_model_is_converted_once(text, type):
     assert set(written) == {path.name for path in whole_folder(wanted_name(text, "r2v", None)).glob("*.*[fs]")}
 
 
+def test_a_model_of_another_checkpoint_is_converted_again():
+    name = wanted_name("demo", "r2v", None)
+    folder = whole_folder(name)
+    (transformer,) = folder.glob("SkyReels*")
+    written = transformer.read_bytes()
+    manifest = Manifest.read(folder)
+    manifest.commits = {"demo": "0" * 40}
+    manifest.write(folder)
+    transformer.write_bytes(b"of another checkpoint")
+    assert not is_converted(name)
+    assert whole_folder(name) == folder
+    assert is_converted(name)
+    assert transformer.read_bytes() == written
+
+
 def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
@@ -133,6 +171,7 @@ def test_the_built_in_model_is_a_model_like_any_other(demo, capsys):
     assert (plan["size"], plan["frames"]) == ([64, 64], 17)
     assert said(*run, "--dry-run", "--size", "48x80", "--frames", "33")["frames"] == 33
     assert said("plan", "r2v", "--model", "demo")["frames"] == 17
+    assert said("plan", "r2v", "--model", "demo", "--gpu", "RTX 3060")["frames"] == 17
     assert said("info", "demo")["metadata"]["skyrun.clip_sizes"] == "64x64 48x48 48x80"
     assert main([*run, "--frames", "37"]) == BAD_INPUT
     assert "makes 9 to 33" in capsys.readouterr().err

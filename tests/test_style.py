@@ -61,6 +61,14 @@ def test_every_package_is_in_the_wheel():
     assert set(listed) == named
 
 
+def test_the_checkpoint_of_the_demo_is_in_the_wheel():
+    room = ROOT / "skyrun" / "demo"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["skyrun.demo"]
+    files = {path for path in (room / "checkpoint").rglob("*") if path.is_file()}
+    assert files == {path for pattern in patterns for path in room.glob(pattern) if path.is_file()}
+    assert 0 < sum(path.stat().st_size for path in files) <= 9e6
+
+
 def tool(*command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

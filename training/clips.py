@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 
@@ -14,8 +15,9 @@ from skyrun.demo.world import RADIUS, Picture, Size, composed, scene_picture, se
 from skyrun.tasks.windows import FRAMES_PER_LATENT
 
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
-FRAMES = (9, 13, 17, 21, 25, 29, 33)
-PLACES = (-1, 0, 1)  # that a prompt leaves open: latents (8 pixels) from the middle, to the right and down
+SIZE, FRAMES = SIZES[0], 17  # of the clips that the transformer is trained on
+PLACES = (-1, 0, 1)  # that a prompt leaves open: tokens (16 pixels) from the middle, across the motion
+SHARES = (0.2, 0.6, 0.2)  # of clips at each of them
 _FAR = 2  # latents from the middle, where motions begin and end
 _PIXELS = 8  # of a latent
 _PICTURE_RADIUS = (
@@ -48,46 +50,49 @@ class Clip:
     frames: Picture
 
 
-def draw_clip(topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1) -> Clip:
-    """A clip of the topic; of its frames only each `step`-th is drawn."""
+def draw_clip(
+    topic: Topic, size: Size, frames: int, draw: Generator, step: int = 1, shares: Sequence[float] = SHARES
+) -> Clip:
+    """A clip of the topic at a place that is drawn with these shares; of its frames only each `step`-th is drawn."""
     colour, scene = tint(topic.colour, draw), scene_picture(topic.scene, size, draw)
-    place = path(topic.motion, size, frames, *(PLACES[draw.integers(len(PLACES))] for _ in range(2)))
+    place = path(topic.motion, size, frames, int(draw.choice(PLACES, p=shares)))
     references = [sprite_picture(topic.shape, colour, size)] + ([] if topic.scene == "white" else [scene])
     shown = composed(topic.shape, colour, scene, *place[:, ::step])
     return Clip(topic, sentence(topic, draw), references, shown)
 
 
-def path(motion: str, size: Size, frames: int, right: int, down: int) -> Floats:
-    """x, y, radius and angle of the sprite in every frame, [4, frames]. A longer clip begins as a shorter one.
+def path(motion: str, size: Size, frames: int, place: int) -> Floats:
+    """x, y, radius and angle of the sprite in every frame, [4, frames]. A longer clip ends as a shorter one.
 
-    In the frames that are a latent frame's last the sprite is whole latents away from the middle, so that its latents
-    are those of the reference, moved.
+    The model learns where a frame is by its distance in time from the references, which follow the last frame; so
+    everything here is counted from the end. In the frames that are a latent frame's last the sprite is whole latents
+    away from the middle, so that its latents are those of the reference, moved.
 
     Args:
         motion: one of MOTIONS.
         size: of the picture.
         frames: how many.
-        right: one of PLACES, where the sprite is as far as the motion leaves that open.
-        down: as `right`.
+        place: one of PLACES: how far below the middle a sprite moves to the side, and how far to the right of it any
+            other is.
     """
     rows, columns = size
-    time = np.arange(frames) / FRAMES_PER_LATENT
-    gone = np.minimum(time, 2 * _FAR)  # latents, after which it rests
-    x, y = np.full(frames, float(right)), np.full(frames, float(down))
+    left = np.arange(frames - 1, -1, -1) / FRAMES_PER_LATENT  # latents until the end
+    gone = np.maximum(2 * _FAR - left, 0)  # latents from the start; before that it rests
+    x, y = np.full(frames, 2.0 * place), np.zeros(frames)
     r, angle = np.full(frames, RADIUS), np.zeros(frames)
     if motion in ("right", "left"):
-        x = (gone - _FAR) if motion == "right" else (_FAR - gone)
+        x, y = ((gone - _FAR) if motion == "right" else (_FAR - gone)), x
     elif motion in ("down", "up"):
         y = (gone - _FAR) if motion == "down" else (_FAR - gone)
     elif motion == "bounce":
-        share = time / (2 * _FAR) % 1
+        share = left / (2 * _FAR) % 1
         y = _FAR - 8 * _FAR * share * (1 - share)
     elif motion == "grow":
-        r = RADIUS * (0.55 + 0.2 * gone)
+        r = RADIUS * (0.5 + 0.2 * gone)
     elif motion == "shrink":
-        r = RADIUS * (1.35 - 0.2 * gone)
+        r = RADIUS * (1.3 - 0.2 * gone)
     elif motion == "spin":
-        angle = math.pi / 4 * time
+        angle = -math.pi / 4 * left
     return np.stack((columns / 2 + _PIXELS * x, rows / 2 + _PIXELS * y, r, angle)).astype(np.float32)
 
 

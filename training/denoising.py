@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -12,13 +11,14 @@ from skyrun.pipelines.samplers import UniPC
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 from training import transformer
-from training.latents import Bucket, Latents
+from training.latents import Clips, Latents
 from training.muon import Optimizer
 from training.stage import Losses, Random, Stage, Weights
 from training.text import encode_text, token_ids, unigram
 from training.transformer import velocity
 
-_TOKENS = 2400  # of a step's batch, about
+_TOKENS = 1200  # of a step's batch, about
+_EASY = 0.2  # share of the steps that only see easy clips
 _LARGEST_SIGMA = 0.999
 _BINS = (0.6, 0.85, 0.95)  # the loss is reported for sigmas below and above each
 
@@ -26,13 +26,12 @@ _BINS = (0.6, 0.85, 0.95)  # the loss is reported for sigmas below and above eac
 def denoising_stage(dit: Weights, encoder: Weights, latents: Latents, steps: int) -> Stage:
     """Train to predict noise - clip from (1 - sigma) clip + sigma noise, a prompt and references."""
     tokenizer = unigram().tokenizer()
-    sizes = np.array([len(bucket.prompts) for bucket in latents.buckets], np.float64)
 
     def loss(step: int, random: Random) -> tuple[Tensor, Losses]:
-        bucket = latents.buckets[random.draw.choice(len(sizes), p=sizes / sizes.sum())]
-        picked = random.draw.integers(len(bucket.prompts), size=_batch(bucket))
-        prompts = [bucket.prompts[index] for index in picked]
-        clean, after = _pictures(bucket, torch.from_numpy(picked), latents, random)
+        clips = latents.easy if step < steps * _EASY else latents.all
+        picked = random.draw.integers(len(clips.prompts), size=_batch(clips))
+        prompts = [clips.prompts[index] for index in picked]
+        clean, after = _pictures(clips, torch.from_numpy(picked), latents, random)
         sigma = _sigmas(len(picked), random)
         noise, share = random.normal(clean), sigma.view(-1, 1, 1, 1, 1)
         noisy = torch.cat(((1 - share) * clean + share * noise, after), 2)
@@ -63,19 +62,19 @@ def sample(
     return latents
 
 
-def _batch(bucket: Bucket) -> int:
-    frames, height, width = bucket.frames.shape[2:]
+def _batch(clips: Clips) -> int:
+    frames, height, width = clips.frames.shape[2:]
     return round(_TOKENS / ((frames + MAX_REFERENCES) * height * width / 4))
 
 
-def _pictures(bucket: Bucket, picked: Tensor, latents: Latents, random: Random) -> tuple[Tensor, Tensor]:
+def _pictures(clips: Clips, picked: Tensor, latents: Latents, random: Random) -> tuple[Tensor, Tensor]:
     """The picked clips, and samples of their references followed by zeros for those that are missing."""
-    mean, std = bucket.references[picked].float().unbind(1)
+    mean, std = clips.references[picked].float().unbind(1)
     references = latents.normalised(mean + std * random.normal(mean))
-    there = torch.arange(references.shape[2]) < bucket.counts[picked, None]
+    there = torch.arange(references.shape[2]) < clips.counts[picked, None]
     references = references * there[:, None, :, None, None]
     missing = MAX_REFERENCES - references.shape[2]
-    return latents.normalised(bucket.frames[picked].float()), F.pad(references, (0, 0, 0, 0, 0, missing))
+    return latents.normalised(clips.frames[picked].float()), F.pad(references, (0, 0, 0, 0, 0, missing))
 
 
 def _sigmas(count: int, random: Random) -> Tensor:

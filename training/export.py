@@ -11,6 +11,7 @@ from skyrun.kernels.atomic import replacing
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tasks import TASKS
 from training import autoencoder, text, transformer
+from training.clips import FRAMES, SIZE
 from training.latents import Latents
 from training.stage import Weights
 
@@ -46,11 +47,11 @@ _TRANSFORMER = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
-    "clip_sizes": ["64x64", "48x48", "48x80"],  # height x width, the usual size first
-    "least_frames": 9,
-    "most_frames": 33,
-    "usual_frames": 17,
-    "shown_scale": 4,  # so large is a pixel in the mp4
+    "clip_sizes": ["{}x{}".format(*SIZE)],
+    "least_frames": FRAMES,
+    "most_frames": FRAMES,
+    "usual_frames": FRAMES,
+    "shown_scale": 5,  # so large is a pixel in the mp4
 }
 _TEXT_ENCODER = {
     "architectures": ["UMT5EncoderModel"],

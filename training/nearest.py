@@ -31,14 +31,11 @@ def _nearest_of(
     frames: Picture, scene: Picture, motion: str, times: Sequence[int], length: int
 ) -> tuple[float, str, str, str]:
     """Error, colour, shape and motion of the nearest clip with that motion."""
-    across, along = motion not in ("right", "left"), motion not in ("up", "down", "bounce")
-    places = product(PLACES if across else (0,), PLACES if along else (0,))
+    paths = [path(motion, scene.shape[:2], length, place)[:, list(times)] for place in PLACES]
     return min(
         (error, colour, shape, motion)
-        for (right, down), shape in product(places, SHAPES)
-        for error, colour in _errors(
-            frames, scene, shape, path(motion, scene.shape[:2], length, right, down)[:, list(times)]
-        )
+        for place, shape in product(paths, SHAPES)
+        for error, colour in _errors(frames, scene, shape, place)
     )
 
 

@@ -1,5 +1,6 @@
 """Judges the trained weights on fresh clips, and writes report.json and sheets of pictures."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,15 +16,15 @@ from skyrun.demo.world import Picture
 from skyrun.kernels.atomic import replacing
 from training.autoencoder import Autoencoder
 from training.autoencoder_stages import as_tensor
-from training.clips import HELD_OUT, SIZES, TRAINED, Clip, draw_clip
+from training.clips import FRAMES, HELD_OUT, SIZE, TRAINED, Clip, draw_clip
 from training.denoising import sample
 from training.latents import Latents
 from training.nearest import nearest
 from training.stage import Weights, random_of
 from training.text import unigram
 
-_FRAMES = 17
-_TIMES = range(0, _FRAMES, 4)  # the frames that are a latent frame's last
+REPORT = "report.json"
+_TIMES = range(0, FRAMES, 4)  # the frames that are a latent frame's last
 _SHOWN = 8  # rows of a sheet
 _MISSING = 0.5  # grey in place of a second reference
 
@@ -42,16 +43,26 @@ def write_report(
     for name, topics in (("trained", TRAINED), ("held_out", tuple(sorted(HELD_OUT, key=str)))):
         random = random_of(1, name, 0)
         picked = [topics[random.draw.integers(len(topics))] for _ in range(count)]
-        found: list[tuple[Clip, Picture]] = []
-        for number, size in enumerate(SIZES):
-            clips = [draw_clip(topic, size, _FRAMES, random.draw) for topic in picked[number :: len(SIZES)]]
-            found += zip(clips, _made(clips, dit, encoder, vae, latents, random.noise), strict=True)
+        clips = [draw_clip(topic, SIZE, FRAMES, random.draw) for topic in picked]
+        found = list(zip(clips, _made(clips, dit, encoder, vae, latents, random.noise), strict=True))
         judged[name] = _judged(found)
-        _write_sheet(folder / f"{name}.png", [pair for pair in found if pair[0].frames.shape[1:3] == SIZES[1]][:_SHOWN])
+        _write_sheet(folder / f"{name}.png", found[:_SHOWN])
         print(f"{name}: {judged[name]}", flush=True)
-    report = {"torch": torch.__version__, "numpy": np.__version__, "stages": stages, "judged": judged}
-    with replacing(folder / "report.json") as partial:
+    report = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "files": digests(folder / "checkpoint"),
+        "stages": stages,
+        "judged": judged,
+    }
+    with replacing(folder / "checkpoint" / REPORT) as partial:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint by its name there, but for the report that is put beside them."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != REPORT]
+    return {path.relative_to(checkpoint).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @torch.no_grad()
@@ -69,7 +80,7 @@ def _made(
     made = sample(dit, encoder, [clip.prompt for clip in clips], after, start, unigram().tokenizer())
     raw = made * latents.std.view(-1, 1, 1, 1) + latents.mean.view(-1, 1, 1, 1)
     frames = coder.decode(raw.transpose(1, 2).flatten(0, 1), len(_TIMES)).clamp(-1, 1)
-    return list((frames.permute(0, 2, 3, 1).unflatten(0, (-1, _FRAMES)) / 2 + 0.5).numpy())
+    return list((frames.permute(0, 2, 3, 1).unflatten(0, (-1, FRAMES)) / 2 + 0.5).numpy())
 
 
 def _judged(pairs: Sequence[tuple[Clip, Picture]]) -> dict[str, Any]:
@@ -77,7 +88,7 @@ def _judged(pairs: Sequence[tuple[Clip, Picture]]) -> dict[str, Any]:
     wrong, right = [], {"motion": 0, "shape": 0, "colour": 0, "all": 0}
     for clip, frames in pairs:
         scene = clip.references[1] if len(clip.references) > 1 else np.ones_like(clip.references[0])
-        found = nearest(frames[list(_TIMES)], scene, clip.topic.scene, list(_TIMES), _FRAMES)
+        found = nearest(frames[list(_TIMES)], scene, clip.topic.scene, list(_TIMES), FRAMES)
         for name in ("motion", "shape", "colour"):
             right[name] += getattr(found, name) == getattr(clip.topic, name)
         right["all"] += found == clip.topic

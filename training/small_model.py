@@ -1,7 +1,7 @@
 """Train the small model that skyrun carries: `python -m training.small_model -o DIR`.
 
 Stages follow one another; each saves its state, so that the command goes on where it stopped. The checkpoint is
-written to DIR/checkpoint, the report with its sheets to DIR/report.json and DIR/*.png.
+written to DIR/checkpoint with report.json beside its folders, sheets of pictures to DIR.
 """
 
 import argparse
@@ -18,40 +18,46 @@ from training.autoencoder import new_autoencoder
 from training.autoencoder_stages import clips_stage, pictures_stage
 from training.denoising import compile_blocks, denoising_stage
 from training.export import write_checkpoint
-from training.latents import Bucket, Latents, draw_latents
+from training.latents import Clips, Latents, draw_latents
 from training.report import write_report
 from training.stage import Weights, run_stage
 from training.text import new_text_encoder
 from training.transformer import new_transformer
 
-_THREADS = 2  # a sum's order depends on their number
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long each stage is. compiled: whether the transformer's block is compiled, which takes a minute."""
+    """How long each stage is.
+
+    judged: how many clips of each kind the report is about. save_every: after how many steps a stage saves its state.
+    threads: of torch, on which the order of sums depends. compiled: whether the transformer's block is compiled, which
+    takes a minute.
+    """
 
     pictures: int = 5000
-    latents: int = 8000
-    denoising: int = 6500
-    clips: int = 1600
-    judged: int = 144
+    latents: int = 6000
+    denoising: int = 4500
+    clips: int = 800
+    judged: int = 108
+    save_every: int = 100
+    threads: int = 2
     compiled: bool = True
 
 
 def train(folder: Path, recipe: Recipe, seed: int = 0) -> None:
     """Train all parts and write the checkpoint and its report. Goes on from the states that the folder has."""
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(recipe.threads)
     folder.mkdir(parents=True, exist_ok=True)
     report: list[dict[str, Any]] = []
     vae = new_autoencoder(seed)
-    run_stage(pictures_stage(vae, recipe.pictures), folder, seed, report)
+    run_stage(pictures_stage(vae, recipe.pictures), folder, seed, report, recipe.save_every)
     latents = _latents(folder / "latents.pt", vae, recipe.latents, seed)
     dit, encoder = new_transformer(seed + 1), new_text_encoder(seed + 2)
     if recipe.compiled:
         compile_blocks(dit, encoder)
-    run_stage(denoising_stage(dit, encoder, latents, recipe.denoising), folder, seed, report)
-    run_stage(clips_stage(vae, recipe.clips), folder, seed, report)
+    stage = denoising_stage(dit, encoder, latents, recipe.denoising)
+    run_stage(stage, folder, seed, report, recipe.save_every)
+    run_stage(clips_stage(vae, recipe.clips), folder, seed, report, recipe.save_every)
     write_checkpoint(folder / "checkpoint", dit, encoder, vae, latents)
     write_report(folder, dit, encoder, vae, latents, recipe.judged, report)
 
@@ -64,7 +70,7 @@ def _latents(path: Path, vae: Weights, count: int, seed: int) -> Latents:
         with replacing(path) as partial:
             torch.save(drawn, partial)
         print(f"latents: {count} clips, {time.monotonic() - started:.0f} s", flush=True)
-    with torch.serialization.safe_globals([Latents, Bucket]):
+    with torch.serialization.safe_globals([Latents, Clips]):
         loaded: Latents = torch.load(path, weights_only=True)
     return loaded
 

@@ -61,7 +61,7 @@ def random_of(seed: int, name: str, step: int) -> Random:
     return Random(np.random.default_rng(words[0]), torch.Generator().manual_seed(int(words[1])))
 
 
-def run_stage(stage: Stage, folder: Path, seed: int, report: list[dict[str, Any]], save_every: int = 100) -> None:
+def run_stage(stage: Stage, folder: Path, seed: int, report: list[dict[str, Any]], save_every: int) -> None:
     """Train the stage's weights in place, going on from the state in the folder if there is one.
 
     Every `save_every` steps the state is saved to `NAME.state.pt`, with what the report says of the stage.

@@ -16,6 +16,7 @@ DIM, LAYERS, FFN, FREQUENCIES, CHANNELS = 256, 4, 256, 256, 16
 _HEADS = DIM // HEAD_DIM
 _PATCH = 4 * CHANNELS
 _EPS = 1e-6
+_SHARPNESS = 1.5  # of the norms of queries and keys at the start, so that attention tells neighbours apart sooner
 
 
 def new_transformer(seed: int) -> Weights:
@@ -39,13 +40,19 @@ def new_transformer(seed: int) -> Weights:
         if len(shape) == 2:
             weight.normal_(std=shape[1] ** -0.5, generator=generator)
         elif name.endswith("weight") and len(shape) == 1:
-            weight.fill_(1)
+            weight.fill_(_SHARPNESS if "attn1" in name else 1)
         if name.endswith(("to_out.0.weight", "ffn.net.2.weight")):
             weight *= 0.3
         if name.startswith("blocks") and name.endswith("scale_shift_table"):
             weight[:, (2, 5)] = 1  # the gates
         weights[name] = weight
     weights["condition_embedder.time_proj.weight"] *= 0.2
+    for layer in range(LAYERS):
+        # The 500 rows after a prompt are equal. Queries turn away from them at the start, so that its words are heard:
+        # the norm makes their keys, which are the bias alone, as long as any other.
+        away = torch.randn(DIM, generator=generator).sign()
+        weights[f"blocks.{layer}.attn2.to_q.bias"] += away
+        weights[f"blocks.{layer}.attn2.to_k.bias"] -= 0.01 * away
     turn = torch.linalg.qr(torch.randn(DIM, _PATCH, generator=generator)).Q
     size = math.sqrt(DIM / _PATCH)  # so that embedded values have a deviation of 1
     weights["patch_embedding.weight"] = (size * turn).view(DIM, CHANNELS, 1, 2, 2)

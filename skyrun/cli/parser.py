@@ -259,8 +259,8 @@ def _add_demo(commands: Commands) -> None:
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels: 64x64, 48x48 or 48x80 (64x64)")
     output = parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo.mp4"), metavar="OUT.mp4")
     output.help = "the clip (skyrun-demo.mp4); its contact sheet and drawn images are put beside it"
-    _add_pictures(parser)
     _add_overwrite(parser)
+    parser.set_defaults(sheet=True, preview=None, dry_run=False)  # it is a run
 
 
 def _add_pull(commands: Commands) -> None:

@@ -28,7 +28,8 @@ def _commands(of: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 def _section(command: argparse.ArgumentParser) -> str:
     rows = [_row(action) for group in command._action_groups for action in group._group_actions]
     lines = [f"## {command.prog}", "", f"{_sentence(command.description or '')}", "", "| option | what it does |"]
-    return "\n".join([*lines, "| --- | --- |", *(row for row in rows if row), ""])
+    end = [command.epilog, ""] if command.epilog else []
+    return "\n".join([*lines, "| --- | --- |", *(row for row in rows if row), "", *end])
 
 
 def _row(action: argparse.Action) -> str:

@@ -53,7 +53,7 @@ def scene_picture(scene: str, size: Size, draw: Generator) -> Picture:
     """The second reference: a scene whose shades, horizon and waves are drawn at random."""
     rows, columns = size
     y, x = _grid(size)
-    horizon = rows * draw.uniform(0.5, 0.68)
+    horizon: Any = rows * draw.uniform(0.5, 0.68)
     above, below = y / horizon, (y - horizon) / (rows - horizon)
 
     def shade(colour: tuple[int, int, int], width: float = 14) -> Any:
@@ -100,21 +100,21 @@ def _sprite(
     shape: str, colour: ArrayLike, size: Size, x: ArrayLike, y: ArrayLike, r: ArrayLike, angle: ArrayLike
 ) -> tuple[Any, Any]:
     """Colours [T, H, W, 3] and cover [T, H, W, 1] of a sprite with a darker rim."""
-    x, y, r, angle = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (x, y, r, angle))
+    right, down, radius, turn = (np.asarray(value, np.float32).reshape(-1, 1, 1) for value in (x, y, r, angle))
     rows, columns = _grid(size)
-    dx, dy = (columns - x) / r, (rows - y) / r
-    u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    dx, dy = (columns - right) / radius, (rows - down) / radius
+    u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     edge = _edge(shape, u, v)
     paint = np.asarray(colour, np.float32)
-    shown = _fade(0.45 * paint, paint, _inside((edge + 0.16) * r))
+    shown = _fade(0.45 * paint, paint, _inside((edge + 0.16) * radius))
     if shape == "ball":
-        shown = _fade(shown, 0.25 * paint + 0.75, _inside((np.hypot(u + 0.35, v + 0.38) - 0.25) * r))
+        shown = _fade(shown, 0.25 * paint + 0.75, _inside((np.hypot(u + 0.35, v + 0.38) - 0.25) * radius))
     if shape == "face":
         for side in (-0.38, 0.38):
-            shown = _fade(shown, 0.06 * np.ones(3), _inside((np.hypot(u - side, v + 0.26) - 0.19) * r))
-        smile = _inside((np.abs(np.hypot(u, v - 0.02) - 0.56) - 0.12) * r) * _inside((0.2 - v) * r)
+            shown = _fade(shown, 0.06 * np.ones(3), _inside((np.hypot(u - side, v + 0.26) - 0.19) * radius))
+        smile = _inside((np.abs(np.hypot(u, v - 0.02) - 0.56) - 0.12) * radius) * _inside((0.2 - v) * radius)
         shown = _fade(shown, 0.06 * np.ones(3), smile)
-    return shown, _inside(edge * r)[..., None]
+    return shown, _inside(edge * radius)[..., None]
 
 
 def _edge(shape: str, u: Any, v: Any) -> Any:

@@ -14,23 +14,25 @@ CHECKPOINT = Path(skyrun.demo.__file__).parent / "checkpoint"
 def built_in_folder(name: Name) -> Path:
     """The folder of the converted model. It is converted now unless that was done before from the same checkpoint."""
     quant = name.quant or QUANT
-    folder, commits = folder_of(name, quant), {name.repo: _digest()}
-    if _is_there(folder, commits):
+    folder = folder_of(name, quant)
+    if is_converted(name):
         note_use(folder)
         return folder
     from skyrun.quant.conversion import convert  # a run with files that are there does not need the quantizer
 
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, f"another skyrun is writing {folder}"):
-        if not _is_there(folder, commits):  # another process may have written it meanwhile
+        if not is_converted(name):  # another process may have written it meanwhile
             written = [Path(file["path"]).name for file in convert(CHECKPOINT, folder, quant)["files"]]
-            Manifest(name.stem, quant, commits, {name.repo: written}, [], True, name.task).write(folder)
+            Manifest(name.stem, quant, {name.repo: _digest()}, {name.repo: written}, [], True, name.task).write(folder)
     return folder
 
 
-def _is_there(folder: Path, commits: dict[str, str]) -> bool:
+def is_converted(name: Name) -> bool:
+    """Whether the model is there, whole, converted from the checkpoint that comes with this package."""
+    folder = folder_of(name, name.quant or QUANT)
     manifest = Manifest.read(folder)
-    return manifest is not None and manifest.commits == commits and manifest.is_whole(folder)
+    return manifest is not None and manifest.commits == {name.repo: _digest()} and manifest.is_whole(folder)
 
 
 def _digest() -> str:

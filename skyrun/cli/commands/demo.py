@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from skyrun.cli.commands.run import announce, draw_sheet, make
+from skyrun.cli.commands.run import pictures_of, run_clip
 from skyrun.cli.console import emit, say
 from skyrun.demo.words import known_in, pictured, words_text
 from skyrun.demo.world import Picture, scene_picture, sprite_picture, tint
-from skyrun.engine.output import check_free, check_outputs, is_made
-from skyrun.engine.resume import continue_or_start
+from skyrun.engine.output import check_free, check_outputs
 from skyrun.errors import SkyrunError
-from skyrun.hub.built_in import QUANT, built_in_folder
+from skyrun.hub.built_in import QUANT, built_in_folder, is_converted
 from skyrun.hub.store import parse_name
 from skyrun.media.image import write_image
 from skyrun.models.folder import open_folder
@@ -47,17 +46,19 @@ def execute(arguments: Namespace) -> int:
     problems = request.type_problems() or value_problems(request)
     if problems := problems or place_problems(clip):
         raise SkyrunError.listing("the clip cannot be made", problems, "see `skyrun demo --help`")
-    say(f"1. converting the checkpoint that comes with skyrun, a small model of the same architecture, to {QUANT}")
-    model = built_in_folder(parse_name(_MODEL))
+    name = parse_name(_MODEL)
+    step = "reading what was converted before" if is_converted(name) else "converting the checkpoint"
+    say(f"1. {step}: a small model of the same architecture that comes with skyrun, as {QUANT}")
+    model = built_in_folder(name)
     request = _fitted(replace(request, model=model))
-    pictures = [clip.with_suffix(".png"), *([arguments.preview] if arguments.preview else [])]
+    pictures = pictures_of(clip, arguments)
     check_free(request, [*pictures, *drawn])
     say("2. the references, what moves and where: " + " and ".join(str(place) for place in request.images))
     for place, picture in zip(drawn, _drawn(request) if drawn else (), strict=True):
         write_image(place, Image.fromarray((picture * 255).round().astype(np.uint8)))
     check_outputs(request, pictures)
     say("3. making the clip: the weights stream from the file, block by block")
-    _run(request, arguments)
+    run_clip(request, arguments)
     say(f"done in {duration(time.perf_counter() - start)}. {clip} shows: {printable(arguments.prompt)}")
     say("The same steps run with a model of 14 billion weights. Next:")
     say('   skyrun demo -p "a blue ball bounces by the sea"     another clip; skyrun demo --help lists the words')
@@ -92,13 +93,3 @@ def _fitted(request: Request) -> Request:
     if own is None:
         raise SkyrunError(f"{transformer.path} is not the model of the demo", f"skyrun remove {_MODEL}, then try again")
     return own.fitted(request, *own.sizes[0])
-
-
-def _run(request: Request, arguments: Namespace) -> None:
-    job, state = continue_or_start(request)
-    announce(job, state, arguments.json)
-    if is_made(job.request) and not request.overwrite:
-        say(f"{request.output}: it is there already (--overwrite makes it again)")
-    else:
-        make(job, state, arguments)
-    draw_sheet(job)

@@ -53,10 +53,13 @@ def execute(arguments: Namespace) -> int:
 
 
 def _use_pulled_model(arguments: Namespace) -> str:
-    """On this machine, plan with the model that a run would use. Returns what to say if it is not there."""
+    """Plan with the model that is named, or on this machine with the one that a run would use.
+
+    Returns what to say if it is not there.
+    """
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
-    if name is None or any(value is not None for value in elsewhere):
+    if name is None or (arguments.model is None and any(value is not None for value in elsewhere)):
         return ""
     if folder := whole_folder(name):
         arguments.model, arguments.quant = folder, None

@@ -43,13 +43,13 @@ def execute(arguments: Namespace) -> int:
     if first is None:
         return 0
     if len(requests) == 1:
-        _run_clip(first, arguments)
+        run_clip(first, arguments)
         return 0
     failed = []
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
         try:
-            _run_clip(replace(request, model=first.model, quant=first.quant), arguments)
+            run_clip(replace(request, model=first.model, quant=first.quant), arguments)
         except SkyrunError as error:
             show_error(error, arguments.json)
             failed.append(request)
@@ -95,7 +95,13 @@ def _located(request: Request, arguments: Namespace) -> Request | None:
     return None
 
 
-def _run_clip(request: Request, arguments: Namespace) -> None:
+def run_clip(request: Request, arguments: Namespace) -> None:
+    """Make a clip, go on with it, or say that it is there already.
+
+    Args:
+        request: The request, with the path of its model.
+        arguments: json, preview, sheet and dry_run are used.
+    """
     job, state = continue_or_start(request)  # without the preview, which an earlier clip of the batch may have drawn
     if job.request.output is None:
         output = free_name(f"{request.task}-{job.request.seed}", ".mp4")
