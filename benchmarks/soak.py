@@ -16,9 +16,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import psutil
 from environment import environment
+from PIL import Image
 
 from skyrun import Request, run
-from skyrun.cli.commands.demo import draw_reference
+from skyrun.demo.world import sprite_picture
 from skyrun.quant import convert
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
@@ -60,7 +61,8 @@ def main() -> None:
         os.environ["SKYRUN_CACHE"] = str(folder / "cache")
         write_checkpoint(folder / "checkpoint", _SMALLEST)
         convert(folder / "checkpoint", folder / "model", "Q8_0")
-        draw_reference().save(folder / "picture.png")
+        picture = np.uint8(255 * sprite_picture("face", (0.9, 0.8, 0.2), (96, 128)))
+        Image.fromarray(picture).save(folder / "picture.png")
         picture, model = (folder / "picture.png",), folder / "model"
         for index in range(arguments.runs):
             output = folder / f"{index}.mp4"

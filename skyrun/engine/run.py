@@ -87,11 +87,12 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
                 stack.close()
                 yield StageEnded("write", now() - start, peak_bytes(job.device))
         clip.save_latents()
+        result = clip.result(plan)
     except BaseException as error:
         keeper.save_last(error)
         raise
     keeper.remove()
-    return clip.result(plan)
+    return result
 
 
 def run(request: Request) -> Result:
