@@ -27,7 +27,7 @@ from skyrun.presets import Plan, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.timing import corrected
-from skyrun.streaming.device import finish, out_of_memory, peak_bytes, use_device, vram_limited
+from skyrun.streaming.device import finish, out_of_memory, out_of_memory_explained, peak_bytes, use_device, vram_limited
 
 __all__ = ["Result", "run", "run_job"]
 
@@ -49,7 +49,7 @@ def run_job(
         state: The state of an earlier run to resume from.
         previews: Whether an image is drawn after every step.
     """
-    with alone(job.request.output):
+    with alone(job.request.output), out_of_memory_explained():  # what is not of a stage has no smaller plan
         check_free(job.request)  # again, because another run may just have finished
         use_device(job.device)  # where Triton launches
         if job.device.type == "cuda" and (problem := triton_problem(job.device)):
@@ -87,11 +87,12 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
                 stack.close()
                 yield StageEnded("write", now() - start, peak_bytes(job.device))
         clip.save_latents()
+        result = clip.result(plan)
     except BaseException as error:
         keeper.save_last(error)
         raise
     keeper.remove()
-    return clip.result(plan)
+    return result
 
 
 def run(request: Request) -> Result:
