@@ -91,7 +91,7 @@ class Bench:
 
     def shown(self, quants: Sequence[str]) -> dict[str, list[Made]]:
         """The clips that the ladder shows, by type."""
-        requests = [request for request, _ in self.wanted if request.size == (48, 80)][:LADDER_CLIPS]
+        requests = [request for request, _ in self.wanted[:LADDER_CLIPS]]
         models = {quant: self._model(quant, quant=quant) for quant in quants}
         return {quant: [make(replace(r, model=model)) for r in requests] for quant, model in models.items()}
 

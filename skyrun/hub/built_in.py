@@ -1,6 +1,7 @@
 """Convert a model that comes with the package. Nothing is downloaded."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import skyrun.demo
@@ -35,6 +36,7 @@ def is_converted(name: Name) -> bool:
     return manifest is not None and manifest.commits == {name.repo: _digest()} and manifest.is_whole(folder)
 
 
+@cache
 def _digest() -> str:
     """A digest of the checkpoint, in place of a commit."""
     digest = hashlib.sha1(usedforsecurity=False)

@@ -61,8 +61,9 @@ class VideoWriter:
     def add(self, frames: Frames) -> None:
         """Encode uint8 [n, H, W, 3]."""
         for pixels in frames:
-            shown = pixels.repeat(self._format.scale, 0).repeat(self._format.scale, 1)
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(shown), format="rgb24")
+            if (scale := self._format.scale) > 1:
+                pixels = pixels.repeat(scale, 0).repeat(scale, 1)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
             self._container.mux(self._stream.encode(frame))
             self.count += 1
