@@ -22,6 +22,8 @@ STAGING_PIECES, LOADERS = 8, 4
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
 _PIECE, _PAGE = 32 << 20, 4096
 PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which parked tokens travel
+ALIGNMENT = 32  # of what is read from different places, in a block's buffer
+ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
 _OLDEST = (8, 0)  # compute capability that the Triton kernels need
 _GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of cards that may sum in float16 at twice the rate
 
@@ -58,7 +60,19 @@ def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parke
     part = min(rows or tokens, tokens)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
-    return workload.outer_bytes + held + context + peak
+    return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
+
+
+def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:
+    """What the products with adapters' matrices take: of tokens that pass, and copies of the matrices of a layer.
+
+    With rows in int8 there are, in float32 and in the activations' dtype, as many of them as are multiplied at a time.
+    """
+    if not workload.adapter_rank:
+        return 0
+    copies = 2 * (workload.dim + workload.ffn_dim) * workload.adapter_rank * (4 + size)
+    rows = min(ADAPTER_ROWS, part) * max(workload.dim, workload.ffn_dim) * (4 + size) if way == "int8" else 0
+    return part * workload.adapter_rank * size + copies + rows
 
 
 def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, int, int]:

@@ -172,7 +172,7 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     """Operations of a step: (in linear layers, in attention)."""
     dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
-    linear = 2 * (tokens * per_token + context * 2 * dim**2)
+    linear = 2 * (tokens * (per_token + workload.adapter_weights) + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 

@@ -33,6 +33,7 @@ class Workload:
     windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
     made instead. encoded_frames: that the VAE encodes in all. decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
+    adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
     """
 
     task: str
@@ -63,6 +64,8 @@ class Workload:
     encoded_frames: int = 4
     decoded_frames: int = 0
     candidates: tuple[Candidate, ...] = ()
+    adapter_weights: int = 0
+    adapter_rank: int = 0
 
     @property
     def tokens(self) -> int:

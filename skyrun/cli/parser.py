@@ -137,6 +137,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: by plan)")
+    _add_lora(parser)
     parser.add_argument(
         "--seed",
         type=int,
@@ -152,6 +153,17 @@ def _add_run(commands: Commands) -> None:
     _add_pictures(parser)
     _add_overwrite(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="F[:N]",
+        help="adapters for Wan 2.1, and how much of each (1); OWNER/NAME/FILE is fetched",
+    )
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +242,7 @@ def _add_plan(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
     parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="as for run (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
+    _add_lora(parser)
     _add_precision(parser)
     parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
@@ -303,6 +316,7 @@ def _add_convert(commands: Commands) -> None:
         help="the type of a transformer's matrices with a matching name; the first rule that matches wins",
     )
     parser.add_argument("--imatrix", type=Path, metavar="F", help="importance of input channels, to weight errors")
+    _add_lora(parser)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="device that encodes weights (cpu)")
     parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="draw the error of each tensor by block")
     parser.add_argument(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
-from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_header import block_layouts
+from skyrun.models.folder import ModelFiles
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
@@ -19,6 +19,7 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.presets import Plan
 from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak
+from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
 
@@ -131,18 +132,26 @@ def embed_image(vision: CLIPVision, image: Tensor, device: torch.device) -> Gene
     return tokens
 
 
-def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
-    """Load the transformer's weights outside of its blocks."""
+def load_transformer(files: ModelFiles, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
+    """Load the transformer's weights outside of its blocks, and what adapters add to them."""
     stage = Stage("load", 1, "file", device)
     yield stage.started()
-    dit = DiT(file, device, getattr(torch, plan.dtype), rows=plan.token_rows, parked=plan.parked_tokens)
+    dtype = getattr(torch, plan.dtype)
+    dit = DiT(
+        files.transformer,
+        device,
+        dtype,
+        rows=plan.token_rows,
+        parked=plan.parked_tokens,
+        adapters=files.adapters,
+    )
     yield stage.done(1)
     yield stage.ended()
     return dit
 
 
 def denoise(
-    file: GGUFFile,
+    files: ModelFiles,
     plan: Plan,
     state: RunState,
     condition: Condition,
@@ -153,7 +162,7 @@ def denoise(
     """Run the denoising steps that the state does not have yet, and store each in the state.
 
     Args:
-        file: the transformer.
+        files: the transformer and its adapters.
         plan: dtype, precisions, ring slots, resident blocks and token rows.
         state: holds the latents and the sampler.
         condition: what the window is conditioned on.
@@ -164,9 +173,10 @@ def denoise(
     if state.sampler is not None and state.steps == len(state.sampler.timesteps):
         return
     assert state.sampler is not None and state.latents is not None
-    total, finished, blocks = len(state.sampler.timesteps), state.steps, block_layouts(file)
+    total, finished = len(state.sampler.timesteps), state.steps
+    blocks = with_adapters(block_layouts(files.transformer), "blocks.", files.adapters)
     with BlockStream(  # already reads blocks while the weights outside of them are loaded
-        file.path,
+        files.transformer.path,
         blocks,
         device,
         passes=total - finished,
@@ -175,8 +185,9 @@ def denoise(
         observe=observe,
         fast=plan.precision == "fast",
         attention=plan.attention,
+        adapters=[adapter.path for adapter in files.adapters],
     ) as stream:
-        dit = yield from load_transformer(file, plan, device)
+        dit = yield from load_transformer(files, plan, device)
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
         stage = Stage("denoise", total, "steps", device, part)
         yield stage.started(finished)

@@ -10,8 +10,10 @@ import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.models.clip import CLIPVision
+from skyrun.models.dit_header import canonical_tensors
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
+from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
@@ -58,7 +60,8 @@ class Job:
         advice = [*_turned(self.height, self.width, self.inputs.shape)]
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
             advice += too_long(len(self.windows), self.frames / self.fps)
-        return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
+        adapted = (notice for adapter in self.files.adapters for notice in adapter.notices)
+        return (*self.inputs.notices, *passed, *adapted, *advice, *self.plan.notes)
 
     @property
     def fps(self) -> int:
@@ -96,6 +99,7 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     spec, device = request.spec, choose_device(request.device)
     inputs, model = _open(request)
+    adapters = model.files.adapters
     own = read_own_clips(model.files.transformer)
     if own is not None:
         request = own.fitted(request, *inputs.shape)
@@ -105,13 +109,14 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
-    workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
+    workload = with_adapters(with_clip(model_workload(spec, model), spec, size, request.steps, windows), adapters)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
             workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
+            workload = with_adapters(workload, adapters)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(
@@ -157,6 +162,8 @@ def _open(request: Request) -> tuple[Inputs, Model]:
     inputs = open_inputs(request, failures)
     try:
         model = choose_model(open_folder(request.model), request.spec, request.quant)
+        shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
+        model = model.with_adapters(open_adapters(request.loras, shapes))
     except SkyrunError as error:
         failures.append(error)
     if failures:

@@ -156,6 +156,7 @@ def choice_problems(request: Request) -> Iterator[str]:
     ):
         if value is not None and value not in known:
             yield f"unknown {name} {value!r}, expected {', '.join(known[:-1])} or {known[-1]}"
+    yield from (problem for lora in request.loras if (problem := lora.problem))
     for option, limit in (("--max-vram", request.max_vram), ("--max-ram", request.max_ram)):
         if limit is not None and not 0 < limit < math.inf:
             yield f"{option} {limit:g} GiB is not a limit, expected a number above 0"
@@ -166,6 +167,7 @@ def choice_problems(request: Request) -> Iterator[str]:
 def _world_problems(request: Request) -> Iterator[str]:
     """Inputs that do not exist, and outputs that cannot be written or would replace an input."""
     files = [file for file in (*request.images, request.video, request.audio) if file is not None]
+    files += [lora.path for lora in request.loras]
     for file in files:
         if not file.is_file():
             yield f"{file} is a folder" if file.is_dir() else f"{file} does not exist"

@@ -92,6 +92,11 @@ def transformer_table(spec: TaskSpec) -> Table:
     return WAN_AUDIO_TRANSFORMER if "audio_dim" in spec.dims else WAN_TRANSFORMER
 
 
+def published_shapes(spec: TaskSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a task's transformer, by original name."""
+    return transformer_table(spec).shapes("original", {**spec.dims, "layers": LAYERS})
+
+
 def _block(spec: TaskSpec) -> list[tuple[str, tuple[int, ...]]]:
     return _in_blocks(transformer_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
 

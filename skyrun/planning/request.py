@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.disk import is_possible
+from skyrun.planning.lora import Lora, as_lora, lora_problem
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.windows import Length, Window, latents
 
@@ -47,6 +48,7 @@ class Request:
     but where `precision` is "exact" attention is too. prefer: "quality", "speed" or "memory".
     max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
     replaced.
+    loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
     begins with the video.
     Only tests change how windows are cut: condition_frames is how many frames of the video are conditioned on,
@@ -80,6 +82,7 @@ class Request:
     audio: Path | None = None
     transition: str | None = None
     join: bool = False
+    loras: tuple[Lora, ...] = ()
     condition_frames: int = None  # type: ignore[assignment]  # by default as many as upstream uses
     latent_rate: int = Length.latent_rate
     window_frames: int = Length.window_frames
@@ -94,6 +97,7 @@ class Request:
 
         images = (self.images,) if isinstance(self.images, (str, Path)) else self.images
         put("images", tuple(Path(image) for image in images))
+        put("loras", tuple(as_lora(lora) for lora in self.loras))
         for name in PLACES:
             if getattr(self, name) is not None:
                 put(name, Path(getattr(self, name)))
@@ -152,6 +156,11 @@ class Request:
         values = [(name, value, kind) for name, value, kind in values if value is not None or name in _REQUIRED]
         images: Any = self.images
         values += [("image", image, _PATH) for image in (images if isinstance(images, (list, tuple)) else (images,))]
+        if not isinstance(self.loras, (list, tuple)):
+            return [f"loras is {reprlib.repr(self.loras)}, expected a list of files"]
+        if problems := [problem for lora in self.loras if (problem := lora_problem(lora))]:
+            return problems
+        values += [("lora", as_lora(lora).path, _PATH) for lora in self.loras]
         size: Any = self.size
         is_pair = isinstance(size, (list, tuple)) and len(size) == 2
         if is_pair:
@@ -164,7 +173,8 @@ class Request:
         """The same request with absolute paths."""
         places = {name: getattr(self, name) for name in PLACES}
         whole = {name: path.absolute() for name, path in places.items() if path is not None}
-        return replace(self, images=tuple(path.absolute() for path in self.images), **whole)
+        images, loras = (path.absolute() for path in self.images), (lora.absolute() for lora in self.loras)
+        return replace(self, images=tuple(images), loras=tuple(loras), **whole)
 
     def as_json(self) -> dict[str, Any]:
         """The values that are set, as plain values."""
@@ -174,6 +184,7 @@ class Request:
             if (
                 value is None
                 or value is False
+                or (field.name == "loras" and not value)
                 or field.name == "overwrite"
                 or (field.name == "resolution" and self.size)
             ):
@@ -183,7 +194,7 @@ class Request:
             if isinstance(value, Path):
                 value = str(value)
             elif isinstance(value, tuple):
-                value = [str(item) if isinstance(item, Path) else item for item in value]
+                value = [str(item) if isinstance(item, (Path, Lora)) else item for item in value]
             values[field.name] = value
         return values
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
+from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import choice_problems, length_problems, shape_problems, too_long
-from skyrun.planning.published import published_workload, with_clip
+from skyrun.planning.published import published_shapes, published_workload, with_clip
 from skyrun.planning.request import SECONDS, Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.cards import card_like, find_card, why_unknown
@@ -64,6 +65,7 @@ def request_workload(request: Request) -> Workload:
     spec = request.spec
     if request.model is None:
         work = published_workload(spec.name, request.quant)
+        work = with_adapters(work, open_adapters(request.loras, published_shapes(spec)))
     else:
         request, work = _with_model(request)
     size = request.size or spec.size(request.resolution, *_WIDE)
@@ -75,7 +77,8 @@ def request_workload(request: Request) -> Workload:
 
 def _with_model(request: Request) -> tuple[Request, Workload]:
     """The request with a size and length that its model makes, and the workload of that model."""
-    from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
+    from skyrun.models.dit_header import canonical_tensors  # these load torch, which published models do not need
+    from skyrun.models.folder import open_folder
     from skyrun.planning.model import choose_model
     from skyrun.planning.own_clips import read_own_clips
     from skyrun.planning.workload import model_workload
@@ -83,7 +86,9 @@ def _with_model(request: Request) -> tuple[Request, Workload]:
     model = choose_model(open_folder(request.model), request.spec, request.quant)
     if (own := read_own_clips(model.files.transformer)) is not None:
         request = own.fitted(request, *_WIDE)
-    return request, model_workload(request.spec, model)
+    shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
+    adapters = open_adapters(request.loras, shapes)
+    return request, with_adapters(model_workload(request.spec, model), adapters)
 
 
 def _problems(request: Request) -> Iterator[str]:

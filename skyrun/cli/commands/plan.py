@@ -3,9 +3,12 @@
 from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
+from skyrun.cli.progress import shown
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.hub.adapters import fetch_adapters
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.store import sources_text
+from skyrun.planning.lora import parse_lora
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
@@ -38,6 +41,7 @@ def execute(arguments: Namespace) -> int:
         precision=arguments.precision,
         attention=arguments.attention,
         prefer=arguments.prefer,
+        loras=shown(fetch_adapters([parse_lora(text) for text in arguments.lora], dry_run=True), False),
     )
     parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))

@@ -16,6 +16,7 @@ from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Preview, as_json
+from skyrun.hub.adapters import fetch_adapters
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.manifest import note_use
 from skyrun.media.contact_sheet import contact_sheet, places
@@ -40,9 +41,10 @@ def execute(arguments: Namespace) -> int:
     requests = requests_of(arguments)
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
-    first = _located(requests[0], arguments)  # all clips use the same model
+    first = _located(requests[0], arguments)  # all clips use the same model and adapters
     if first is None:
         return 0
+    first = replace(first, loras=shown(fetch_adapters(first.loras, arguments.dry_run), False))
     if len(requests) == 1:
         run_clip(first, arguments)
         return 0
@@ -50,7 +52,7 @@ def execute(arguments: Namespace) -> int:
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
         try:
-            run_clip(replace(request, model=first.model, quant=first.quant), arguments)
+            run_clip(replace(request, model=first.model, quant=first.quant, loras=first.loras), arguments)
         except SkyrunError as error:
             show_error(error, arguments.json)
             failed.append(request)
