@@ -155,9 +155,9 @@ class SourceTensor:
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> "SourceTensor":
         scale = cls.from_json(said["scale"]) if said["scale"] else None
-        fields = {"scale": scale, "parts": tuple(map(cls.from_json, said["parts"])), "file": Path(said["file"])}
-        fields |= {"added": tuple(Added.from_json(part) for part in said["added"])}
-        return cls(**said | fields | {"shape": tuple(said["shape"])})
+        parts, added = tuple(map(cls.from_json, said["parts"])), tuple(map(Added.from_json, said["added"]))
+        plain = {"file": Path(said["file"]), "shape": tuple(said["shape"])}
+        return cls(**said | plain | {"scale": scale, "parts": parts, "added": added})
 
 
 @dataclass(frozen=True)

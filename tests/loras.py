@@ -52,6 +52,7 @@ def write_adapter(path, pairs, style, alpha=None, diffusers=None, metadata=None,
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     said = dict(metadata or {})
     if alpha is not None and style == "diffusers":
-        said["lora_adapter_metadata"] = json.dumps({"transformer.lora_alpha": alpha, "transformer.r": 4})
+        settings = {"lora_alpha": alpha, "r": 4, "target_modules": sorted(diffusers[layer] for layer in pairs)}
+        said["lora_adapter_metadata"] = json.dumps({f"transformer.{name}": value for name, value in settings.items()})
     save_file({name: tensor.contiguous() for name, tensor in {**tensors, **(extra or {})}.items()}, path, said)
     return path
