@@ -58,7 +58,7 @@ def theirs(file, checkpoint, path, strength, inputs):
     ("style", "alpha"), [("diffusers", 6), ("diffusers", None), ("lightx2v", 6), ("comfyui", None)]
 )
 def test_the_same_velocity(checkpoint, converted, tmp_path, task, style, alpha):
-    file = open_gguf(next(converted("F32", task).glob("SkyReels*.gguf")))
+    file = open_gguf(next(converted("F32", task).glob(f"SkyReels-V3-{task.upper()}*.gguf")))
     shapes = {name: info.shape for name, info in canonical_tensors(file).items()}
     names = layers(len(block_layouts(file)))
     pairs = random_pairs(shapes, names, 4)
