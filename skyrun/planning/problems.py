@@ -167,7 +167,7 @@ def choice_problems(request: Request) -> Iterator[str]:
 def _world_problems(request: Request) -> Iterator[str]:
     """Inputs that do not exist, and outputs that cannot be written or would replace an input."""
     files = [file for file in (*request.images, request.video, request.audio) if file is not None]
-    files += [lora.path for lora in request.loras]
+    files += [lora.path for lora in request.loras if not lora.on_hub]
     for file in files:
         if not file.is_file():
             yield f"{file} is a folder" if file.is_dir() else f"{file} does not exist"
