@@ -51,8 +51,29 @@ WAN_TRANSFORMER = Table(
     ("original", "diffusers"),
     (*_BEFORE, *_ATTENTION, *_FEED_FORWARD, *_AFTER),
     ignored=r"blocks\.\d+\.attn\d\.norm_added_[qk]\.weight",
-    tasks=("r2v", "v2v", "shot"),
+    tasks=("r2v", "v2v", "shot", "t2v"),
     needs=("text_encoder", "vae"),
+)
+
+# Wan's image to video: every token also attends to tokens of the image.
+_IMAGE = [
+    *_layer("image", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    *_layer("image image", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    *_layer("dim image", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    *_layer("dim", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+]
+_IMAGE_ATTENTION = [
+    *_layer("dim dim", "blocks.{n}.cross_attn.k_img", "blocks.{n}.attn2.add_k_proj"),
+    *_layer("dim dim", "blocks.{n}.cross_attn.v_img", "blocks.{n}.attn2.add_v_proj"),
+    Row("dim", ("blocks.{n}.cross_attn.norm_k_img.weight", "blocks.{n}.attn2.norm_added_k.weight")),
+]
+WAN_IMAGE_TRANSFORMER = Table(
+    "transformer",
+    ("original", "diffusers"),
+    (*_BEFORE, *_IMAGE, *_ATTENTION, *_IMAGE_ATTENTION, *_FEED_FORWARD, *_AFTER),
+    ignored=r"blocks\.\d+\.attn\d\.norm_added_q\.weight",
+    tasks=("i2v",),
+    needs=("text_encoder", "vae", "image_encoder"),
 )
 
 # The talking-avatar transformer: image tokens as in Wan's image-to-video, audio tokens per latent frame.
@@ -63,19 +84,14 @@ WAN_AUDIO_TRANSFORMER = Table(
     ("original",),
     (
         *_BEFORE,
-        *_layer("image", "img_emb.proj.0"),
-        *_layer("image image", "img_emb.proj.1"),
-        *_layer("dim image", "img_emb.proj.3"),
-        *_layer("dim", "img_emb.proj.4"),
+        *_IMAGE,
         *_layer("audio_hidden audio_window*audio_features", "audio_proj.proj1"),
         *_layer("audio_hidden middle_window*audio_features", "audio_proj.proj1_vf"),
         *_layer("audio_hidden audio_hidden", "audio_proj.proj2"),
         *_layer("context_tokens*audio_dim audio_hidden", "audio_proj.proj3"),
         *_layer("audio_dim", "audio_proj.norm"),
         *_ATTENTION,
-        *_layer("dim dim", "blocks.{n}.cross_attn.k_img"),
-        *_layer("dim dim", "blocks.{n}.cross_attn.v_img"),
-        Row("dim", ("blocks.{n}.cross_attn.norm_k_img.weight",)),
+        *_IMAGE_ATTENTION,
         *_layer("dim dim", "blocks.{n}.audio_cross_attn.q_linear"),
         *_layer("2*dim audio_dim", "blocks.{n}.audio_cross_attn.kv_linear"),
         *_layer("dim dim", "blocks.{n}.audio_cross_attn.proj"),
@@ -87,11 +103,16 @@ WAN_AUDIO_TRANSFORMER = Table(
     needs=("text_encoder", "vae", "image_encoder", "audio_encoder"),
 )
 
-TRANSFORMERS = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
+TRANSFORMERS = (WAN_TRANSFORMER, WAN_IMAGE_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
 TASKS = tuple(task for table in TRANSFORMERS for task in table.tasks)
 # Tasks whose tensors are the same are told apart by the class in the config of the diffusers layout, and by the folder
 # in the repository that has two transformers.
-CLASS_TASKS = {"SkyReelsC1WanI2v3DModel": "r2v", "SkyReelsA2WanI2v3DModel": "r2v"}
+CLASS_TASKS = {
+    "SkyReelsC1WanI2v3DModel": "r2v",
+    "SkyReelsA2WanI2v3DModel": "r2v",
+    "WanTransformer3DModel": "t2v",
+    "SkyReelsV2Transformer3DModel": "t2v",
+}
 FOLDER_TASKS = {"transformer": "v2v", "shot_transformer": "shot"}
 
 

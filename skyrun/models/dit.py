@@ -4,7 +4,7 @@ Weights have original Wan names. A block is a function of activations and of str
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -125,16 +125,27 @@ class DiT:
             context: what the tokens attend to by cross-attention.
             rope: the rotary table of the latents.
         """
+        (velocity,) = yield from self.velocities(stream, latents, times, [context], rope)
+        return velocity
+
+    def velocities(
+        self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], contexts: list[Context], rope: Rope
+    ) -> Generator[Event, None, list[Tensor]]:
+        """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them."""
         _, frames, height, width = latents.shape
         shape = frames * (height // 2) * (width // 2), self.dims.dim
-        with closing((ParkedTokens if self._parked else HeldTokens)(shape, self.dtype, self.device)) as x:
-            self._patchify(latents, x)
+        tokens = ParkedTokens if self._parked else HeldTokens
+        with ExitStack() as stack:
+            held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device))) for _ in contexts]
+            for x in held:
+                self._patchify(latents, x)
             spans = list(divide(times, shape[0] // frames, self._rows))
             for weights, clock in stream.blocks():
-                dit_block(x, weights, spans, context, rope, self.dims)
+                for x, context in zip(held, contexts, strict=True):
+                    dit_block(x, weights, spans, context, rope, self.dims)
                 yield clock.done()
-            patches = self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1)
-        return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
+            patches = [self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
+        return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in patches]
 
     def _patchify(self, latents: Tensor, x: Tokens) -> None:
         """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""

@@ -33,7 +33,8 @@ class Condition:
     clean: whether these have timestep 0 instead of the noisy frames' timestep. after_position: the position of `after`
     on the time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents
     of every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
-    motion: frames that the window begins with.
+    motion: frames that the window begins with. negative: embedding of the negative prompt, with the scale of
+    classifier-free guidance; None where there is no guidance.
     """
 
     text: Tensor
@@ -45,6 +46,8 @@ class Condition:
     image: Tensor | None = None
     audio: Tensor | None = None
     motion: Motion | None = None
+    negative: Tensor | None = None
+    guidance: float = 1.0
 
     def on(self, device: torch.device) -> "Condition":
         """The same condition, with the tensors that every step reads on the device."""
@@ -53,13 +56,19 @@ class Condition:
         )
         return replace(self, before=before, after=after, channels=channels)
 
-    def context(self, dit: DiT) -> Context:
-        """The context that every token attends to by cross-attention."""
-        return Context(
+    def contexts(self, dit: DiT) -> list[Context]:
+        """What every token attends to by cross-attention: with the prompt, and with the negative one if there is."""
+        context = Context(
             dit.embed_text(self.text),
             None if self.image is None else dit.embed_image(self.image),
             None if self.audio is None else dit.embed_audio(self.audio),
         )
+        return [context, *([] if self.negative is None else [replace(context, text=dit.embed_text(self.negative))])]
+
+    def guided(self, velocities: list[Tensor]) -> Tensor:
+        """The velocity with classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
+        velocity, *others = velocities
+        return others[0] + self.guidance * (velocity - others[0]) if others else velocity
 
     def sequence(self, latents: Tensor) -> Tensor:
         """The transformer's input: the noisy latents [16, F, h, w] joined with the given latents or channels."""

@@ -175,9 +175,9 @@ class Sampler(Protocol):
         """A copy of the trajectory with its tensors on the device."""
 
 
-def new_sampler(spec: TaskSpec, steps: int) -> Sampler:
-    """A new trajectory with the sampler and shift that the task's model was distilled with."""
-    return _KINDS[spec.sampler](steps, spec.shift)
+def new_sampler(spec: TaskSpec, steps: int, shift: float | None = None) -> Sampler:
+    """A new trajectory with the sampler that the task's model was made for, and with its shift unless one is given."""
+    return _KINDS[spec.sampler](steps, spec.shift if shift is None else shift)
 
 
 def restored(values: dict[str, Any], tensors: dict[str, Tensor]) -> Sampler:

@@ -13,7 +13,7 @@ from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae, read_vae_dims
 from skyrun.models.wav2vec2 import check_wav2vec2
-from skyrun.tasks import TaskSpec, tasks_in
+from skyrun.tasks import TaskSpec, find_spec, tasks_in
 
 T = TypeVar("T")
 
@@ -22,15 +22,18 @@ T = TypeVar("T")
 class Model:
     """The files of a model for a task. Their headers have been checked.
 
-    others: transformers in the folder that could be used instead. passed_over: which files were not used, and why.
+    spec: the TaskSpec of the task with this model. others: transformers in the folder that could be used instead.
+    passed_over: which files were not used, and why. guess: a sentence if it was not certain which model it is.
     """
 
+    spec: TaskSpec
     files: ModelFiles
     encoder: UMT5
     vision: CLIPVision | None
     dims: DiTDims
     others: tuple[GGUFFile, ...] = ()
     passed_over: tuple[str, ...] = ()
+    guess: str = ""
 
     def with_type(self, spec: TaskSpec, weight_type: str) -> "Model":
         """The same model with another of its transformers, which is checked as well."""
@@ -66,7 +69,20 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
         vision.check()
     files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
     others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
-    return Model(files, encoder, vision, dims, others, tuple(passed_over))
+    found, guess = _published(transformer, dims, spec)
+    return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
+
+
+def _published(file: GGUFFile, dims: DiTDims, spec: TaskSpec) -> tuple[TaskSpec, str]:
+    """The TaskSpec of the model that a transformer is, and a sentence if that is not certain."""
+    sizes = {"dim": dims.dim, "layers": dims.layers}
+    names = (str(file.metadata.get("general.name", "")), file.path.stem, file.path.parent.name)
+    found = [find_spec(spec.name, name, sizes) for name in names]
+    best = next((model for model, is_certain in found if is_certain), None)
+    if best is not None:
+        return best, ""
+    taken = found[0][0]
+    return taken, f"{file.path.name} does not say which model it is: it is taken for {taken.title}"
 
 
 def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:

@@ -13,7 +13,7 @@ from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
-from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,6 +21,8 @@ PRECISIONS = ("exact", "fast")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
+_MOST_GUIDANCE, _MOST_SHIFT = 30, 100
+_DISTILLED = "its model is distilled, guidance and shift are built in"
 _TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
 _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
 
@@ -52,6 +54,7 @@ def value_problems(request: Request) -> list[str]:
     return [
         *_input_problems(request, spec),
         *_transition_problems(request, spec),
+        *_guidance_problems(request, spec),
         *shape_problems(request),
         *_resolution_problems(request, spec),
         *length_problems(spec, request.frames, request.seconds),
@@ -120,6 +123,21 @@ def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
 
 
+def _guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    for name in ("guidance", "negative_prompt", "shift"):
+        if getattr(request, name) is not None and name not in spec.options:
+            yield f"{spec.name} has no --{name.replace('_', '-')}: {_DISTILLED}"
+    if request.guidance is not None and not 1 <= request.guidance <= _MOST_GUIDANCE:
+        yield f"--guidance {request.guidance:g} is not a scale, expected 1, which does without, to {_MOST_GUIDANCE}"
+    if request.shift is not None and not 0 < request.shift <= _MOST_SHIFT:
+        yield f"--shift {request.shift:g}, expected a number above 0 and at most {_MOST_SHIFT}"
+    if request.fps is not None and request.fps not in spec.rates:
+        has = " or ".join(map(str, spec.rates)) or f"only {spec.fps}"
+        yield f"--fps {request.fps}: the model has {has} frames per second"
+    if request.variant is not None and request.variant not in [model.model for model in MODELS[spec.name]]:
+        yield f"unknown variant {request.variant!r} of {spec.name}"
+
+
 def shape_problems(request: Request) -> Iterator[str]:
     """Why frames cannot have that size."""
     size = request.size
@@ -131,7 +149,7 @@ def shape_problems(request: Request) -> Iterator[str]:
 
 
 def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
-    if request.size is None and request.resolution not in spec.resolutions:
+    if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"unknown resolution {request.resolution!r}, expected {', '.join(spec.resolutions)}"
     for name, least in (("condition_frames", 1), ("window_frames", 21)):
         if (count := getattr(request, name)) < least or count % 4 != 1:
@@ -142,7 +160,7 @@ def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
 
 def choice_problems(request: Request) -> Iterator[str]:
     """Steps, seeds, devices and limits that cannot be."""
-    if not 1 <= request.steps <= _MAX_STEPS:
+    if request.steps is not None and not 1 <= request.steps <= _MAX_STEPS:
         yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
     if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
         yield f"seed {request.seed} is not between 0 and {_MAX_SEED}"

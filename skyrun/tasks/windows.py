@@ -84,6 +84,11 @@ def reference_window(frames: int, images: int, references: int) -> tuple[Window,
     return (Window(latents(frames), references, frames, images, frames),)
 
 
+def whole_window(frames: int, encoded: int = 0) -> tuple[Window, ...]:
+    """The window of a clip that is made at once. encoded: frames that the VAE encodes for it."""
+    return (Window(latents(frames), 0, frames, encoded, frames),)
+
+
 def shot_window(frames: int, condition_frames: int) -> tuple[Window, ...]:
     """The window of a clip that is made at once, conditioned on the frames before the cut."""
     return (Window(latents(frames), latents(condition_frames), frames, condition_frames, frames),)
