@@ -1,6 +1,7 @@
 """The model families: every tensor of the published models with its shape and its name in every naming in use."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from skyrun.kernels.names import Row, Table, recognise
 
@@ -247,34 +248,35 @@ WAN_VAE = Table(
 _VISION, _LAYER = "vision_model", "vision_model.encoder.layers.{n}"
 # The vision tower of CLIP ViT-H/14; its file may hold the text tower too. Transformers stores q, k and v separately and
 # the projection transposed: the readers of that layout convert them to the layout of this table.
-CLIP_VISION = Table(
-    "image_encoder",
-    ("gguf", "original", "transformers"),
-    (
-        Row("dim", ("v.class_embd", "visual.cls_embedding", f"{_VISION}.embeddings.class_embedding")),
-        Row(
-            "dim 3 patch patch",
-            ("v.patch_embd.weight", "visual.patch_embedding.weight", f"{_VISION}.embeddings.patch_embedding.weight"),
-        ),
-        Row(
-            "positions dim",
-            ("v.position_embd.weight", "visual.pos_embedding", f"{_VISION}.embeddings.position_embedding.weight"),
-        ),
-        *_layer("dim", "v.pre_ln", "visual.pre_norm", f"{_VISION}.pre_layrnorm"),
-        *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1", f"{_LAYER}.layer_norm1"),
-        *_layer(
-            "3*dim dim",
-            "v.blk.{n}.attn_qkv",
-            "visual.transformer.{n}.attn.to_qkv",
-            f"{_LAYER}.self_attn.qkv_proj",
-        ),
-        *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
-        *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
-        *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
-        *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),
-        *_layer("dim", "v.post_ln", "visual.post_norm", f"{_VISION}.post_layernorm"),
-        Row("dim projection", ("v.head", "visual.head", "visual_projection.weight"), optional=True),
+_CLIP_ROWS = (
+    Row("dim", ("v.class_embd", "visual.cls_embedding", f"{_VISION}.embeddings.class_embedding")),
+    Row(
+        "dim 3 patch patch",
+        ("v.patch_embd.weight", "visual.patch_embedding.weight", f"{_VISION}.embeddings.patch_embedding.weight"),
     ),
+    Row(
+        "positions dim",
+        ("v.position_embd.weight", "visual.pos_embedding", f"{_VISION}.embeddings.position_embedding.weight"),
+    ),
+    *_layer("dim", "v.pre_ln", "visual.pre_norm", f"{_VISION}.pre_layrnorm"),
+    *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1", f"{_LAYER}.layer_norm1"),
+    *_layer(
+        "3*dim dim",
+        "v.blk.{n}.attn_qkv",
+        "visual.transformer.{n}.attn.to_qkv",
+        f"{_LAYER}.self_attn.qkv_proj",
+    ),
+    *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
+    *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
+    *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
+    *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),
+    *_layer("dim", "v.post_ln", "visual.post_norm", f"{_VISION}.post_layernorm"),
+    Row("dim projection", ("v.head", "visual.head", "visual_projection.weight"), optional=True),
+)
+CLIP_VISION = Table(  # transformers 5 leaves out the first word of names
+    "image_encoder",
+    ("gguf", "original", "transformers", "transformers 5"),
+    tuple(replace(row, names=(*row.names, row.names[-1].removeprefix(f"{_VISION}."))) for row in _CLIP_ROWS),
     ignored=r"textual\..*|text_model\..*|text_projection\.weight|log(it)?_scale|.*\.position_ids",
 )
 
