@@ -100,11 +100,11 @@ def basename(part: Part, task: str) -> str:
 
 
 def unknown_class(part: Part, match: Match) -> str:
-    """A note about a transformer whose config names a class that is not of SkyReels-V3; "" for others."""
+    """A note about a transformer whose config names an unknown class; "" for others."""
     name = Said(part, "ffn_dim").text("_class_name")
     if task_of(part, match) or not name or match.table.namings[match.naming] != "diffusers":
         return ""
-    return f"{part.config_source} says {name}, which is not a class of SkyReels-V3: the task of {part.label} is unknown"
+    return f"{part.config_source} says {name}, which is not a class that skyrun knows: the task of {part.label} is unknown"
 
 
 def known_dims(part: Part) -> dict[str, int]:

@@ -11,6 +11,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -19,6 +20,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from skyrun.kernels.name_tables import CLIP_VISION, TRANSFORMERS, UMT5_ENCODER, WAN_VAE
+from skyrun.kernels.names import recognise
 from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
 TEXT, IMAGE, HEADS, LAYERS = 128, 64, 2, 2
@@ -99,3 +102,41 @@ def write_wan(folder, family="Wan2.1", image=False, pipeline="WanPipeline", **di
     tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     return parts
+
+
+def renamed(weights, table, naming):
+    """Weights of diffusers or transformers under the names of another naming."""
+    (match, *_) = recognise(weights, [table] if not isinstance(table, tuple) else table)
+    rows = {row.name(): row.name(match.table.namings.index(naming)) for row in match.table.expand(match.layers)}
+    return {rows[name]: weights[there].clone() for name, there in match.names.items()}
+
+
+def packed(weights):
+    """CLIP's queries, keys and values as one projection, as in the models' own file."""
+    joined = {}
+    for name, weight in weights.items():
+        if ".q_proj." in name:
+            parts = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            joined[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            joined[name] = weight
+    return joined
+
+
+def write_original(folder, parts):
+    """Write the models as their authors lay them out: the transformer at the top, everything else in .pth files."""
+    folder.mkdir(parents=True)
+    config = parts["transformer"].config
+    said = {"_class_name": "WanModel", "model_type": "i2v" if config.image_dim else "t2v", "in_dim": config.in_channels}
+    said |= {"dim": 128 * HEADS, "ffn_dim": config.ffn_dim, "num_layers": config.num_layers, "num_heads": HEADS}
+    (folder / "config.json").write_text(json.dumps(said))
+    weights = renamed(parts["transformer"].state_dict(), TRANSFORMERS, "original")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    torch.save(renamed(parts["vae"].state_dict(), WAN_VAE, "original"), folder / "Wan2.1_VAE.pth")
+    encoder = renamed(parts["text_encoder"].state_dict(), UMT5_ENCODER, "original")
+    torch.save(encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    tokenizer().save_pretrained(folder / "google" / "umt5-xxl")
+    if "image_encoder" in parts:
+        clip = renamed(packed(parts["image_encoder"].state_dict()), CLIP_VISION, "original")
+        torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+        (folder / "tiny_dims.json").write_text(json.dumps({"clip_visual": {"num_heads": 4}}))
