@@ -104,7 +104,9 @@ def unknown_class(part: Part, match: Match) -> str:
     name = Said(part, "ffn_dim").text("_class_name")
     if task_of(part, match) or not name or match.table.namings[match.naming] != "diffusers":
         return ""
-    return f"{part.config_source} says {name}, which is not a class that skyrun knows: the task of {part.label} is unknown"
+    return (
+        f"{part.config_source} says {name}, which is not a class that skyrun knows: the task of {part.label} is unknown"
+    )
 
 
 def known_dims(part: Part) -> dict[str, int]:

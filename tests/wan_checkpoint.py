@@ -24,7 +24,7 @@ from skyrun.kernels.name_tables import CLIP_VISION, TRANSFORMERS, UMT5_ENCODER, 
 from skyrun.kernels.names import recognise
 from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
-TEXT, IMAGE, HEADS, LAYERS = 128, 64, 2, 2
+TEXT, IMAGE, HEADS, LAYERS, SEED = 128, 64, 2, 2, 3
 CLASSES = {"Wan2.1": WanTransformer3DModel, "SkyReels-V2": SkyReelsV2Transformer3DModel}
 
 

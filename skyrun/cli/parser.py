@@ -295,7 +295,11 @@ def _add_demo(commands: Commands) -> None:
 
 def _add_pull(commands: Commands) -> None:
     parser = _add(commands, "pull", "fetch a model, and convert it while it arrives if needed")
-    parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
+    parser.add_argument(
+        "model",
+        metavar="NAME",
+        help="a task, or a model such as wan2.1-t2v-1.3b (all: docs/pull.md); or OWNER/NAME:TYPE on Hugging Face",
+    )
     parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (default: by plan)")
     parser.add_argument("--task", choices=list(TASKS), help="if a repository has transformers for several tasks")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: one in the models folder)")

@@ -11,7 +11,7 @@ from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
 from skyrun.presets.cards import card_rows
-from skyrun.tasks import TASKS
+from skyrun.tasks import TASKS, spec_of
 from skyrun.units import GIB, duration, size, table
 
 _MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe another machine
@@ -36,6 +36,7 @@ def execute(arguments: Namespace) -> int:
         seconds=arguments.seconds,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        variant=arguments.variant,
         precision=arguments.precision,
         attention=arguments.attention,
         prefer=arguments.prefer,
@@ -61,6 +62,7 @@ def _use_pulled_model(arguments: Namespace) -> str:
 
     Returns what to say if it is not there.
     """
+    arguments.variant = None
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
     if name is None or (arguments.model is None and any(value is not None for value in elsewhere)):
@@ -69,6 +71,7 @@ def _use_pulled_model(arguments: Namespace) -> str:
         arguments.model, arguments.quant = folder, None
         return ""
     arguments.model, arguments.quant = None, name.quant or None
+    arguments.variant = spec_of(name.task, name.source).model or None
     return sources_text(name)
 
 
