@@ -56,6 +56,24 @@ WAN_TRANSFORMER = Table(
     needs=("text_encoder", "vae"),
 )
 
+# The small one of SkyReels-V2's models for diffusion forcing: it is told one of two frame rates.
+WAN_RATE_TRANSFORMER = Table(
+    "transformer",
+    ("original", "diffusers"),
+    (
+        *_BEFORE,
+        Row("rates dim", ("fps_embedding.weight", "fps_embedding.weight")),
+        *_layer("dim dim", "fps_projection.0", "fps_projection.net.0.proj"),
+        *_layer("6*dim dim", "fps_projection.2", "fps_projection.net.2"),
+        *_ATTENTION,
+        *_FEED_FORWARD,
+        *_AFTER,
+    ),
+    ignored=WAN_TRANSFORMER.ignored,
+    tasks=("t2v",),
+    needs=WAN_TRANSFORMER.needs,
+)
+
 # Wan's image to video: every token also attends to tokens of the image.
 _IMAGE = [
     *_layer("image", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
@@ -104,8 +122,8 @@ WAN_AUDIO_TRANSFORMER = Table(
     needs=("text_encoder", "vae", "image_encoder", "audio_encoder"),
 )
 
-TRANSFORMERS = (WAN_TRANSFORMER, WAN_IMAGE_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
-TASKS = tuple(task for table in TRANSFORMERS for task in table.tasks)
+TRANSFORMERS = (WAN_TRANSFORMER, WAN_RATE_TRANSFORMER, WAN_IMAGE_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
+TASKS = tuple(dict.fromkeys(task for table in TRANSFORMERS for task in table.tasks))
 # Tasks whose tensors are the same are told apart by the class in the config of the diffusers layout, and by the folder
 # in the repository that has two transformers.
 CLASS_TASKS = {

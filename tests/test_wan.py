@@ -287,7 +287,7 @@ def test_a_distilled_task_refuses_guidance_with_exit_code_2(run_command, convert
 def test_a_wide_image_is_cropped_to_a_high_clip():
     image = Image.new("RGB", (200, 100), "red")
     image.paste("blue", (90, 0, 110, 100))
-    for whole in (True, False):
-        frame, seen = first_frame(image, 96, 48, whole)
+    for fit in ("whole", "lanczos", "bicubic"):
+        frame, seen = first_frame(image, 96, 48, fit)
         assert frame.shape == (3, 1, 96, 48) and seen.shape[0] == 3
         assert float(frame[2, 0, :, 24].min()) > 0.9 and float(frame[0, 0, :, 2].min()) > 0.9

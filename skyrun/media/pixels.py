@@ -60,26 +60,27 @@ def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
     return scaled.crop((left, top, left + width, top + height))
 
 
-def first_frame(image: Image.Image, height: int, width: int, whole: bool) -> tuple[Tensor, Tensor]:
+def first_frame(image: Image.Image, height: int, width: int, fit: str) -> tuple[Tensor, Tensor]:
     """The first frame of a clip, [3, 1, height, width] in [-1, 1], and the image that CLIP sees, [3, H, W].
 
-    SkyReels-V2 crops the image to the clip's shape and scales it; CLIP sees the result. Wan scales the whole image, and
-    CLIP sees it in its own size.
+    "lanczos" and "bicubic" crop the image to the clip's shape and scale it so, as SkyReels-V2 does; CLIP sees the
+    result. "whole" scales the whole image, as Wan does, and CLIP sees it in its own size.
 
     Args:
         image: The image.
         height: Height of the clip in pixels.
         width: Width of the clip in pixels.
-        whole: Whether the image is scaled as a whole, as Wan does. One of quite another shape is cropped all the same.
+        fit: One of these. An image of quite another shape is cropped in any case.
     """
+    whole = fit == "whole"
     over = max(height / image.height, width / image.width)
     if not whole or max(over * image.height - height, over * image.width - width) >= _GRID:
         image = _cropped_to_shape(image, height, width)
     if whole:
         pixels = to_pixels(image).movedim(1, 0)
         return F.interpolate(pixels, (height, width), mode="bicubic").movedim(0, 1), pixels[0]
-    scaled = image.resize((width, image.height), Image.Resampling.LANCZOS)  # width before height, as in `letterbox`
-    frame = to_pixels(scaled.resize((width, height), Image.Resampling.LANCZOS))
+    how = Image.Resampling[fit.upper()]
+    frame = to_pixels(image.resize((width, image.height), how).resize((width, height), how))  # as in `letterbox`
     return frame, frame[:, 0]
 
 

@@ -25,6 +25,7 @@ from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
 from skyrun.streaming.weights import Weights, load_weights
 
+_SLOW = 16  # frames per second that the first of two embeddings of frame rates stands for; the other: 24
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
@@ -101,11 +102,18 @@ class DiT:
         """Project windows of speech features [1 + 4 (F - 1), window, layers, channels] -> [F, n, audio_dim]."""
         return project_audio(self._outer, windows.to(self.device, self.dtype), self.dims.context_tokens)
 
-    def embed_times(self, timesteps: Sequence[float]) -> list[TimeEmbedding]:
-        """One embedding per timestep, all in one call: the projection is the largest matrix outside of the blocks."""
+    def embed_times(self, timesteps: Sequence[float], fps: int | None = None) -> list[TimeEmbedding]:
+        """One embedding per timestep, all in one call: the projection is the largest matrix outside of the blocks.
+
+        fps: the frame rate of the clip, for a transformer that is told.
+        """
         waves = sinusoid(torch.tensor(timesteps, dtype=torch.float32, device=self.device), self.dims.freq_dim)
         times = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", waves)))
         projections = self._outer.linear("time_projection.1", F.silu(times))
+        if self.dims.rates and fps is not None:
+            rate = self._outer.dense("fps_embedding.weight")[0 if fps == _SLOW else 1]
+            hidden = F.silu(self._outer.linear("fps_projection.0", rate))
+            projections = projections + self._outer.linear("fps_projection.2", hidden)
         return list(zip(times, projections.view(-1, 6, self.dims.dim), strict=True))
 
     def rope(self, latents: Tensor, positions: Sequence[int] | None = None) -> Rope:

@@ -28,6 +28,7 @@ class DiTDims:
     text_dim: int
     freq_dim: int
     eps: float = 1e-6
+    rates: int = 0  # of a transformer that is told one of several frame rates
     image_dim: int = 0  # of a transformer that attends to tokens of an image
     audio_window: int = 0  # this one and the following are of a talking-avatar transformer
     audio_channels: int = 0
@@ -89,6 +90,7 @@ def read_dims(file: GGUFFile) -> DiTDims:
         text_dim=sizes["text"],
         freq_dim=sizes["freq"],
         eps=file.number("skyrun.eps", 1e-6),
+        rates=sizes.get("rates", 0),
         image_dim=sizes.get("image", 0),
         **(_avatar(sizes) if "audio_features" in sizes else {}),
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from skyrun.events import Event
 from skyrun.pipelines.avatar import talking_avatar
 from skyrun.pipelines.extension import shot_switching, video_extension
+from skyrun.pipelines.forcing import diffusion_forcing
 from skyrun.pipelines.generation import image_to_video, text_to_video
 from skyrun.pipelines.reference import reference_to_video
 
@@ -20,5 +21,6 @@ PIPELINES: dict[str, Callable[..., Iterator[Event]]] = {
         talking_avatar,
         text_to_video,
         image_to_video,
+        diffusion_forcing,
     )
 }

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from skyrun.models.dit import Context, DiT, Rope, TimeEmbedding
 
+HISTORY_TIME = 20.0  # timestep that frames of an earlier window are noised to by diffusion forcing
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -30,11 +32,12 @@ class Condition:
     """What a window is conditioned on. Tensors may be on any device.
 
     text: embedding [n, text_dim]. before, after: latents [16, P, h, w] that precede or follow the noisy ones in time.
-    clean: whether these have timestep 0 instead of the noisy frames' timestep. after_position: the position of `after`
-    on the time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents
-    of every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
-    motion: frames that the window begins with. negative: embedding of the negative prompt, with the scale of
-    classifier-free guidance; None where there is no guidance.
+    clean: whether these have timestep 0 (with `noise`: a low one) instead of the noisy frames' timestep. noise: [steps,
+    16, P, h, w], what `before` is noised with in each step, slightly. after_position: the position of `after` on the
+    time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents of
+    every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
+    motion: frames that the window begins with. fps: the frame rate, for a transformer that is told. negative: embedding
+    of the negative prompt, with the scale of classifier-free guidance; None where there is no guidance.
     """
 
     text: Tensor
@@ -46,6 +49,8 @@ class Condition:
     image: Tensor | None = None
     audio: Tensor | None = None
     motion: Motion | None = None
+    noise: Tensor | None = None
+    fps: int | None = None
     negative: Tensor | None = None
     guidance: float = 1.0
 
@@ -70,11 +75,15 @@ class Condition:
         velocity, *others = velocities
         return others[0] + self.guidance * (velocity - others[0]) if others else velocity
 
-    def sequence(self, latents: Tensor) -> Tensor:
+    def sequence(self, latents: Tensor, step: int = 0) -> Tensor:
         """The transformer's input: the noisy latents [16, F, h, w] joined with the given latents or channels."""
         if self.channels is not None:
             return torch.cat((latents, self.channels))
-        return torch.cat([part for part in (self.before, latents, self.after) if part is not None], 1)
+        before = self.before
+        if before is not None and self.noise is not None:
+            share = HISTORY_TIME / 1000
+            before = (1 - share) * before + share * self.noise[step].to(before.device)
+        return torch.cat([part for part in (before, latents, self.after) if part is not None], 1)
 
     def noisy(self, latents: Tensor) -> slice:
         """The range of the noisy frames in the sequence."""
@@ -95,8 +104,9 @@ class Condition:
         """
         noisy, frames = self.noisy(latents), self.sequence(latents).shape[1]
         if not self.clean:
-            return [[time] * frames for time in dit.embed_times(timesteps)]
-        *times, zero = dit.embed_times([*timesteps, 0.0])
+            return [[time] * frames for time in dit.embed_times(timesteps, self.fps)]
+        given = 0.0 if self.noise is None else HISTORY_TIME
+        *times, zero = dit.embed_times([*timesteps, given], self.fps)
         before, after = [zero] * noisy.start, [zero] * (frames - noisy.stop)
         return [[*before, *[time] * latents.shape[1], *after] for time in times]
 

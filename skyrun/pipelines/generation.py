@@ -33,7 +33,7 @@ def image_to_video(job: Job, state: RunState, observe: ObserveBlock | None = Non
     """
     assert job.vision is not None
     yield from encode_prompts(job, state)
-    image, seen = first_frame(job.inputs.images[0], job.height, job.width, job.request.spec.whole_image)
+    image, seen = first_frame(job.inputs.images[0], job.height, job.width, job.request.spec.image_fit)
     if "picture" not in state.encoded:
         state.encoded["picture"] = (yield from embed_image(job.vision, seen, job.device)).cpu()
     if "image" not in state.encoded:

@@ -183,7 +183,9 @@ def denoise(
         contexts, rope = condition.contexts(dit), condition.rope(dit, latents)
         noisy = condition.noisy(latents)
         for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
-            velocities = yield from dit.velocities(stream, condition.sequence(latents), times, contexts, rope)
+            velocities = yield from dit.velocities(
+                stream, condition.sequence(latents, sampler.index), times, contexts, rope
+            )
             velocity = condition.guided(velocities)
             x0 = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
             latents = sampler.step(velocity[:, noisy], latents)

@@ -50,6 +50,7 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     SkyrunError with code 4 if parts are missing, and SkyrunError if the tensors of the chosen files are not valid.
     """
     passed_over: list[str] = []
+    spec = _spec_of(folder, spec)
     fitting = _for_task(folder, spec, passed_over) if folder.transformers else []
     _check_complete(folder, spec)
     transformer = fitting[0] if quant is None else _of_type(fitting, quant, folder.path)
@@ -73,15 +74,28 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
 
 
+def _spec_of(folder: ModelFolder, spec: TaskSpec) -> TaskSpec:
+    """The TaskSpec of the model in a folder whose files state another task, if that is what it has for this one."""
+    stated = [str(file.metadata.get("skyrun.task", "")) for file in folder.transformers]
+    if spec.name in stated:
+        return spec
+    found = [_known(file, spec) for file in folder.transformers]
+    return next((own for own in found if own is not None and own.file_task in stated), spec)
+
+
+def _known(file: GGUFFile, spec: TaskSpec, **sizes: int) -> TaskSpec | None:
+    """The TaskSpec of the task with the model that a file says to be, or that it or its folder is named after."""
+    names = (str(file.metadata.get("general.name", "")), file.path.stem, file.path.parent.name)
+    found = (find_spec(spec.name, name, sizes) for name in names)
+    return next((model for model, is_certain in found if is_certain), None)
+
+
 def _published(file: GGUFFile, dims: DiTDims, spec: TaskSpec) -> tuple[TaskSpec, str]:
     """The TaskSpec of the model that a transformer is, and a sentence if that is not certain."""
-    sizes = {"dim": dims.dim, "layers": dims.layers}
-    names = (str(file.metadata.get("general.name", "")), file.path.stem, file.path.parent.name)
-    found = [find_spec(spec.name, name, sizes) for name in names]
-    best = next((model for model, is_certain in found if is_certain), None)
-    if best is not None:
-        return best, ""
-    taken = found[0][0]
+    sizes = {"dim": dims.dim, "layers": dims.layers, "in": dims.in_channels, "image": dims.image_dim}
+    if (known := _known(file, spec, **sizes)) is not None:
+        return known, ""
+    taken, _ = find_spec(spec.name, "", sizes)
     return taken, f"{file.path.name} does not say which model it is: it is taken for {taken.title}"
 
 
@@ -98,10 +112,11 @@ def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:
 def _for_task(folder: ModelFolder, spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
     """Transformers for the task: those whose metadata names it, or else those that name no task and fit."""
     tasks = {file: str(file.metadata.get("skyrun.task", "")) for file in folder.transformers}
-    stated = [file for file, task in tasks.items() if task == spec.name]
+    named = spec.file_task or spec.name
+    stated = [file for file, task in tasks.items() if task == named]
     silent = [file for file, task in tasks.items() if not task]
     for file, task in tasks.items():
-        if task and task != spec.name and (stated or silent):
+        if task and task != named and (stated or silent):
             passed_over.append(f"{file.path.name} is a model for {task}")
     if stated:
         passed_over += [f"{file.path.name} does not say its task" for file in silent]

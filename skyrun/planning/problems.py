@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ def value_problems(request: Request) -> list[str]:
     """What is wrong with the request's values."""
     if request.task not in TASKS:
         return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *shape_problems(request)]
+    return of_some_model(request, _problems_with_model)
+
+
+def of_some_model(request: Request, find: Callable[[Request], list[str]]) -> list[str]:
+    """Problems of a request: if it is not known yet which model it has, those with the model that has the fewest."""
+    models = (request,) if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    return min((find(one) for one in models), key=len)
+
+
+def _problems_with_model(request: Request) -> list[str]:
     spec = request.spec
     return [
         *_input_problems(request, spec),
@@ -131,7 +141,7 @@ def _guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"--guidance {request.guidance:g} is not a scale, expected 1, which does without, to {_MOST_GUIDANCE}"
     if request.shift is not None and not 0 < request.shift <= _MOST_SHIFT:
         yield f"--shift {request.shift:g}, expected a number above 0 and at most {_MOST_SHIFT}"
-    if request.fps is not None and request.fps not in spec.rates:
+    if request.fps is not None and request.fps not in (spec.fps, *spec.rates):
         has = " or ".join(map(str, spec.rates)) or f"only {spec.fps}"
         yield f"--fps {request.fps}: the model has {has} frames per second"
     if request.variant is not None and request.variant not in [model.model for model in MODELS[spec.name]]:
@@ -152,7 +162,7 @@ def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"unknown resolution {request.resolution!r}, expected {', '.join(spec.resolutions)}"
     for name, least in (("condition_frames", 1), ("window_frames", 21)):
-        if (count := getattr(request, name)) < least or count % 4 != 1:
+        if (count := getattr(request, name)) is not None and (count < least or count % 4 != 1):
             yield f"{name} = {count}, expected 4 k + 1 and at least {least}"
     if request.latent_rate < 1:
         yield f"latent_rate = {request.latent_rate}, expected at least 1"

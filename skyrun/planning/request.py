@@ -53,8 +53,9 @@ class Request:
     the model's own values count. variant: the name of the model, found from its files.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
     begins with the video.
-    Only tests change how windows are cut: condition_frames is how many frames of the video are conditioned on,
-    latent_rate how many latent frames make a second, window_frames how long the windows of a talking avatar are.
+    Only tests change how windows are cut: condition_frames is how many frames of the video, or of the window before,
+    are conditioned on, latent_rate how many latent frames make a second, window_frames how long the windows of a
+    talking avatar and of diffusion forcing are.
 
     Invalid values are stored as they are; `skyrun.planning.problems` lists them.
     """
@@ -118,8 +119,6 @@ class Request:
     def _fill_in(self, spec: TaskSpec, put: Any) -> None:
         if self.variant is not None or len(MODELS[self.task]) == 1:  # else the model's files decide
             self._fill_in_model(self.spec, put)
-        if self.condition_frames is None:
-            put("condition_frames", spec.condition_frames(self.frame_count if abs(self.length) < 1e6 else 1))
         if (tag := spec.transitions.get(self.transition or "")) is not None:
             put("prompt", self.prompt if self.prompt.startswith(tag) else f"{tag} {self.prompt.lstrip()}")
 
@@ -133,6 +132,10 @@ class Request:
         for name, value in usual.items():
             if getattr(self, name) is None:
                 put(name, value)
+        if self.window_frames == Length.window_frames:
+            put("window_frames", spec.window_frames)
+        if self.condition_frames is None:
+            put("condition_frames", spec.condition_frames(self.frame_count if abs(self.length) < 1e6 else 1))
 
     @property
     def spec(self) -> TaskSpec:
@@ -147,7 +150,7 @@ class Request:
     @property
     def frame_count(self) -> int:
         """Frames of the clip."""
-        return self.spec.frame_count(self.length) if self.frames is None else self.frames
+        return self.spec.frame_count(self.length, self.fps) if self.frames is None else self.frames
 
     @property
     def contexts(self) -> int:
@@ -165,7 +168,7 @@ class Request:
             frames=self.frame_count,
             seconds=int(self.length),
             images=max(1, len(self.images)),
-            condition_frames=self.condition_frames,
+            condition_frames=self.condition_frames or 1,
             latent_rate=self.latent_rate,
             window_frames=self.window_frames,
             speech_frames=speech_frames,

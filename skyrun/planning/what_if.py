@@ -8,7 +8,7 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import choice_problems, length_problems, shape_problems, too_long
+from skyrun.planning.problems import choice_problems, length_problems, of_some_model, shape_problems, too_long
 from skyrun.planning.published import published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
@@ -59,7 +59,7 @@ def request_workload(request: Request) -> Workload:
 
     Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
     """
-    if problems := [*_problems(request)]:
+    if problems := of_some_model(request, lambda one: [*_problems(one)]):
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
     if request.model is None:
         request = request.of(request.spec)

@@ -31,6 +31,10 @@ def _wan(task: str, checkpoint: str, *gguf: str) -> Source:
     return Source(checkpoint, _ASIDE, gguf, _UMT5, (task,))
 
 
+def _forced(checkpoint: str) -> Source:
+    return Source(checkpoint, _ASIDE, (), _UMT5, ("t2v", "i2v"))
+
+
 SOURCES = {
     "r2v": Source("Skywork/SkyReels-V3-R2V-14B", gguf=_SKYREELS, text_encoder=_UMT5),
     "v2v": Source("Skywork/SkyReels-V3-V2V-14B", ("shot_transformer",), gguf=_SKYREELS, text_encoder=_UMT5),
@@ -45,6 +49,9 @@ SOURCES = {
     "i2v-1.3b": _wan("i2v", "Skywork/SkyReels-V2-I2V-1.3B-540P"),
     "wan2.1-i2v-480p": _wan("i2v", "Wan-AI/Wan2.1-I2V-14B-480P", "city96/Wan2.1-I2V-14B-480P-gguf"),
     "wan2.1-i2v-720p": _wan("i2v", "Wan-AI/Wan2.1-I2V-14B-720P", "city96/Wan2.1-I2V-14B-720P-gguf"),
+    "df": _forced("Skywork/SkyReels-V2-DF-14B-540P"),
+    "df-720p": _forced("Skywork/SkyReels-V2-DF-14B-720P"),
+    "df-1.3b": _forced("Skywork/SkyReels-V2-DF-1.3B-540P"),
 }
 
 

@@ -21,22 +21,23 @@ class TaskSpec:
     its repository is called. resolution: the usual one. usual_seconds: length of a clip if none is given. sizing: a
     function that chooses the size of a clip.
 
-    Inputs. images: the least and most that it takes. image_name: how messages call them. whole_image: whether an image
-    is scaled as a whole instead of cropped to the clip's shape. video, audio: whether it takes one. seconds: the
-    shortest and longest clip. whole_seconds: whether a length must be whole seconds. takes_frames: whether a length may
-    be given in frames. most_frames: the longest clip that the model's positions on the time axis allow. options: fields
-    of a Request that only the tasks that list them accept. transitions: names of cuts, with the tag of each in a
+    Inputs. images: the least and most that it takes. image_name: how messages call them. image_fit: how an image is
+    brought to the clip's size, as in `skyrun.media.pixels.first_frame`. video, audio: whether it takes one. seconds:
+    the shortest and longest clip. whole_seconds: whether a length must be whole seconds. takes_frames: whether a length
+    may be given in frames. most_frames: the longest clip that the model's positions on the time axis allow. options:
+    fields of a Request that only the tasks that list them accept. transitions: names of cuts, with the tag of each in a
     prompt. buckets: sizes by resolution.
 
     Denoising. fps: of clips; rates: those that the model can be told to make. steps: that the model was made for.
     shift: of the sigmas; small_shift: for 480P. guidance: scale of classifier-free guidance, None where it is distilled
     into the model. negative: the negative prompt. sampler: its name in `skyrun.pipelines.samplers`. windows: a function
     that returns the windows of a clip. windowed: whether a longer clip has more windows instead of larger ones.
-    condition_frames: a function that returns, for the number of frames of a clip, how many frames of the video it is
-    conditioned on.
+    window_frames: the usual length of a window. condition_frames: a function that returns, for the number of frames of
+    a clip, how many frames of the video, or of the window before, it is conditioned on.
 
-    Models. dims: of the published transformer, by the names in `skyrun.kernels.name_tables`. parts: roles of the files
-    besides the transformer. encoded: names of the encoded inputs in a RunState that denoising needs.
+    Models. file_task: the task that its files state, if it is not this one. dims: of the published transformer, by the
+    names in `skyrun.kernels.name_tables`. parts: roles of the files besides the transformer. encoded: names of the
+    encoded inputs in a RunState that denoising needs.
     """
 
     name: str
@@ -67,7 +68,9 @@ class TaskSpec:
     audio: bool = False
     whole_seconds: bool = False
     takes_frames: bool = False
-    whole_image: bool = False
+    image_fit: str = "lanczos"
+    window_frames: int = Length.window_frames
+    file_task: str = ""
     windowed: bool = False
     most_frames: int | None = None
     options: frozenset[str] = frozenset()
@@ -84,9 +87,9 @@ class TaskSpec:
         """Whether its transformer attends to tokens of an image."""
         return "image" in self.dims
 
-    def frame_count(self, seconds: float) -> int:
+    def frame_count(self, seconds: float, fps: int | None = None) -> int:
         """Frames of a clip of that length: one plus whole groups of four."""
-        return round(seconds * self.fps) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+        return round(seconds * (fps or self.fps)) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
     def size(self, resolution: str, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a clip for an image or video of that size. SkyrunError for an unknown resolution."""

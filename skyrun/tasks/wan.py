@@ -9,7 +9,7 @@ from typing import Any
 
 from skyrun.tasks.sizes import BUCKETS, Buckets, same_area
 from skyrun.tasks.spec import ENCODERS, TaskSpec
-from skyrun.tasks.windows import Length, Window, frames_of, whole_window
+from skyrun.tasks.windows import Length, Window, forcing_windows, frames_of, whole_window
 
 _14B = MappingProxyType({"dim": 5120, "ffn": 13824, "in": 16, "out": 16, "freq": 256, "text": 4096, "layers": 40})
 _1_3B = MappingProxyType({**_14B, "dim": 1536, "ffn": 8960, "layers": 30})
@@ -47,6 +47,19 @@ def _from_text(length: Length) -> tuple[Window, ...]:
 
 def _from_image(length: Length) -> tuple[Window, ...]:
     return whole_window(length.frames, encoded=length.frames)
+
+
+def _forced_from_text(length: Length) -> tuple[Window, ...]:
+    return forcing_windows(length.frames, length.window_frames, length.condition_frames, 0)
+
+
+def _forced_from_image(length: Length) -> tuple[Window, ...]:
+    return forcing_windows(length.frames, length.window_frames, length.condition_frames, 1)
+
+
+def _history(frames: int) -> int:
+    """How many frames of the window before a window goes on from."""
+    return 17
 
 
 TEXT_TO_VIDEO = TaskSpec(
@@ -107,8 +120,40 @@ _WAN_IMAGE = replace(
     small_shift=3.0,
     negative=_SHAKING + _WAN_NEGATIVE,
     sizing=same_area,
-    whole_image=True,
+    image_fit="whole",
     **_WAN,
+)
+
+_FORCED: dict[str, Any] = {  # diffusion forcing: any length, in windows that go on from each other
+    "pipeline": "diffusion_forcing",
+    "sampler": "forcing",
+    "title": "SkyReels-V2-DF-14B-540P",
+    "model": "df",
+    "negative": _WAN_NEGATIVE,
+    "seconds": (0.0, 300.0),
+    "most_frames": None,
+    "windowed": True,
+    "window_frames": 97,
+    "condition_frames": _history,
+    "options": TEXT_TO_VIDEO.options | {"window_frames", "condition_frames"},
+}
+_LARGE_FORCED: dict[str, Any] = {**_LARGE, "model": "df-720p", "title": "SkyReels-V2-DF-14B-720P", "window_frames": 121}
+_SMALL_FORCED: dict[str, Any] = {
+    "model": "df-1.3b",
+    "title": "SkyReels-V2-DF-1.3B-540P",
+    "dims": _1_3B,
+    "rates": (24, 16),
+}
+_TEXT_FORCED = replace(TEXT_TO_VIDEO, windows=_forced_from_text, **_FORCED)
+_IMAGE_FORCED = replace(
+    IMAGE_TO_VIDEO,
+    windows=_forced_from_image,
+    dims=_14B,
+    encoded=frozenset({"text", "image"}),
+    parts=ENCODERS,
+    image_fit="bicubic",
+    file_task="t2v",
+    **_FORCED,
 )
 
 WAN_SPECS = (
@@ -116,6 +161,9 @@ WAN_SPECS = (
     replace(TEXT_TO_VIDEO, model="t2v-720p", title="SkyReels-V2-T2V-14B-720P", **_LARGE),
     replace(_WAN_TEXT, model="wan2.1-t2v-14b", title="Wan2.1-T2V-14B"),
     replace(_WAN_TEXT, model="wan2.1-t2v-1.3b", title="Wan2.1-T2V-1.3B", shift=8.0, guidance=6.0, dims=_1_3B),
+    _TEXT_FORCED,
+    replace(_TEXT_FORCED, **_LARGE_FORCED),
+    replace(_TEXT_FORCED, **_SMALL_FORCED),
     IMAGE_TO_VIDEO,
     replace(IMAGE_TO_VIDEO, model="i2v-720p", title="SkyReels-V2-I2V-14B-720P", **_LARGE),
     replace(
@@ -126,4 +174,7 @@ WAN_SPECS = (
     ),
     replace(_WAN_IMAGE, model="wan2.1-i2v-480p", title="Wan2.1-I2V-14B-480P"),
     replace(_WAN_IMAGE, model="wan2.1-i2v-720p", title="Wan2.1-I2V-14B-720P", resolution="720P"),
+    _IMAGE_FORCED,
+    replace(_IMAGE_FORCED, **_LARGE_FORCED),
+    replace(_IMAGE_FORCED, **_SMALL_FORCED),
 )
