@@ -5,17 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    SkyReelsV2ImageToVideoPipeline,
-    SkyReelsV2Pipeline,
-    WanImageToVideoPipeline,
-    WanPipeline,
-)
 from PIL import Image
 from safetensors.torch import load_file
 from small_run import followed, stopped
-from torch.nn import functional as F
-from wan_checkpoint import LAYERS, scheduler, tokenizer, write_original, write_wan
+from wan_checkpoint import LAYERS, reference_frames, reference_latents, write_original, write_wan
 
 from skyrun import Request, run
 from skyrun.cli import main
@@ -32,12 +25,7 @@ from skyrun.tasks import find_spec
 
 PROMPT, NEGATIVE, SEED, STEPS = "a man walking in the city", "a blue sea", 3, 4
 SIZE, FRAMES = (32, 48), 9
-MODELS = {
-    "Wan2.1-T2V-1.3B": WanPipeline,
-    "Wan2.1-I2V-14B-480P": WanImageToVideoPipeline,
-    "SkyReels-V2-T2V-14B-540P": SkyReelsV2Pipeline,
-    "SkyReels-V2-I2V-14B-720P": SkyReelsV2ImageToVideoPipeline,
-}
+MODELS = ("Wan2.1-T2V-1.3B", "Wan2.1-I2V-14B-480P", "SkyReels-V2-T2V-14B-540P", "SkyReels-V2-I2V-14B-720P")
 
 
 def family_of(model):
@@ -64,7 +52,7 @@ def checkpoints(tmp_path_factory):
     def write(model):
         if model not in done:
             folder = tmp_path_factory.mktemp("checkpoints") / f"{model}-Diffusers"
-            parts = write_wan(folder, family_of(model), task_of(model) == "i2v", MODELS[model].__name__)
+            parts = write_wan(folder, family_of(model), task_of(model) == "i2v")
             done[model] = folder, parts
         return done[model]
 
@@ -96,48 +84,13 @@ def request_of(model, folder, picture, **changes):
     return Request(task_of(model), PROMPT, images, **values | {"negative_prompt": NEGATIVE} | changes)
 
 
-def clip_tokens(encoder, pixels):
-    """The tokens of an image [1, 3, H, W], which the models' own code stretches, where diffusers may crop."""
-    size = encoder.config.image_size
-    scaled = F.interpolate(pixels, (size, size), mode="bicubic") * 0.5 + 0.5
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    return encoder(pixel_values=(scaled - mean) / std, output_hidden_states=True).hidden_states[-2]
-
-
-@torch.inference_mode()
-def latents_of(model, parts, picture, guidance, shift):
-    """What diffusers makes of the same noise, with the image prepared as the models' own code does."""
-    pipeline = MODELS[model]
-    given, more = {}, {}
-    if task_of(model) == "i2v":
-        pixels = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)[None].float() / 127.5 - 1
-        scaled = torch.from_numpy(np.array(Image.open(picture).resize(SIZE[::-1], Image.Resampling.LANCZOS)))
-        if family_of(model) == "Wan2.1":
-            image = F.interpolate(pixels, SIZE, mode="bicubic")
-        else:
-            image = pixels = scaled.permute(2, 0, 1)[None].float() / 127.5 - 1
-        given = {"image": image * 0.5 + 0.5}
-        more = {"image_processor": None}
-    pipe = pipeline(tokenizer=tokenizer(), scheduler=scheduler(shift), **parts, **more)
-    if given:
-        pipe.encode_image = lambda image, device=None: clip_tokens(parts["image_encoder"], pixels)
-        pipe.video_processor.preprocess = lambda image, **_: image * 2 - 1
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(SEED)
-    noise = torch.randn(1, 16, (FRAMES + 3) // 4, SIZE[0] // 8, SIZE[1] // 8, generator=generator)
-    sizes = {"height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "num_inference_steps": STEPS}
-    prompts = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": guidance}
-    return pipe(**prompts, **sizes, **given, latents=noise, output_type="latent").frames[0]
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("model", MODELS)
 def test_latents_are_those_of_diffusers(checkpoints, files, picture, model, layout, guidance):
     shift = 3.0 if guidance == 1 else 8.0
-    made = run(request_of(model, files(model, layout), picture, guidance=guidance, shift=shift))
-    expected = latents_of(model, checkpoints(model)[1], picture, guidance, shift)
+    request = request_of(model, files(model, layout), picture, guidance=guidance, shift=shift)
+    made, expected = run(request), reference_latents(family_of(model), checkpoints(model)[1], request)
     assert made.latents.shape == expected.shape
     assert float((made.latents - expected).abs().max()) < 1e-3
 
@@ -164,10 +117,7 @@ def test_all_streamed_blocks_are_in_the_steps(files, picture):
 @pytest.mark.parametrize("model", ["SkyReels-V2-T2V-14B-540P", "Wan2.1-I2V-14B-480P"])
 def test_frames_are_those_of_diffusers_autoencoder(checkpoints, files, picture, model):
     made, vae = run(request_of(model, files(model), picture)), checkpoints(model)[1]["vae"]
-    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
-    with torch.inference_mode():
-        pixels = vae.decode(made.latents[None] * std + mean).sample[0]
-    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0).numpy()
+    levels = reference_frames(vae, made.latents)
     assert made.frames.shape == levels.shape == (FRAMES, *SIZE, 3)
     assert float(abs(made.frames - np.trunc(levels)).max()) <= 1
 

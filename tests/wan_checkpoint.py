@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Wan 2.1 and SkyReels-V2 with random weights, written by diffusers in its published layout."""
+"""Tiny checkpoints of Wan 2.1 and SkyReels-V2 with random weights, and what diffusers makes with them."""
 
 import json
 import math
@@ -7,11 +7,17 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -26,6 +32,12 @@ from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
 TEXT, IMAGE, HEADS, LAYERS, SEED = 128, 64, 2, 2, 3
 CLASSES = {"Wan2.1": WanTransformer3DModel, "SkyReels-V2": SkyReelsV2Transformer3DModel}
+PIPELINES = {  # by family, and whether they start from an image
+    ("Wan2.1", False): WanPipeline,
+    ("Wan2.1", True): WanImageToVideoPipeline,
+    ("SkyReels-V2", False): SkyReelsV2Pipeline,
+    ("SkyReels-V2", True): SkyReelsV2ImageToVideoPipeline,
+}
 
 
 class UpstreamScheduler(UniPCMultistepScheduler):
@@ -140,3 +152,51 @@ def write_original(folder, parts):
         clip = renamed(packed(parts["image_encoder"].state_dict()), CLIP_VISION, "original")
         torch.save(clip, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
         (folder / "tiny_dims.json").write_text(json.dumps({"clip_visual": {"num_heads": 4}}))
+
+
+def clip_tokens(encoder, pixels):
+    """The tokens of an image [1, 3, H, W], which the models' own code stretches, where diffusers may crop."""
+    size = encoder.config.image_size
+    scaled = F.interpolate(pixels, (size, size), mode="bicubic") * 0.5 + 0.5
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    return encoder(pixel_values=(scaled - mean) / std, output_hidden_states=True).hidden_states[-2]
+
+
+@torch.inference_mode()
+def reference_latents(family, parts, request):
+    """What diffusers makes of a request, with sigmas and the image as in the models' own code.
+
+    The image must have the shape of the clip: that code crops it in ways of its own.
+    """
+    given, more = {}, {}
+    if request.images:
+        image = Image.open(request.images[0])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        if family == "Wan2.1":
+            frame = F.interpolate(pixels, request.size, mode="bicubic")
+        else:
+            scaled = np.array(image.resize(request.size[::-1], Image.Resampling.LANCZOS))
+            frame = pixels = torch.from_numpy(scaled).permute(2, 0, 1)[None].float() / 127.5 - 1
+        given, more = {"image": frame}, {"image_processor": None}
+    pipeline = PIPELINES[family, bool(request.images)]
+    pipe = pipeline(tokenizer=tokenizer(), scheduler=scheduler(request.shift), **parts, **more)
+    if request.images:
+        pipe.encode_image = lambda image, device=None: clip_tokens(parts["image_encoder"], pixels)
+        pipe.video_processor.preprocess = lambda image, **_: image
+    pipe.set_progress_bar_config(disable=True)
+    height, width = request.size
+    shape = 1, 16, (request.frames + 3) // 4, height // 8, width // 8
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed))
+    sizes = {"height": height, "width": width, "num_frames": request.frames, "num_inference_steps": request.steps}
+    prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    prompts |= {"guidance_scale": request.guidance}
+    return pipe(**prompts, **sizes, **given, latents=noise, output_type="latent").frames[0]
+
+
+@torch.inference_mode()
+def reference_frames(vae, latents):
+    """The frames that diffusers' autoencoder decodes, as levels [T, H, W, 3] that are not rounded."""
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+    pixels = vae.decode(latents[None] * std + mean).sample[0]
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0).numpy()
