@@ -1,6 +1,7 @@
 """The model families: every tensor of the published models with its shape and its name in every naming in use."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from skyrun.kernels.names import Row, Table, recognise
 
@@ -51,8 +52,47 @@ WAN_TRANSFORMER = Table(
     ("original", "diffusers"),
     (*_BEFORE, *_ATTENTION, *_FEED_FORWARD, *_AFTER),
     ignored=r"blocks\.\d+\.attn\d\.norm_added_[qk]\.weight",
-    tasks=("r2v", "v2v", "shot"),
+    tasks=("r2v", "v2v", "shot", "t2v"),
     needs=("text_encoder", "vae"),
+)
+
+# The small one of SkyReels-V2's models for diffusion forcing: it is told one of two frame rates.
+WAN_RATE_TRANSFORMER = Table(
+    "transformer",
+    ("original", "diffusers"),
+    (
+        *_BEFORE,
+        Row("rates dim", ("fps_embedding.weight", "fps_embedding.weight")),
+        *_layer("dim dim", "fps_projection.0", "fps_projection.net.0.proj"),
+        *_layer("6*dim dim", "fps_projection.2", "fps_projection.net.2"),
+        *_ATTENTION,
+        *_FEED_FORWARD,
+        *_AFTER,
+    ),
+    ignored=WAN_TRANSFORMER.ignored,
+    tasks=("t2v",),
+    needs=WAN_TRANSFORMER.needs,
+)
+
+# Wan's image to video: every token also attends to tokens of the image.
+_IMAGE = [
+    *_layer("image", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    *_layer("image image", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    *_layer("dim image", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    *_layer("dim", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+]
+_IMAGE_ATTENTION = [
+    *_layer("dim dim", "blocks.{n}.cross_attn.k_img", "blocks.{n}.attn2.add_k_proj"),
+    *_layer("dim dim", "blocks.{n}.cross_attn.v_img", "blocks.{n}.attn2.add_v_proj"),
+    Row("dim", ("blocks.{n}.cross_attn.norm_k_img.weight", "blocks.{n}.attn2.norm_added_k.weight")),
+]
+WAN_IMAGE_TRANSFORMER = Table(
+    "transformer",
+    ("original", "diffusers"),
+    (*_BEFORE, *_IMAGE, *_ATTENTION, *_IMAGE_ATTENTION, *_FEED_FORWARD, *_AFTER),
+    ignored=r"blocks\.\d+\.attn\d\.norm_added_q\.weight",
+    tasks=("i2v",),
+    needs=("text_encoder", "vae", "image_encoder"),
 )
 
 # The talking-avatar transformer: image tokens as in Wan's image-to-video, audio tokens per latent frame.
@@ -63,19 +103,14 @@ WAN_AUDIO_TRANSFORMER = Table(
     ("original",),
     (
         *_BEFORE,
-        *_layer("image", "img_emb.proj.0"),
-        *_layer("image image", "img_emb.proj.1"),
-        *_layer("dim image", "img_emb.proj.3"),
-        *_layer("dim", "img_emb.proj.4"),
+        *_IMAGE,
         *_layer("audio_hidden audio_window*audio_features", "audio_proj.proj1"),
         *_layer("audio_hidden middle_window*audio_features", "audio_proj.proj1_vf"),
         *_layer("audio_hidden audio_hidden", "audio_proj.proj2"),
         *_layer("context_tokens*audio_dim audio_hidden", "audio_proj.proj3"),
         *_layer("audio_dim", "audio_proj.norm"),
         *_ATTENTION,
-        *_layer("dim dim", "blocks.{n}.cross_attn.k_img"),
-        *_layer("dim dim", "blocks.{n}.cross_attn.v_img"),
-        Row("dim", ("blocks.{n}.cross_attn.norm_k_img.weight",)),
+        *_IMAGE_ATTENTION,
         *_layer("dim dim", "blocks.{n}.audio_cross_attn.q_linear"),
         *_layer("2*dim audio_dim", "blocks.{n}.audio_cross_attn.kv_linear"),
         *_layer("dim dim", "blocks.{n}.audio_cross_attn.proj"),
@@ -87,11 +122,16 @@ WAN_AUDIO_TRANSFORMER = Table(
     needs=("text_encoder", "vae", "image_encoder", "audio_encoder"),
 )
 
-TRANSFORMERS = (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
-TASKS = tuple(task for table in TRANSFORMERS for task in table.tasks)
+TRANSFORMERS = (WAN_TRANSFORMER, WAN_RATE_TRANSFORMER, WAN_IMAGE_TRANSFORMER, WAN_AUDIO_TRANSFORMER)
+TASKS = tuple(dict.fromkeys(task for table in TRANSFORMERS for task in table.tasks))
 # Tasks whose tensors are the same are told apart by the class in the config of the diffusers layout, and by the folder
 # in the repository that has two transformers.
-CLASS_TASKS = {"SkyReelsC1WanI2v3DModel": "r2v", "SkyReelsA2WanI2v3DModel": "r2v"}
+CLASS_TASKS = {
+    "SkyReelsC1WanI2v3DModel": "r2v",
+    "SkyReelsA2WanI2v3DModel": "r2v",
+    "WanTransformer3DModel": "t2v",
+    "SkyReelsV2Transformer3DModel": "t2v",
+}
 FOLDER_TASKS = {"transformer": "v2v", "shot_transformer": "shot"}
 
 
@@ -226,34 +266,35 @@ WAN_VAE = Table(
 _VISION, _LAYER = "vision_model", "vision_model.encoder.layers.{n}"
 # The vision tower of CLIP ViT-H/14; its file may hold the text tower too. Transformers stores q, k and v separately and
 # the projection transposed: the readers of that layout convert them to the layout of this table.
-CLIP_VISION = Table(
-    "image_encoder",
-    ("gguf", "original", "transformers"),
-    (
-        Row("dim", ("v.class_embd", "visual.cls_embedding", f"{_VISION}.embeddings.class_embedding")),
-        Row(
-            "dim 3 patch patch",
-            ("v.patch_embd.weight", "visual.patch_embedding.weight", f"{_VISION}.embeddings.patch_embedding.weight"),
-        ),
-        Row(
-            "positions dim",
-            ("v.position_embd.weight", "visual.pos_embedding", f"{_VISION}.embeddings.position_embedding.weight"),
-        ),
-        *_layer("dim", "v.pre_ln", "visual.pre_norm", f"{_VISION}.pre_layrnorm"),
-        *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1", f"{_LAYER}.layer_norm1"),
-        *_layer(
-            "3*dim dim",
-            "v.blk.{n}.attn_qkv",
-            "visual.transformer.{n}.attn.to_qkv",
-            f"{_LAYER}.self_attn.qkv_proj",
-        ),
-        *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
-        *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
-        *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
-        *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),
-        *_layer("dim", "v.post_ln", "visual.post_norm", f"{_VISION}.post_layernorm"),
-        Row("dim projection", ("v.head", "visual.head", "visual_projection.weight"), optional=True),
+_CLIP_ROWS = (
+    Row("dim", ("v.class_embd", "visual.cls_embedding", f"{_VISION}.embeddings.class_embedding")),
+    Row(
+        "dim 3 patch patch",
+        ("v.patch_embd.weight", "visual.patch_embedding.weight", f"{_VISION}.embeddings.patch_embedding.weight"),
     ),
+    Row(
+        "positions dim",
+        ("v.position_embd.weight", "visual.pos_embedding", f"{_VISION}.embeddings.position_embedding.weight"),
+    ),
+    *_layer("dim", "v.pre_ln", "visual.pre_norm", f"{_VISION}.pre_layrnorm"),
+    *_layer("dim", "v.blk.{n}.ln1", "visual.transformer.{n}.norm1", f"{_LAYER}.layer_norm1"),
+    *_layer(
+        "3*dim dim",
+        "v.blk.{n}.attn_qkv",
+        "visual.transformer.{n}.attn.to_qkv",
+        f"{_LAYER}.self_attn.qkv_proj",
+    ),
+    *_layer("dim dim", "v.blk.{n}.attn_out", "visual.transformer.{n}.attn.proj", f"{_LAYER}.self_attn.out_proj"),
+    *_layer("dim", "v.blk.{n}.ln2", "visual.transformer.{n}.norm2", f"{_LAYER}.layer_norm2"),
+    *_layer("ffn dim", "v.blk.{n}.ffn_up", "visual.transformer.{n}.mlp.0", f"{_LAYER}.mlp.fc1"),
+    *_layer("dim ffn", "v.blk.{n}.ffn_down", "visual.transformer.{n}.mlp.2", f"{_LAYER}.mlp.fc2"),
+    *_layer("dim", "v.post_ln", "visual.post_norm", f"{_VISION}.post_layernorm"),
+    Row("dim projection", ("v.head", "visual.head", "visual_projection.weight"), optional=True),
+)
+CLIP_VISION = Table(  # transformers 5 leaves out the first word of names
+    "image_encoder",
+    ("gguf", "original", "transformers", "transformers 5"),
+    tuple(replace(row, names=(*row.names, row.names[-1].removeprefix(f"{_VISION}."))) for row in _CLIP_ROWS),
     ignored=r"textual\..*|text_model\..*|text_projection\.weight|log(it)?_scale|.*\.position_ids",
 )
 

@@ -55,8 +55,8 @@ def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parke
     """
     size, tokens, dim = BYTES[dtype], workload.tokens, workload.dim
     keys, of_keys, passing, matrix = _block_values(workload, size, way)
-    held = tokens * ((0 if parked else dim * size) + _HEAD_DIM * 4)
-    context = 2 * workload.context_tokens * dim * size
+    held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
+    context = (1 + workload.contexts) * workload.context_tokens * dim * size
     part = min(rows or tokens, tokens)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
@@ -97,7 +97,7 @@ def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, in
 
 def parked_bytes(workload: Workload, dtype: str) -> int:
     """Host memory that the activations of parked tokens take."""
-    return workload.tokens * workload.dim * BYTES[dtype]
+    return workload.contexts * workload.tokens * workload.dim * BYTES[dtype]
 
 
 def vae_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:

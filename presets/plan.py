@@ -158,9 +158,10 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
     vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
+    images = _timed(_images_stage(work, vae, budget), images_time(hardware, work, vae))
     stages = (
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),
-        _timed(_images_stage(work, vae, budget), images_time(hardware, work, vae)),
+        *([images] if work.encoded_frames or work.image_layers else []),
         _timed(StagePlan("denoise", option.device_bytes, option.host_bytes), option.denoise),
         _timed(_vae_stage("decode", vae, budget), decode_time(hardware, work, vae)),
     )

@@ -84,7 +84,7 @@ def step_time(
         parked: whether the other tokens wait on the host.
         resident: how many blocks stay on the device.
     """
-    computing = _computing(hardware, workload, fast, attention, dtype, rows, parked)
+    computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if _is_cached(hardware, workload) else hardware.disk_rate
     return _overlapped(hardware, computing, reading, rate)
@@ -190,7 +190,8 @@ def _computing(
         moved += workload.tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
     seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
     if parked:
-        seconds += workload.layers * _CROSSINGS * parked_bytes(workload, dtype) / hardware.link_rate
+        crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
+        seconds += workload.layers * crossing / hardware.link_rate
     return seconds
 
 

@@ -30,6 +30,7 @@ class Workload:
     encoder.
     token_matrices, context_matrices: matrices [dim, dim] of a block, beside two attentions and the feed-forward, that
     are applied to all tokens or to the context only. context_tokens: that every token attends to by cross-attention.
+    contexts: how many of these a step has, each with tokens of its own: two with classifier-free guidance.
     windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
     made instead. encoded_frames: that the VAE encodes in all. decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
@@ -59,6 +60,7 @@ class Workload:
     token_matrices: int = 0
     context_matrices: int = 0
     context_tokens: int = 512
+    contexts: int = 1
     windowed: bool = False
     areas: tuple[tuple[str, int], ...] = AREAS
     encoded_frames: int = 4

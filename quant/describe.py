@@ -9,9 +9,10 @@ from math import isqrt
 from typing import Any
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.name_tables import CLASS_TASKS, FOLDER_TASKS, TASKS, WAN_AUDIO_TRANSFORMER
+from skyrun.kernels.name_tables import CLASS_TASKS, FOLDER_TASKS, TASKS, WAN_TRANSFORMER
 from skyrun.kernels.names import Match
 from skyrun.quant.checkpoint import Part, read_json
+from skyrun.quant.model_name import family_of, license_of, model_name, task_of_name
 
 Dims = Mapping[str, int]
 
@@ -20,6 +21,7 @@ _HEAD_DIM = 128  # of every Wan transformer
 _CLIP_HEAD_DIM, _AUDIO_HEAD_DIM = 80, 64
 _AUDIO_WINDOW = 5  # frames of audio around a video frame
 _AUDIO_LAYERS = 12  # layers of wav2vec2 whose outputs are features
+_NAMED = ("t2v", "i2v")  # tasks that several published models do
 _REDUCED = "tiny_dims.json"  # beside checkpoints of reduced size: dims that are hard-coded for the real models
 
 
@@ -82,19 +84,29 @@ def task_of(part: Part, match: Match) -> str:
     said = Said(part, "ffn_dim", "task")
     if said.text("task") in TASKS:
         return said.text("task")
-    if match.table is WAN_AUDIO_TRANSFORMER:
-        return "a2v"
+    if match.table is not WAN_TRANSFORMER:
+        return match.table.tasks[0]
     if match.table.namings[match.naming] == "diffusers":
         return CLASS_TASKS.get(said.text("_class_name"), "") if said.text("_class_name") else "r2v"
-    return FOLDER_TASKS.get(part.folder.name, "") if part.gguf is None else ""
+    task = FOLDER_TASKS.get(part.folder.name, "") if part.gguf is None else ""
+    return task or task_of_name(model_name(part))
+
+
+def basename(part: Part, task: str) -> str:
+    """What a transformer's file is named after."""
+    if task in _NAMED:
+        return model_name(part) or family_of(part, task)
+    return f"SkyReels-V3-{task.upper()}" if task else "Wan"
 
 
 def unknown_class(part: Part, match: Match) -> str:
-    """A note about a transformer whose config names a class that is not of SkyReels-V3; "" for others."""
+    """A note about a transformer whose config names an unknown class; "" for others."""
     name = Said(part, "ffn_dim").text("_class_name")
     if task_of(part, match) or not name or match.table.namings[match.naming] != "diffusers":
         return ""
-    return f"{part.config_source} says {name}, which is not a class of SkyReels-V3: the task of {part.label} is unknown"
+    return (
+        f"{part.config_source} says {name}, which is not a class that skyrun knows: the task of {part.label} is unknown"
+    )
 
 
 def known_dims(part: Part) -> dict[str, int]:
@@ -123,13 +135,18 @@ def transformer(part: Part, dims: Dims, task: str) -> dict[str, Any]:
     others = {"heads": "num_attention_heads num_heads", "layers": "num_layers"}
     others |= {"in_channels": "in_dim", "out_channels": "out_dim"}
     if "image" in dims:
+        values |= {"image_dim": dims["image"]}
+        others |= {"image_dim": "img_dim"}
+    if "audio_features" in dims:
         values |= _audio(part, dims)
-        others |= {"image_dim": "img_dim", "audio_hidden": "intermediate_dim", "audio_dim": "output_dim"}
+        others |= {"audio_hidden": "intermediate_dim", "audio_dim": "output_dim"}
     said.agree({f"{key} {others.get(key, '')}": value for key, value in values.items()})
     said.agree({"attention_head_dim": _HEAD_DIM})
     keys: dict[str, Any] = {"general.type": "model"}
     if task:
-        keys |= {"general.license": "other", "general.license.name": "Skywork Community License", "skyrun.task": task}
+        license = license_of(basename(part, task)) if task in _NAMED else "Skywork Community License"
+        keys |= {"general.license": "other", "general.license.name": license} if license else {}
+        keys |= {"skyrun.task": task}
     keys |= {f"skyrun.{key}": value for key, value in values.items()} | {"skyrun.eps": said.number("eps", 1e-6)}
     return keys | _clips(said)
 
@@ -148,7 +165,6 @@ def _audio(part: Part, dims: Dims) -> dict[str, int]:
         features = f"{dims['audio_features']} features per frame of audio"
         raise SkyrunError(f"{part.label} takes {features}, expected a multiple of {_AUDIO_LAYERS}", _PUBLISHED)
     return {
-        "image_dim": dims["image"],
         "audio_window": dims["audio_window"],
         "vae_scale": dims["middle_window"] - dims["audio_window"] + 1,
         "audio_layers": _AUDIO_LAYERS,

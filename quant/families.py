@@ -221,8 +221,7 @@ def _described(source: Path, model: _Model, dims: Mapping[str, int]) -> tuple[st
     part = model.part
     match model.role:
         case "transformer":
-            basename = f"SkyReels-V3-{model.task.upper()}" if model.task else "Wan"
-            return basename, "wan", describe.transformer(part, dims, model.task)
+            return describe.basename(part, model.task), "wan", describe.transformer(part, dims, model.task)
         case "text_encoder":
             return (
                 "umt5-encoder",

@@ -90,11 +90,10 @@ _KINDS = (
         r"control_adapter\.", "is a Wan model with camera control, another one of the family", _NOT_OURS, "transformer"
     ),
     _Kind(
-        r"(cross_attn\.k_img|attn2\.add_k_proj|image_embedder\.)",
-        "is an image-to-video model of the Wan family without the audio modules of SkyReels-V3's A2V",
+        r"(img_emb\.emb_pos|image_embedder\.pos_embed)$",
+        "is a Wan model that makes clips between a first and a last frame, another one of the family",
         _NOT_OURS,
         role="transformer",
-        also=_lacks(r"(^|\.)(audio_proj|audio_cross_attn)\."),
     ),
     _Kind(
         r"decoder\.conv(1|_in)\.weight$",

@@ -338,8 +338,6 @@ def classed(name):
     ("name", "task"),
     [
         *CLASS_TASKS.items(),
-        ("WanTransformer3DModel", ""),
-        ("SkyReelsV2Transformer3DModel", ""),
         ("SkyReelsV3Transformer3DModel", ""),
         (None, "r2v"),
     ],
@@ -354,12 +352,13 @@ def test_the_class_in_the_config_decides(checkpoint, tmp_path, name, task, pipel
     file = conversion.files[0]
     assert file.task == task
     assert ("R2V" in file.path.name) == (task == "r2v")
-    said = [note for note in conversion.notes if "not a class of SkyReels-V3" in note]
+    said = [note for note in conversion.notes if "not a class that skyrun knows" in note]
     assert bool(said) == (not task) and all(name in note for note in said)
 
 
 def test_the_tables_know_all_tasks():
-    assert TASKS == ("r2v", "v2v", "shot", "a2v")
+    assert TASKS == ("r2v", "v2v", "shot", "t2v", "i2v", "a2v")
+    assert set(needed_roles("i2v")) == {"text_encoder", "vae", "image_encoder"}
     assert set(needed_roles("a2v")) == {"text_encoder", "vae", "image_encoder", "audio_encoder"}
     assert {needed_roles(task) for task in ("r2v", "v2v", "shot", "")} == {("text_encoder", "vae")}
 

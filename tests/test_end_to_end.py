@@ -157,7 +157,7 @@ def test_a_sixteen_bit_picture_is_the_picture(goldens, converted, tmp_path):
         ({"seconds": 1}, "got 17 frames and 1 seconds, expected one of them"),
         ({"max_ram": "big"}, "max_ram is 'big', expected a number"),
         ({"device": "tpu", "dtype": "int8"}, "(?s)unknown device 'tpu'.*unknown dtype 'int8'"),
-        ({"task": "t2v"}, "unknown task 't2v'"),
+        ({"task": "x2v"}, "unknown task 'x2v'"),
     ],
 )
 def test_mistakes_from_python(goldens, changes, message):
@@ -169,7 +169,7 @@ def test_a_request_survives_json(goldens):
     request = request_of(goldens("e2e/r2v_2img/golden"), "models", quant="q8_0", resolution="720p")
     assert request.quant == "Q8_0"
     assert parse_request(json.loads(json.dumps(request.as_json()))) == dataclasses.replace(request, resolution="480P")
-    for damaged in ({}, {"task": "r2v"}, request.as_json() | {"fps": 3}, [1]):
+    for damaged in ({}, {"task": "r2v"}, request.as_json() | {"rate": 3}, [1]):
         with pytest.raises(SkyrunError, match="are not a request"):
             parse_request(damaged)
 

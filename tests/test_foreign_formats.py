@@ -157,9 +157,9 @@ MODELS = {
         "holds the audio modules of a talking avatar without their transformer",
         "whole transformer",
     ),
-    "image-to-video": (
-        lambda f: {n: t for n, t in f("avatar").items() if not re.search(r"audio_proj|audio_cross_attn|norm_x", n)},
-        "is an image-to-video model of the Wan family without the audio modules",
+    "first and last frame": (
+        lambda f: f("avatar") | {"img_emb.emb_pos": torch.ones(1, 2, 2)},
+        "is a Wan model that makes clips between a first and a last frame",
         "skyrun pull",
     ),
     "VACE": (lambda f: f("large") | {"vace_blocks.0.after_proj.weight": torch.ones(2)}, "is VACE", "skyrun pull"),

@@ -143,7 +143,7 @@ AGAIN = "run the same command again"
 # fmt: off
 MESSAGES = [
     # names
-    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is not the name of a model", "shot, a2v, demo, or OWNER/NAME"),
+    (nothing, ["pull", "r3v"], BAD_INPUT, "'r3v' is not the name of a model", "a2v, t2v, .*, demo, or OWNER/NAME"),
     (nothing, ["pull", "a/b/c:Q8_0"], BAD_INPUT, "'a/b/c:Q8_0' is not the name of a model", "OWNER/NAME:TYPE"),
     (nothing, ["pull", "r2v:"], BAD_INPUT, "'r2v:' is not the name of a model", "OWNER/NAME:TYPE"),
     (nothing, ["pull", "bad--/x:Q8_0"], BAD_INPUT, "'bad--/x' is not the name of a repository", "OWNER/NAME"),

@@ -81,8 +81,8 @@ def test_a_use_is_put_on_record(pulled, run_command):
         ("a/b", True),
         ("/a/b:Q8_0", True),
         (None, False),
-        ("r2v", False),
-        ("r2v:Q4_K", False),
+        ("v2v", False),
+        ("v2v:Q4_K", False),
         ("a/b:Q8_0", False),
     ],
 )

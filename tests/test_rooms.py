@@ -31,7 +31,7 @@ MAY = {
 }
 MAY["cli"] = {*MAY, "quant", "presets"} - {"web"}
 MAY["web"] = {*MAY, "quant", "presets"} - {"cli"}
-TASK_NAMES = {"r2v", "v2v", "shot", "a2v"}
+TASK_NAMES = {"r2v", "v2v", "shot", "a2v", "t2v", "i2v"}
 MAX_FILES = 15  # of a room; folders in it are rooms of their own
 MIN_LINES = 40  # of a file that only one other imports
 

@@ -78,7 +78,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
             for other in _INSTEAD.get(name, ()):
                 values.pop(other, None)
     if "task" not in values:
-        raise SkyrunError("say which task to run", "skyrun run r2v, v2v, shot or a2v; or --from CLIP.mp4")
+        raise SkyrunError("say which task to run", "skyrun run TASK, see skyrun run --help; or --from CLIP.mp4")
     if not arguments.prompts and "prompt" not in values:
         raise SkyrunError("no prompt was given", "say with -p what the clip shows, or give a file with --prompts")
     prompts = list(read_prompts(arguments.prompts)) if arguments.prompts else [values["prompt"]]

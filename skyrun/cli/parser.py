@@ -13,12 +13,12 @@ from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS
 from skyrun.version import __version__
 
-_DISTILLED = "the models are distilled, guidance is built in: leave it out"
 _STREAMED = "weights are always streamed: leave it out; --max-vram GiB sets a limit"
 # Options of similar programs, and what to use instead.
 _ELSEWHERE = {
-    **dict.fromkeys(("cfg", "cfg-scale", "guidance-scale", "guide-scale", "text-cfg"), _DISTILLED),
-    **dict.fromkeys(("negative-prompt", "neg-prompt", "n-prompt"), _DISTILLED),
+    **dict.fromkeys(("cfg", "cfg-scale", "guidance-scale", "guide-scale", "text-cfg"), "use --guidance G"),
+    **dict.fromkeys(("neg-prompt", "n-prompt"), "use --negative-prompt P"),
+    **dict.fromkeys(("flow-shift", "sample-shift"), "use --shift S"),
     **dict.fromkeys(("num-frames", "frame-num", "video-length", "length"), "use --frames N, 4 k + 1, or --seconds N"),
     **dict.fromkeys(("duration", "video-seconds"), "use --seconds N"),
     **dict.fromkeys(("num-inference-steps", "infer-steps", "sample-steps", "sampling-steps"), "use --steps N"),
@@ -128,7 +128,13 @@ def _add_run(commands: Commands) -> None:
         "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, except for other options"
     )
     parser.add_argument(
-        "--image", nargs="+", action="extend", type=Path, default=[], metavar="F", help="r2v: images; a2v: a portrait"
+        "--image",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="F",
+        help="r2v: images; a2v: a portrait; i2v: the first frame",
     )
     parser.add_argument("--video", type=Path, metavar="F", help="v2v, shot: what the clip goes on from")
     parser.add_argument("--audio", type=Path, metavar="F", help="a2v: speech, or any file with speech in it")
@@ -145,7 +151,11 @@ def _add_run(commands: Commands) -> None:
         metavar="N",
         help="start of the noise, a clip for each (default: drawn and shown)",
     )
-    _add_clip(parser, "5 s; a2v: the speech")
+    _add_clip(parser, "5 s; a2v: the speech; t2v, i2v: by model")
+    _add_guidance(parser)
+    parser.add_argument("--negative-prompt", metavar="P", help="t2v, i2v: what the clip shall not show (by model)")
+    parser.add_argument("--shift", type=float, metavar="S", help="t2v, i2v: shift of the noise levels (by model)")
+    parser.add_argument("--fps", type=int, metavar="N", help="frames per second, where a model has several")
     _add_precision(parser)
     parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
@@ -208,15 +218,27 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 def _add_clip(parser: argparse.ArgumentParser, length_default: str) -> None:
     """Add the options for size, length, steps and dtype of a clip, and the limits."""
-    _add_size(parser, "480P, 540P or 720P, shaped like the image or video (480P)")
+    _add_size(parser, "480P, 540P or 720P, shaped like the image or video (480P; t2v, i2v: by model)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help=f"length ({length_default})")
-    length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
+    length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1 (not v2v, a2v)")
+    _add_steps(parser)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of activations (default: by device)"
     )
     _add_limits(parser)
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4; t2v, i2v: by model, 30 to 50)"
+    )
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance", type=float, metavar="G", help="t2v, i2v: scale of classifier-free guidance (by model); 1: none"
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -238,8 +260,9 @@ def _add_plan(commands: Commands) -> None:
     _add_size(parser, "480P, 540P or 720P (480P)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, metavar="N", help="length of the clip (5)")
-    length.add_argument("--frames", type=int, metavar="N", help="r2v, shot: length in frames, 4 k + 1")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (8; a2v: 4)")
+    length.add_argument("--frames", type=int, metavar="N", help="length in frames, 4 k + 1 (not v2v, a2v)")
+    _add_steps(parser)
+    _add_guidance(parser)
     parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="as for run (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
     _add_lora(parser)
@@ -285,7 +308,11 @@ def _add_demo(commands: Commands) -> None:
 
 def _add_pull(commands: Commands) -> None:
     parser = _add(commands, "pull", "fetch a model, and convert it while it arrives if needed")
-    parser.add_argument("model", metavar="NAME", help="r2v, v2v, shot or a2v; or OWNER/NAME:TYPE on Hugging Face")
+    parser.add_argument(
+        "model",
+        metavar="NAME",
+        help="a task, or a model such as wan2.1-t2v-1.3b (all: docs/pull.md); or OWNER/NAME:TYPE on Hugging Face",
+    )
     parser.add_argument("--quant", metavar="TYPE", help="Q2_K ... Q4_K_M ... Q8_0 (default: by plan)")
     parser.add_argument("--task", choices=list(TASKS), help="if a repository has transformers for several tasks")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: one in the models folder)")

@@ -27,7 +27,11 @@ _SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
 # Fields that do not change what a clip shows; `resolution` has become a size.
 NOT_THE_CLIP = ("output", "save_latents", "overwrite", "resolution", "device", "devices", "max_vram", "max_ram")
-_DECIDED = ("size", "frames", "steps", "quant", "model")  # by the plan, unless the request states them
+# By the plan or by the model, unless the request states them.
+_DECIDED = (
+    *("size", "frames", "steps", "quant", "model", "variant", "guidance", "negative_prompt", "shift", "fps"),
+    *("condition_frames", "window_frames"),
+)
 _INPUTS = ("images", "video", "audio", "model")
 _MAX_OWNER = 200  # characters of a lock file that are shown
 

@@ -33,6 +33,7 @@ _SOURCE_BITS = 16.0
 # Bytes in the header of a file of weights, and the role that they show.
 _MARKS = {
     b"visual.cls_embedding": "image_encoder",
+    b"embeddings.class_embedding": "image_encoder",
     b"decoder.conv_in.weight": "vae",
     b"decoder.conv1.weight": "vae",
     b".SelfAttention.": "text_encoder",

@@ -11,7 +11,7 @@ from skyrun.hub.client import read_start
 from skyrun.hub.head import HEAD_BYTES, Head, read_head
 from skyrun.hub.repository import RemoteFile, Repository
 from skyrun.kernels.formats import FORMATS
-from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.name_tables import TRANSFORMERS
 from skyrun.kernels.names import Match, recognise
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.published import transformer_table
@@ -85,7 +85,7 @@ def _described(file: RemoteFile, data: bytes) -> RemoteModel:
 
 
 def _transformer(head: Head) -> Match | None:
-    return next(iter(recognise(head.shapes, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))), None)
+    return next(iter(recognise(head.shapes, TRANSFORMERS)), None)
 
 
 def _role(data: bytes, head: Head, match: Match | None) -> str:

@@ -84,7 +84,7 @@ class Pull:
         if not self.parts:
             return f"{self.name}: all files are in {self.folder}"
         origin = ", ".join(f"{repo} at {commit[:12]}" for repo, commit in self.manifest.commits.items())
-        lines = [f"{self.name.repo or self.name.task}, {self.quant}, from {origin}"]
+        lines = [f"{self.name.repo or self.name.key}, {self.quant}, from {origin}"]
         for part in self.parts:
             lines += [f"  {what}" + (f"  {size(nbytes)}" if nbytes else "") for what, nbytes in part.text()]
         here = f", of which {size(self.here_bytes)} are here" if self.here_bytes else ""
@@ -166,7 +166,7 @@ def _decided(name: Name, out: Path | None) -> tuple[Path, Manifest, Chooser, Mai
 
     If no type is named, it is known only after the repositories have been read.
     """
-    wanted = name.quant or ("" if name.repo else planned_quant(name.task))
+    wanted = name.quant or ("" if name.repo else planned_quant(name))
     begun = _begun(replace(name, quant=wanted), out)
     while True:
         folder, manifest = begun or (Path(), Manifest(name.stem, wanted))

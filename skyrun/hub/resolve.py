@@ -20,6 +20,7 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.quant.recipes import default_encoder_quant
+from skyrun.tasks import spec_of
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
@@ -62,7 +63,7 @@ class Chooser:
         if self.name.repo:
             return self._named()
         task, wanted = self.name.task, self.name.quant or self.wanted
-        source = SOURCES[task]
+        source = SOURCES[self.name.key]
         for name in source.gguf:
             if (repository := self._offered(name)) and (model := self._fitting(repository, wanted)):
                 self._say_why(repository, model)
@@ -96,7 +97,7 @@ class Chooser:
             if model.quant == wanted:
                 return model
         for model in () if self.name.quant else nearest_better(usable, wanted, _MOST):
-            if _planned(self.name.task, model.base)[1]:
+            if _planned(self.name, model.base)[1]:
                 better = f"its nearest better type is {model.quant}"
                 self.notes.append(f"a plan takes {wanted}, which {repository.name} does not have: {better}")
                 return model
@@ -127,7 +128,7 @@ class Chooser:
         elif self.name.repo:
             parts += convert(main.repository)
         task = main.task or _task_of(parts)
-        source, lacking = SOURCES[task or next(iter(SOURCES))], _lacking(task, parts)
+        source, lacking = SOURCES[self.name.key or task or next(iter(SOURCES))], _lacking(task, parts)
         if "text_encoder" in lacking and (encoder := self._text_encoder(source.text_encoder, main.quant)):
             parts.append(Ready("text_encoder", encoder.file, folder))
             lacking.discard("text_encoder")
@@ -147,7 +148,7 @@ class Chooser:
 
     def saved_bytes(self, task: str, parts: list[Part]) -> int:
         """How many bytes less have to be downloaded than for the published checkpoint of a task."""
-        source = SOURCES.get(task)
+        source = SOURCES.get(self.name.key or task)
         if source is None or source.checkpoint not in self._repositories:
             return 0
         if not any(isinstance(part, Ready) for part in parts):
@@ -193,16 +194,17 @@ class Chooser:
         return self._looked[repository.name]
 
 
-def planned_quant(task: str) -> str:
+def planned_quant(name: Name) -> str:
     """The type that a plan for this machine chooses."""
-    type, runs = _planned(task)
+    type, runs = _planned(name)
     return type if runs else DEFAULT_QUANT
 
 
-def _planned(task: str, quant: str | None = None) -> tuple[str, bool]:
+def _planned(name: Name, quant: str | None = None) -> tuple[str, bool]:
     """The type that a plan for a typical clip on this machine chooses, and whether the clip can be made."""
     machine = this_machine(model=existing_folder(models_folder()))
-    plan = plan_request(Request(task, "", quant=quant), machine).plan
+    spec = spec_of(name.task, name.source)
+    plan = plan_request(Request(name.task, "", quant=quant).of(spec), machine).plan
     return plan.weight_type, not plan.problem
 
 

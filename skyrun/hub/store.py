@@ -19,7 +19,7 @@ from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
 from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
-from skyrun.tasks.sources import BUILT_IN, SOURCES
+from skyrun.tasks.sources import BUILT_IN, SOURCES, tasks_of
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
 LOCK = ".lock"  # in the folder of a model
@@ -46,24 +46,32 @@ class Name:
     """The name of a model.
 
     repo: OWNER/NAME, or the name of a model that is built in; "" for the model of a task. quant: "" if any type will
-    do.
+    do. source: its name in the table of sources; "" for a repository, and for the usual model of its task.
     """
 
     task: str
     repo: str
     quant: str
+    source: str = ""
 
     def __str__(self) -> str:
-        return (self.repo or self.task) + (f":{self.quant}" if self.quant else "")
+        return (self.repo or self.key) + (f":{self.quant}" if self.quant else "")
+
+    @property
+    def key(self) -> str:
+        """The name in the table of sources of this model, or of one whose other files it can use."""
+        return self.source or self.task
 
     @property
     def stem(self) -> str:
         """Its name in a manifest."""
-        return self.repo.replace("/", "--") or self.task
+        return self.repo.replace("/", "--") or self.key
 
 
 def parse_name(text: str, quant: str | None = None, task: str | None = None) -> Name:
-    """Parse a task, a built-in model, OWNER/NAME, or any of them with :TYPE. Raises SkyrunError for anything else.
+    """Parse the name of a model in the table of sources or a built-in one, OWNER/NAME, or any of them with :TYPE.
+
+    Raises SkyrunError for anything else.
 
     Args:
         text: The name.
@@ -83,7 +91,11 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
     if type and asked not in ("", type.upper()):
         raise SkyrunError(f"got {text} and --quant {quant}, expected one type", "leave out one of them", BAD_INPUT)
     if base in SOURCES:
-        return Name(base, "", type.upper() or asked)
+        does = tasks_of(base)
+        if task is not None and task not in does:
+            message = f"{base} is a model for {' and '.join(does)}, not for {task}"
+            raise SkyrunError(message, f"use it with `skyrun run {does[0]}`", BAD_INPUT)
+        return Name(task or does[0], "", type.upper() or asked, base)
     if base in BUILT_IN:
         return Name(BUILT_IN[base], base, type.upper() or asked)
     return Name(task or "", base, type.upper() or asked)
@@ -91,7 +103,7 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
 
 def sources_text(name: Name) -> str:
     """A sentence about where a missing model can be downloaded from."""
-    source = SOURCES.get(name.task)
+    source = SOURCES.get(name.key)
     places = [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
     return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(places)}"
 
@@ -125,7 +137,7 @@ def pulled(name: Name) -> list[tuple[Path, Manifest]]:
 
 def _tasks(manifest: Manifest) -> list[str]:
     """The tasks that a model may be used for, according to its manifest."""
-    return [manifest.task] if manifest.task else list(SOURCES)
+    return [manifest.task] if manifest.task else [task for model in SOURCES for task in tasks_of(model)]
 
 
 def _bytes_in(folder: Path) -> int:
@@ -182,7 +194,7 @@ def stored() -> list[Stored]:
 def _stored(folder: Path, manifest: Manifest) -> Stored:
     nbytes = sum(allocated(path) for path in folder.rglob("*") if path.is_file())
     name = f"{manifest.name.replace('--', '/', 1)}:{manifest.quant}"
-    task = manifest.task or manifest.name * (manifest.name in SOURCES)
+    task = manifest.task or (tasks_of(manifest.name)[0] if manifest.name in SOURCES else "")
     facts = (name, task, folder, manifest.quant, nbytes, manifest.is_whole(folder), manifest.commits)
     return Stored(*facts, last_use(folder))
 

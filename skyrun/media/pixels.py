@@ -7,8 +7,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
+_GRID = 16  # to which the sides of clips are rounded
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -56,6 +58,49 @@ def crop_portrait(image: Image.Image, height: int, width: int) -> Image.Image:
     scaled = scaled.resize((cols, rows), Image.Resampling.BILINEAR)
     top, left = round((rows - height) / 2), round((cols - width) / 2)
     return scaled.crop((left, top, left + width, top + height))
+
+
+def first_frame(image: Image.Image, height: int, width: int, fit: str) -> tuple[Tensor, Tensor]:
+    """The first frame of a clip, [3, 1, height, width] in [-1, 1], and the image that CLIP sees, [3, H, W].
+
+    "lanczos" and "bicubic" crop the image to the clip's shape and scale it so, as SkyReels-V2 does; CLIP sees the
+    result. "whole" scales the whole image, as Wan does, and CLIP sees it in its own size.
+
+    Args:
+        image: The image.
+        height: Height of the clip in pixels.
+        width: Width of the clip in pixels.
+        fit: One of these. An image of quite another shape is cropped in any case.
+    """
+    whole = fit == "whole"
+    over = max(height / image.height, width / image.width)
+    if not whole or max(over * image.height - height, over * image.width - width) >= _GRID:
+        image = _cropped_to_shape(image, height, width)
+    if whole:
+        pixels = to_pixels(image).movedim(1, 0)
+        return F.interpolate(pixels, (height, width), mode="bicubic").movedim(0, 1), pixels[0]
+    how = Image.Resampling[fit.upper()]
+    frame = to_pixels(image.resize((width, image.height), how).resize((width, height), how))  # as in `letterbox`
+    return frame, frame[:, 0]
+
+
+def _cropped_to_shape(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part around the middle of an image that has the shape of height x width, rounded as upstream does."""
+    cols, rows = image.width, image.height
+    if rows / cols > height / width:
+        rows = int(cols * height / width)
+    else:
+        cols = int(rows * width / height)
+    left, top, right, bottom = (
+        round(side)
+        for side in (
+            (image.width - cols) / 2,
+            (image.height - rows) / 2,
+            (image.width + cols) / 2,
+            (image.height + rows) / 2,
+        )
+    )
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def truncated(pixels: Tensor) -> Frames:

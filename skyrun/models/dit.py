@@ -4,7 +4,7 @@ Weights have original Wan names. A block is a function of activations and of str
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
 from skyrun.streaming.weights import Weights, load_additions, load_weights
 
+_SLOW = 16  # frames per second that the first of two embeddings of frame rates stands for; the other: 24
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
@@ -103,11 +104,18 @@ class DiT:
         """Project windows of speech features [1 + 4 (F - 1), window, layers, channels] -> [F, n, audio_dim]."""
         return project_audio(self._outer, windows.to(self.device, self.dtype), self.dims.context_tokens)
 
-    def embed_times(self, timesteps: Sequence[float]) -> list[TimeEmbedding]:
-        """One embedding per timestep, all in one call: the projection is the largest matrix outside of the blocks."""
+    def embed_times(self, timesteps: Sequence[float], fps: int | None = None) -> list[TimeEmbedding]:
+        """One embedding per timestep, all in one call: the projection is the largest matrix outside of the blocks.
+
+        fps: the frame rate of the clip, for a transformer that is told.
+        """
         waves = sinusoid(torch.tensor(timesteps, dtype=torch.float32, device=self.device), self.dims.freq_dim)
         times = self._outer.linear("time_embedding.2", F.silu(self._outer.linear("time_embedding.0", waves)))
         projections = self._outer.linear("time_projection.1", F.silu(times))
+        if self.dims.rates and fps is not None:
+            rate = self._outer.dense("fps_embedding.weight")[0 if fps == _SLOW else 1]
+            hidden = F.silu(self._outer.linear("fps_projection.0", rate))
+            projections = projections + self._outer.linear("fps_projection.2", hidden)
         return list(zip(times, projections.view(-1, 6, self.dims.dim), strict=True))
 
     def rope(self, latents: Tensor, positions: Sequence[int] | None = None) -> Rope:
@@ -127,16 +135,27 @@ class DiT:
             context: what the tokens attend to by cross-attention.
             rope: the rotary table of the latents.
         """
+        (velocity,) = yield from self.velocities(stream, latents, times, [context], rope)
+        return velocity
+
+    def velocities(
+        self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], contexts: list[Context], rope: Rope
+    ) -> Generator[Event, None, list[Tensor]]:
+        """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them."""
         _, frames, height, width = latents.shape
         shape = frames * (height // 2) * (width // 2), self.dims.dim
-        with closing((ParkedTokens if self._parked else HeldTokens)(shape, self.dtype, self.device)) as x:
-            self._patchify(latents, x)
+        tokens = ParkedTokens if self._parked else HeldTokens
+        with ExitStack() as stack:
+            held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device))) for _ in contexts]
+            for x in held:
+                self._patchify(latents, x)
             spans = list(divide(times, shape[0] // frames, self._rows))
             for weights, clock in stream.blocks():
-                dit_block(x, weights, spans, context, rope, self.dims)
+                for x, context in zip(held, contexts, strict=True):
+                    dit_block(x, weights, spans, context, rope, self.dims)
                 yield clock.done()
-            patches = self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1)
-        return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width)
+            patches = [self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
+        return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in patches]
 
     def _patchify(self, latents: Tensor, x: Tokens) -> None:
         """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
-from skyrun.kernels.name_tables import WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER
+from skyrun.kernels.name_tables import TRANSFORMERS
 from skyrun.kernels.names import Match, fits, recognise, strays
 from skyrun.streaming.layout import Block, lay_out_blocks
 
@@ -28,8 +28,9 @@ class DiTDims:
     text_dim: int
     freq_dim: int
     eps: float = 1e-6
-    image_dim: int = 0  # this one and the following are of a talking-avatar transformer
-    audio_window: int = 0
+    rates: int = 0  # of a transformer that is told one of several frame rates
+    image_dim: int = 0  # of a transformer that attends to tokens of an image
+    audio_window: int = 0  # this one and the following are of a talking-avatar transformer
     audio_channels: int = 0
     audio_dim: int = 0
     context_tokens: int = 0
@@ -53,7 +54,7 @@ def canonical_tensors(file: GGUFFile) -> dict[str, TensorInfo]:
 
 
 def _recognised(file: GGUFFile) -> Match:
-    matches = recognise(file.tensors, (WAN_TRANSFORMER, WAN_AUDIO_TRANSFORMER))
+    matches = recognise(file.tensors, TRANSFORMERS)
     if not matches:
         raise SkyrunError(
             f"{file.path} is not a Wan transformer: it has no tensors such as patch_embedding.weight",
@@ -89,7 +90,9 @@ def read_dims(file: GGUFFile) -> DiTDims:
         text_dim=sizes["text"],
         freq_dim=sizes["freq"],
         eps=file.number("skyrun.eps", 1e-6),
-        **(_avatar(sizes) if match.table is WAN_AUDIO_TRANSFORMER else {}),
+        rates=sizes.get("rates", 0),
+        image_dim=sizes.get("image", 0),
+        **(_avatar(sizes) if "audio_features" in sizes else {}),
     )
     if dims.dim % HEAD_DIM:
         problems.append(f"its width {dims.dim} is not a multiple of the {HEAD_DIM} of a head")
@@ -105,7 +108,7 @@ def read_dims(file: GGUFFile) -> DiTDims:
 def _avatar(sizes: dict[str, int]) -> dict[str, int]:
     channels = sizes["audio_features"] // AUDIO_LAYERS
     kept = {name: sizes[name] for name in ("audio_window", "audio_dim", "context_tokens")}
-    return {"image_dim": sizes["image"], "audio_channels": channels, **kept}
+    return {"audio_channels": channels, **kept}
 
 
 @lru_cache(_HEADER_CACHE_SIZE)

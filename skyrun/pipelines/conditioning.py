@@ -8,6 +8,8 @@ from torch import Tensor
 
 from skyrun.models.dit import Context, DiT, Rope, TimeEmbedding
 
+HISTORY_TIME = 20.0  # timestep that frames of an earlier window are noised to by diffusion forcing
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -30,10 +32,12 @@ class Condition:
     """What a window is conditioned on. Tensors may be on any device.
 
     text: embedding [n, text_dim]. before, after: latents [16, P, h, w] that precede or follow the noisy ones in time.
-    clean: whether these have timestep 0 instead of the noisy frames' timestep. after_position: the position of `after`
-    on the time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents
-    of every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
-    motion: frames that the window begins with.
+    clean: whether these have timestep 0 (with `noise`: a low one) instead of the noisy frames' timestep. noise: [steps,
+    16, P, h, w], what `before` is noised with in each step, slightly. after_position: the position of `after` on the
+    time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents of
+    every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
+    motion: frames that the window begins with. fps: the frame rate, for a transformer that is told. negative: embedding
+    of the negative prompt, with the scale of classifier-free guidance; None where there is no guidance.
     """
 
     text: Tensor
@@ -45,6 +49,10 @@ class Condition:
     image: Tensor | None = None
     audio: Tensor | None = None
     motion: Motion | None = None
+    noise: Tensor | None = None
+    fps: int | None = None
+    negative: Tensor | None = None
+    guidance: float = 1.0
 
     def on(self, device: torch.device) -> "Condition":
         """The same condition, with the tensors that every step reads on the device."""
@@ -53,19 +61,29 @@ class Condition:
         )
         return replace(self, before=before, after=after, channels=channels)
 
-    def context(self, dit: DiT) -> Context:
-        """The context that every token attends to by cross-attention."""
-        return Context(
+    def contexts(self, dit: DiT) -> list[Context]:
+        """What every token attends to by cross-attention: with the prompt, and with the negative one if there is."""
+        context = Context(
             dit.embed_text(self.text),
             None if self.image is None else dit.embed_image(self.image),
             None if self.audio is None else dit.embed_audio(self.audio),
         )
+        return [context, *([] if self.negative is None else [replace(context, text=dit.embed_text(self.negative))])]
 
-    def sequence(self, latents: Tensor) -> Tensor:
+    def guided(self, velocities: list[Tensor]) -> Tensor:
+        """The velocity with classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
+        velocity, *others = velocities
+        return others[0] + self.guidance * (velocity - others[0]) if others else velocity
+
+    def sequence(self, latents: Tensor, step: int = 0) -> Tensor:
         """The transformer's input: the noisy latents [16, F, h, w] joined with the given latents or channels."""
         if self.channels is not None:
             return torch.cat((latents, self.channels))
-        return torch.cat([part for part in (self.before, latents, self.after) if part is not None], 1)
+        before = self.before
+        if before is not None and self.noise is not None:
+            share = HISTORY_TIME / 1000
+            before = (1 - share) * before + share * self.noise[step].to(before.device)
+        return torch.cat([part for part in (before, latents, self.after) if part is not None], 1)
 
     def noisy(self, latents: Tensor) -> slice:
         """The range of the noisy frames in the sequence."""
@@ -86,8 +104,9 @@ class Condition:
         """
         noisy, frames = self.noisy(latents), self.sequence(latents).shape[1]
         if not self.clean:
-            return [[time] * frames for time in dit.embed_times(timesteps)]
-        *times, zero = dit.embed_times([*timesteps, 0.0])
+            return [[time] * frames for time in dit.embed_times(timesteps, self.fps)]
+        given = 0.0 if self.noise is None else HISTORY_TIME
+        *times, zero = dit.embed_times([*timesteps, given], self.fps)
         before, after = [zero] * noisy.start, [zero] * (frames - noisy.stop)
         return [[*before, *[time] * latents.shape[1], *after] for time in times]
 

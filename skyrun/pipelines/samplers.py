@@ -32,6 +32,8 @@ def shifted_sigmas(steps: int, shift: float) -> list[float]:
 class UniPC:
     """One trajectory. Call `step` once per timestep, in order."""
 
+    kind = "unipc"
+
     def __init__(self, steps: int, shift: float) -> None:
         self._shift = shift
         self.sigmas = shifted_sigmas(steps, shift)
@@ -59,7 +61,7 @@ class UniPC:
         tensors = {f"prediction{index}": tensor for index, tensor in enumerate(self._predictions)}
         if self._start is not None:
             tensors["start"] = self._start
-        return tensors, {"kind": "unipc", "steps": len(self.timesteps), "shift": self._shift, "index": self.index}
+        return tensors, {"kind": self.kind, "steps": len(self.timesteps), "shift": self._shift, "index": self.index}
 
     @classmethod
     def restored(cls, values: dict[str, Any], tensors: dict[str, Tensor]) -> "UniPC":
@@ -76,7 +78,7 @@ class UniPC:
     def on(self, device: torch.device) -> "UniPC":
         """A copy of the trajectory with its tensors on the device."""
         tensors, values = self.state()
-        return UniPC.restored(values, {name: tensor.to(device) for name, tensor in tensors.items()})
+        return type(self).restored(values, {name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _predict(self, sample: Tensor) -> Tensor:
         result, h, weight = self._first_order(sample)
@@ -109,6 +111,23 @@ class UniPC:
         """The change of x0 over the step before, scaled to a step of length h."""
         before, newest = self._predictions
         return (before - newest) / self._ratio(h)
+
+
+class ForcingUniPC(UniPC):
+    """UniPC as in the code of diffusion forcing: the first step is corrected as if it had begun where it ended.
+
+    That code writes the result of a step over the sample that the solver has kept as the step's start. After later
+    steps, whose start was corrected, the solver has a tensor of its own.
+    """
+
+    kind = "forcing"
+
+    def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample at the next sigma, given the model's velocity for `sample` at the current one."""
+        result = super().step(velocity, sample)
+        if self.index == 1:
+            self._start = result
+        return result
 
 
 def _log_snr(sigma: float) -> float:
@@ -152,7 +171,7 @@ class Euler:
         return Euler.restored(self.state()[1], {})
 
 
-_KINDS: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "euler": Euler}
+_KINDS: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "forcing": ForcingUniPC, "euler": Euler}
 
 
 class Sampler(Protocol):
@@ -175,9 +194,9 @@ class Sampler(Protocol):
         """A copy of the trajectory with its tensors on the device."""
 
 
-def new_sampler(spec: TaskSpec, steps: int) -> Sampler:
-    """A new trajectory with the sampler and shift that the task's model was distilled with."""
-    return _KINDS[spec.sampler](steps, spec.shift)
+def new_sampler(spec: TaskSpec, steps: int, shift: float | None = None) -> Sampler:
+    """A new trajectory with the sampler that the task's model was made for, and with its shift unless one is given."""
+    return _KINDS[spec.sampler](steps, spec.shift if shift is None else shift)
 
 
 def restored(values: dict[str, Any], tensors: dict[str, Tensor]) -> Sampler:

@@ -191,10 +191,13 @@ def denoise(
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
         stage = Stage("denoise", total, "steps", device, part)
         yield stage.started(finished)
-        context, rope = condition.context(dit), condition.rope(dit, latents)
+        contexts, rope = condition.contexts(dit), condition.rope(dit, latents)
         noisy = condition.noisy(latents)
         for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
-            velocity = yield from dit.forward(stream, condition.sequence(latents), times, context, rope)
+            velocities = yield from dit.velocities(
+                stream, condition.sequence(latents, sampler.index), times, contexts, rope
+            )
+            velocity = condition.guided(velocities)
             x0 = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:

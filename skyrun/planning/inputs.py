@@ -14,6 +14,7 @@ from skyrun.media.image import open_image
 from skyrun.media.speech import read_speech
 from skyrun.media.video_reader import Footage, read_footage
 from skyrun.planning.request import Request
+from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class Inputs:
         """Height and width of what the clip is shaped like: the first image, or the video as it is shown."""
         if self.footage is not None:
             return self.footage.shape
+        if not self.images:
+            return WIDE
         return self.images[0].height, self.images[0].width
 
 

@@ -18,12 +18,13 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
 from skyrun.planning.own_clips import read_own_clips
-from skyrun.planning.problems import check, too_long
+from skyrun.planning.problems import check, too_long, value_problems
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
 from skyrun.presets import Plan, Workload, choose
 from skyrun.streaming.device import choose_device
+from skyrun.tasks import TaskSpec
 from skyrun.tasks.windows import Window, speech_frame_count
 
 _SEEDS = 1 << 32
@@ -35,7 +36,7 @@ class Job:
     """A request that has passed every check, with everything that was decided for it.
 
     frames: of the clip. passed_over: files of the model that do not fit, and why. scale: how many pixels high and wide
-    the mp4 shows a pixel.
+    the mp4 shows a pixel. guess: a sentence if it is not certain which model it is.
     """
 
     request: Request
@@ -52,12 +53,15 @@ class Job:
     plan: Plan
     passed_over: tuple[str, ...] = ()
     scale: int = 1
+    guess: str = ""
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What a person should know of the inputs, of the choice of files, and of the plan."""
         passed = tuple(f"passed over: {reason}" for reason in self.passed_over)
-        advice = [*_turned(self.height, self.width, self.inputs.shape)]
+        passed += (self.guess,) if self.guess else ()
+        seen = self.inputs.images or self.inputs.footage is not None
+        advice = [*_turned(self.height, self.width, self.inputs.shape)] if seen else []
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
             advice += too_long(len(self.windows), self.frames / self.fps)
         adapted = (notice for adapter in self.files.adapters for notice in adapter.notices)
@@ -66,7 +70,7 @@ class Job:
     @property
     def fps(self) -> int:
         """Frames per second of the clip."""
-        return self.request.spec.fps
+        return self.request.fps or self.request.spec.fps
 
     def part(self, index: int) -> tuple[int, int] | None:
         """(number, count) of a window, counted from 1, for messages; None if there is only one window."""
@@ -97,9 +101,10 @@ def prepare(request: Request) -> Job:
     check(request)
     if request.seed is None:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
-    spec, device = request.spec, choose_device(request.device)
+    device = choose_device(request.device)
     inputs, model = _open(request)
     adapters = model.files.adapters
+    request, spec = _of_model(request, model.spec), model.spec
     own = read_own_clips(model.files.transformer)
     if own is not None:
         request = own.fitted(request, *inputs.shape)
@@ -109,13 +114,14 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
-    workload = with_adapters(with_clip(model_workload(spec, model), spec, size, request.steps, windows), adapters)
+    workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows, request.contexts)
+    workload = with_adapters(workload, adapters)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows)
+            workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows, request.contexts)
             workload = with_adapters(workload, adapters)
     frames = sum(window.frames for window in windows)
     if plan.problem:
@@ -140,7 +146,16 @@ def prepare(request: Request) -> Job:
         plan,
         model.passed_over,
         own.scale if own else 1,
+        model.guess,
     )
+
+
+def _of_model(request: Request, spec: TaskSpec) -> Request:
+    """The request with the values of its model. Raises SkyrunError if it asks for what the model cannot do."""
+    request = request.of(spec)
+    if problems := value_problems(request):
+        raise SkyrunError.listing("this cannot be run", problems, "see `skyrun run --help`")
+    return request
 
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:

@@ -14,7 +14,7 @@ from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae, read_vae_dims
 from skyrun.models.wav2vec2 import check_wav2vec2
-from skyrun.tasks import TaskSpec, tasks_in
+from skyrun.tasks import TaskSpec, find_spec, tasks_in
 
 T = TypeVar("T")
 
@@ -23,15 +23,18 @@ T = TypeVar("T")
 class Model:
     """The files of a model for a task. Their headers have been checked.
 
-    others: transformers in the folder that could be used instead. passed_over: which files were not used, and why.
+    spec: the TaskSpec of the task with this model. others: transformers in the folder that could be used instead.
+    passed_over: which files were not used, and why. guess: a sentence if it was not certain which model it is.
     """
 
+    spec: TaskSpec
     files: ModelFiles
     encoder: UMT5
     vision: CLIPVision | None
     dims: DiTDims
     others: tuple[GGUFFile, ...] = ()
     passed_over: tuple[str, ...] = ()
+    guess: str = ""
 
     def with_type(self, spec: TaskSpec, weight_type: str) -> "Model":
         """The same model with another of its transformers, which is checked as well."""
@@ -52,6 +55,7 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     SkyrunError with code 4 if parts are missing, and SkyrunError if the tensors of the chosen files are not valid.
     """
     passed_over: list[str] = []
+    spec = _spec_of(folder, spec)
     fitting = _for_task(folder, spec, passed_over) if folder.transformers else []
     _check_complete(folder, spec)
     transformer = fitting[0] if quant is None else _of_type(fitting, quant, folder.path)
@@ -71,7 +75,33 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
         vision.check()
     files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
     others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
-    return Model(files, encoder, vision, dims, others, tuple(passed_over))
+    found, guess = _published(transformer, dims, spec)
+    return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
+
+
+def _spec_of(folder: ModelFolder, spec: TaskSpec) -> TaskSpec:
+    """The TaskSpec of the model in a folder whose files state another task, if that is what it has for this one."""
+    stated = [str(file.metadata.get("skyrun.task", "")) for file in folder.transformers]
+    if spec.name in stated:
+        return spec
+    found = [_known(file, spec) for file in folder.transformers]
+    return next((own for own in found if own is not None and own.file_task in stated), spec)
+
+
+def _known(file: GGUFFile, spec: TaskSpec, **sizes: int) -> TaskSpec | None:
+    """The TaskSpec of the task with the model that a file says to be, or that it or its folder is named after."""
+    names = (str(file.metadata.get("general.name", "")), file.path.stem, file.path.parent.name)
+    found = (find_spec(spec.name, name, sizes) for name in names)
+    return next((model for model, is_certain in found if is_certain), None)
+
+
+def _published(file: GGUFFile, dims: DiTDims, spec: TaskSpec) -> tuple[TaskSpec, str]:
+    """The TaskSpec of the model that a transformer is, and a sentence if that is not certain."""
+    sizes = {"dim": dims.dim, "layers": dims.layers, "in": dims.in_channels, "image": dims.image_dim}
+    if (known := _known(file, spec, **sizes)) is not None:
+        return known, ""
+    taken, _ = find_spec(spec.name, "", sizes)
+    return taken, f"{file.path.name} does not say which model it is: it is taken for {taken.title}"
 
 
 def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:
@@ -87,10 +117,11 @@ def _check_complete(folder: ModelFolder, spec: TaskSpec) -> None:
 def _for_task(folder: ModelFolder, spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
     """Transformers for the task: those whose metadata names it, or else those that name no task and fit."""
     tasks = {file: str(file.metadata.get("skyrun.task", "")) for file in folder.transformers}
-    stated = [file for file, task in tasks.items() if task == spec.name]
+    named = spec.file_task or spec.name
+    stated = [file for file, task in tasks.items() if task == named]
     silent = [file for file, task in tasks.items() if not task]
     for file, task in tasks.items():
-        if task and task != spec.name and (stated or silent):
+        if task and task != named and (stated or silent):
             passed_over.append(f"{file.path.name} is a model for {task}")
     if stated:
         passed_over += [f"{file.path.name} does not say its task" for file in silent]

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
-from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,6 +21,8 @@ PRECISIONS = ("exact", "fast")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
+_MOST_GUIDANCE, _MOST_SHIFT = 30, 100
+_DISTILLED = "its model is distilled, guidance and shift are built in"
 _TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
 _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
 
@@ -48,10 +50,21 @@ def value_problems(request: Request) -> list[str]:
     """What is wrong with the request's values."""
     if request.task not in TASKS:
         return [f"unknown task {request.task!r}, expected {' or '.join(TASKS)}", *shape_problems(request)]
+    return of_some_model(request, _problems_with_model)
+
+
+def of_some_model(request: Request, find: Callable[[Request], list[str]]) -> list[str]:
+    """Problems of a request: if it is not known yet which model it has, those with the model that has the fewest."""
+    models = (request,) if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    return min((find(one) for one in models), key=len)
+
+
+def _problems_with_model(request: Request) -> list[str]:
     spec = request.spec
     return [
         *_input_problems(request, spec),
         *_transition_problems(request, spec),
+        *_guidance_problems(request, spec),
         *shape_problems(request),
         *_resolution_problems(request, spec),
         *length_problems(spec, request.frames, request.seconds),
@@ -120,6 +133,21 @@ def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
 
 
+def _guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    for name in ("guidance", "negative_prompt", "shift"):
+        if getattr(request, name) is not None and name not in spec.options:
+            yield f"{spec.name} has no --{name.replace('_', '-')}: {_DISTILLED}"
+    if request.guidance is not None and not 1 <= request.guidance <= _MOST_GUIDANCE:
+        yield f"--guidance {request.guidance:g} is not a scale, expected 1, which does without, to {_MOST_GUIDANCE}"
+    if request.shift is not None and not 0 < request.shift <= _MOST_SHIFT:
+        yield f"--shift {request.shift:g}, expected a number above 0 and at most {_MOST_SHIFT}"
+    if request.fps is not None and request.fps not in (spec.fps, *spec.rates):
+        has = " or ".join(map(str, spec.rates)) or f"only {spec.fps}"
+        yield f"--fps {request.fps}: the model has {has} frames per second"
+    if request.variant is not None and request.variant not in [model.model for model in MODELS[spec.name]]:
+        yield f"unknown variant {request.variant!r} of {spec.name}"
+
+
 def shape_problems(request: Request) -> Iterator[str]:
     """Why frames cannot have that size."""
     size = request.size
@@ -131,10 +159,10 @@ def shape_problems(request: Request) -> Iterator[str]:
 
 
 def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
-    if request.size is None and request.resolution not in spec.resolutions:
+    if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"unknown resolution {request.resolution!r}, expected {', '.join(spec.resolutions)}"
     for name, least in (("condition_frames", 1), ("window_frames", 21)):
-        if (count := getattr(request, name)) < least or count % 4 != 1:
+        if (count := getattr(request, name)) is not None and (count < least or count % 4 != 1):
             yield f"{name} = {count}, expected 4 k + 1 and at least {least}"
     if request.latent_rate < 1:
         yield f"latent_rate = {request.latent_rate}, expected at least 1"
@@ -142,7 +170,7 @@ def _resolution_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
 
 def choice_problems(request: Request) -> Iterator[str]:
     """Steps, seeds, devices and limits that cannot be."""
-    if not 1 <= request.steps <= _MAX_STEPS:
+    if request.steps is not None and not 1 <= request.steps <= _MAX_STEPS:
         yield f"got {request.steps} steps, expected 1 to {_MAX_STEPS}"
     if request.seed is not None and not 0 <= request.seed <= _MAX_SEED:
         yield f"seed {request.seed} is not between 0 and {_MAX_SEED}"

@@ -6,12 +6,18 @@ from functools import cache
 from math import prod
 
 from skyrun.kernels.formats import FORMATS
-from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER, WAN_VAE
+from skyrun.kernels.name_tables import (
+    UMT5_ENCODER,
+    WAN_AUDIO_TRANSFORMER,
+    WAN_IMAGE_TRANSFORMER,
+    WAN_TRANSFORMER,
+    WAN_VAE,
+)
 from skyrun.kernels.names import Table
 from skyrun.kernels.recipes import RECIPES, recipe_types
 from skyrun.presets import Candidate, Workload
 from skyrun.presets.workload import AREAS
-from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks import TaskSpec, spec_of
 from skyrun.tasks.windows import Window, amounts
 
 UMT5_XXL = {"dim": 4096, "inner": 4096, "ffn": 10240, "vocab": 256384, "buckets": 32, "heads": 64}
@@ -23,7 +29,7 @@ _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
 
 def with_clip(
-    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window]
+    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window], contexts: int = 1
 ) -> Workload:
     """A model's workload with the size and length of a clip.
 
@@ -33,9 +39,11 @@ def with_clip(
         size: (height, width) in pixels.
         steps: denoising steps of a window.
         windows: the windows of the clip.
+        contexts: how many contexts a step has.
     """
     return replace(
         workload,
+        contexts=contexts,
         height=size[0],
         width=size[1],
         steps=steps,
@@ -46,17 +54,20 @@ def with_clip(
 
 
 @cache
-def block_bytes(task: str, quant: str) -> int:
+def block_bytes(task: str, quant: str, model: str | None = None) -> int:
     """Bytes of the largest block of a task's transformer, with the types that a recipe mixes."""
-    block = _block(TASKS[task])
+    block = _block(spec_of(task, model))
     types = recipe_types((name for name, shape in block if len(shape) == 2), RECIPES[quant])
     return sum(_stored(shape, types.get(name, "F32")) for name, shape in block)
 
 
 @cache
-def published_workload(task: str, quant: str | None = None) -> Workload:
-    """A task's published model, no clip yet. quant: the recipe of its file; None: the best of those on offer."""
-    spec = TASKS[task]
+def published_workload(task: str, quant: str | None = None, model: str | None = None) -> Workload:
+    """A published model, no clip yet. quant: the recipe of its file; None: the best of those on offer.
+
+    model: its name, where a task has several.
+    """
+    spec = spec_of(task, model)
     avatar = transformer_table(spec) is WAN_AUDIO_TRANSFORMER
     outer = transformer_table(spec).shapes("original", {**spec.dims, "layers": 0}).items()
     text = _in_blocks(UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": 1}, "enc.blk.")
@@ -67,11 +78,11 @@ def published_workload(task: str, quant: str | None = None) -> Workload:
         frames=0,
         latent_frames=0,
         steps=0,
-        layers=LAYERS,
+        layers=spec.dims.get("layers", LAYERS),
         dim=spec.dims["dim"],
         ffn_dim=spec.dims["ffn"],
         weight_type=RECIPES[quant or OFFERED[0]].base,
-        block_bytes=block_bytes(task, quant or OFFERED[0]),
+        block_bytes=block_bytes(task, quant or OFFERED[0], model),
         outer_bytes=sum(_stored(shape, "BF16") for _, shape in outer),
         text_layers=TEXT_LAYERS,
         text_dim=UMT5_XXL["dim"],
@@ -83,18 +94,20 @@ def published_workload(task: str, quant: str | None = None) -> Workload:
         image_layers=_CLIP_LAYERS if spec.sees_image else 0,
         image_block_bytes=2 * 12 * _CLIP_DIM**2 if spec.sees_image else 0,
         context_tokens=_TEXT_LENGTH + (_CLIP_TOKENS if spec.sees_image else 0),
-        candidates=() if quant else tuple(Candidate(name, block_bytes(task, name)) for name in OFFERED),
+        candidates=() if quant else tuple(Candidate(name, block_bytes(task, name, model)) for name in OFFERED),
     )
 
 
 def transformer_table(spec: TaskSpec) -> Table:
     """The names of the tensors of a task's transformer."""
-    return WAN_AUDIO_TRANSFORMER if "audio_dim" in spec.dims else WAN_TRANSFORMER
+    if "audio_dim" in spec.dims:
+        return WAN_AUDIO_TRANSFORMER
+    return WAN_IMAGE_TRANSFORMER if spec.sees_image else WAN_TRANSFORMER
 
 
 def published_shapes(spec: TaskSpec) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors of a task's transformer, by original name."""
-    return transformer_table(spec).shapes("original", {**spec.dims, "layers": LAYERS})
+    return transformer_table(spec).shapes("original", {"layers": LAYERS, **spec.dims})
 
 
 def _block(spec: TaskSpec) -> list[tuple[str, tuple[int, ...]]]:

@@ -8,12 +8,11 @@ from typing import Any
 
 from skyrun.kernels.disk import is_possible
 from skyrun.planning.lora import Lora, as_lora, lora_problem
-from skyrun.tasks import TASKS, TaskSpec
+from skyrun.tasks import MODELS, TASKS, TaskSpec, spec_of
 from skyrun.tasks.windows import Length, Window, latents
 
-SECONDS = 5.0  # length of a clip if the user gives none
 PLACES = ("video", "audio", "output", "model", "save_latents")
-_OPTIONS = frozenset().union(*(spec.options for spec in TASKS.values()))
+_OPTIONS = frozenset().union(*(spec.options for models in MODELS.values() for spec in models))
 _TOO_LARGE = 1 << 64
 _WHOLE, _NUMBER, _TEXT, _PATH, _FLAG = (int,), (int, float), (str,), (str, Path), (bool,)
 _EXPECTED: dict[tuple[type, ...], str] = {
@@ -24,14 +23,14 @@ _EXPECTED: dict[tuple[type, ...], str] = {
     _FLAG: "True or False",
 }
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames"), _WHOLE),
-    **dict.fromkeys(("seconds", "max_vram", "max_ram"), _NUMBER),
+    **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps"), _WHOLE),
+    **dict.fromkeys(("seconds", "max_vram", "max_ram", "guidance", "shift"), _NUMBER),
     **dict.fromkeys(("quant", "device", "dtype", "precision", "attention", "prefer", "transition"), _TEXT),
-    **dict.fromkeys(("task", "prompt", "resolution"), _TEXT),
+    **dict.fromkeys(("task", "prompt", "resolution", "negative_prompt", "variant"), _TEXT),
     **dict.fromkeys(("join", "overwrite"), _FLAG),
     **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
 }
-_REQUIRED = ("task", "prompt", "resolution", "latent_rate", "window_frames", "join", "overwrite")
+_REQUIRED = ("task", "prompt", "latent_rate", "window_frames", "join", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,26 @@ class Request:
     """A clip to make.
 
     task: "r2v" makes a clip that shows what is in one to four `images`, "v2v" continues a `video`, "shot" makes the
-    next shot after a `video`, and "a2v" makes a portrait speak what is in `audio`.
+    next shot after a `video`, "a2v" makes a portrait speak what is in `audio`, "t2v" makes a clip from the prompt
+    alone, and "i2v" one that begins with an image.
     output: the mp4 file; None keeps the frames in memory only. model: a folder of converted files, or one of them.
     quant: which transformer to use if the folder has several. size: (height, width) in pixels, or "HxW"; without it,
     `resolution` chooses one with the aspect ratio of the first image or the video. frames: 4 k + 1. seconds: the length
-    if `frames` is not given, five by default; of speech, how much of its beginning is used. seed: None draws one.
+    if `frames` is not given, by default what the model was trained for; of speech, how much of its beginning is used.
+    seed: None draws one.
     precision: of linear layers, "exact" or "fast" (int8); attention: "exact" or "int8"; None leaves them to the plan,
     but where `precision` is "exact" attention is too. prefer: "quality", "speed" or "memory".
     max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
     replaced.
     loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
+    negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
+    without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them
+    the model's own values count. variant: the name of the model, found from its files.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
     begins with the video.
-    Only tests change how windows are cut: condition_frames is how many frames of the video are conditioned on,
-    latent_rate how many latent frames make a second, window_frames how long the windows of a talking avatar are.
+    Only tests change how windows are cut: condition_frames is how many frames of the video, or of the window before,
+    are conditioned on, latent_rate how many latent frames make a second, window_frames how long the windows of a
+    talking avatar and of diffusion forcing are.
 
     Invalid values are stored as they are; `skyrun.planning.problems` lists them.
     """
@@ -64,7 +69,7 @@ class Request:
     model: Path | None = None
     quant: str | None = None
     size: tuple[int, int] | str | None = None
-    resolution: str = "480P"
+    resolution: str = None  # type: ignore[assignment]  # by default the usual one of the task's model
     frames: int | None = None
     seconds: float | None = None
     steps: int = None  # type: ignore[assignment]  # by default as many as the task's model was distilled for
@@ -83,6 +88,11 @@ class Request:
     transition: str | None = None
     join: bool = False
     loras: tuple[Lora, ...] = ()
+    negative_prompt: str | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    fps: int | None = None
+    variant: str | None = None
     condition_frames: int = None  # type: ignore[assignment]  # by default as many as upstream uses
     latent_rate: int = Length.latent_rate
     window_frames: int = Length.window_frames
@@ -103,34 +113,53 @@ class Request:
                 put(name, Path(getattr(self, name)))
         if self.size is not None:
             put("size", _parse_size(self.size) if isinstance(self.size, str) else tuple(self.size))
-        put("resolution", self.resolution.upper())
+        if self.resolution is not None:
+            put("resolution", self.resolution.upper())
         if self.quant is not None:
             put("quant", self.quant.upper())
         if self.task in TASKS:
             self._fill_in(TASKS[self.task], put)
 
     def _fill_in(self, spec: TaskSpec, put: Any) -> None:
-        if self.steps is None:
-            put("steps", spec.steps)
-        if self.condition_frames is None:
-            seconds = SECONDS if self.seconds is None else self.seconds
-            put("condition_frames", spec.condition_frames(self.frame_count if abs(seconds) < 1e6 else 1))
+        if self.variant is not None or len(MODELS[self.task]) == 1:  # else the model's files decide
+            self._fill_in_model(self.spec, put)
         if (tag := spec.transitions.get(self.transition or "")) is not None:
             put("prompt", self.prompt if self.prompt.startswith(tag) else f"{tag} {self.prompt.lstrip()}")
 
+    def _fill_in_model(self, spec: TaskSpec, put: Any) -> None:
+        usual: dict[str, Any] = {"steps": spec.steps, "resolution": spec.resolution}
+        if "guidance" in spec.options:
+            usual |= {"guidance": spec.guidance, "negative_prompt": spec.negative}
+        if "shift" in spec.options:
+            size = self.size if isinstance(self.size, tuple) else None
+            usual["shift"] = spec.shift_of(self.resolution or spec.resolution, size)
+        for name, value in usual.items():
+            if getattr(self, name) is None:
+                put(name, value)
+        if self.window_frames == Length.window_frames:
+            put("window_frames", spec.window_frames)
+        if self.condition_frames is None:
+            put("condition_frames", spec.condition_frames(self.frame_count if abs(self.length) < 1e6 else 1))
+
     @property
     def spec(self) -> TaskSpec:
-        """The task's TaskSpec."""
-        return TASKS[self.task]
+        """The TaskSpec of the task with the request's model, or with the usual one."""
+        return spec_of(self.task, self.variant)
+
+    @property
+    def length(self) -> float:
+        """Seconds of the clip."""
+        return self.spec.usual_seconds if self.seconds is None else self.seconds
 
     @property
     def frame_count(self) -> int:
         """Frames of the clip."""
-        return (
-            self.spec.frame_count(SECONDS if self.seconds is None else self.seconds)
-            if self.frames is None
-            else self.frames
-        )
+        return self.spec.frame_count(self.length, self.fps) if self.frames is None else self.frames
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts a step has: with guidance, the negative prompt too."""
+        return 1 if self.guidance in (None, 1) else 2
 
     @property
     def latent_frames(self) -> int:
@@ -141,14 +170,18 @@ class Request:
         """The windows of the clip, in order. speech_frames: how many frames the speech of a talking avatar takes."""
         length = Length(
             frames=self.frame_count,
-            seconds=int(SECONDS if self.seconds is None else self.seconds),
+            seconds=int(self.length),
             images=max(1, len(self.images)),
-            condition_frames=self.condition_frames,
+            condition_frames=self.condition_frames or 1,
             latent_rate=self.latent_rate,
             window_frames=self.window_frames,
             speech_frames=speech_frames,
         )
         return self.spec.windows(length)
+
+    def of(self, spec: TaskSpec) -> "Request":
+        """The request with the values of a model for all that it leaves open."""
+        return replace(self, variant=spec.model or None)
 
     def type_problems(self) -> list[str]:
         """Values of a wrong type; no other check can be made on them."""

@@ -9,17 +9,17 @@ from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import choice_problems, length_problems, shape_problems, too_long
+from skyrun.planning.problems import choice_problems, length_problems, of_some_model, shape_problems, too_long
 from skyrun.planning.published import published_shapes, published_workload, with_clip
-from skyrun.planning.request import SECONDS, Request
+from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
+from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
-_WIDE = (9, 16)  # height and width that an image which does not exist is assumed to have
 _RAM, _DISK = 16.0, 0.5  # GiB and GB/s that another machine is assumed to have
 
 
@@ -60,23 +60,23 @@ def request_workload(request: Request) -> Workload:
 
     Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
     """
-    if problems := [*_problems(request)]:
+    if problems := of_some_model(request, lambda one: [*_problems(one)]):
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
-    spec = request.spec
     if request.model is None:
-        work = published_workload(spec.name, request.quant)
-        work = with_adapters(work, open_adapters(request.loras, published_shapes(spec)))
+        request = request.of(request.spec)
+        work = published_workload(request.task, request.quant, request.variant)
+        work = with_adapters(work, open_adapters(request.loras, published_shapes(request.spec)))
     else:
         request, work = _with_model(request)
-    size = request.size or spec.size(request.resolution, *_WIDE)
+    spec = request.spec
+    size = request.size or spec.size(request.resolution, *WIDE)
     assert not isinstance(size, str)
-    seconds = SECONDS if request.seconds is None else request.seconds
-    windows = request.windows(speech_frame_count(round(seconds * SPEECH_RATE)))
-    return with_clip(work, spec, size, request.steps, windows)
+    windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
+    return with_clip(work, spec, size, request.steps, windows, request.contexts)
 
 
 def _with_model(request: Request) -> tuple[Request, Workload]:
-    """The request with a size and length that its model makes, and the workload of that model."""
+    """The request with the values, a size and a length of its model, and the workload of that model."""
     from skyrun.models.dit_header import canonical_tensors  # these load torch, which published models do not need
     from skyrun.models.folder import open_folder
     from skyrun.planning.model import choose_model
@@ -84,8 +84,9 @@ def _with_model(request: Request) -> tuple[Request, Workload]:
     from skyrun.planning.workload import model_workload
 
     model = choose_model(open_folder(request.model), request.spec, request.quant)
+    request = request.of(model.spec)
     if (own := read_own_clips(model.files.transformer)) is not None:
-        request = own.fitted(request, *_WIDE)
+        request = own.fitted(request, *WIDE)
     shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
     adapters = open_adapters(request.loras, shapes)
     return request, with_adapters(model_workload(request.spec, model), adapters)
@@ -96,7 +97,7 @@ def _problems(request: Request) -> Iterator[str]:
     yield from shape_problems(request)
     yield from length_problems(spec, request.frames, request.seconds)
     yield from choice_problems(request)
-    if request.size is None and request.resolution not in spec.resolutions:
+    if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
     if request.quant is not None and request.model is None and request.quant not in RECIPES:
         yield f"unknown type {request.quant!r}, known are {', '.join(RECIPES)}"

@@ -1,10 +1,12 @@
 """Size buckets: the height and width of a resolution for an image's aspect ratio."""
 
+import math
 from collections.abc import Mapping
 
 from skyrun.errors import SkyrunError
 
 GRID = 16  # 8 pixels per latent, 2 latents per token
+WIDE = (9, 16)  # height and width of what a clip is shaped like if it is made from nothing that can be seen
 
 Buckets = Mapping[str, Mapping[str, tuple[int, int]]]
 
@@ -126,6 +128,12 @@ PORTRAIT_BUCKETS: Buckets = {  # of the talking avatar
 }
 
 
+def _known(buckets: Buckets, resolution: str) -> Mapping[str, tuple[int, int]]:
+    if resolution not in buckets:
+        raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(buckets)}, or --size HxW")
+    return buckets[resolution]
+
+
 def nearest_bucket(buckets: Buckets, resolution: str, height: int, width: int) -> tuple[int, int]:
     """The size of the bucket whose aspect ratio is nearest to an image's, rounded down to the grid.
 
@@ -137,8 +145,19 @@ def nearest_bucket(buckets: Buckets, resolution: str, height: int, width: int) -
 
     Returns (height, width).
     """
-    if resolution not in buckets:
-        raise SkyrunError(f"unknown resolution {resolution!r}", f"resolutions: {', '.join(buckets)}, or --size HxW")
     ratio = height / width
-    _, (rows, cols) = min(buckets[resolution].items(), key=lambda item: abs(float(item[0]) - ratio))
+    _, (rows, cols) = min(_known(buckets, resolution).items(), key=lambda item: abs(float(item[0]) - ratio))
     return rows // GRID * GRID, cols // GRID * GRID
+
+
+def same_area(buckets: Buckets, resolution: str, height: int, width: int) -> tuple[int, int]:
+    """The size that has an image's aspect ratio and about as many pixels as the resolution's first bucket.
+
+    Wan's image to video chooses sizes so, with both sides rounded down to the grid. Arguments and results are those of
+    `nearest_bucket`.
+    """
+    rows, cols = next(iter(_known(buckets, resolution).values()))
+    area, ratio = rows * cols, height / width
+    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    high, wide = (max(1, int(side // 8 // 2)) * GRID for side in sides)
+    return high, wide

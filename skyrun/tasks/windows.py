@@ -18,8 +18,8 @@ class Length:
     """What determines the windows of a clip. Each task uses some of the fields.
 
     frames: of the clip. seconds: its whole seconds. images: how many it is made from. condition_frames: how many frames
-    of the video it is conditioned on. latent_rate: latent frames per second. window_frames: length of a talking
-    avatar's windows. speech_frames: how many frames the speech takes.
+    of the video it is conditioned on. latent_rate: latent frames per second. window_frames: length of a window of
+    a talking avatar, or of diffusion forcing. speech_frames: how many frames the speech takes.
     """
 
     frames: int = 0
@@ -82,6 +82,33 @@ def amounts(windows: Sequence[Window]) -> dict[str, int]:
 def reference_window(frames: int, images: int, references: int) -> tuple[Window, ...]:
     """The window of a clip that is made at once, with `references` latent frames, of which `images` hold an image."""
     return (Window(latents(frames), references, frames, images, frames),)
+
+
+def whole_window(frames: int, encoded: int = 0) -> tuple[Window, ...]:
+    """The window of a clip that is made at once. encoded: frames that the VAE encodes for it."""
+    return (Window(latents(frames), 0, frames, encoded, frames),)
+
+
+def forcing_windows(frames: int, size: int, history: int, given: int) -> tuple[Window, ...]:
+    """Windows of at most `size` frames of a clip made by diffusion forcing.
+
+    Each but the first goes on from the last `history` frames of the one before, which it encodes and decodes again.
+
+    Args:
+        frames: of the clip.
+        size: of a window.
+        history: frames that a window is conditioned on.
+        given: frames that the clip begins with.
+    """
+    total, most, before = latents(frames), latents(size), latents(history)
+    first = min(total, most)
+    windows = [Window(first - given, given, frames_of(first), given, frames_of(first))]
+    done = first
+    while done < total:
+        new = min(total - done, most - before)
+        windows.append(Window(new, before, FRAMES_PER_LATENT * new, history, frames_of(before + new)))
+        done += new
+    return tuple(windows)
 
 
 def shot_window(frames: int, condition_frames: int) -> tuple[Window, ...]:

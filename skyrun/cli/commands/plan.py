@@ -14,7 +14,7 @@ from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
 from skyrun.presets.cards import card_rows
-from skyrun.tasks import TASKS
+from skyrun.tasks import TASKS, spec_of
 from skyrun.units import GIB, duration, size, table
 
 _MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe another machine
@@ -34,10 +34,12 @@ def execute(arguments: Namespace) -> int:
         model=arguments.model,
         quant=arguments.quant,
         size=arguments.size,
-        resolution=arguments.resolution or Request.resolution,
+        resolution=arguments.resolution,
         frames=arguments.frames,
         seconds=arguments.seconds,
         steps=arguments.steps,
+        guidance=arguments.guidance,
+        variant=arguments.variant,
         precision=arguments.precision,
         attention=arguments.attention,
         prefer=arguments.prefer,
@@ -64,6 +66,7 @@ def _use_pulled_model(arguments: Namespace) -> str:
 
     Returns what to say if it is not there.
     """
+    arguments.variant = None
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
     if name is None or (arguments.model is None and any(value is not None for value in elsewhere)):
@@ -72,6 +75,7 @@ def _use_pulled_model(arguments: Namespace) -> str:
         arguments.model, arguments.quant = folder, None
         return ""
     arguments.model, arguments.quant = None, name.quant or None
+    arguments.variant = spec_of(name.task, name.source).model or None
     return sources_text(name)
 
 
