@@ -155,6 +155,9 @@ def _add_run(commands: Commands) -> None:
     _add_guidance(parser)
     parser.add_argument("--negative-prompt", metavar="P", help="t2v, i2v: what the clip shall not show (by model)")
     parser.add_argument("--shift", type=float, metavar="S", help="t2v, i2v: shift of the noise levels (by model)")
+    parser.add_argument(
+        "--ar-step", type=int, metavar="N", help="df models: steps that blocks of frames lag behind (0)"
+    )
     parser.add_argument("--fps", type=int, metavar="N", help="frames per second, where a model has several")
     _add_precision(parser)
     parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,18 +98,28 @@ class Condition:
         positions = [*range(end), *range(start, start + _frames(self.after))]
         return dit.rope(self.sequence(latents), positions)
 
-    def times(self, dit: DiT, timesteps: Sequence[float], latents: Tensor) -> list[list[TimeEmbedding]]:
+    def times(self, dit: DiT, timesteps: Sequence[Any], latents: Tensor) -> list[list[TimeEmbedding]]:
         """For every step the time embeddings of the sequence's frames.
 
         All steps are embedded in one call, so that a resumed run gets the same values bit for bit.
         """
         noisy, frames = self.noisy(latents), self.sequence(latents).shape[1]
+        if isinstance(timesteps[0], tuple):
+            return self._times_of_frames(dit, timesteps, noisy.start)
         if not self.clean:
             return [[time] * frames for time in dit.embed_times(timesteps, self.fps)]
         given = 0.0 if self.noise is None else HISTORY_TIME
         *times, zero = dit.embed_times([*timesteps, given], self.fps)
         before, after = [zero] * noisy.start, [zero] * (frames - noisy.stop)
         return [[*before, *[time] * latents.shape[1], *after] for time in times]
+
+    def _times_of_frames(
+        self, dit: DiT, timesteps: Sequence[tuple[float, ...]], before: int
+    ) -> list[list[TimeEmbedding]]:
+        given = 0.0 if self.noise is None else HISTORY_TIME
+        distinct = sorted({given, *(time for row in timesteps for time in row)})
+        known = dict(zip(distinct, dit.embed_times(distinct, self.fps), strict=True))
+        return [[*[known[given]] * before, *(known[time] for time in row)] for row in timesteps]
 
 
 def _frames(latents: Tensor | None) -> int:

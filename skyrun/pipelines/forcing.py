@@ -13,7 +13,7 @@ from skyrun.events import Event, LatentsReady, WindowDone
 from skyrun.media.pixels import Frames, first_frame, truncated
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.pipelines.generation import condition_of, encode_prompts
-from skyrun.pipelines.samplers import new_sampler
+from skyrun.pipelines.samplers import Staggered, new_sampler
 from skyrun.pipelines.stages import decode, denoise, encode_clip
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -74,13 +74,18 @@ def _begin(job: Job, state: RunState, index: int) -> None:
     for window in job.windows[: index + 1]:
         shape = (LATENT_CHANNELS, window.others + window.latents, job.height // 8, job.width // 8)
         noise = torch.randn(shape, generator=generator)
-    state.sampler = new_sampler(job.request.spec, job.request.steps, job.request.shift)
+    request, frames = job.request, job.windows[index].latents
+    assert request.shift is not None
+    if request.ar_step:
+        state.sampler = Staggered(request.steps, request.shift, frames, request.ar_step)
+    else:
+        state.sampler = new_sampler(request.spec, request.steps, request.shift)
     state.latents = noise[:, job.windows[index].others :]
 
 
 def _history_noise(job: Job, index: int) -> Tensor:
-    """What the given frames of a window are noised with, a sample for every step."""
+    """What the given frames of a window are noised with, a sample for every pass."""
     assert job.request.seed is not None
     generator = torch.Generator("cpu").manual_seed((job.request.seed ^ _OTHER) + index)
-    shape = (job.request.steps, LATENT_CHANNELS, job.windows[index].others, job.height // 8, job.width // 8)
+    shape = (job.request.passes, LATENT_CHANNELS, job.windows[index].others, job.height // 8, job.width // 8)
     return torch.randn(shape, generator=generator)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skyrun.tasks import TaskSpec
+from skyrun.tasks.windows import BLOCK
 
 _TRAIN_STEPS = 1000
 _MAX_SIGMA = 0.999  # before the shift
@@ -44,9 +45,13 @@ class UniPC:
         self._start: Tensor | None = None  # the sample that the last step started from
         self._order = 0  # of the last predictor; its corrector has the same
 
+    def clean(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample without noise, as the model's velocity predicts it."""
+        return sample - self.sigmas[self.index] * velocity
+
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next sigma, given the model's velocity for `sample` at the current one."""
-        x0 = sample - self.sigmas[self.index] * velocity
+        x0 = self.clean(velocity, sample)
         if self._start is not None:
             sample = self._correct(self._start, x0)
         remaining = len(self.timesteps) - self.index
@@ -126,8 +131,100 @@ class ForcingUniPC(UniPC):
         """The sample at the next sigma, given the model's velocity for `sample` at the current one."""
         result = super().step(velocity, sample)
         if self.index == 1:
-            self._start = result
+            self._start = result.clone()
         return result
+
+
+class Staggered:
+    """Trajectories of blocks of frames, each some steps behind the one before: SkyReels-V2's `ar_step`.
+
+    Every call of `step` is one pass over all frames. Blocks that have not begun keep their noise and the timestep 999,
+    those that are finished have timestep 0.
+
+    steps: of each block. shift: of the sigmas. frames: of the sample. lag: in steps.
+    """
+
+    kind = "staggered"
+
+    def __init__(self, steps: int, shift: float, frames: int, lag: int) -> None:
+        self._steps, self._shift, self._frames, self._lag = steps, shift, frames, lag
+        self._rows = _staggered(steps, frames // BLOCK, lag)
+        self._history: dict[str, Tensor] = {}  # of the blocks' solvers, each in the place of its block
+        self.index = 0  # passes done
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Of the first block, from about 1 down to 0."""
+        sigmas = shifted_sigmas(self._steps, self._shift)
+        return [sigmas[min(row[0], self._steps + 1) - 1] for row in self._rows] + [0.0]
+
+    @property
+    def timesteps(self) -> list[tuple[int, ...]]:
+        """In every pass the timestep of each frame."""
+        known = [_TRAIN_STEPS - 1, *ForcingUniPC(self._steps, self._shift).timesteps, 0]
+        return [tuple(known[place] for place in row for _ in range(BLOCK)) for row in self._rows]
+
+    def clean(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample without noise, as the model's velocity predicts it."""
+        sigmas = [1.0, *shifted_sigmas(self._steps, self._shift)]
+        of_frames = [sigmas[place] for place in self._rows[self.index] for _ in range(BLOCK)]
+        return sample - torch.tensor(of_frames, device=sample.device).view(1, -1, 1, 1) * velocity
+
+    def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample after a step of every block whose turn it is."""
+        before = self._rows[self.index - 1] if self.index else [0] * len(self._rows[0])
+        history, result = {name: tensor.clone() for name, tensor in self._history.items()}, sample.clone()
+        for block, (last, place) in enumerate(zip(before, self._rows[self.index], strict=True)):
+            if place in (last, self._steps + 1):
+                continue
+            part = slice(block * BLOCK, (block + 1) * BLOCK)
+            values = {"steps": self._steps, "shift": self._shift, "index": place - 1}
+            known = [f"prediction{number}" for number in range(min(2, place - 1))] + ["start"] * (place > 1)
+            solver = ForcingUniPC.restored(values, {name: history[name][:, part] for name in known})
+            result[:, part] = solver.step(velocity[:, part], sample[:, part])
+            for name, tensor in solver.state()[0].items():
+                history.setdefault(name, torch.zeros_like(sample))[:, part] = tensor
+        self._history = history
+        self.index += 1
+        return result
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is needed to continue the trajectories: tensors by name, and plain values."""
+        values = {"steps": self._steps, "shift": self._shift, "frames": self._frames, "lag": self._lag}
+        return self._history, {"kind": self.kind, "index": self.index} | values
+
+    @classmethod
+    def restored(cls, values: dict[str, Any], tensors: dict[str, Tensor]) -> "Staggered":
+        """The trajectories that `state` described. Raises ValueError if the state contradicts itself."""
+        sampler = cls(*(kind(values[name]) for name, kind in _STAGGERED.items()))
+        sampler.index, sampler._history = int(values["index"]), tensors
+        known = {f"prediction{number}" for number in range(min(2, sampler.index))} | (
+            {"start"} if sampler.index else set()
+        )
+        if not 0 <= sampler.index <= len(sampler._rows) or set(tensors) != known:
+            raise ValueError(f"its sampler does not remember what it would after {sampler.index} passes")
+        return sampler
+
+    def on(self, device: torch.device) -> "Staggered":
+        """A copy of the trajectories with their tensors on the device."""
+        tensors, values = self.state()
+        return Staggered.restored(values, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+_STAGGERED = {"steps": int, "shift": float, "frames": int, "lag": int}
+
+
+def _staggered(steps: int, blocks: int, lag: int) -> list[list[int]]:
+    """For every pass the step that each block takes, counted from 1; 0 before the first, steps + 1 after the last."""
+    rows, before = [], [0] * blocks
+    while min(before) < steps:
+        row: list[int] = []
+        for block in range(blocks):
+            leads = block == 0 or before[block - 1] >= steps
+            row.append(before[block] + 1 if leads else row[block - 1] - lag)
+        before = [min(max(place, 0), steps + 1) for place in row]
+        rows.append(before)
+    return rows
 
 
 def _log_snr(sigma: float) -> float:
@@ -146,6 +243,10 @@ class Euler:
         self.sigmas: list[float] = (shifted / _TRAIN_STEPS).tolist()
         self.timesteps: list[float] = shifted.tolist()[:-1]
         self.index = 0  # steps done
+
+    def clean(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample without noise, as the model's velocity predicts it."""
+        return sample - self.sigmas[self.index] * velocity
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next sigma, given the model's velocity for `sample` at the current one."""
@@ -172,17 +273,24 @@ class Euler:
 
 
 _KINDS: dict[str, type[UniPC] | type[Euler]] = {"unipc": UniPC, "forcing": ForcingUniPC, "euler": Euler}
+_RESTORED: dict[str, Any] = {**_KINDS, "staggered": Staggered}
 
 
 class Sampler(Protocol):
-    """One trajectory: `step` is called once per timestep, in order. sigmas: from about 1 down to 0."""
+    """One trajectory: `step` is called once per timestep, in order."""
 
-    sigmas: list[float]
     index: int
 
     @property
+    def sigmas(self) -> list[float]:
+        """From about 1 down to 0, one more than there are steps."""
+
+    @property
     def timesteps(self) -> list[Any]:
-        """The timestep that the model gets in each step."""
+        """The timestep that the model gets in each step, or those of all frames."""
+
+    def clean(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The sample without noise, as the model's velocity predicts it."""
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The sample at the next sigma, given the model's velocity for `sample` at the current one."""
@@ -201,4 +309,5 @@ def new_sampler(spec: TaskSpec, steps: int, shift: float | None = None) -> Sampl
 
 def restored(values: dict[str, Any], tensors: dict[str, Tensor]) -> Sampler:
     """The trajectory that `state` described. Raises ValueError or LookupError if the state contradicts itself."""
-    return _KINDS[values["kind"]].restored(values, tensors)
+    sampler: Sampler = _RESTORED[values["kind"]].restored(values, tensors)
+    return sampler

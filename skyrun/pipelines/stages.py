@@ -198,7 +198,7 @@ def denoise(
                 stream, condition.sequence(latents, sampler.index), times, contexts, rope
             )
             velocity = condition.guided(velocities)
-            x0 = latents - sampler.sigmas[sampler.index] * velocity[:, noisy]
+            x0 = sampler.clean(velocity[:, noisy], latents)
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])

@@ -114,14 +114,14 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
-    workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows, request.contexts)
+    workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
     workload = with_adapters(workload, adapters)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), spec, size, request.steps, windows, request.contexts)
+            workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
             workload = with_adapters(workload, adapters)
     frames = sum(window.frames for window in windows)
     if plan.problem:

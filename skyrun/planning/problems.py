@@ -15,6 +15,7 @@ from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
+from skyrun.tasks.windows import BLOCK, frames_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("exact", "fast")
@@ -144,8 +145,22 @@ def _guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
     if request.fps is not None and request.fps not in (spec.fps, *spec.rates):
         has = " or ".join(map(str, spec.rates)) or f"only {spec.fps}"
         yield f"--fps {request.fps}: the model has {has} frames per second"
+    if request.ar_step:
+        yield from _stagger_problems(request, spec)
     if request.variant is not None and request.variant not in [model.model for model in MODELS[spec.name]]:
         yield f"unknown variant {request.variant!r} of {spec.name}"
+
+
+def _stagger_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    if "ar_step" not in spec.options:
+        yield f"{spec.name} has no --ar-step with this model: it is for those of diffusion forcing"
+    elif request.images:
+        yield "--ar-step and --image do not go together: the first block of frames has its timestep as a whole"
+    elif request.ar_step < 0:
+        yield f"--ar-step {request.ar_step}, expected 0 or more"
+    elif any((window.latents + window.others) % BLOCK for window in request.windows()):
+        near = frames_of(max(1, round(request.latent_frames / BLOCK)) * BLOCK)
+        yield f"--ar-step needs windows of whole blocks of {BLOCK} latent frames; the nearest length is --frames {near}"
 
 
 def shape_problems(request: Request) -> Iterator[str]:

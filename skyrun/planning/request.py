@@ -9,7 +9,7 @@ from typing import Any
 from skyrun.kernels.disk import is_possible
 from skyrun.planning.lora import Lora, as_lora, lora_problem
 from skyrun.tasks import MODELS, TASKS, TaskSpec, spec_of
-from skyrun.tasks.windows import Length, Window, latents
+from skyrun.tasks.windows import BLOCK, Length, Window, latents
 
 PLACES = ("video", "audio", "output", "model", "save_latents")
 _OPTIONS = frozenset().union(*(spec.options for models in MODELS.values() for spec in models))
@@ -23,14 +23,16 @@ _EXPECTED: dict[tuple[type, ...], str] = {
     _FLAG: "True or False",
 }
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps"), _WHOLE),
+    **dict.fromkeys(
+        ("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps", "ar_step"), _WHOLE
+    ),
     **dict.fromkeys(("seconds", "max_vram", "max_ram", "guidance", "shift"), _NUMBER),
     **dict.fromkeys(("quant", "device", "dtype", "precision", "attention", "prefer", "transition"), _TEXT),
     **dict.fromkeys(("task", "prompt", "resolution", "negative_prompt", "variant"), _TEXT),
     **dict.fromkeys(("join", "overwrite"), _FLAG),
     **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
 }
-_REQUIRED = ("task", "prompt", "latent_rate", "window_frames", "join", "overwrite")
+_REQUIRED = ("task", "prompt", "latent_rate", "window_frames", "ar_step", "join", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Request:
     loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
     negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
     without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them
-    the model's own values count. variant: the name of the model, found from its files.
+    the model's own values count. variant: the name of the model, found from its files. ar_step: by how many steps each
+    block of frames of a window lags behind the one before, where the model was trained with diffusion forcing.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
     begins with the video.
     Only tests change how windows are cut: condition_frames is how many frames of the video, or of the window before,
@@ -93,6 +96,7 @@ class Request:
     shift: float | None = None
     fps: int | None = None
     variant: str | None = None
+    ar_step: int = 0
     condition_frames: int = None  # type: ignore[assignment]  # by default as many as upstream uses
     latent_rate: int = Length.latent_rate
     window_frames: int = Length.window_frames
@@ -160,6 +164,14 @@ class Request:
     def contexts(self) -> int:
         """How many contexts a step has: with guidance, the negative prompt too."""
         return 1 if self.guidance in (None, 1) else 2
+
+    @property
+    def passes(self) -> int:
+        """How many times the transformer runs for the longest window, with each of its contexts."""
+        if not self.ar_step:
+            return self.steps
+        lag = min(self.ar_step, self.steps)
+        return self.steps + lag * (max(window.latents for window in self.windows()) // BLOCK - 1)
 
     @property
     def latent_frames(self) -> int:

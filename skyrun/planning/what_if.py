@@ -72,7 +72,7 @@ def request_workload(request: Request) -> Workload:
     size = request.size or spec.size(request.resolution, *WIDE)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
-    return with_clip(work, spec, size, request.steps, windows, request.contexts)
+    return with_clip(work, spec, size, request.passes, windows, request.contexts)
 
 
 def _with_model(request: Request) -> tuple[Request, Workload]:

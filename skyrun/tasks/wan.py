@@ -135,7 +135,7 @@ _FORCED: dict[str, Any] = {  # diffusion forcing: any length, in windows that go
     "windowed": True,
     "window_frames": 97,
     "condition_frames": _history,
-    "options": TEXT_TO_VIDEO.options | {"window_frames", "condition_frames"},
+    "options": TEXT_TO_VIDEO.options | {"window_frames", "condition_frames", "ar_step"},
 }
 _LARGE_FORCED: dict[str, Any] = {**_LARGE, "model": "df-720p", "title": "SkyReels-V2-DF-14B-720P", "window_frames": 121}
 _SMALL_FORCED: dict[str, Any] = {

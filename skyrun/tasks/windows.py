@@ -8,6 +8,7 @@ FRAMES_PER_LATENT = 4  # except for the first latent frame, which stands for one
 SPEECH_RATE = 16000  # samples per second
 SPEECH_FPS = 25
 MOTION, _DROP = 5, 12  # frames of a talking avatar's window that it shares with the one before, and drops at its end
+BLOCK = 5  # latent frames that share a timestep if those of diffusion forcing are staggered
 GUIDES = 5  # frames at the end of such a window that are set to its guide frame
 _SPLIT = 5  # seconds of an extension's window
 _MULTIPLE = 8  # the latent frames of an extension's sequence are a multiple of it
