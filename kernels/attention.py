@@ -57,7 +57,7 @@ class Keys:
             self._k = self._v = None
             codes, scales = kernels.quantize_keys(k)
             del k
-            self._quantized = QuantizedKeys(codes, scales, self.precision, *kernels.quantize_values(v, self.precision))
+            self._quantized = QuantizedKeys(self.precision, codes, scales, *kernels.quantize_values(v, self.precision))
         return self._quantized
 
     @property

@@ -26,9 +26,9 @@ class QuantizedKeys:
     block_sums: int32 [blocks, H * 128], 128 times the sum of a block's values, with "full-int8" only.
     """
 
+    precision: str
     codes: Tensor
     scales: Tensor
-    precision: str
     values: Tensor
     value_scales: Tensor
     block_sums: Tensor | None = None

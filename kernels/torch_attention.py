@@ -1,4 +1,4 @@
-"""Attention in less than 16 bits in plain torch: scores in int8, with one scale per token and head, keys minus their mean.
+"""Quick attention in plain torch: scores in int8, with one scale per token and head, keys minus their mean.
 
 With "int8" only the scores lose precision (SageAttention, arXiv:2410.02367): probabilities and values are in float16.
 With "full-int8" and "fp8" they have 8 bits. A probability is rounded relative to the largest one of its 64 keys, which
@@ -71,8 +71,8 @@ def _values(keys: QuantizedKeys) -> Tensor:
     """What the values of the keys stand for, float32 [H, M, 128]."""
     if keys.precision == "int8":
         return _heads(keys.values).transpose(0, 1).float() * keys.value_scales.view(-1, 1, 1)
-    values = keys.values[:, : len(keys.codes)].float() * keys.value_scales.unsqueeze(1)
-    return values.unflatten(0, (-1, HEAD_DIM)).mT
+    channels = keys.values[:, : len(keys.codes)].float() * keys.value_scales.unsqueeze(1)
+    return _heads(channels.T).transpose(0, 1)
 
 
 def _in_8_bits(scores: Tensor, precision: str) -> Tensor:
@@ -84,7 +84,8 @@ def _in_8_bits(scores: Tensor, precision: str) -> Tensor:
     weights = (blocks - peaks).exp() * largest
     total = (weights * shares).sum((2, 3)).unsqueeze(2)
     codes = weights.to(torch.float8_e4m3fn).float() if precision == "fp8" else weights.round()
-    return (codes * shares).flatten(2)[:, :, : scores.shape[2]] / total
+    rounded: Tensor = (codes * shares).flatten(2)[:, :, : scores.shape[2]] / total
+    return rounded
 
 
 def _heads(t: Tensor) -> Tensor:

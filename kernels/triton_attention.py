@@ -59,9 +59,9 @@ def values_kernel(v, scales, out, count, HEADS: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit(do_not_specialize=["count"])
 def channels_kernel(v, inverse, out, sums, count, stride, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Values of one head times the inverse of their channels' scales, in the 8 bits of `out`, a row for each channel.
+    """Values of one head times the inverse of their channels' scales, in 8 bits, a row of `out` for each channel.
 
-    A row of `out` has `stride` values, zeros beyond `count`. sums: if there are any, those of this block of ROWS values.
+    A row of `out` has `stride` values, zeros beyond `count`. sums: if there are any, those of a block of ROWS values.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -104,10 +104,7 @@ def _add_keys(
     key = start + tl.arange(0, KEYS)
     scores, largest = _scores(q, k, k_scales, key, M, HEADS, MASKED)
     at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
-    if MASKED:
-        values = tl.load(v + at, mask=(key < M)[:, None], other=0.0)
-    else:
-        values = tl.load(v + at)
+    values = tl.load(v + at, mask=(key < M)[:, None], other=0.0) if MASKED else tl.load(v + at)
     higher = tl.maximum(peak, largest * q_scale)
     shrink = tl.exp2(peak - higher)
     weights = tl.exp2(scores * q_scale[:, None] - higher[:, None])

@@ -93,8 +93,8 @@ def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], ob
     from skyrun.kernels.quantized_keys import QuantizedKeys
 
     def attend() -> Tensor:
-        values = kernels.quantize_values(x, blocks.attention)
-        keys = QuantizedKeys(*kernels.quantize_keys(x), blocks.attention, *values)
+        codes, scales = kernels.quantize_keys(x)
+        keys = QuantizedKeys(blocks.attention, codes, scales, *kernels.quantize_values(x, blocks.attention))
         return kernels.attend(x, keys)
 
     x = _zeros(_ROWS, blocks.dim, blocks, device)

@@ -10,9 +10,9 @@ TERA, GIGA = 1e12, 1e9
 _LINEAR, _LINEAR16, _INT8, _MEMORY = 0.65, 0.58, 0.42, 0.65
 # Attention, exact, with int8 scores, and with values in 8 bits too, in shares of the float16 peak with float32
 # accumulation: by generation of cards whose float16 accumulation is quicker, and of all others, where int8 gains
-# nothing. The RTX 4090 reaches 162, 317 and 490 of 165 TFLOPS (FlashAttention-2, SageAttention and SageAttention2++, with
-# heads of 128 and 32k tokens); the others are what steps of whole clips took (tests/test_published_times.py), in which
-# nobody has seen 8 bits gain more than int8 scores do. Values in int8 and in float8 take as many cycles of tensor cores.
+# nothing. The RTX 4090 reaches 162, 317 and 490 of 165 TFLOPS (FlashAttention-2, SageAttention and SageAttention2++,
+# heads of 128, 32k tokens), and takes as long for values in int8 as in float8. The others are what steps of whole clips
+# took (tests/test_published_times.py), in which nobody has seen values in 8 bits gain anything.
 _ATTENTION = {
     "Turing": (0.60, 0.60, 0.60),
     "Ampere": (0.60, 1.02, 1.02),

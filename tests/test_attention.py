@@ -59,7 +59,7 @@ def inputs(queries, keys, heads, kind="peaked", dtype=torch.float32):
 
 
 def quantized(module, k, v, precision="int8"):
-    return QuantizedKeys(*module.quantize_keys(k), precision, *module.quantize_values(v, precision))
+    return QuantizedKeys(precision, *module.quantize_keys(k), *module.quantize_values(v, precision))
 
 
 def quick(module, q, k, v, precision="int8"):
@@ -132,7 +132,7 @@ def test_codes_of_one_scale_for_all_keys_would_cost_more(monkeypatch, precision)
 def test_without_taking_the_mean_away_they_would_cost_more():
     q, k, v = inputs(256, 512, 2, "biased")
     codes = torch_attention._quantize(k, 1.0)
-    result = torch_attention.attend(q, QuantizedKeys(*codes, "int8", *torch_attention.quantize_values(v, "int8")))
+    result = torch_attention.attend(q, QuantizedKeys("int8", *codes, *torch_attention.quantize_values(v, "int8")))
     assert relative(result, definition(q, k, v, 2)) > 4 * INT8
 
 

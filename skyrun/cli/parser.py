@@ -190,8 +190,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         choices=ATTENTIONS,
-        help="int8: scores, up to 1.9%% off; full-int8: values too, up to 2.2%%; fp8: values in fp8, up to 3.7%%, from the "
-        "RTX 4000 series on (default: the quickest that is at most 2.5%% off, 2%% with --prefer quality)",
+        help="int8: scores, up to 1.9%% off; full-int8: values too, 2.2%%; fp8: values in float8, 3.4%%, from RTX 4000 "
+        "on (default: the quickest that is at most 2.5%% off, 2%% with --prefer quality)",
     )
 
 
