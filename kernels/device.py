@@ -114,3 +114,9 @@ def float16_sums_are_quick(device: torch.device) -> bool:
 def has_float8(device: torch.device) -> bool:
     """Whether tensor cores multiply float8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLOAT8
+
+
+@lru_cache
+def sums_in_tensor_memory(device: torch.device) -> bool:
+    """Whether tensor cores keep sums in a memory of their own, as those of the B200 do, and not in registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10

@@ -68,10 +68,9 @@ def channels_kernel(v, inverse, out, sums, count, stride, HEADS: tl.constexpr, R
     at = row[:, None] * (HEADS * 128) + lane[None, :]
     values = tl.load(v + at, mask=(row < count)[:, None], other=0.0).to(tl.float32) * tl.load(inverse + lane)[None, :]
     if sums is not None:
-        rounded = values + _AT_INTEGERS
-        total = tl.sum(rounded.to(tl.int32, bitcast=True) - _BITS, 0)
+        codes = (values + _AT_INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+        total = tl.sum(codes.to(tl.int32), 0)
         tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * 128) + lane, 128 * total)
-        codes = rounded.to(tl.int32, bitcast=True).to(tl.int8)
     else:
         codes = values.to(out.dtype.element_ty)
     tl.store(out + lane.to(tl.int64)[:, None] * stride + row[None, :], tl.trans(codes))
