@@ -23,7 +23,7 @@ class Blocks:
     """What decides which kernels the blocks of a transformer need.
 
     weights: the quantized types of their weights with the columns that these have. fast: whether their
-    products are in int8. fast_attention: whether the scores of attention are.
+    products are in int8. attention: its precision.
     """
 
     weights: frozenset[tuple[str, int]]
@@ -31,14 +31,14 @@ class Blocks:
     ffn: int
     dtype: torch.dtype
     fast: bool
-    fast_attention: bool
+    attention: str
 
 
 def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]:
     """Functions without arguments. Each launches kernels on the device that no other one launches."""
     found = [*_elementwise(blocks, device), *_decoding(blocks, device)]
     found += _int8(blocks, device) if blocks.fast else []
-    return found + [*_attention(blocks, device)] if blocks.fast_attention else found
+    return found + [*_attention(blocks, device)] if blocks.attention != "exact" else found
 
 
 def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -93,7 +93,8 @@ def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], ob
     from skyrun.kernels.quantized_keys import QuantizedKeys
 
     def attend() -> Tensor:
-        keys = QuantizedKeys(*kernels.quantize_keys(x), *kernels.quantize_values(x))
+        codes, scales = kernels.quantize_keys(x)
+        keys = QuantizedKeys(blocks.attention, codes, scales, *kernels.quantize_values(x, blocks.attention))
         return kernels.attend(x, keys)
 
     x = _zeros(_ROWS, blocks.dim, blocks, device)

@@ -42,7 +42,7 @@ class Plan:
     """How a clip will be made. It is frozen: the run does exactly what was printed.
 
     weight_type: type of the chosen transformer file. precision: of linear layers, "exact" or "fast" for int8.
-    attention: its precision, "exact", or "int8" for scores in int8. dtype: of activations. ring_slots: streaming
+    attention: its precision, of ATTENTIONS. dtype: of activations. ring_slots: streaming
     buffers, one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through
     a block at a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
     vae_tile: height and width in pixels that a VAE convolution works on at a time; None stands for whole frames.
@@ -96,7 +96,7 @@ def choose(
     dtype: str | None = None,
     max_vram: float | None = None,
     max_ram: float | None = None,
-    prefer: str = "quality",
+    prefer: str = "balanced",
 ) -> Plan:
     """The best plan for this hardware.
 
@@ -108,24 +108,24 @@ def choose(
         hardware: the machine.
         workload: the clip and its models.
         precision: "exact" or "fast"; None chooses what suits the file's type and the card.
-        attention: "exact" or "int8"; None chooses what is faster on the card, and exact if `precision` is.
+        attention: of ATTENTIONS; None chooses what is faster on the card, and exact if `precision` is.
         dtype: of activations; None chooses one for the device.
         max_vram: a limit in GiB; None allows all that is free.
         max_ram: a limit in GiB; None allows all that is free.
-        prefer: "quality" chooses the best file whose reading is hidden behind computing, "speed" the fastest option,
-            "memory" the one that takes the least memory.
+        prefer: "balanced" and "quality" choose the best file whose reading is hidden behind computing, "quality" with
+            more accurate attention too; "speed" the fastest option; "memory" the one that takes the least memory.
     """
     budget = budget_of(hardware, max_vram, max_ram)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
 
-    scores = attention or usual_attention(hardware, precision)
-
     @cache
-    def found(work: Workload, keep: bool) -> list[Option]:
-        return [*options(hardware, work, budget, precision, scores, kind, keep)]
+    def found(work: Workload, attention: str, keep: bool) -> list[Option]:
+        return [*options(hardware, work, budget, precision, attention, kind, keep)]
 
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
-        allowed = [option for option in found(work, prefer != "memory") if type in (None, option.work.weight_type)]
+        chosen = attention or usual_attention(hardware, precision, prefer)
+        listed = found(work, chosen, prefer != "memory")
+        allowed = [option for option in listed if type in (None, option.work.weight_type)]
         return _plan(hardware, best(allowed, prefer), budget, kind, prefer)
 
     plan = decide(workload)
@@ -157,7 +157,7 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
-    vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
+    vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer in ("balanced", "quality"))
     images = _timed(_images_stage(work, vae, budget), images_time(hardware, work, vae))
     stages = (
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),

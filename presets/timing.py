@@ -78,7 +78,7 @@ def step_time(
         hardware: the machine.
         workload: the clip and its models.
         fast: whether linear layers run in int8.
-        attention: "exact", or "int8" for scores in int8.
+        attention: its precision.
         dtype: of activations.
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the other tokens wait on the host.
@@ -183,7 +183,7 @@ def _computing(
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
     linear, scores = step_operations(workload)
     linear_rate = (fast and rates.fast_linear) or rates.linear / slower
-    attention_rate = (attention == "int8" and rates.fast_attention) or rates.attention / slower
+    attention_rate = (attention != "exact" and rates.attention_in(attention)) or rates.attention / slower
     parts = -(-workload.tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them

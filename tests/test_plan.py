@@ -167,7 +167,13 @@ def test_probe_finds_this_machine():
 @pytest.mark.parametrize(
     ("card", "asked", "attention"),
     [
-        ("RTX 4090", {}, "int8"),
+        ("RTX 4090", {}, "full-int8"),
+        ("RTX 4090", {"prefer": "speed"}, "full-int8"),
+        ("RTX 4090", {"prefer": "quality"}, "int8"),
+        ("RTX 4090", {"attention": "fp8"}, "fp8"),
+        ("RTX 3090", {}, "int8"),
+        ("RTX 3090", {"attention": "full-int8"}, "full-int8"),
+        ("RTX 5090", {}, "int8"),
         ("RTX 4090", {"precision": "exact"}, "exact"),
         ("RTX 4090", {"precision": "exact", "attention": "int8"}, "int8"),
         ("RTX 4090", {"precision": "fast", "attention": "exact"}, "exact"),
@@ -175,6 +181,6 @@ def test_probe_finds_this_machine():
         ("H100", {}, "exact"),
     ],
 )
-def test_int8_scores_are_for_cards_that_gain_by_them(card, asked, attention):
+def test_attention_is_as_quick_as_its_error_allows(card, asked, attention):
     plan = choose(stated(find_card(card), 64, 2), request_workload(clip_of("r2v", quant="Q8_0")), **asked)
     assert plan.attention == attention

@@ -46,13 +46,22 @@ def launched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("quant", "fast"), [("Q4_K", False), ("Q6_K", False), ("Q8_0", False), ("Q4_K", True)])
-def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, monkeypatch, quant, fast):
+@pytest.mark.parametrize(
+    ("quant", "fast", "attention"),
+    [
+        ("Q4_K", False, "exact"),
+        ("Q6_K", False, "fp8"),
+        ("Q8_0", False, "full-int8"),
+        ("Q4_K", True, "int8"),
+        ("Q4_K", True, "exact"),
+    ],
+)
+def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, monkeypatch, quant, fast, attention):
     file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
     dims = read_dims(file)
     matrices = [info for block in block_layouts(file) for _, info, _ in block.tensors if len(info.shape) == 2]
     weights = frozenset((i.format.name, i.shape[1]) for i in matrices if i.format.block_size > 1)
-    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast, fast), CPU):
+    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast, attention), CPU):
         work()
     ahead = dict(launched)
     assert set(ahead.values()) == {1}
@@ -60,5 +69,5 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     set_everywhere(monkeypatch, "uses_triton", lambda device: True)
     set_everywhere(monkeypatch, "fastest", our_kernel)
     monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
-    forward(quant, fast=fast, attention="int8" if fast else "exact")
+    forward(quant, fast=fast, attention=attention)
     assert set(launched) == set(ahead)

@@ -62,6 +62,4 @@ def blocks_of(job: Job) -> Blocks:
     weights = {(info.format.name, info.shape[1]) for info in matrices if info.format.block_size > 1}
     if fast:
         weights = {(type, cols) for type, cols in weights if cols % GROUP == 0}
-    return Blocks(
-        frozenset(weights), dims.dim, dims.ffn_dim, getattr(torch, plan.dtype), fast, plan.attention == "int8"
-    )
+    return Blocks(frozenset(weights), dims.dim, dims.ffn_dim, getattr(torch, plan.dtype), fast, plan.attention)

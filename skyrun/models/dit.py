@@ -267,7 +267,7 @@ def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
     """Keys and values of the text, or of the image if `kind` is "_img"."""
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
-    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention == "int8")
+    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention)
 
 
 def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
@@ -287,7 +287,7 @@ def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope
         projected = w.linear("self_attn.k", normed)
         del normed
         k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
-    return Keys(k, v, dims.heads, w.attention == "int8")
+    return Keys(k, v, dims.heads, w.attention)
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

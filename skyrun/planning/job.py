@@ -18,11 +18,12 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
 from skyrun.planning.own_clips import read_own_clips
-from skyrun.planning.problems import check, too_long, value_problems
+from skyrun.planning.problems import check, check_attention, too_long, value_problems
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
 from skyrun.presets import Plan, Workload, choose
+from skyrun.presets.options import PREFERENCES
 from skyrun.streaming.device import choose_device
 from skyrun.tasks import TaskSpec
 from skyrun.tasks.windows import Window, speech_frame_count
@@ -159,15 +160,17 @@ def _of_model(request: Request, spec: TaskSpec) -> Request:
 
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:
+    hardware = this_machine(device.type, model)
+    check_attention(hardware, request.attention)
     return choose(
-        this_machine(device.type, model),
+        hardware,
         workload,
         precision=request.precision,
         attention=request.attention,
         dtype=request.dtype,
         max_vram=request.max_vram,
         max_ram=request.max_ram,
-        prefer=request.prefer or "quality",
+        prefer=request.prefer or PREFERENCES[0],
     )
 
 

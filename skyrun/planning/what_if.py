@@ -9,7 +9,14 @@ from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import choice_problems, length_problems, of_some_model, shape_problems, too_long
+from skyrun.planning.problems import (
+    check_attention,
+    choice_problems,
+    length_problems,
+    of_some_model,
+    shape_problems,
+    too_long,
+)
 from skyrun.planning.published import published_shapes, published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
@@ -17,6 +24,7 @@ from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
+from skyrun.presets.options import PREFERENCES
 from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
@@ -155,7 +163,8 @@ def described_hardware(
 def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
     """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
     workload = request_workload(request)
-    asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or "quality"}
+    check_attention(hardware, request.attention)
+    asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or PREFERENCES[0]}
     plan = choose(hardware, workload, **asked | limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
     advice = () if request.spec.video else too_long(chosen.windows, chosen.frames / request.spec.fps)

@@ -116,7 +116,7 @@ class Block:
             observe: called with the name and the input of every linear layer that is used.
             planar: whether tensors that need planes were repacked.
             fast: whether linear layers multiply in rotated int8.
-            attention: its precision, "exact", or "int8" for scores in int8.
+            attention: its precision, of kernels.quantized_keys.
         """
         views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
         additions: dict[str, list[Addition]] = defaultdict(list)

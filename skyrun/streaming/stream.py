@@ -97,7 +97,7 @@ class BlockStream:
 
     slots: buffers of the ring, at least two. resident: indexes of blocks that are read once and stay in memory.
     observe: called with the input of every linear layer. fast: whether linear layers multiply in rotated int8.
-    attention: its precision, "exact", or "int8" for scores in int8. adapters: files that blocks are read from too.
+    attention: its precision, of kernels.quantized_keys. adapters: files that blocks are read from too.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class Weights:
     """Weights by name, of one block or of the layers outside of blocks.
 
     owner: the block or file, named in errors. observe: called with the input of every linear layer.
-    attention: precision of the block's attention, "exact", or "int8" for scores in int8. additions: of adapters.
+    attention: precision of the block's attention, of kernels.quantized_keys. additions: of adapters.
     """
 
     def __init__(
