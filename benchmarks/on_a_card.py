@@ -30,7 +30,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=_numbers, default=range(len(STEPS)), metavar="A-B", help="only these")
-    parser.add_argument("--out", type=Path, metavar="F.jsonl", help="add results; steps that are in it do not run again")
+    parser.add_argument(
+        "--out", type=Path, metavar="F.jsonl", help="add results; steps that are in it do not run again"
+    )
     parser.add_argument("--report", type=Path, metavar="F.jsonl", help="print results as tables, and run nothing")
     arguments = parser.parse_args()
     if arguments.report:
@@ -63,7 +65,9 @@ def _numbers(text: str) -> range:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last < len(STEPS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range of steps: they have the numbers 0 to {len(STEPS) - 1}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a range of steps: they have the numbers 0 to {len(STEPS) - 1}"
+        )
     return range(first, last + 1)
 
 

@@ -32,7 +32,9 @@ def autoencoder(scale: Scale) -> Iterator[Figure]:
     dims = scale.of(VAE, {"base": 4, "z": 16})
     slab = (-(-height // 8), width)
     weights = sum(prod(shape) for shape in WAN_VAE.shapes("original", dims).values())
-    work = replace(published_workload("r2v"), height=height, width=width, vae_base_dim=dims["base"], vae_weights=weights)
+    work = replace(
+        published_workload("r2v"), height=height, width=width, vae_base_dim=dims["base"], vae_weights=weights
+    )
     latents = torch.randn(dims["z"], _FRAMES, height // 8, width // 8)
     video = torch.rand(3, 1 + 4 * (_FRAMES - 1), height, width) * 2 - 1
     with TemporaryDirectory() as folder:

@@ -55,7 +55,9 @@ def _measured(scale: Scale, way: str, tokens: int, rows: int | None, parked: boo
         if scale.small:
             allocated = reserved = outside = psutil.Process().memory_info().rss
         else:
-            dit_block(x, weights, [Span(parts[0], time)], context, rope, dims)  # compiles, and measures what is quickest
+            dit_block(
+                x, weights, [Span(parts[0], time)], context, rope, dims
+            )  # compiles, and measures what is quickest
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         for _ in range(_BLOCKS):

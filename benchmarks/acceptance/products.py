@@ -67,7 +67,7 @@ def _sample(rows: int, scale: Scale) -> Tensor:
 @torch.inference_mode()
 def attention(scale: Scale) -> Iterator[Figure]:
     """The error of every backend with a peaked and with a flat softmax, and its rate."""
-    heads, clock = scale.of(WAN_14B.heads, 2), Clock(scale.device)
+    heads = scale.of(WAN_14B.heads, 2)
     for tokens in scale.of((32_768, 126_000), (700,)):
         k, v = (torch.randn(tokens, heads * HEAD_DIM, device=scale.device, dtype=scale.dtype) for _ in range(2))
         flat = torch.randn_like(k)
@@ -80,11 +80,16 @@ def attention(scale: Scale) -> Iterator[Figure]:
                 added = _ATTENTION_ERROR if name in _quick(q, k, heads) else 0.0
                 error = relative_error(got, expected)
                 yield Figure(f"{name}, {tokens}, {kind}", error, "relative error", most=ROUNDING[scale.dtype] + added)
-        for name in _names(peaked, k, heads):
-            # The time includes preparing the keys, which a run does once for each block.
-            seconds = clock.seconds(lambda name=name: ways(peaked, Keys(k, v, heads, fast=True))[name]())  # type: ignore[misc]
-            rate = 4 * tokens * tokens * heads * HEAD_DIM / seconds / 1e12 if seconds else 0.0
-            yield Figure(f"{name}, {tokens}", rate, "TFLOP/s", least=scale.on_card(1))
+        yield from _rates_of_attention(scale, peaked, k, v, heads)
+
+
+def _rates_of_attention(scale: Scale, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Iterator[Figure]:
+    """The time includes preparing the keys, which a run does once for each block."""
+    clock, tokens = Clock(scale.device), len(q)
+    for name in _names(q, k, heads):
+        seconds = clock.seconds(lambda name=name: ways(q, Keys(k, v, heads, fast=True))[name]())
+        rate = 4 * tokens * tokens * heads * HEAD_DIM / seconds / 1e12 if seconds else 0.0
+        yield Figure(f"{name}, {tokens}", rate, "TFLOP/s", least=scale.on_card(1))
 
 
 def _names(q: Tensor, k: Tensor, heads: int) -> list[str]:

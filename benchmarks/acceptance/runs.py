@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from acceptance.models import model_name, random_clip
+from acceptance.stand_ins import need
 from acceptance.step import Figure, Scale
 from skyrun.engine.clip import Result
 from skyrun.engine.run import run_job
@@ -139,14 +140,22 @@ def streamed(scale: Scale) -> Iterator[Figure]:
 
 def resumed(scale: Scale) -> Iterator[Figure]:
     """A run that is killed after its first step, gone on with, and one that nothing disturbs."""
-    import av  # noqa: F401  clips are written
-
+    need("av", "ftfy", "gguf", "rich")  # of the command, which has no stand-ins
     with TemporaryDirectory() as place:
         folder = Path(place)
         request = _demo(scale, folder)
         pictures = [str(path) for path in request.images]
         command = [sys.executable, "-m", "skyrun", "run", "r2v", "-p", request.prompt, "--image", *pictures]
-        command += ["--model", str(request.model), "--steps", str(request.steps), "--seed", "1", "--device", str(scale.device)]
+        command += [
+            "--model",
+            str(request.model),
+            "--steps",
+            str(request.steps),
+            "--seed",
+            "1",
+            "--device",
+            str(scale.device),
+        ]
         whole, killed = folder / "whole", folder / "killed"
         _run([*command, "-o", f"{whole}.mp4", "--save-latents", f"{whole}.safetensors"])
         _kill_after_a_step([*command, "--json", "-o", f"{killed}.mp4", "--save-latents", f"{killed}.safetensors"])

@@ -30,6 +30,13 @@ def install() -> None:
             sys.modules[name] = make()
 
 
+def need(*names: str) -> None:
+    """Raise ModuleNotFoundError unless the packages are there, for work in which a stand-in does not do."""
+    for name in names:
+        if importlib.import_module(name).__spec__ is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 class _Absent(ModuleType):
     """A module whose names can be imported, and fail where they are used."""
 
@@ -82,7 +89,7 @@ class _AbsentParts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _av() -> ModuleType:
     module = _Absent("av")
     module.__path__ = []
-    sys.meta_path.append(_AbsentParts())
+    sys.meta_path.insert(0, _AbsentParts())
     return module
 
 
@@ -119,7 +126,7 @@ class GGUFWriter:
     """Writes a header, and then the tensors in its order."""
 
     def __init__(self, path: Path | str, architecture: str) -> None:
-        self._file = open(path, "wb")
+        self._file = Path(path).open("wb")
         self._keys: list[bytes] = []
         self._tensors: list[tuple[str, Sequence[int], int, int]] = []
         self.add_string("general.architecture", architecture)
