@@ -126,7 +126,7 @@ class GGUFWriter:
     """Writes a header, and then the tensors in its order."""
 
     def __init__(self, path: Path | str, architecture: str) -> None:
-        self._file = Path(path).open("wb")
+        self._file = open(path, "wb")  # noqa: SIM115  until close()
         self._keys: list[bytes] = []
         self._tensors: list[tuple[str, Sequence[int], int, int]] = []
         self.add_string("general.architecture", architecture)
