@@ -31,7 +31,8 @@ class Workload:
     token_matrices, context_matrices: matrices [dim, dim] of a block, beside two attentions and the feed-forward, that
     are applied to all tokens or to the context only. context_tokens: that every token attends to by cross-attention.
     windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
-    made instead. encoded_frames: that the VAE encodes in all. decoded_frames: that it decodes; 0 stands for `frames`.
+    made instead. encoded_frames: that the VAE encodes in all. stills: whether it encodes them one by one, as images.
+    decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
     """
 
@@ -61,6 +62,7 @@ class Workload:
     windowed: bool = False
     areas: tuple[tuple[str, int], ...] = AREAS
     encoded_frames: int = 4
+    stills: bool = False
     decoded_frames: int = 0
     candidates: tuple[Candidate, ...] = ()
 
