@@ -300,6 +300,11 @@ def groups_of(frames: int) -> list[slice]:
     return [slice(0, 1), *(slice(start, start + _GROUP) for start in range(1, frames - _GROUP + 1, _GROUP))]
 
 
+def vae_channels(base: int) -> tuple[int, ...]:
+    """How many channels frames have at full resolution, at half of it, and at a quarter and less."""
+    return base, 2 * base, 4 * base
+
+
 def read_vae_dims(path: Path) -> tuple[int, int]:
     """The channels of the VAE at full resolution and the number of its weights, from the file's header."""
     tensors = read_safetensors_header(path).tensors
