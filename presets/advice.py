@@ -26,8 +26,6 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
     if other.problem or NEARLY * other.seconds >= plan.seconds:
         return ""
     parts = [f"{other.weight_type} in {other.dtype}" + precisions(other)]
-    if other.vae_dtype != plan.vae_dtype:
-        parts.append(f"the autoencoder in {other.vae_dtype}")
     if other.weight_type in POOR_TYPES:
         parts.append("visible errors")
     if other.peak_bytes > _MORE * plan.peak_bytes:

@@ -22,7 +22,8 @@ _CACHED_RATE = 4e9  # bytes per second from there
 _CROSSINGS = 3  # of parked tokens in a block: to the device for keys and for everything else, and back
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
-_ENCODE, _DECODE = 620, 940
+_ENCODE, _DECODE = 550, 880
+_ENCODE_STILL = 270  # of a frame before which there is none
 _TEXT_TOKENS = 512
 # Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
 # activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
@@ -114,7 +115,7 @@ def text_time(hardware: Hardware, workload: Workload) -> Time:
 def images_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
     """The time to encode images and frames that the clip starts from, by the VAE and the image encoder."""
     reading = 2 * workload.vae_weights + workload.windows * workload.image_layers * workload.image_block_bytes
-    time = _convolving(hardware, workload, vae, _ENCODE, workload.encoded_frames)
+    time = _convolving(hardware, workload, vae, _ENCODE_STILL if workload.stills else _ENCODE, workload.encoded_frames)
     return _one_after_the_other(hardware, time, reading)
 
 

@@ -1,5 +1,6 @@
 """Kernels that are compiled ahead are those that a run launches, each in one variant."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from skyrun.kernels import triton_int8
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.warm_up import Blocks, launches
 from skyrun.models.dit_header import block_layouts, read_dims
+from skyrun.models.vae import WanVAE, read_vae_dims, vae_channels
 
 if not torch.cuda.is_available():
     from triton.runtime.interpreter import InterpretedFunction
@@ -71,3 +73,23 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
     forward(quant, fast=fast, attention=attention)
     assert set(launched) == set(ahead)
+
+
+def test_an_autoencoder_launches_what_was_compiled_ahead(converted, launched, monkeypatch):
+    path = next(converted("F32").glob("*.safetensors"))
+    frames = frozenset((channels, torch.float32) for channels in vae_channels(read_vae_dims(path)[0]))
+    blocks = Blocks(frozenset(), 256, 256, torch.float32, False, False)
+    for work in launches(blocks, CPU):
+        work()
+    others = set(launched)
+    for work in launches(dataclasses.replace(blocks, frames=frames), CPU):
+        work()
+    ahead = set(launched) - others
+    assert len(ahead) == 4
+    launched.clear()
+    set_everywhere(monkeypatch, "uses_triton", lambda device: True)
+    vae = WanVAE(path, CPU)
+    for _ in vae.decode(torch.zeros(16, 2, 4, 6)):
+        pass
+    vae.encode(torch.zeros(3, 5, 32, 48))
+    assert set(launched) == ahead

@@ -18,6 +18,7 @@ from skyrun.pipelines.embedding_cache import CachedEmbedding
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.presets import Plan
+from skyrun.presets.autoencoder import Autoencoder
 from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
@@ -72,8 +73,8 @@ def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
     return embedding.to(device)
 
 
-def _open_vae(path: Path, plan: Plan, device: torch.device) -> WanVAE:
-    return WanVAE(path, device, getattr(torch, plan.vae_dtype), plan.vae_tile, plan.vae_room)
+def _open_vae(path: Path, how: Autoencoder, device: torch.device) -> WanVAE:
+    return WanVAE(path, device, getattr(torch, how.dtype), how.tile, how.room)
 
 
 def encode_images(
@@ -85,12 +86,12 @@ def encode_images(
         path: the VAE's file.
         pixels: the images.
         noise: for each image what its latent is sampled with.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
     """
     stage = Stage("images", len(pixels), "images", device)
     yield stage.started()
-    vae = _open_vae(path, plan, device)
+    vae = _open_vae(path, plan.encoding, device)
     latents = []
     for index, (image, draw) in enumerate(zip(pixels, noise, strict=True)):
         latents.append(vae.sample(image, draw))
@@ -108,13 +109,13 @@ def encode_clip(
     Args:
         path: the VAE's file.
         groups: the video's frames in the groups that the VAE encodes at a time, [3, T, H, W] each.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
         part: (number, count) of the window.
     """
     stage = Stage("images", 1, "clip", device, part)
     yield stage.started()
-    vae = _open_vae(path, plan, device)
+    vae = _open_vae(path, plan.encoding, device)
     latents = vae.normalise(vae.encode_groups(groups)[0])
     del vae
     yield stage.done(1)
@@ -226,14 +227,14 @@ def decode(
         path: the VAE's file.
         latents: [16, F, h, w].
         state: records how many groups were yielded.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
         show: turns pixels [3, T, H, W] and the index of their first frame into the frames to yield.
         part: (number, count) of the window.
     """
     stage = Stage("decode", latents.shape[1], "latent frames", device, part)
     yield stage.started()
-    vae, first = _open_vae(path, plan, device), 0
+    vae, first = _open_vae(path, plan.decoding, device), 0
     for index, pixels in enumerate(vae.decode(latents)):
         frames = show(pixels, first) if show is not None else to_uint8(pixels)
         first += pixels.shape[1]

@@ -180,8 +180,8 @@ def _attention(device: torch.device, dtype: torch.dtype, sizes: _Sizes, precisio
 def _convolution(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> float:
     """The autoencoder's rate, from its widest convolution: over four frames and the two before them."""
     channels, frames = sizes.channels, 4
-    x = _random(device, dtype, 1, channels, frames + 2, sizes.height, sizes.width)
-    weight = _random(device, dtype, channels, channels, 3, 3, 3)
+    shapes = (1, channels, frames + 2, sizes.height, sizes.width), (channels, channels, 3, 3, 3)
+    x, weight = (_random(device, dtype, *s).contiguous(memory_format=torch.channels_last_3d) for s in shapes)
     work = partial(F.conv3d, x, weight, padding=(0, 1, 1))
     operations = 2 * 27 * channels**2 * frames * sizes.height * sizes.width
     return _REACHED * operations / median_seconds(device, work, _LAUNCHES)

@@ -208,7 +208,7 @@ def plan_text(job: Job) -> str:
     head = [
         f"{request.task}: {job.height}x{job.width} (height x width), {job.frames} frames ({length:.1f} s){windows}, "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
-        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.vae_dtype})",
+        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.decoding.dtype})",
         blocks_text(plan.resident_blocks, job.workload.layers),
         *_passing(plan),
         f"estimated memory, {plan.limit_bytes / GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
