@@ -18,7 +18,7 @@ from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
-_WIDE = (9, 16)  # height and width that an image which does not exist is assumed to have
+WIDE = (9, 16)  # height and width that an image which does not exist is assumed to have
 _RAM, _DISK = 16.0, 0.5  # GiB and GB/s that another machine is assumed to have
 
 
@@ -54,10 +54,11 @@ def hardware_json(hardware: Hardware) -> dict[str, Any]:
     return {name: {"value": value, "origin": origins.get(name, ASSUMED)} for name, value in values.items()}
 
 
-def request_workload(request: Request) -> Workload:
+def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workload:
     """The workload of a request whose inputs need not exist, computed from its model or else the published one.
 
-    Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
+    Without a size the clip has that shape, about 16:9 by default. Raises SkyrunError for a length, resolution or type
+    that does not exist.
     """
     if problems := [*_problems(request)]:
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
@@ -65,15 +66,15 @@ def request_workload(request: Request) -> Workload:
     if request.model is None:
         work = published_workload(spec.name, request.quant)
     else:
-        request, work = _with_model(request)
-    size = request.size or spec.size(request.resolution, *_WIDE)
+        request, work = _with_model(request, shape)
+    size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     seconds = SECONDS if request.seconds is None else request.seconds
     windows = request.windows(speech_frame_count(round(seconds * SPEECH_RATE)))
     return with_clip(work, spec, size, request.steps, windows)
 
 
-def _with_model(request: Request) -> tuple[Request, Workload]:
+def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
     """The request with a size and length that its model makes, and the workload of that model."""
     from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
     from skyrun.planning.model import choose_model
@@ -82,7 +83,7 @@ def _with_model(request: Request) -> tuple[Request, Workload]:
 
     model = choose_model(open_folder(request.model), request.spec, request.quant)
     if (own := read_own_clips(model.files.transformer)) is not None:
-        request = own.fitted(request, *_WIDE)
+        request = own.fitted(request, *shape)
     return request, model_workload(request.spec, model)
 
 
@@ -146,9 +147,12 @@ def described_hardware(
     return replace(found, origins=found.origins | {name: STATED for name, value in given.items() if value is not None})
 
 
-def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
-    """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
-    workload = request_workload(request)
+def plan_request(request: Request, hardware: Hardware, shape: tuple[int, int] = WIDE, **limits: Any) -> Planned:
+    """The plan for a request whose inputs need not exist.
+
+    shape: height and width of what the clip is made from. limits: further arguments of `presets.choose`.
+    """
+    workload = request_workload(request, shape)
     asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or "quality"}
     plan = choose(hardware, workload, **asked | limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
