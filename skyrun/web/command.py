@@ -59,6 +59,7 @@ def _listening(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":  # where the option would let two servers share a port
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))
+        taken.listen()
     except (OSError, OverflowError) as error:
         raise SkyrunError(
             f"{host}:{port} cannot be listened at: {error}", "choose another --port, or --host"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.hub.local import wanted_name, whole_folder
-from skyrun.hub.store import Name, sources_text
+from skyrun.hub.store import sources_of
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.container import Track, opened
 from skyrun.media.image import open_image, write_image
@@ -80,11 +80,8 @@ def plan(root: str, values: dict[str, Any], free: dict[str, int] | None) -> dict
     limits = {"dtype": request.dtype, "max_vram": request.max_vram, "max_ram": request.max_ram}
     planned = plan_request(request, hardware, shape, **limits)
     clip = {"fps": request.spec.fps, "seconds": planned.workload.frames / request.spec.fps}
-    return planned.as_json() | clip | {"fetch": _fetch(name) if name is not None and folder is None else None}
-
-
-def _fetch(name: Name) -> str:
-    return sources_text(name)
+    missing = {"model": str(name), "from": sources_of(name)} if name is not None and folder is None else None
+    return planned.as_json() | clip | {"fetch": missing}
 
 
 @lru_cache(maxsize=8)

@@ -97,7 +97,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> "Job | None":
-        """The job in a file; None if it is damaged. A job that was at work waits again: its process is gone."""
+        """The job in a file; None if it is damaged."""
         try:
             with open(path, "rb") as file:
                 said: Any = json.loads(file.read(_LARGEST))
@@ -106,10 +106,7 @@ class Job:
             whole = job.id == path.stem and isinstance(job.values, dict) and job.order + job.took >= job.order
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        if not whole or not isinstance(job.clip, str):
-            return None
-        job.status = WAITING if job.status in _AT_WORK else job.status
-        return job
+        return job if whole and isinstance(job.clip, str) else None
 
     @property
     def at_work(self) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,7 +85,10 @@ class Work:
         """End it at once. What was not saved is lost."""
         if self._process is not None:
             with suppress(ProcessLookupError):
-                self._process.kill()
+                if os.name == "nt":
+                    self._process.kill()
+                else:  # with what it has started, such as a compiler
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _ended(code: int) -> dict[str, Any]:

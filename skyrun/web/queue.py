@@ -46,6 +46,9 @@ class Queue:
         self.folder = folder
         found = [Job.read(path) for path in sorted(folder.jobs.glob("*.json"))]
         self.jobs = {job.id: job for job in found if job is not None}
+        for job in [job for job in self.jobs.values() if job.at_work]:  # its process is gone, it goes on from there
+            job.status = WAITING
+            self._put_first(job)
         self.closed = asyncio.Event()
         self._listeners: set[Listener] = set()
         self._works: dict[str, Work] = {}
@@ -227,6 +230,9 @@ class Queue:
             job.write(self.folder.jobs)
         self.tell(job.id)
 
+    def _put_first(self, job: Job) -> None:
+        job.order = min(other.order for other in self.jobs.values()) - 1
+
     def begin(self) -> None:
         """Start to work."""
         self._start()
@@ -234,9 +240,9 @@ class Queue:
     async def close(self, seconds: float = 60.0) -> None:
         """Stop what runs, so that it waits for the next start, and send every listener away."""
         self.closed.set()
-        for id in self._works:
-            if self.jobs[id].status == RUNNING:
-                self._stop(self.jobs[id], WAITING)
+        for job in [self.jobs[id] for id in self._works if self.jobs[id].status == RUNNING]:
+            self._put_first(job)
+            self._stop(job, WAITING)
         self.tell("")
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)

@@ -110,7 +110,7 @@ def problems(values: dict[str, Any], folder: Folder) -> dict[str, list[str]]:
         values.setdefault(name, "")
     request = Request(**{name: _tuple(value) for name, value in values.items()})
     left = _sentences(request)
-    for name in FIELDS:
+    for name in sorted(FIELDS, key=lambda name: name == "task"):  # another task mends much: it is tried last
         if left and getattr(request, name) != (good := _good(name, values)):
             mended = set(_sentences(replace(request, **{name: good})))
             found.setdefault(name, []).extend(text for text in left if text not in mended)

@@ -54,10 +54,10 @@ function show(said, count) {
   const about = [`${said.size[1]} × ${said.size[0]}`, `${said.frames} frames, ${duration(said.seconds)}`, `${plan.weight_type}`, plan.precision === "fast" ? "int8" : plan.dtype];
   $("plan").replaceChildren(
     el("p", { className: `verdict ${fits ? "good" : "bad"}` }, fits ? `About ${duration(plan.seconds)}${count > 1 ? ` each, ${duration(count * plan.seconds)} in all` : ""}` : "It will not fit"),
-    fits ? el("p", {}, `It fits: ${gib(peak(plan))} of ${gib(plan.limit_bytes)} at most.`) : el("p", {}, `${sentence(plan.problem)}. ${plan.remedy ? `This would: ${plan.remedy}.` : ""}`),
+    fits ? el("p", {}, `It fits: ${(peak(plan) / 2 ** 30).toFixed(1)} of ${gib(plan.limit_bytes)} of ${plan.device === "cuda" ? "video memory" : "memory"}.`) : el("p", {}, `${sentence(plan.problem)}. ${plan.remedy ? `This would: ${plan.remedy}.` : ""}`),
     chart(plan),
     el("p", { className: "quiet" }, about.join(" · ")),
-    ...(said.fetch ? [el("p", { className: "note" }, `The model is fetched first: its transformer alone has ${(said.transformer_bytes / 1e9).toFixed(1)} GB. ${sentence(said.fetch)}.`)] : []),
+    ...(said.fetch ? [el("p", { className: "note" }, `The model ${said.fetch.model} is not here yet and is fetched first, from ${said.fetch.from.join(" or ")}. Its transformer has ${(said.transformer_bytes / 1e9).toFixed(1)} GB, its encoders come on top.`)] : []),
     ...plan.notes.map((note) => el("p", { className: "note" }, sentence(note))),
   );
   $("make").textContent = count > 1 ? `Make ${count} clips` : "Make the clip";
