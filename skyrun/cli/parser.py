@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_web(commands)
     _add_completion(commands)
     return parser
 
@@ -397,6 +398,16 @@ def _add_bench(commands: Commands) -> None:
     _add_precision(parser)
     _add_clip(parser, "5 s")
     parser.set_defaults(steps=4)
+
+
+def _add_web(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "web", help="a page to make clips with, and a queue", description="a page to make clips with, and a queue"
+    )
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen at (7860)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where clips and the queue are (~/skyrun-clips)")
+    parser.add_argument("--token", metavar="T", help="that every client must know; needed where --host is not loopback")
 
 
 def _add_completion(commands: Commands) -> None:

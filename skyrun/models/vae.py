@@ -198,7 +198,8 @@ class WanVAE:
         """Attention with one head over the pixels of each frame."""
         normed = elementwise.rms_norm(x.flatten(0, 2), self._w(f"{name}.norm.gamma"), _EPS)
         parts = self._linear(normed.view_as(x).flatten(1, 2).unsqueeze(1), f"{name}.to_qkv").chunk(3, 3)
-        mixed = F.scaled_dot_product_attention(*(part.contiguous() for part in parts))
+        q, k, v = (part.contiguous() for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         return self._linear(mixed.reshape(x.shape), f"{name}.proj")
 
     def _tail(self, x: Tensor, name: str, memory: Memory) -> Tensor:
@@ -256,7 +257,8 @@ class WanVAE:
                 for odd_col in (0, 1):
                     rows, cols = slice(start + odd_row, stop + odd_row), slice(odd_col, x.shape[2] + odd_col)
                     out[:, :, odd_row, :, odd_col] = four[:, rows, cols, odd_row, odd_col]
-            return out.flatten(3, 4).flatten(1, 2)
+            doubled: Tensor = out.flatten(3, 4).flatten(1, 2)
+            return doubled
 
         return by_slab(cut(x.shape[1], 4 * x.shape[2], self._tile, 1), compute, scale=2)
 

@@ -63,10 +63,11 @@ def hardware_json(hardware: Hardware) -> dict[str, Any]:
     return {name: {"value": value, "origin": origins.get(name, ASSUMED)} for name, value in values.items()}
 
 
-def request_workload(request: Request) -> Workload:
+def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workload:
     """The workload of a request whose inputs need not exist, computed from its model or else the published one.
 
-    Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
+    Without a size the clip has that shape, about 16:9 by default. Raises SkyrunError for a length, resolution or type
+    that does not exist.
     """
     if problems := of_some_model(request, lambda one: [*_problems(one)]):
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
@@ -75,15 +76,15 @@ def request_workload(request: Request) -> Workload:
         work = published_workload(request.task, request.quant, request.variant)
         work = with_adapters(work, open_adapters(request.loras, published_shapes(request.spec)))
     else:
-        request, work = _with_model(request)
+        request, work = _with_model(request, shape)
     spec = request.spec
-    size = request.size or spec.size(request.resolution, *WIDE)
+    size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
     return with_clip(work, spec, size, request.passes, windows, request.contexts)
 
 
-def _with_model(request: Request) -> tuple[Request, Workload]:
+def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
     """The request with the values, a size and a length of its model, and the workload of that model."""
     from skyrun.models.dit_header import canonical_tensors  # these load torch, which published models do not need
     from skyrun.models.folder import open_folder
@@ -94,7 +95,7 @@ def _with_model(request: Request) -> tuple[Request, Workload]:
     model = choose_model(open_folder(request.model), request.spec, request.quant)
     request = request.of(model.spec)
     if (own := read_own_clips(model.files.transformer)) is not None:
-        request = own.fitted(request, *WIDE)
+        request = own.fitted(request, *shape)
     shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
     adapters = open_adapters(request.loras, shapes)
     return request, with_adapters(model_workload(request.spec, model), adapters)
@@ -160,9 +161,12 @@ def described_hardware(
     return replace(found, origins=found.origins | {name: STATED for name, value in given.items() if value is not None})
 
 
-def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
-    """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
-    workload = request_workload(request)
+def plan_request(request: Request, hardware: Hardware, shape: tuple[int, int] = WIDE, **limits: Any) -> Planned:
+    """The plan for a request whose inputs need not exist.
+
+    shape: height and width of what the clip is made from. limits: further arguments of `presets.choose`.
+    """
+    workload = request_workload(request, shape)
     check_attention(hardware, request.attention)
     asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or PREFERENCES[0]}
     plan = choose(hardware, workload, **asked | limits)
