@@ -10,7 +10,7 @@ from skyrun.cli.parser import parser
 from skyrun.cli.signals import Interrupted, interruptible
 from skyrun.errors import INTERRUPTED
 
-_FACES = {"web": "skyrun.web"}  # commands that are faces of their own, found by their names as the others are
+_FACES = {"web": "skyrun.web.command"}  # commands that are faces of their own, found by their names as the others are
 
 
 def main(argv: Sequence[str] | None = None) -> int:
