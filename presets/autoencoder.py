@@ -31,22 +31,23 @@ class Autoencoder:
         return self.parked_bytes + PARKING_PIECES * PARKING_PIECE if self.parked_bytes else 0
 
 
-def autoencoder(workload: Workload, way: str, dtype: str, usable: int, cuda: bool) -> Autoencoder:
-    """How the VAE encodes or decodes, beside a transformer with activations in `dtype`.
+def autoencoder(workload: Workload, way: str, usable: int, cuda: bool, bfloat16: bool) -> Autoencoder:
+    """How the VAE encodes or decodes.
 
-    Decoding in 16 bits changes no pixel by more than rounding does. Encoding in 16 bits would: errors of latents are
-    carried into the whole clip. A GPU encodes few frames, so they are encoded in float32 wherever that fits. A CPU
-    computes both in float32, in which it is quickest.
+    Decoding in bfloat16 changes pixels by less than rounding to bytes does. Encoding in it would change more: errors of
+    latents are carried into the whole clip. A GPU encodes few frames, so they are encoded in float32 wherever that
+    fits. A CPU computes both in float32, in which it is quickest. float16 overflows: a decoder's activations can pass
+    65504 (tests/test_vae.py).
 
     Args:
         workload: the clip.
         way: of WAYS.
-        dtype: of the transformer's activations.
         usable: bytes of the device that may be used.
         cuda: whether the device is a GPU.
+        bfloat16: whether bfloat16 may be used.
     """
-    best = fit(workload, way, dtype if cuda and way == "decode" else "float32", usable, park=cuda)
-    return best if best.working_bytes <= usable or not cuda else fit(workload, way, dtype, usable, park=cuda)
+    best = fit(workload, way, "bfloat16" if bfloat16 and way == "decode" else "float32", usable, park=cuda)
+    return best if best.working_bytes <= usable or not bfloat16 else fit(workload, way, "bfloat16", usable, park=cuda)
 
 
 def fit(workload: Workload, way: str, dtype: str, usable: int, park: bool) -> Autoencoder:

@@ -154,7 +154,8 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
-    encoding, decoding = (autoencoder(work, way, dtype, room - budget.base, budget.cuda) for way in WAYS)
+    short = budget.cuda and hardware.bfloat16 and dtype != "float32"
+    encoding, decoding = (autoencoder(work, way, room - budget.base, budget.cuda, short) for way in WAYS)
     images = _timed(_images_stage(work, encoding, budget), images_time(hardware, work, encoding))
     stages = (
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),

@@ -64,7 +64,7 @@ VARIANTS = [
     (row_kernel("rows", "quantize_kernel", ROTATED, DIM), 38.5),
     (tile_kernel("GELU", "gelu_kernel", {"stride": "i32"}, FFN), 21),
     (tile_kernel("gated sum", "add_gated_kernel", SUM, DIM), 9.2),
-    *((frames_kernel(channels), 99) for channels in (96, 192, 384)),
+    *((frames_kernel(channels), 26) for channels in (96, 192, 384)),
 ]
 
 

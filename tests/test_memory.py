@@ -116,8 +116,13 @@ def test_encoding_an_image(published_vae, job):
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_what_the_autoencoder_remembers(published_vae, job, monkeypatch, way):
     work = of_size(job, published_vae, 720, 1280)
-    kept = {}
-    monkeypatch.setattr(Memory, "keep", lambda self, frames, *layer: kept.update({layer: frames.nbytes}))
+    kept, keep = {}, Memory.keep
+
+    def counted(self, frames, *layer):
+        kept[layer] = frames.nbytes
+        keep(self, frames, *layer)
+
+    monkeypatch.setattr(Memory, "keep", counted)
     vae = WanVAE(published_vae, torch.device("meta"), torch.bfloat16)
     if way == "decode":
         for pixels in vae.decode(torch.empty(16, 2, 90, 160, device="meta")):

@@ -166,13 +166,14 @@ def test_images_are_encoded_on_whole_frames_and_leave_nothing():
     ("machine", "dtype", "expected"),
     [
         (card(24), None, ("float32", "bfloat16")),
-        (dataclasses.replace(card(24), bfloat16=False), None, ("float32", "float16")),
+        (dataclasses.replace(card(24), bfloat16=False), None, ("float32", "float32")),
+        (card(24), "float16", ("float32", "bfloat16")),
         (card(24), "float32", ("float32", "float32")),
         (cpu(64), None, ("float32", "float32")),
         (cpu(64), "bfloat16", ("float32", "float32")),
     ],
 )
-def test_the_autoencoder_encodes_in_float32_and_decodes_in_16_bits_on_cards(machine, dtype, expected):
+def test_the_autoencoder_encodes_in_float32_and_decodes_in_bfloat16_on_cards(machine, dtype, expected):
     plan = choose(machine, REAL, dtype=dtype)
     assert (plan.encoding.dtype, plan.decoding.dtype) == expected
 

@@ -239,7 +239,7 @@ class WanVAE:
         """
         if f"{name}.time_conv.weight" in self._weights and not memory.first_group:
             even_odd = self._conv(x, f"{name}.time_conv", memory).unflatten(3, (2, -1))
-            x = even_odd.movedim(3, 1).flatten(0, 1)
+            x = even_odd.movedim(3, 1).flatten(0, 1).contiguous()
         return self._double(x, name)
 
     def _double(self, x: Tensor, name: str) -> Tensor:
@@ -264,13 +264,14 @@ class WanVAE:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
-    """A 3-D convolution of frames."""
-    return F.conv3d(x.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias, **settings).permute(0, 2, 3, 4, 1).squeeze(0)
+    """A 3-D convolution of frames. What computes small ones on a CPU does not leave channels last."""
+    out = F.conv3d(x.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias, **settings)
+    return out.permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
 
 
 def _convolved_2d(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
     """A 2-D convolution of each frame."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1).contiguous()
 
 
 def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
