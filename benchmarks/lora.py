@@ -144,6 +144,7 @@ def main() -> int:
         for quant in TYPES:
             convert(CHECKPOINT, folder / quant, quant)
             convert(CHECKPOINT, folder / f"{quant}-merged", quant, loras=[(adapter, 1.0)])
+            convert(folder / quant, folder / f"{quant}-again", quant, loras=[(adapter, 1.0)])
         wanted = [make(replace(request, model=folder / "F32-merged")) for request, _ in clips]
         plain = [make(replace(request, model=folder / "F32")) for request, _ in clips]
         rows = [[np.asarray(Image.open(place)) for place in request.images] for request, _ in clips[:SHOWN]]
@@ -153,8 +154,9 @@ def main() -> int:
             beside = [make(replace(request, model=folder / quant, loras=(adapter,))) for request, _ in clips]
             report(quant, "beside", beside, wanted, clips, rows if quant != "F32" else [])
             if quant != "F32":
-                before = [make(replace(request, model=folder / f"{quant}-merged")) for request, _ in clips]
-                report(quant, "merged before quantizing", before, wanted, clips, [])
+                for how, kind in (("merged, then quantized", "merged"), ("merged and quantized again", "again")):
+                    other = [make(replace(request, model=folder / f"{quant}-{kind}")) for request, _ in clips]
+                    report(quant, how, other, wanted, clips, [])
         sheet(rows, arguments.output)
     return 0
 
