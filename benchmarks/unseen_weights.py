@@ -1,4 +1,4 @@
-"""Errors on weights that nothing was tuned on: python benchmarks/unseen_weights.py --ggml LIB [--type Q5_K] [--record F]
+"""Errors on weights that nothing was tuned on: python benchmarks/unseen_weights.py --ggml LIB [--type T] [--record F]
 
 Encodes fresh draws of weights with our encoders and with both of ggml's searches (without importance, and with ones),
 and prints the mean ratio of our error to the better of theirs, with 95 % intervals over the draws. Draws are normal
