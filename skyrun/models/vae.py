@@ -262,14 +262,19 @@ class WanVAE:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
-    """A 3-D convolution of frames. What computes small ones on a CPU does not leave channels last."""
+    """A 3-D convolution of frames."""
     out = F.conv3d(x.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias, **settings)
-    return out.permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+    return _channels_last(out.permute(0, 2, 3, 4, 1).squeeze(0))
 
 
 def _convolved_2d(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
     """A 2-D convolution of each frame."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1).contiguous()
+    return _channels_last(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1))
+
+
+def _channels_last(frames: Tensor) -> Tensor:
+    """What a convolution gave, which has channels last but where a CPU computes a small one."""
+    return frames.contiguous() if frames.device.type == "cpu" else frames
 
 
 def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
