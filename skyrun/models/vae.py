@@ -198,7 +198,8 @@ class WanVAE:
         """Attention with one head over the pixels of each frame."""
         normed = elementwise.rms_norm(x.flatten(0, 2), self._w(f"{name}.norm.gamma"), _EPS)
         parts = self._linear(normed.view_as(x).flatten(1, 2).unsqueeze(1), f"{name}.to_qkv").chunk(3, 3)
-        mixed = F.scaled_dot_product_attention(*(part.contiguous() for part in parts))
+        q, k, v = (part.contiguous() for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         return self._linear(mixed.reshape(x.shape), f"{name}.proj")
 
     def _tail(self, x: Tensor, name: str, memory: Memory) -> Tensor:
@@ -251,7 +252,7 @@ class WanVAE:
         def compute(_: int, slab: Slab) -> Tensor:
             part, (start, stop) = x[:, slab.reach], (slab.inside.start, slab.inside.stop)
             four = self._spatial(part, name, padding=1).unflatten(3, (2, 2, -1))
-            out = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
+            out: Tensor = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
             for odd_row in (0, 1):
                 for odd_col in (0, 1):
                     rows, cols = slice(start + odd_row, stop + odd_row), slice(odd_col, x.shape[2] + odd_col)
