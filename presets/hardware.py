@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skyrun.kernels.capability import OLDEST
 from skyrun.presets.card import Card, Rates, link_rate
 from skyrun.presets.card_table import AMPERE, B200, GA100, HOPPER, VOLTA
 from skyrun.presets.cards import find_card
@@ -91,10 +92,10 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
 
     free, total = torch.cuda.mem_get_info()
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    found = replace(found, device="cuda", bfloat16=capability >= (8, 0))
+    found = replace(found, device="cuda", bfloat16=capability >= OLDEST)
     found = found.knowing(REPORTED, name=name, vram_total=total, vram_free=free, capability=capability)
     card = find_card(name, total / GIB) or unknown_card(
-        name, capability, total, torch.cuda.get_device_properties(0).multi_processor_count
+        name, capability, total, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     )
     gain = card.rates.fast_linear / card.rates.linear
     found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate, fast_gain=gain)

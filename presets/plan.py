@@ -157,7 +157,7 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
-    vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
+    vae = fit(work, dtype, budget.working(room), park=budget.cuda, exact=prefer == "quality")
     stages = (
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),
         _timed(_images_stage(work, vae, budget), images_time(hardware, work, vae)),
