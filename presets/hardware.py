@@ -20,7 +20,7 @@ _CORE_DECODE = 0.4e9  # bytes per second that a core reads and writes when it de
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
 _KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # chips with other rates than GeForce cards
-_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the operating system and a desktop use
+DESKTOP_VRAM, DESKTOP_RAM = 0.8, 3.0  # GiB that the operating system and a desktop use
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Ha
         "cuda",
         f"{card.name} {card.vram if vram is None else vram:g} GB",
         total,
-        max(0, total - int(_DESKTOP_VRAM * GIB) - CONTEXT_BYTES),
+        max(0, total - int(DESKTOP_VRAM * GIB) - CONTEXT_BYTES),
         int(ram * GIB),
         free_ram(ram),
         bfloat16=card.bfloat16,
@@ -176,4 +176,4 @@ def stated_cpu(ram: float, disk: float, cores: int = 8) -> Hardware:
 
 def free_ram(gib: float) -> int:
     """How many bytes of `gib` GiB of RAM are free while a desktop runs."""
-    return max(0, int((gib - _DESKTOP_RAM) * GIB))
+    return max(0, int((gib - DESKTOP_RAM) * GIB))
