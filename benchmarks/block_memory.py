@@ -5,8 +5,11 @@ is recorded once for a way of computing and a number of tokens; the recording is
 memory: the ring with the blocks that are kept, what lies outside of blocks, the tokens, the rotary table.
 
     python benchmarks/block_memory.py
+    python benchmarks/block_memory.py --fixed     # with segments of fixed size, as on Windows
 """
 
+import argparse
+import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -244,7 +247,7 @@ def live_bytes(one: Replay) -> int:
     return peak + CONTEXT_BYTES
 
 
-def cases(cards: Iterable[Card]) -> Iterator[Planned]:
+def cases(cards: Iterable[Card], system: str = "") -> Iterator[Planned]:
     """The plans of cards for every task, resolution and way of computing, but those that do not fit."""
     for card in cards:
         for task in TASKS:
@@ -252,19 +255,22 @@ def cases(cards: Iterable[Card]) -> Iterator[Planned]:
                 if card.capability >= (8, 0) and resolution in TASKS[task].resolutions:
                     for precision, attention in _PRECISIONS:
                         request = Request(task, "", resolution=resolution)
-                        limits = {"precision": precision, "attention": attention}
-                        planned = plan_request(request, stated(card, RAM, DISK), **limits)
+                        hardware = dataclasses.replace(stated(card, RAM, DISK), system=system)
+                        planned = plan_request(request, hardware, precision=precision, attention=attention)
                         if not planned.plan.problem:
                             yield planned
 
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fixed", action="store_true", help="segments of fixed size, and plans for Windows")
+    fixed = parser.parse_args().fixed
     columns = "card, task, clip, way, attention, tokens at a time, blocks kept, limit, counted, replayed, of the limit"
     print(f"| {columns.replace(', ', ' | ')} |")
     print("|" + " --- |" * 11)
-    for planned in cases(CARDS):
-        one, plan = replay(planned), planned.plan
+    for planned in cases(CARDS, "Windows" if fixed else ""):
+        one, plan = replay(planned, expandable=not fixed), planned.plan
         rows = "all" if plan.token_rows is None else f"{plan.token_rows:,}" + ", parked" * plan.parked_tokens
         taken = "out of memory" if one.reserved is None else f"{one.reserved / GIB:.2f}"
         share = "" if one.reserved is None else f"{one.reserved / one.limit:.0%}"

@@ -8,12 +8,10 @@ from statistics import median
 
 import torch
 
+from skyrun.kernels.capability import FLOAT8, FLOAT16_SUMS, OLDEST
 from skyrun.kernels.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.toolchain import missing
 
-_OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
-_GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 2000 to 5000 series
-_FLOAT8 = (8, 9)  # the first compute capability with tensor cores for float8
 _LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 
@@ -29,8 +27,8 @@ def triton_problem(device: torch.device) -> str:
     The first call launches a trivial kernel: a compiler that is there may still not work.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _OLDEST:
-        return f"the card has compute capability {major}.{minor}, Triton's kernels need {_OLDEST[0]}.{_OLDEST[1]}"
+    if (major, minor) < OLDEST:
+        return f"the card has compute capability {major}.{minor}, Triton's kernels need {OLDEST[0]}.{OLDEST[1]}"
     try:
         from skyrun.kernels import triton_probe
 
@@ -107,13 +105,13 @@ def float16_accumulation() -> Iterator[None]:
 @lru_cache
 def float16_sums_are_quick(device: torch.device) -> bool:
     """Whether tensor cores accumulate in float16 at twice the rate of float32, as those of GeForce cards do."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _GEFORCE
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in FLOAT16_SUMS
 
 
 @lru_cache
 def has_float8(device: torch.device) -> bool:
     """Whether tensor cores multiply float8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLOAT8
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLOAT8
 
 
 @lru_cache

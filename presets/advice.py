@@ -34,6 +34,19 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
     return f"this plan takes more time for {what_for}: {option} takes {saved}, with {', '.join(parts)}"
 
 
+def cost(plan: "Plan", best: "Plan") -> str:
+    """A note of what quality would take that this plan does without; empty if it is the same or does not fit."""
+    if best.problem or _quality(best) == _quality(plan):
+        return ""
+    more = best.seconds / plan.seconds - 1
+    parts = f"{best.weight_type} in {best.dtype}{precisions(best)}, decoding in {best.decoding.dtype}"
+    return f"--prefer quality takes {more:.0%} more time, about {about(best.seconds)}, with {parts}"
+
+
+def _quality(plan: "Plan") -> tuple[str, ...]:
+    return plan.weight_type, plan.dtype, plan.precision, plan.attention, plan.decoding.dtype
+
+
 def precisions(plan: "Plan") -> str:
     """What a plan computes in other precisions, to follow the dtype of its activations; empty if nothing."""
     linear, attention = plan.precision == "fast", plan.attention

@@ -6,6 +6,7 @@ from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import (
     ALLOCATOR_BYTES,
     CONTEXT_BYTES,
+    FRAGMENTS,
     GIB,
     PROCESS_BYTES,
     RESERVE_BYTES,
@@ -20,7 +21,8 @@ class Budget:
     """Memory that a plan may use, in bytes.
 
     cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: the limit minus a reserve.
-    host: bytes of host memory that may be used. base: bytes that are in use before the first tensor.
+    host: bytes of host memory that may be used. base: bytes that are in use before the first tensor. fragments: share
+    of activations that free memory which cannot be joined takes on top.
     """
 
     cuda: bool
@@ -28,6 +30,7 @@ class Budget:
     usable: int
     host: int
     base: int
+    fragments: float = 0.0
 
     def fits(self, device_bytes: int, host_bytes: int) -> bool:
         """Whether a stage that takes this much memory may run."""
@@ -46,7 +49,12 @@ class Budget:
         total = RING_SLOTS * block_bytes + working_bytes + self.base
         if not self.cuda:
             return 0, total
-        return total + ALLOCATOR_BYTES, staging_bytes(block_bytes) + PROCESS_BYTES + waiting
+        total += ALLOCATOR_BYTES + int(self.fragments * working_bytes)
+        return total, staging_bytes(block_bytes) + PROCESS_BYTES + waiting
+
+    def working(self, nbytes: int) -> int:
+        """What activations may take of `nbytes` of the device."""
+        return int((nbytes - self.base) / (1 + self.fragments))
 
 
 def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None) -> Budget:
@@ -56,4 +64,5 @@ def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None)
         return Budget(False, host, host, host, PROCESS_BYTES)
     free = hardware.vram_free + CONTEXT_BYTES
     limit = free if max_vram is None else min(int(max_vram * GIB), free)
-    return Budget(True, limit, limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit)), host, CONTEXT_BYTES)
+    usable = limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit))
+    return Budget(True, limit, usable, host, CONTEXT_BYTES, FRAGMENTS if hardware.system == "Windows" else 0.0)

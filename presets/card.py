@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from skyrun.kernels.capability import FLOAT8, OLDEST
+
 TERA, GIGA = 1e12, 1e9
 
 # Shares of the peak that long clips reached in published measurements. In order: matmuls in bfloat16 with float32
@@ -22,8 +24,6 @@ _ATTENTION = {
 _OTHER_ATTENTION = (0.60, 0.60, 0.60)
 # Convolutions of the autoencoder in a 16-bit dtype: 0.40 on an RTX 4090, half of that on an H100.
 _CONVOLUTION, _SERVER_CONVOLUTION = 0.40, 0.20
-FLOAT8 = (8, 9)  # the first compute capability with tensor cores for float8
-_OLDEST = (8, 0)  # compute capability that the Triton kernels and bfloat16 need
 _LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation transfers from page-locked memory
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 9): "Ada", (9, 0): "Hopper"}
 
@@ -74,7 +74,7 @@ class Card:
     @property
     def bfloat16(self) -> bool:
         """Whether its tensor cores support bfloat16."""
-        return self.capability >= _OLDEST
+        return self.capability >= OLDEST
 
     @property
     def generation(self) -> str:
@@ -84,7 +84,7 @@ class Card:
     @property
     def rates(self) -> Rates:
         """The rates that a run is expected to reach."""
-        triton, halved = self.capability >= _OLDEST, self.float16_sums > self.float16
+        triton, halved = self.capability >= OLDEST, self.float16_sums > self.float16
         exact, int8, bits8 = _ATTENTION[self.generation] if halved else _OTHER_ATTENTION
         server = self.capability in ((7, 0), (8, 0), (9, 0), (10, 0))
         return Rates(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skyrun.kernels.capability import OLDEST
 from skyrun.presets.card import Card, Rates, link_rate
 from skyrun.presets.card_table import AMPERE, B200, GA100, HOPPER, VOLTA
 from skyrun.presets.cards import find_card
@@ -19,7 +20,7 @@ _CORE_DECODE = 0.4e9  # bytes per second that a core reads and writes when it de
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
 _KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # chips with other rates than GeForce cards
-_DESKTOP_VRAM, _DESKTOP_RAM = 0.8, 3.0  # GiB that the operating system and a desktop use
+DESKTOP_VRAM, DESKTOP_RAM = 0.8, 3.0  # GiB that the operating system and a desktop use
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
 
     free, total = torch.cuda.mem_get_info()
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    found = replace(found, device="cuda", bfloat16=capability >= (8, 0))
+    found = replace(found, device="cuda", bfloat16=capability >= OLDEST)
     found = found.knowing(REPORTED, name=name, vram_total=total, vram_free=free, capability=capability)
     card = find_card(name, total / GIB) or unknown_card(
-        name, capability, total, torch.cuda.get_device_properties(0).multi_processor_count
+        name, capability, total, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     )
     gain = card.rates.fast_linear / card.rates.linear
     found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate, fast_gain=gain)
@@ -149,7 +150,7 @@ def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Ha
         "cuda",
         f"{card.name} {card.vram if vram is None else vram:g} GB",
         total,
-        max(0, total - int(_DESKTOP_VRAM * GIB) - CONTEXT_BYTES),
+        max(0, total - int(DESKTOP_VRAM * GIB) - CONTEXT_BYTES),
         int(ram * GIB),
         free_ram(ram),
         bfloat16=card.bfloat16,
@@ -175,4 +176,4 @@ def stated_cpu(ram: float, disk: float, cores: int = 8) -> Hardware:
 
 def free_ram(gib: float) -> int:
     """How many bytes of `gib` GiB of RAM are free while a desktop runs."""
-    return max(0, int((gib - _DESKTOP_RAM) * GIB))
+    return max(0, int((gib - DESKTOP_RAM) * GIB))

@@ -1,5 +1,6 @@
 """How much working memory each stage needs, computed from sizes alone. Streamed weights are not included."""
 
+from skyrun.kernels.capability import FLOAT16_SUMS, OLDEST
 from skyrun.presets.workload import Workload
 
 GIB = 1 << 30
@@ -10,6 +11,10 @@ CONTEXT_BYTES = int(0.6 * GIB)
 
 # Taken on a GPU besides tensors: pages of the allocator that are used in part, and workspaces of libraries.
 ALLOCATOR_BYTES = 160 << 20
+
+# Of activations, taken on top where the allocator cannot join free memory of any sizes, as on Windows: a replay of
+# denoising needs at most 0.18 (benchmarks/block_memory.py --fixed).
+FRAGMENTS = 0.2
 
 # Left free on a GPU before blocks are kept there.
 RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
@@ -24,8 +29,6 @@ _PIECE, _PAGE = 32 << 20, 4096
 PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which parked tokens and frames travel
 ALIGNMENT = 32  # of what is read from different places, in a block's buffer
 ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
-_OLDEST = (8, 0)  # compute capability that the Triton kernels need
-_GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of cards that may sum in float16 at twice the rate
 
 _HEAD_DIM = 128  # values per token in the rotary table
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
@@ -38,11 +41,11 @@ _STILL = 0.25  # of that for a single frame, which leaves no cache
 
 def way_of(cuda: bool, capability: tuple[int, int], dtype: str, fast: bool) -> str:
     """How a block is computed: "int8", "float16 sums" and "exact" with Triton's kernels, or "plain" without them."""
-    if not cuda or capability < _OLDEST:
+    if not cuda or capability < OLDEST:
         return "plain"
     if fast:
         return "int8"
-    return "float16 sums" if capability in _GEFORCE and dtype != "float32" else "exact"
+    return "float16 sums" if capability in FLOAT16_SUMS and dtype != "float32" else "exact"
 
 
 def denoise_bytes(

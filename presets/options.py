@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from skyrun.kernels.capability import FLOAT8
 from skyrun.presets.budget import Budget
-from skyrun.presets.card import FLOAT8
 from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
 from skyrun.presets.timing import Time, denoise_time, rates_of, step_time

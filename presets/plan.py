@@ -6,7 +6,7 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-from skyrun.presets.advice import PATIENCE, USUAL_CARD, gain, without_card
+from skyrun.presets.advice import PATIENCE, USUAL_CARD, cost, gain, without_card
 from skyrun.presets.alternatives import smallest, what_fits
 from skyrun.presets.autoencoder import WAYS, Autoencoder, autoencoder
 from skyrun.presets.budget import Budget, budget_of
@@ -14,7 +14,16 @@ from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated
 from skyrun.presets.memory import GIB, RING_SLOTS, text_bytes
 from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, Option, best, options, usual_attention
-from skyrun.presets.timing import Time, decode_time, images_time, text_time
+from skyrun.presets.timing import (
+    Time,
+    decode_time,
+    first_step_time,
+    images_time,
+    load_time,
+    start_time,
+    text_time,
+    write_time,
+)
 from skyrun.presets.workload import Workload
 
 __all__ = ["EXACT_TYPES", "GIB", "POOR_TYPES", "PREFERENCES", "Plan", "StagePlan", "choose"]
@@ -45,7 +54,8 @@ class Plan:
     attention: its precision, of ATTENTIONS. dtype: of activations. ring_slots: streaming
     buffers, one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through
     a block at a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
-    encoding, decoding: how the VAE works. step_seconds: expected for a denoising step after the first.
+    encoding, decoding: how the VAE works. step_seconds, first_step_seconds: expected for a denoising step after the
+    first, and for the first, which reads every block from disk.
     problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
     notes: sentences that say what takes long and how to make it faster.
     """
@@ -67,6 +77,7 @@ class Plan:
     remedy: str = ""
     weight_type: str = ""
     step_seconds: float = 0.0
+    first_step_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -139,7 +150,8 @@ def _notes(plan: Plan, workload: Workload, prefer: str, decide: Callable[..., Pl
         ((f"--quant {type}", decide(workload, type=type), "quality") for type in poor),
     )
     gains = (gain(plan, other, option, what_for) for option, other, what_for in quicker)
-    if note := next(filter(None, gains), ""):
+    note = next(filter(None, gains), "")
+    if note := note or (cost(plan, decide(workload, "quality")) if prefer == "speed" else ""):
         yield note
     if plan.device == "cpu" and plan.seconds > PATIENCE:
         card = find_card(USUAL_CARD)
@@ -155,13 +167,17 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
     short = budget.cuda and hardware.bfloat16 and dtype != "float32"
-    encoding, decoding = (autoencoder(work, way, room - budget.base, budget.cuda, short) for way in WAYS)
+    encoding, decoding = (autoencoder(work, way, budget.working(room), budget.cuda, short) for way in WAYS)
     images = _timed(_images_stage(work, encoding, budget), images_time(hardware, work, encoding))
+    kept = option.resident * work.block_bytes
     stages = (
+        _timed(_stage("start", budget, 0, 0), start_time(hardware)),
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),
         *([images] if work.encoded_frames or work.image_layers else []),
+        _timed(_stage("load", budget, work.block_bytes, work.outer_bytes, kept), load_time(hardware, work)),
         _timed(StagePlan("denoise", option.device_bytes, option.host_bytes), option.denoise),
         _timed(_vae_stage("decode", decoding, budget), decode_time(hardware, work, decoding)),
+        _timed(_stage("write", budget, 0, 0), write_time(work)),
     )
     plan = Plan(
         device=hardware.device,
@@ -179,12 +195,15 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         limit_bytes=budget.limit,
         weight_type=work.weight_type,
         step_seconds=option.step.seconds,
+        first_step_seconds=first_step_time(hardware, work, option.step).seconds,
     )
     return replace(plan, problem=_problem(plan, budget))
 
 
-def _stage(name: str, budget: Budget, block_bytes: int, working_bytes: int) -> StagePlan:
-    return StagePlan(name, *budget.taken(block_bytes, working_bytes))
+def _stage(name: str, budget: Budget, block_bytes: int, working_bytes: int, kept: int = 0) -> StagePlan:
+    """kept: bytes of blocks that stay on the GPU."""
+    device, host = budget.taken(block_bytes, working_bytes)
+    return StagePlan(name, device + kept, host)
 
 
 def _vae_stage(name: str, vae: Autoencoder, budget: Budget) -> StagePlan:

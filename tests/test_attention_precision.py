@@ -8,15 +8,14 @@ from plans import clip_of, plan_clip
 from test_fast_models import forward, moved
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels import device as kernel_device
 from skyrun.kernels import linear, matmul, triton_encode
 from skyrun.kernels.attention import quick_precisions
+from skyrun.kernels.capability import FLOAT8
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.synthetic import random_weight
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.presets.card import FLOAT8
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import stated, stated_cpu
 from skyrun.presets.options import ATTENTIONS
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 def test_requests_plans_and_kernels_mean_the_same():
     assert ATTENTIONS == PRECISIONS
-    assert FLOAT8 == kernel_device._FLOAT8
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from allocator import MIB, Allocator, OutOfMemory
 from block_memory import cases, live_bytes, recorded, replay
 
-from skyrun.kernels import device
 from skyrun.presets import memory
 from skyrun.presets.cards import CARDS
 from skyrun.tasks import TASKS
@@ -19,9 +18,22 @@ del sys.path[0]
 
 @pytest.fixture(scope="module")
 def replays():
-    """For the cards with every amount of memory and every way of computing: of those that are alike one is enough."""
-    unlike = {(card.vram, card.capability in memory._GEFORCE): card for card in CARDS}
-    return [replay(planned) for planned in cases(unlike.values())]
+    """For every card, task, resolution and way of computing. Cards with plans that are alike need one replay."""
+    unlike = {
+        (
+            p.plan.limit_bytes,
+            p.plan.token_rows,
+            p.plan.parked_tokens,
+            p.plan.resident_blocks,
+            p.plan.weight_type,
+            p.plan.precision,
+            p.plan.attention,
+            p.hardware.capability,
+            p.workload,
+        ): p
+        for p in cases(CARDS)
+    }
+    return [replay(planned) for planned in unlike.values()]
 
 
 def test_every_plan_stays_within_its_limit(replays):
@@ -48,14 +60,18 @@ def test_with_segments_of_fixed_size_plans_would_run_out(replays):
     assert any(replay(one.planned, expandable=False).reserved is None for one in replays)
 
 
+def test_plans_for_windows_stay_within_their_limit_with_segments_of_fixed_size():
+    unlike = {(card.vram, card.capability): card for card in CARDS}
+    replays = [replay(planned, expandable=False) for planned in cases(unlike.values(), "Windows")]
+    assert {one.way for one in replays} == {"exact", "float16 sums", "int8"} and len(replays) > 100
+    out = [one for one in replays if one.reserved is None or one.reserved > one.limit]
+    assert not [(one.planned.hardware.name, one.planned.workload.task, one.way) for one in out]
+
+
 def test_a_block_frees_everything():
     log = recorded("a2v", "float16 sums", "exact", 4096, 4, 1000, False)
     numbers = list(zip(log[::2], log[1::2], strict=True))
     assert sorted(n for n, nbytes in numbers if nbytes) == sorted(n for n, nbytes in numbers if not nbytes)
-
-
-def test_presets_and_kernels_mean_the_same_cards():
-    assert memory._GEFORCE == device._GEFORCE and memory._OLDEST == device._OLDEST
 
 
 @pytest.mark.parametrize(

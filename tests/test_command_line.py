@@ -68,7 +68,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(places, capsys, tmp_path):
     assert plan["size"] == [32, 48]
     assert plan["plan"]["dtype"] == "float32"
     assert plan["model"]["type"] == "Q8_0"
-    assert [stage["name"] for stage in plan["plan"]["stages"]] == ["text", "images", "denoise", "decode"]
+    stages = ["start", "text", "images", "load", "denoise", "decode", "write"]
+    assert [stage["name"] for stage in plan["plan"]["stages"]] == stages
     assert "streamed from disk" in output.err
     assert sorted(tmp_path.rglob("*")) == before
 

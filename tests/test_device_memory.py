@@ -54,3 +54,27 @@ def test_a_peak_is_what_is_reserved_and_what_lies_outside_of_torch(monkeypatch):
     assert peak_bytes(card) == 360
     now.free = 600  # 160 outside, by now
     assert peak_bytes(card) == 460
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 1), (None, 1)])
+def test_the_chosen_card_is_the_threads_own(monkeypatch, name, index):
+    """Whatever measures, plans or runs on it without naming it means this one."""
+    monkeypatch.setenv(OLD, "")
+    current = [1]
+    monkeypatch.setattr(
+        torch,
+        "cuda",
+        SimpleNamespace(
+            is_available=lambda: True,
+            device_count=lambda: 2,
+            current_device=lambda: current[0],
+            set_device=lambda device: current.__setitem__(0, device.index),
+        ),
+    )
+    assert choose_device(name) == torch.device("cuda", index)
+    assert current == [index]
+
+
+def test_a_run_on_the_cpu_leaves_the_card_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("it was set"))
+    assert choose_device("cpu") == torch.device("cpu")

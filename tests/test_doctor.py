@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from skyrun.errors import FAILED
-from skyrun.kernels import device as kernels_device
 from skyrun.kernels import toolchain
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned
 from skyrun.presets.cards import Rates
@@ -219,7 +218,3 @@ def test_what_must_be_quick_imports_no_torch(module):
     code = f"import sys, {module}; sys.exit(', '.join({slow} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_oldest_card_is_that_of_the_kernels():
-    assert kernels_device._OLDEST == (doctor._OLDEST_CAPABILITY, 0)

@@ -219,7 +219,7 @@ def test_plans_shrink_until_there_is_none(job, monkeypatch, stage, max_vram):
 
 def test_a_plan_that_would_need_more_ram_is_none(job, monkeypatch):
     job = on_a_card(job, monkeypatch, max_ram=1.5)
-    assert job.plan.stages[3].host_bytes < 1.5 * GIB
+    assert max(stage.host_bytes for stage in job.plan.stages) < 1.5 * GIB
     assert recovery._smaller(job, 4 * GIB) is None
 
 

@@ -9,8 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skyrun.planning.what_if import request_workload
 from skyrun.presets.cards import Rates, find_card
-from skyrun.presets.hardware import stated
-from skyrun.presets.timing import break_even_tokens, corrected, step_operations, step_time, with_tokens
+from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.timing import (
+    START_SECONDS,
+    WRITTEN_PIXELS,
+    break_even_tokens,
+    corrected,
+    step_operations,
+    step_time,
+    with_tokens,
+)
 
 WORK = request_workload(clip_of("r2v", "720P", quant="Q8_0"))
 CARD = find_card("RTX 3060")
@@ -99,3 +107,24 @@ def test_the_autoencoder_counts_as_many_operations(published_vae):
     assert decoding.get_total_flops() / (21 * squares) == pytest.approx(_DECODE, rel=0.05)
     assert encoding.get_total_flops() / (21 * squares) == pytest.approx(_ENCODE, rel=0.05)
     assert still.get_total_flops() / squares == pytest.approx(_ENCODE_STILL, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_everything_that_a_run_does_is_counted(device):
+    hardware = machine() if device == "cuda" else stated_cpu(32, 1.0)
+    plan = plan_clip(clip_of("r2v", "720P", quant="Q8_0"), hardware).plan
+    seconds = {stage.name: stage.seconds for stage in plan.stages}
+    assert list(seconds) == ["start", "text", "images", "load", "denoise", "decode", "write"]
+    assert all(taken > 0 for taken in seconds.values()) and plan.seconds == sum(seconds.values())
+    assert seconds["load"] == pytest.approx(WORK.outer_bytes / hardware.disk_rate)
+    assert seconds["write"] == pytest.approx(121 * 720 * 1280 / WRITTEN_PIXELS)
+    assert seconds["start"] == START_SECONDS[device]
+
+
+def test_the_first_step_reads_every_block_from_the_disk():
+    slow = machine(disk_rate=1e7, ram_free=64 << 30)  # afterwards the page cache has the file
+    plan = plan_clip(clip_of("r2v", "480P", quant="Q8_0"), slow).plan
+    assert plan.first_step_seconds == pytest.approx(40 * WORK.block_bytes / 1e7)
+    denoise = next(stage.seconds for stage in plan.stages if stage.name == "denoise")
+    assert denoise == pytest.approx(plan.first_step_seconds + 7 * plan.step_seconds)
+    assert plan.step_seconds < plan.first_step_seconds / 2

@@ -129,14 +129,14 @@ def _host_parts(planned: Planned, stage: StagePlan) -> dict[str, int]:
 
 def _parts(planned: Planned, stage: StagePlan, total: int, system: int, slots: int) -> dict[str, int]:
     passing = slots * _block_bytes(planned, stage)
-    kept = planned.plan.resident_blocks * planned.workload.block_bytes if stage.name == "denoise" else 0
+    kept = planned.plan.resident_blocks * planned.workload.block_bytes if stage.name in ("load", "denoise") else 0
     rest = total - system - passing - kept
     return {"system": system, "blocks passing": passing, "blocks kept": kept, "activations": rest}
 
 
 def _block_bytes(planned: Planned, stage: StagePlan) -> int:
     work = planned.workload
-    return {"text": work.text_block_bytes, "denoise": work.block_bytes}.get(stage.name, 0)
+    return {"text": work.text_block_bytes, "load": work.block_bytes, "denoise": work.block_bytes}.get(stage.name, 0)
 
 
 def _round_steps(most: float) -> list[float]:

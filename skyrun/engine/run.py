@@ -135,7 +135,7 @@ class Forecast:
         seconds, later = sum(self._times) / len(self._times), self._windows - self._window
         ahead = (later * self._steps + steps) * seconds
         for stage in corrected(self._plan, seconds).stages:
-            windows = {"images": later, "decode": later + 1}.get(stage.name, 0)
+            windows = {"images": later, "load": later, "decode": later + 1, "write": self._windows}.get(stage.name, 0)
             ahead += stage.seconds * windows / self._windows
         return TimeLeft(ahead, seconds, self._plan.step_seconds)
 

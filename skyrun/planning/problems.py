@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels.capability import FLOAT8
 from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware
-from skyrun.presets.card import FLOAT8
 from skyrun.presets.options import ATTENTIONS, lacks_float8
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec

@@ -20,6 +20,7 @@ from skyrun.planning.problems import (
 from skyrun.planning.published import published_shapes, published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
+from skyrun.presets.assumptions import assumptions
 from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
@@ -41,6 +42,11 @@ class Planned:
     plan: Plan
 
     @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the plan's times rest on, in sentences."""
+        return tuple(assumptions(self.hardware, self.workload, self.plan))
+
+    @property
     def transformer_bytes(self) -> int:
         """What the file of the transformer takes on a disk, but for its header."""
         return self.workload.layers * self.workload.block_bytes + self.workload.outer_bytes
@@ -52,6 +58,7 @@ class Planned:
             "tokens": self.workload.tokens,
             "transformer_bytes": self.transformer_bytes,
             "hardware": hardware_json(self.hardware),
+            "assumptions": list(self.assumptions),
             "plan": self.plan.as_json(),
         }
 

@@ -35,7 +35,10 @@ def join_free_memory() -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device; without a name CUDA if torch finds a GPU, else the CPU. Raises SkyrunError if it is missing."""
+    """The named device, which becomes this thread's own; without a name CUDA if torch finds a GPU, else the CPU.
+
+    Raises SkyrunError if it is missing.
+    """
     if name != "cpu":
         join_free_memory()
     if name is not None and name != "cpu" and not torch.cuda.is_available():
@@ -49,7 +52,9 @@ def choose_device(name: str | None) -> torch.device:
         found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
     # With an index, because other threads may have another default device.
-    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    use_device(device)
+    return device
 
 
 def use_device(device: torch.device) -> None:

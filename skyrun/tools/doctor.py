@@ -19,10 +19,10 @@ import psutil
 from skyrun.errors import SkyrunError
 from skyrun.hub.store import MODELS_VARIABLE, models_folder
 from skyrun.kernels.cache import cache_folder
+from skyrun.kernels.capability import FLOAT8, OLDEST
 from skyrun.kernels.disk import existing_folder
 from skyrun.kernels.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
-from skyrun.presets.card import FLOAT8
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
 from skyrun.presets.options import ATTENTIONS
@@ -34,7 +34,6 @@ _CUDA_INDEX = "https://download.pytorch.org/whl/cu128"
 _DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
 _SLOW_DISK = 0.3e9  # bytes per second
 _STREAMED = 15e9  # bytes of a 14B model in Q8_0
-_OLDEST_CAPABILITY = 8  # as in kernels.device, which imports torch
 # The autoencoder's convolutions: times as long as 2-D ones of the same work, bytes per byte of the result that a buffer
 # may take, and the error of 16-bit results.
 _SLOW_CONVOLUTION, _LARGE_BUFFER, _WRONG = 2.0, 4, 0.03
@@ -148,8 +147,8 @@ def _kernels(gpu: str) -> Finding:
         found = f"Triton {version(triton_package())}"
     if capability := re.search(r"(\d+)\.(\d+)", query("compute_cap")):
         said = f"compute capability {capability[0]}"
-        if int(capability[1]) < _OLDEST_CAPABILITY:
-            said = f"torch: the card has {said}, Triton's kernels need {_OLDEST_CAPABILITY}.0"
+        if (int(capability[1]), int(capability[2])) < OLDEST:
+            said = f"torch: the card has {said}, Triton's kernels need {OLDEST[0]}.{OLDEST[1]}"
             return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times faster")
         major, minor = int(capability[1]), int(capability[2])
         there = [name for name in ATTENTIONS if name != "fp8" or (major, minor) >= FLOAT8]

@@ -95,8 +95,10 @@ def planned_text(planned: Planned) -> str:
         lines.append(f"it will not fit: {plan.problem}" + (f"; {plan.remedy}" if plan.remedy else ""))
     else:
         lines.append(
-            f"{duration(plan.seconds)} in all, {duration(plan.step_seconds)} a step; speeds are {origin(planned)}"
+            f"{duration(plan.seconds)} in all, {duration(plan.step_seconds)} a step, "
+            f"{duration(plan.first_step_seconds)} the first; speeds are {origin(planned)}"
         )
+        lines += ["it rests on:", *(f"  {text}" for text in planned.assumptions)]
     lines += plan.notes
     return "\n".join(lines)
 
