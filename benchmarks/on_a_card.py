@@ -10,8 +10,10 @@ tokenizers and pillow; a step that needs another package says so and is skipped.
 
 import argparse
 import json
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,15 @@ def main() -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     there = _lines(arguments.out) if arguments.out and arguments.out.exists() else []
     done = {line["name"] for line in there if line["small"] == (device.type == "cpu")}
+    with tempfile.TemporaryDirectory(prefix="skyrun-triton-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = (
+            folder  # empty at first: kernels are compiled by the first step that needs them
+        )
+        return _run(arguments, device, done)
+
+
+def _run(arguments: argparse.Namespace, device: Any, done: set[str]) -> int:
+    """Run the steps that are wanted and not done. Returns 1 if one failed."""
     failed = False
     for number in arguments.steps:
         step = STEPS[number]

@@ -1,7 +1,7 @@
 """Kernels beside their twins in torch and beside float64, at small shapes and at those of whole clips; and how fast."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from acceptance.step import Figure, Scale
 from skyrun.kernels import linear
 from skyrun.kernels.attention import Keys, ways
+from skyrun.kernels.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.synthetic import random_weight
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tools.bench.checks import FAST_ERROR, ROUNDING, Check, check_kernels, relative_error
@@ -20,6 +21,7 @@ from skyrun.tools.bench.measurement import Clock
 _TALL = ("Q8_0", "Q6_K", "Q4_K")
 _SAMPLED = 200  # rows that are computed again in float64, the last one among them
 _ATTENTION_ERROR = 0.025  # that a precision below 16 bits may add
+_TRIED, _MATH = 256, 10_000  # queries and keys that a backend is tried with; keys from which on scores are too many
 _NOISE = 0.5  # of queries that are keys otherwise: each finds its key, and the softmax is peaked
 # Of the time of a resident 16-bit weight, by rows; and how much faster int8 has to be from which rows on.
 _EXACT = {512: 1.55, 2048: 1.15, 8192: 1.04, 32768: 1.01}
@@ -94,13 +96,27 @@ def _rates_of_attention(scale: Scale, q: Tensor, k: Tensor, v: Tensor, heads: in
 
 def _names(q: Tensor, k: Tensor, heads: int) -> list[str]:
     """The backends that can do it. "math" stores all scores, too many for a clip."""
-    few = ways(q[:1], Keys(k[:1], k[:1], heads, fast=True))
-    return [name for name in few if name != "math" or len(k) < 10_000]
+    return [name for name in _few(q, k, heads, True) if _runs(q, k, heads, name) and (name != "math" or len(k) < _MATH)]
+
+
+def _few(q: Tensor, k: Tensor, heads: int, fast: bool) -> dict[str, Callable[[], Tensor]]:
+    return ways(q[:_TRIED], Keys(k[:_TRIED], k[:_TRIED], heads, fast))
+
+
+def _runs(q: Tensor, k: Tensor, heads: int, name: str) -> bool:
+    """Whether a backend takes this dtype and these heads here."""
+    try:
+        _few(q, k, heads, True)[name]()
+    except RuntimeError as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        return False
+    return True
 
 
 def _quick(q: Tensor, k: Tensor, heads: int) -> set[str]:
     """Those whose precision is below that of the inputs."""
-    return set(_names(q, k, heads)) - set(ways(q[:1], Keys(k[:1], k[:1], heads)))
+    return set(_few(q, k, heads, True)) - set(_few(q, k, heads, False))
 
 
 def _exactly(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -118,7 +134,7 @@ def rates(scale: Scale) -> Iterator[Figure]:
     clock, dtype, device = Clock(scale.device), scale.dtype, scale.device
     out, cols = scale.of((WAN_14B.ffn_dim, WAN_14B.dim), (512, 256))
     for rows in scale.of(tuple(_EXACT), (64, 512)):
-        x, resident = torch.randn(rows, cols, device=device, dtype=dtype), None
+        x = torch.randn(rows, cols, device=device, dtype=dtype)
         resident = torch.randn(out, cols, device=device, dtype=dtype)
         base = clock.seconds(lambda: F.linear(x, resident)) or float("nan")  # noqa: B023
         yield Figure(f"resident x {rows}", 2 * rows * out * cols / base / 1e12, "TFLOP/s")

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 _LIMITS = (24.0, 12.0, 8.0, 6.0)  # GiB
 _BLOCKS, _STREAMED_BLOCKS = 2, 4
 _SHORT = 0.9  # of what a stage needs
-_EXACT, _ALIKE = 1e-3, 25.0  # relative error in float32; dB
+_EXACT, _ALIKE = 5e-3, 25.0  # relative error in float32, with convolutions in TF32; dB
 _SAME = {True: 1e-4, False: 2e-2}  # by whether it is small: other parts of tokens and frames change the rounding
 
 

@@ -112,6 +112,5 @@ def cold_start(scale: Scale) -> Iterator[Figure]:
         torch.cuda.synchronize(scale.device)
     yield Figure("launches", len(works))
     yield Figure("compiled and launched in", time.perf_counter() - start, "s", most=scale.on_card(60))
-    cache = Path(os.environ["TRITON_CACHE_DIR"]) if "TRITON_CACHE_DIR" in os.environ else None
-    if cache is not None and cache.exists():
-        yield Figure("kernels compiled", len(list(cache.rglob("*.cubin"))))
+    if cache := os.environ.get("TRITON_CACHE_DIR"):
+        yield Figure("kernels compiled", len(list(Path(cache).rglob("*.cubin"))))
