@@ -70,7 +70,7 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
         vision.check()
     files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
     others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
-    found, guess = _published(transformer, dims, spec)
+    found, guess = published_spec(transformer, spec)
     return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
 
 
@@ -90,8 +90,9 @@ def _known(file: GGUFFile, spec: TaskSpec, **sizes: int) -> TaskSpec | None:
     return next((model for model, is_certain in found if is_certain), None)
 
 
-def _published(file: GGUFFile, dims: DiTDims, spec: TaskSpec) -> tuple[TaskSpec, str]:
-    """The TaskSpec of the model that a transformer is, and a sentence if that is not certain."""
+def published_spec(file: GGUFFile, spec: TaskSpec) -> tuple[TaskSpec, str]:
+    """The TaskSpec of the task with the model that a transformer is, and a sentence if that is not certain."""
+    dims = read_dims(file)
     sizes = {"dim": dims.dim, "layers": dims.layers, "in": dims.in_channels, "image": dims.image_dim}
     if (known := _known(file, spec, **sizes)) is not None:
         return known, ""
