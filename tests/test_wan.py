@@ -257,3 +257,13 @@ def test_importance_is_collected_with_guidance(files, picture, tmp_path, model):
     assert {f"blocks.1.{name}.weight" for name in matrices} <= set(collected.sums)
     tokens, steps, contexts = 2 * 2 * 3, 2, 2
     assert collected.counts["blocks.1.self_attn.q.weight"] == tokens * steps * contexts
+
+
+def test_files_of_two_models_are_no_candidates_for_one_plan(files, picture, tmp_path):
+    folder, other = tmp_path / "models", "SkyReels-V2-T2V-14B-540P"
+    shutil.copytree(files("Wan2.1-T2V-1.3B"), folder)
+    (rough,) = files(other, quant="Q8_0").glob("SkyReels*.gguf")
+    shutil.copy(rough, folder)
+    job = prepare(request_of("Wan2.1-T2V-1.3B", folder, picture))
+    assert job.request.variant == "wan2.1-t2v-1.3b" and job.files.transformer.path.name.startswith("Wan2.1")
+    assert any("another model than Wan2.1-T2V-1.3B" in notice for notice in job.notices)

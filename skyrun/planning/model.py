@@ -69,8 +69,9 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     if vision is not None:
         vision.check()
     files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
-    others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
     found, guess = published_spec(transformer, spec)
+    same = _of_model(fitting, found, passed_over) if quant is None else []
+    others = tuple(file for file in same if file is not transformer)
     return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
 
 
@@ -88,6 +89,18 @@ def _known(file: GGUFFile, spec: TaskSpec, **sizes: int) -> TaskSpec | None:
     names = (str(file.metadata.get("general.name", "")), file.path.stem, file.path.parent.name)
     found = (find_spec(spec.name, name, sizes) for name in names)
     return next((model for model, is_certain in found if is_certain), None)
+
+
+def _of_model(files: Sequence[GGUFFile], spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
+    """The transformers that are of one model, where several models do the task."""
+    same = []
+    for file in files:
+        own = _known(file, spec)
+        if own is None or own is spec:
+            same.append(file)
+        else:
+            passed_over.append(f"{file.path.name} is {own.title}, another model than {spec.title}")
+    return same
 
 
 def published_spec(file: GGUFFile, spec: TaskSpec) -> tuple[TaskSpec, str]:
@@ -204,7 +217,7 @@ def _autoencoder(path: Path) -> Path:
 def _checked_transformer(file: GGUFFile, spec: TaskSpec, encoder: UMT5, vision: CLIPVision | None) -> DiTDims:
     dims = read_dims(file)
     if problem := _shape_problem(dims, spec):
-        raise SkyrunError(f"{file.path} {problem}", f"use a SkyReels-V3 model for {spec.name}")
+        raise SkyrunError(f"{file.path} {problem}", f"use a model for {spec.name}")
     encoders = [("text", encoder.dim, dims.text_dim)]
     if vision is not None:
         encoders.append(("image", vision.dim, dims.image_dim))
