@@ -9,20 +9,15 @@ import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 from environment import environment
-from torch import Tensor
 from trained_tables import draw_ladder, draw_sensitivity, print_tables
 
-from skyrun.kernels import torch_attention
-from skyrun.kernels.attention import Keys
-from skyrun.kernels.quantized_keys import QuantizedKeys
+from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.models.folder import open_folder
 from skyrun.quant import convert
 from skyrun.quant.importance import Importance, write_importance
@@ -100,12 +95,12 @@ class Bench:
         name = variant.name if variant.group == "plain" else f"{variant.name} {variant.group}"
         model, alone = self._model(name, **variant.settings), variant.group == "alone"
         errors, ratios = [], []
-        with attending(variant.attention):
-            for request, wanted in self.wanted[: ALONE_CLIPS if alone else None]:
-                made = make(replace(request, model=model, precision=variant.precision), not alone)
-                errors.append(latent_error(made.latents, wanted.latents))
-                if not alone:
-                    ratios.append(psnr(made.frames, wanted.frames))
+        for request, wanted in self.wanted[: ALONE_CLIPS if alone else None]:
+            request = replace(request, model=model, precision=variant.precision, attention=variant.attention)
+            made = make(request, not alone)
+            errors.append(latent_error(made.latents, wanted.latents))
+            if not alone:
+                ratios.append(psnr(made.frames, wanted.frames))
         return {
             "group": variant.group,
             "name": variant.name,
@@ -125,25 +120,11 @@ def variants(matrices: Sequence[str]) -> Iterator[Variant]:
             yield Variant("size, importance", name, {"target_size": name, "imatrix": True})
     for name in ("F32", "Q8_0", "Q4_K_M"):
         yield Variant("int8", name, {"quant": name}, precision="fast")
-    for name in ATTENTION:
+    for name in PRECISIONS[1:]:  # by the kernels' twins: no card is needed
         yield Variant("attention", name, {"quant": "F32"}, attention=name)
     for name in matrices:
         rule = f"^{re.escape(name)}$={ALONE}"
         yield Variant("alone", name, {"quant": "F32", "text_encoder_quant": "F32", "type_rules": [rule]})
-
-
-def _int8(q: Tensor, keys: Keys) -> Tensor:
-    k, v = keys.plain
-    quantized = QuantizedKeys(*torch_attention.quantize_keys(k), *torch_attention.quantize_values(v))
-    return torch_attention.attend(q, quantized)
-
-
-ATTENTION = {"int8": _int8}  # the kernels' twins by precision: linear layers stay exact, and no card is needed
-
-
-def attending(precision: str) -> AbstractContextManager[Any]:
-    """While this is entered, attention has another precision than the plan says."""
-    return patch("skyrun.models.dit.attend", ATTENTION[precision]) if precision in ATTENTION else nullcontext()
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skyrun.kernels import torch_attention
 from skyrun.kernels.choice import bucket, fastest
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.device import has_float8, uses_triton
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys
+from skyrun.kernels.quantized_keys import HEAD_DIM, PRECISIONS, QuantizedKeys
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -32,12 +32,12 @@ _QUERIES, _KEYS = 4096, 16384
 class Keys:
     """Keys and values [M, heads * d]. The object owns them and frees the copies that the chosen kernel does not read.
 
-    fast: whether scores may be computed in int8, and are where the torch twin runs; heads then have 128 dims, or they
-    are exact.
+    precision: of PRECISIONS. What it stands for may be used where that is quicker, and is where the torch twin runs;
+    heads then have 128 dims, or they are exact.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, heads: int, fast: bool = False) -> None:
-        self.heads, self.fast = heads, fast
+    def __init__(self, k: Tensor, v: Tensor, heads: int, precision: str = "exact") -> None:
+        self.heads, self.precision = heads, precision
         self._k: Tensor | None = k
         self._v: Tensor | None = v
         self._quantized: QuantizedKeys | None = None
@@ -50,14 +50,14 @@ class Keys:
 
     @property
     def quantized(self) -> QuantizedKeys:
-        """Keys and values for int8 scores. The first access frees the originals, each as early as possible."""
+        """Keys and values in this precision. The first access frees the originals, each as early as possible."""
         if self._quantized is None:
             k, v = self.plain
             kernels = _kernels(k.device)
             self._k = self._v = None
             codes, scales = kernels.quantize_keys(k)
             del k
-            self._quantized = QuantizedKeys(codes, scales, *kernels.quantize_values(v))
+            self._quantized = QuantizedKeys(self.precision, codes, scales, *kernels.quantize_values(v, self.precision))
         return self._quantized
 
     @property
@@ -68,22 +68,33 @@ class Keys:
     def first(self, count: int) -> "Keys":
         """The first `count` keys and values, to measure with."""
         k, v = self.plain
-        return Keys(k[:count], v[:count], self.heads, self.fast)
+        return Keys(k[:count], v[:count], self.heads, self.precision)
+
+    def may_be_quantized(self, q: Tensor) -> bool:
+        """Whether the precision and the width of a head leave anything but exact attention."""
+        return self.precision != "exact" and q.shape[1] == self.heads * HEAD_DIM
+
+
+def quick_precisions(device: torch.device) -> tuple[str, ...]:
+    """The precisions, besides "exact", that have a kernel on the device."""
+    if not uses_triton(device):
+        return ()
+    return tuple(name for name in PRECISIONS if name != "exact" and (name != "fp8" or has_float8(device)))
 
 
 def attend(q: Tensor, keys: Keys) -> Tensor:
     """Attend from q [L, heads * d] to all keys -> [L, heads * d]."""
     if keys.is_quantized:
-        return _int8(q, keys)
-    if q.device.type != "cuda" and not (keys.fast and uses_triton(q.device)):
-        return _int8(q, keys) if keys.fast and q.shape[1] == keys.heads * HEAD_DIM else _sdpa(q, keys)
+        return _quantized(q, keys)
+    if q.device.type != "cuda" and not (keys.precision != "exact" and uses_triton(q.device)):
+        return _quantized(q, keys) if keys.may_be_quantized(q) else _sdpa(q, keys)
     return ways(q, keys)[_choose(q, keys)]()
 
 
 def ways(q: Tensor, keys: Keys) -> dict[str, Callable[[], Tensor]]:
     """The attention backends of q's device by name, bound to q and keys. Some may raise for these shapes or dtypes.
 
-    "int8" comes last: it frees the keys that the other backends read.
+    That of the keys' precision comes last: it frees what the other backends read.
     """
     found: dict[str, Callable[[], Tensor]]
     if q.device.type == "cuda":
@@ -91,8 +102,8 @@ def ways(q: Tensor, keys: Keys) -> dict[str, Callable[[], Tensor]]:
         found["math"] = partial(_sdpa, q, keys, SDPBackend.MATH)
     else:
         found = {"math": partial(_sdpa, q, keys)}
-    if keys.fast and uses_triton(q.device) and q.shape[1] == keys.heads * HEAD_DIM:
-        found["int8"] = partial(_int8, q, keys)
+    if keys.may_be_quantized(q) and uses_triton(q.device):
+        found[keys.precision] = partial(_quantized, q, keys)
     return found
 
 
@@ -126,7 +137,7 @@ def _sdpa(q: Tensor, keys: Keys, backend: SDPBackend | None = None) -> Tensor:
     return mixed.squeeze(0).transpose(0, 1).flatten(1)
 
 
-def _int8(q: Tensor, keys: Keys) -> Tensor:
+def _quantized(q: Tensor, keys: Keys) -> Tensor:
     attended: Tensor = _kernels(q.device).attend(q, keys.quantized)
     return attended
 

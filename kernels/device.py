@@ -13,6 +13,7 @@ from skyrun.kernels.toolchain import missing
 
 _OLDEST = (8, 0)  # compute capability that Triton needs, and the first with tensor cores for bfloat16 and int8
 _GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of the RTX 2000 to 5000 series
+_FLOAT8 = (8, 9)  # the first compute capability with tensor cores for float8
 _LAUNCHES = 5  # timed launches, after one that compiles and warms up
 
 
@@ -107,3 +108,15 @@ def float16_accumulation() -> Iterator[None]:
 def float16_sums_are_quick(device: torch.device) -> bool:
     """Whether tensor cores accumulate in float16 at twice the rate of float32, as those of GeForce cards do."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in _GEFORCE
+
+
+@lru_cache
+def has_float8(device: torch.device) -> bool:
+    """Whether tensor cores multiply float8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FLOAT8
+
+
+@lru_cache
+def sums_in_tensor_memory(device: torch.device) -> bool:
+    """Whether tensor cores keep sums in a memory of their own, as those of the B200 do, and not in registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10

@@ -36,6 +36,14 @@ def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
     return cast(Tensor | RotatedInt8, _twin(x.device).gelu(x, rotated))
 
 
+def norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """out = silu(x / sqrt(mean square + eps) * weight) over the channels. x and out [T, H, W, D], weight [D].
+
+    Frames are apart from each other, their rows are contiguous.
+    """
+    _twin(x.device).norm_silu(x, weight, eps, out)
+
+
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """x + gate * y, or x + y without a gate. x and y [L, D], gate [D]."""
     return cast(Tensor, _twin(x.device).add_gated(x, y, gate))

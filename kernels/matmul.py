@@ -111,4 +111,6 @@ def _fast(
         "triton": partial(run, triton_int8.multiply),
         "_int_mm": partial(run, torch_int8.multiply),
     }
-    return backends[_choose("int8", len(x.codes), weight, x.dtype, device, backends)](slice(None))
+    parts = ("gate",) * (gate is not None) + ("residual",) * (residual is not None)  # their tiles take another time
+    chosen = _choose(" ".join(("int8", *parts)), len(x.codes), weight, x.dtype, device, backends)
+    return backends[chosen](slice(None))

@@ -1,18 +1,22 @@
-"""Attention with int8 scores in plain torch: one scale per token and head, keys minus their mean, values in float16.
+"""Quick attention in plain torch: scores in int8, with one scale per token and head, keys minus their mean.
 
-Only the scores lose precision. Probabilities and values stay in float16: int8 there would add several times the error
-(SageAttention, arXiv:2410.02367).
+With "int8" only the scores lose precision (SageAttention, arXiv:2410.02367): probabilities and values are in float16.
+With "full-int8" and "fp8" they have 8 bits. A probability is rounded relative to the largest one of its 64 keys, which
+takes the largest code, and a value relative to the largest one of its channel: int8 with one scale for all keys would
+add several times the error.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys
+from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
 
 _LEVELS = 127
 _LARGEST_VALUE = 512.0  # 64 of these, weighted by probabilities, add up without overflowing float16
+_SMALLEST = 1e-30  # a channel of smaller values is as good as zero; scales for them would leave float32
 _CHUNK = 1 << 24  # scores that are computed at a time
 
 
@@ -22,10 +26,17 @@ def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize(k.float() - mean, 1.0)
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [M, H * 128] -> float16 of that shape, and per head the power of two to multiply them with, [H]."""
-    scales = value_scales(v)
-    return (_heads(v).float() / scales.unsqueeze(1)).half().flatten(1), scales
+def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values [M, H * 128] -> values, scales and sums of blocks, as `QuantizedKeys` has them."""
+    if precision == "int8":
+        scales = value_scales(v)
+        return (_heads(v).float() / scales.unsqueeze(1)).half().flatten(1), scales, None
+    scales = channel_scales(v, precision)
+    codes = pad(v.float() * (1 / scales), (0, 0, 0, -len(v) % BLOCK)).T.contiguous()
+    if precision == "fp8":
+        return codes.to(torch.float8_e4m3fn), scales, None
+    sums = 128 * codes.round().unflatten(1, (-1, BLOCK)).sum(2).int()
+    return codes.round().to(torch.int8), scales, sums.T.contiguous()
 
 
 def value_scales(v: Tensor) -> Tensor:
@@ -35,19 +46,46 @@ def value_scales(v: Tensor) -> Tensor:
     return torch.exp2(powers)
 
 
+def channel_scales(v: Tensor, precision: str) -> Tensor:
+    """Per channel what a code of 1 stands for, so that its largest value has the largest code; float32 [H * 128]."""
+    largest = torch.maximum(v.amax(0), -v.amin(0)).float()
+    return largest.clamp_min(_SMALLEST) / LARGEST[precision][1]
+
+
 def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
     """softmax(q k^T / sqrt(128)) v. q [L, H * 128] -> [L, H * 128] in q's dtype."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     heads = len(keys.scales)
     rows = max(1, _CHUNK // max(1, heads * len(keys.codes)))
-    k, v = _heads(keys.codes).transpose(0, 1).float(), _heads(keys.values).transpose(0, 1).float()
+    k, v = _heads(keys.codes).transpose(0, 1).float(), _values(keys)
     for start in range(0, len(q), rows):
         codes, scales = _quantize(q[start : start + rows].float(), 1 / math.sqrt(HEAD_DIM))
         scores = _heads(codes).transpose(0, 1).float() @ k.mT
         scores *= scales.unsqueeze(2) * keys.scales.unsqueeze(1)
-        mixed = scores.softmax(2) @ v * keys.value_scales.view(-1, 1, 1)
-        out[start : start + rows] = mixed.transpose(0, 1).flatten(1)
+        weights = scores.softmax(2) if keys.precision == "int8" else _in_8_bits(scores, keys.precision)
+        out[start : start + rows] = (weights @ v).transpose(0, 1).flatten(1)
     return out
+
+
+def _values(keys: QuantizedKeys) -> Tensor:
+    """What the values of the keys stand for, float32 [H, M, 128]."""
+    if keys.precision == "int8":
+        return _heads(keys.values).transpose(0, 1).float() * keys.value_scales.view(-1, 1, 1)
+    channels = keys.values[:, : len(keys.codes)].float() * keys.value_scales.unsqueeze(1)
+    return _heads(channels.T).transpose(0, 1)
+
+
+def _in_8_bits(scores: Tensor, precision: str) -> Tensor:
+    """softmax(scores), its numerators rounded to 8 bits in blocks of keys; scores [H, L, M]."""
+    largest = LARGEST[precision][0]
+    blocks = pad(scores, (0, -scores.shape[2] % BLOCK), value=-math.inf).unflatten(2, (-1, BLOCK))
+    peaks = blocks.amax(3, keepdim=True)
+    shares = (peaks - peaks.amax(2, keepdim=True)).exp() / largest
+    weights = (blocks - peaks).exp() * largest
+    total = (weights * shares).sum((2, 3)).unsqueeze(2)
+    codes = weights.to(torch.float8_e4m3fn).float() if precision == "fp8" else weights.round()
+    rounded: Tensor = (codes * shares).flatten(2)[:, :, : scores.shape[2]] / total
+    return rounded
 
 
 def _heads(t: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.torch_int8 import quantize_rows
 
+_CACHED = 1 << 19  # values
+
 
 def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False) -> Tensor | RotatedInt8:
     """(x - mean) / sqrt(variance + eps) * gain + shift over the last axis."""
@@ -28,6 +30,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] 
     real.copy_(a * cos - b * sin)
     imaginary.copy_(a * sin + b * cos)
     return rotated
+
+
+def norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """out = silu(x / sqrt(mean square + eps) * weight) over the last axis."""
+    for frame, place in zip(x.unbind(), out.unbind(), strict=True):
+        for part, result in zip(_parts(frame), _parts(place), strict=True):
+            scale = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float32)
+            scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            normed = result if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+            F.silu(torch.mul(part, scale, out=normed).mul_(weight), inplace=True)
+            if normed is not result:
+                result.copy_(normed)
+
+
+def _parts(frame: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a frame in parts that stay in a CPU's cache from one operation to the next."""
+    rows = frame.flatten(0, -2)
+    return rows.split(max(1, _CACHED // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention with int8 scores in Triton: the twin of `torch_attention`.
 
 A program takes 128 queries of a head and passes over all keys once with an online softmax (FlashAttention,
-arXiv:2205.14135). Scores are computed by int8 tensor cores, values are multiplied in float16.
+arXiv:2205.14135). Scores are computed by int8 tensor cores, values are multiplied in float16, int8 or float8 (as
+SageAttention2, arXiv:2411.10958).
 """
 
 import math
@@ -12,13 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from skyrun.kernels.device import float16_sums_are_quick
-from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys
-from skyrun.kernels.torch_attention import value_scales
+from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
+from skyrun.kernels.torch_attention import channel_scales, value_scales
 from skyrun.kernels.triton_rotation import to_codes
 
-QUERIES, KEYS, WARPS, STAGES = 128, 64, 8, 3
+QUERIES, KEYS, WARPS, STAGES = 128, BLOCK, 8, 3
 ROWS, ROW_WARPS = 64, 4  # of the kernels that quantize queries, keys and values
 _LOG2_E = math.log2(math.e)
+LARGEST_WEIGHT = {name: math.log2(probability) for name, (probability, _) in LARGEST.items()}
+# A float32 at 1.5 * 2^23 has an integer in its low bits: adding it rounds, half to even, and its low byte is a code;
+# an integer matmul that starts from its bits ends as a float.
+_AT_INTEGERS: tl.constexpr = tl.constexpr(12582912.0)
+_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+_FAR: tl.constexpr = tl.constexpr(32.0)  # a block whose probabilities are below 2^-32 of the largest adds nothing
 
 
 @triton.jit(do_not_specialize=["count"])  # clips of all sizes share a kernel
@@ -50,6 +57,43 @@ def values_kernel(v, scales, out, count, HEADS: tl.constexpr, ROWS: tl.constexpr
     tl.store(out + at, (values * (1 / tl.load(scales + head))).to(tl.float16), mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def channels_kernel(v, inverse, out, sums, count, stride, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Values of one head times the inverse of their channels' scales, in 8 bits, a row of `out` for each channel.
+
+    A row of `out` has `stride` values, zeros beyond `count`. sums: if there are any, those of a block of ROWS values.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lane = tl.program_id(1) * 128 + tl.arange(0, 128)
+    at = row[:, None] * (HEADS * 128) + lane[None, :]
+    values = tl.load(v + at, mask=(row < count)[:, None], other=0.0).to(tl.float32) * tl.load(inverse + lane)[None, :]
+    if sums is not None:
+        codes = (values + _AT_INTEGERS).to(tl.int32, bitcast=True).to(tl.int8)
+        total = tl.sum(codes.to(tl.int32), 0)
+        tl.store(sums + tl.program_id(0).to(tl.int64) * (HEADS * 128) + lane, 128 * total)
+    else:
+        codes = values.to(out.dtype.element_ty)
+    tl.store(out + lane.to(tl.int64)[:, None] * stride + row[None, :], tl.trans(codes))
+
+
+@triton.jit
+def _scores(q, k, k_scales, key, M, HEADS: tl.constexpr, MASKED: tl.constexpr):
+    """Scores of queries and KEYS keys, but for the scales of the queries, and the largest ones of keys that are there.
+
+    Query scales are not negative, so the maximum may be taken before scaling; one multiply-add per score remains.
+    """
+    at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
+    if MASKED:
+        there = key < M
+        codes = tl.load(k + at, mask=there[:, None], other=0)
+        scale = tl.load(k_scales + key, mask=there, other=0.0)
+    else:
+        codes, scale = tl.load(k + at), tl.load(k_scales + key)
+    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+    seen = tl.where((key < M)[None, :], scores, float("-inf")) if MASKED else scores
+    return scores, tl.max(seen, 1)
+
+
 @triton.jit
 def _add_keys(
     q, q_scale, k, k_scales, v, start, M, peak, total, mixed, HEADS: tl.constexpr, KEYS: tl.constexpr,
@@ -57,22 +101,14 @@ def _add_keys(
 ):  # fmt: skip
     """Add KEYS more keys: their weights to `total`, their weighted values to `mixed`, both relative to the peak."""
     key = start + tl.arange(0, KEYS)
+    scores, largest = _scores(q, k, k_scales, key, M, HEADS, MASKED)
     at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
-    if MASKED:
-        there = key < M
-        codes = tl.load(k + at, mask=there[:, None], other=0)
-        values = tl.load(v + at, mask=there[:, None], other=0.0)
-        scale = tl.load(k_scales + key, mask=there, other=0.0)
-    else:
-        codes, values, scale = tl.load(k + at), tl.load(v + at), tl.load(k_scales + key)
-    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
-    # Query scales are not negative, so the maximum may be taken before scaling; one multiply-add per score remains.
-    seen = tl.where(there[None, :], scores, float("-inf")) if MASKED else scores
-    higher = tl.maximum(peak, tl.max(seen, 1) * q_scale)
+    values = tl.load(v + at, mask=(key < M)[:, None], other=0.0) if MASKED else tl.load(v + at)
+    higher = tl.maximum(peak, largest * q_scale)
     shrink = tl.exp2(peak - higher)
     weights = tl.exp2(scores * q_scale[:, None] - higher[:, None])
     if MASKED:
-        weights = tl.where(there[None, :], weights, 0.0)
+        weights = tl.where((key < M)[None, :], weights, 0.0)
     total = total * shrink + tl.sum(weights, 1)
     if FLOAT16_SUMS:
         added = tl.dot(weights.to(tl.float16), values, out_dtype=tl.float16).to(tl.float32)
@@ -82,32 +118,86 @@ def _add_keys(
     return higher, total, mixed
 
 
+@triton.jit
+def _add_block(
+    q, q_scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
+):  # fmt: skip
+    """Add a block of keys with 8-bit values. `total` and `mixed` are relative to `unit`, which is the block's own peak,
+    so that its largest weight gets the largest code, exp2(LARGEST); but not further below the peak of all than _FAR.
+    """
+    key = start + tl.arange(0, KEYS)
+    lane = tl.arange(0, 128)
+    scores, largest = _scores(q, k, k_scales, key, M, HEADS, MASKED)
+    values = tl.load(v + lane.to(tl.int64)[:, None] * stride + key[None, :])
+    here = largest * q_scale
+    higher = tl.maximum(peak, here)
+    near = tl.maximum(here, higher - _FAR)
+    shift = tl.exp2(unit - near)
+    weights = tl.exp2(scores * q_scale[:, None] - (near - LARGEST)[:, None])
+    if MASKED:
+        weights = tl.where((key < M)[None, :], weights, 0.0)
+    total = total * shift + tl.sum(weights, 1)
+    if sums is not None:
+        codes = (weights + (_AT_INTEGERS - 128)).to(tl.int32, bitcast=True).to(tl.int8)
+        first = tl.load(sums + start // KEYS * (HEADS * 128) + lane) + _BITS
+        first = tl.broadcast_to(first[None, :], (q.shape[0], 128))
+        added = tl.dot(codes, tl.trans(values), first, out_dtype=tl.int32).to(tl.float32, bitcast=True) - _AT_INTEGERS
+    elif FLOAT16_SUMS:
+        added = tl.dot(weights.to(v.dtype.element_ty), tl.trans(values), out_dtype=tl.float16).to(tl.float32)
+    else:
+        added = tl.dot(weights.to(v.dtype.element_ty), tl.trans(values))
+    return higher, near, total, mixed * shift[:, None] + added
+
+
 @triton.jit(do_not_specialize=["L", "M"])
 def attend_kernel(
-    q, q_scales, k, k_scales, v, v_scales, out, L, M, HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    FLOAT16_SUMS: tl.constexpr
+    q, q_scales, k, k_scales, v, v_scales, sums, out, L, M, stride, HEADS: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
 ):  # fmt: skip
-    """Attend from QUERIES queries of one head to all M keys. q_scales include log2(e) / sqrt(128): exp2 is used."""
+    """Attend from QUERIES queries of one head to all M keys. q_scales include log2(e) / sqrt(128): exp2 is used.
+
+    stride: of a channel's values in 8 bits. LARGEST: the logarithm of their largest weight, None in float16.
+    """
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
-    at = row[:, None] * (HEADS * 128) + head * 128 + tl.arange(0, 128)[None, :]
+    lane = head * 128 + tl.arange(0, 128)
+    at = row[:, None] * (HEADS * 128) + lane[None, :]
     inside = row < L
     codes = tl.load(q + at, mask=inside[:, None], other=0)
     scale = tl.load(q_scales + head * L + row, mask=inside, other=0.0)
-    k, v, k_scales = k + head * 128, v + head * 128, k_scales + head * M
+    k, k_scales = k + head * 128, k_scales + head * M
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    unit = peak
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, 128), tl.float32)
     whole = M // KEYS * KEYS
-    for start in tl.range(0, whole, KEYS):
-        peak, total, mixed = _add_keys(
-            codes, scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, False, FLOAT16_SUMS
-        )
-    if whole < M:
-        peak, total, mixed = _add_keys(
-            codes, scale, k, k_scales, v, whole, M, peak, total, mixed, HEADS, KEYS, True, FLOAT16_SUMS
-        )
-    result = mixed * (tl.load(v_scales + head) / total)[:, None]
+    if LARGEST is not None:
+        v += head.to(tl.int64) * 128 * stride
+        if sums is not None:
+            sums += head * 128
+        for start in tl.range(0, whole, KEYS):
+            peak, unit, total, mixed = _add_block(
+                codes, scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, False,
+                FLOAT16_SUMS, LARGEST
+            )  # fmt: skip
+        if whole < M:
+            peak, unit, total, mixed = _add_block(
+                codes, scale, k, k_scales, v, sums, whole, M, stride, peak, unit, total, mixed, HEADS, KEYS, True,
+                FLOAT16_SUMS, LARGEST
+            )  # fmt: skip
+        result = mixed * (1 / total)[:, None] * tl.load(v_scales + lane)[None, :]
+    else:
+        v += head * 128
+        for start in tl.range(0, whole, KEYS):
+            peak, total, mixed = _add_keys(
+                codes, scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, False, FLOAT16_SUMS
+            )
+        if whole < M:
+            peak, total, mixed = _add_keys(
+                codes, scale, k, k_scales, v, whole, M, peak, total, mixed, HEADS, KEYS, True, FLOAT16_SUMS
+            )
+        result = mixed * (tl.load(v_scales + head) / total)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
@@ -116,12 +206,24 @@ def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize(k, k.mean(0, dtype=torch.float32), 1.0)
 
 
-def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `torch_attention.quantize_values`."""
-    v, heads, scales = v.contiguous(), v.shape[1] // HEAD_DIM, value_scales(v)
-    out = torch.empty(v.shape, dtype=torch.float16, device=v.device)
-    values_kernel[(triton.cdiv(len(v), ROWS), heads)](v, scales, out, len(v), heads, ROWS, num_warps=ROW_WARPS)
-    return out, scales
+    v, heads = v.contiguous(), v.shape[1] // HEAD_DIM
+    if precision == "int8":
+        scales = value_scales(v)
+        out = torch.empty(v.shape, dtype=torch.float16, device=v.device)
+        values_kernel[(triton.cdiv(len(v), ROWS), heads)](v, scales, out, len(v), heads, ROWS, num_warps=ROW_WARPS)
+        return out, scales, None
+    scales, blocks = channel_scales(v, precision), triton.cdiv(len(v), BLOCK)
+    dtype = torch.int8 if precision == "full-int8" else torch.float8_e4m3fn
+    out = torch.empty((v.shape[1], blocks * BLOCK), dtype=dtype, device=v.device)
+    sums = None
+    if precision == "full-int8":
+        sums = torch.empty((blocks, v.shape[1]), dtype=torch.int32, device=v.device)
+    channels_kernel[(blocks, heads)](
+        *(v, 1 / scales, out, sums, len(v), blocks * BLOCK, heads, BLOCK), num_warps=ROW_WARPS
+    )
+    return out, scales, sums
 
 
 def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
@@ -132,8 +234,9 @@ def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
     heads, rows = len(keys.scales), len(q)
     codes, scales = _quantize(q, None, _LOG2_E / math.sqrt(HEAD_DIM))
     attend_kernel[(triton.cdiv(rows, QUERIES), heads)](
-        *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, out, rows, len(keys.codes), heads),
-        *(QUERIES, KEYS, float16_sums_are_quick(q.device)),
+        *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, keys.block_sums, out, rows),
+        *(len(keys.codes), keys.values.shape[1], heads, QUERIES, KEYS, float16_sums_are_quick(q.device)),
+        LARGEST_WEIGHT.get(keys.precision),
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -1,7 +1,7 @@
 """The operations that `elementwise` describes, in Triton: each reads its input once and writes its result once.
 
-Where a sum runs over the row or the result is rotated int8, a program holds a whole row as a tile of groups of 256 and
-rotates and rounds it in registers. The other operations use tiles of _ROWS x _COLS.
+Where a sum runs over a token's row or the result is rotated int8, a program holds a whole row as a tile of groups of
+256 and rotates and rounds it in registers. The other operations use tiles of _ROWS x _COLS.
 """
 
 import torch
@@ -63,6 +63,19 @@ def rms_norm_kernel(x, weight, cos, sin, out, stride, eps, D: tl.constexpr, TILE
         a, b = tl.split(tl.reshape(normed, (TILE, 128, 2)))
         normed = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (TILE, 256))
     _store_row(normed, out, out, row, at, inside, D, TILE, False)
+
+
+@triton.jit(do_not_specialize=["count"])
+def norm_silu_kernel(x, weight, out, count, x_stride, out_stride, eps, D, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """silu(x / sqrt(mean square + eps) * weight) of `count` rows of a frame; frames are x_stride values apart."""
+    frame, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
+    row, col = first + tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    inside = (row < count) & (col < D)
+    values = tl.load(x + frame * x_stride + row * D + col, mask=inside, other=0.0).to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(values * values, 1) / D + eps)
+    y = values * scale[:, None] * tl.load(weight + col, mask=col < D, other=0.0)
+    y = y / (1 + tl.exp(-y))
+    tl.store(out + frame * out_stride + row * D + col, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -159,6 +172,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] 
             num_warps=row_warps(cols),
         )
     return out
+
+
+def norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """As `torch_elementwise.norm_silu`."""
+    x, cols = x if x[0].is_contiguous() else x.contiguous(), x.shape[-1]
+    assert out[0].is_contiguous()
+    count, tile = x[0].numel() // cols, triton.next_power_of_2(cols)
+    rows = max(1, _ROWS * _COLS // tile)
+    norm_silu_kernel[triton.cdiv(count, rows), len(x)](
+        *(x, weight.float().contiguous(), out, count, x.stride(0), out.stride(0), eps, cols, rows, tile),
+        num_warps=_WARPS,
+    )
 
 
 def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skyrun.kernels.device import sums_in_tensor_memory
 from skyrun.kernels.rotated import RotatedInt8
 
 
@@ -23,6 +24,9 @@ class Tile:
 
 LARGE, SMALL = Tile(128, 256, 64, 8, 2), Tile(64, 128, 64, 4, 2)
 SUMMING = Tile(128, 128, 128, 8, 2)  # with a residual, which needs registers
+MIDDLE = Tile(
+    128, 128, 64, 8, 2
+)  # for B200: its tensor cores keep sums in a memory of their own, and larger tiles spill
 _FEW = 256  # rows; up to here large tiles would leave most of a card idle
 _ORDER = 8  # row tiles that are computed together, so that they share the weight's tiles in the cache
 
@@ -89,8 +93,8 @@ def multiply(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `torch_int8.multiply`."""
-    tile = SMALL if x.codes.shape[0] <= _FEW else LARGE if residual is None else SUMMING
-    return _multiply(x, weight, bias, gate, residual, tile)
+    large = MIDDLE if sums_in_tensor_memory(x.codes.device) else LARGE if residual is None else SUMMING
+    return _multiply(x, weight, bias, gate, residual, SMALL if x.codes.shape[0] <= _FEW else large)
 
 
 def _multiply(

@@ -1,4 +1,4 @@
-"""The launches that compile what the blocks of a transformer need: each compiles other kernels, on a few rows."""
+"""The launches that compile what a transformer and an autoencoder need: each compiles other kernels, on a few rows."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class Blocks:
     """What decides which kernels the blocks of a transformer need.
 
     weights: the quantized types of their weights with the columns that these have. fast: whether their
-    products are in int8. fast_attention: whether the scores of attention are.
+    products are in int8. attention: its precision. frames: the numbers of channels that an autoencoder has at its
+    resolutions, with each dtype that it works in.
     """
 
     weights: frozenset[tuple[str, int]]
@@ -31,14 +32,15 @@ class Blocks:
     ffn: int
     dtype: torch.dtype
     fast: bool
-    fast_attention: bool
+    attention: str
+    frames: frozenset[tuple[int, torch.dtype]] = frozenset()
 
 
 def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]:
     """Functions without arguments. Each launches kernels on the device that no other one launches."""
-    found = [*_elementwise(blocks, device), *_decoding(blocks, device)]
+    found = [*_elementwise(blocks, device), *_decoding(blocks, device), *_frames(blocks, device)]
     found += _int8(blocks, device) if blocks.fast else []
-    return found + [*_attention(blocks, device)] if blocks.fast_attention else found
+    return found + [*_attention(blocks, device)] if blocks.attention != "exact" else found
 
 
 def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -57,6 +59,17 @@ def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], 
     else:  # the product of int8 rows adds the residual itself
         yield partial(kernels.add_gated, x, x)
         yield partial(kernels.add_gated, x, x, gain)
+
+
+def _frames(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    """The norms of an autoencoder. Before its attention, where frames have most channels, there is one without SiLU."""
+    from skyrun.kernels import triton_elementwise as kernels
+
+    for channels, dtype in sorted(blocks.frames, key=str):
+        x, gain = torch.zeros(1, 1, _ROWS, channels, dtype=dtype, device=device), torch.zeros(channels, device=device)
+        yield partial(kernels.norm_silu, x, gain, 1e-6, x)
+        if channels == max(channels for channels, _ in blocks.frames):
+            yield partial(kernels.rms_norm, x[0, 0], gain, 1e-6)
 
 
 def _decoding(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -93,7 +106,8 @@ def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], ob
     from skyrun.kernels.quantized_keys import QuantizedKeys
 
     def attend() -> Tensor:
-        keys = QuantizedKeys(*kernels.quantize_keys(x), *kernels.quantize_values(x))
+        codes, scales = kernels.quantize_keys(x)
+        keys = QuantizedKeys(blocks.attention, codes, scales, *kernels.quantize_values(x, blocks.attention))
         return kernels.attend(x, keys)
 
     x = _zeros(_ROWS, blocks.dim, blocks, device)

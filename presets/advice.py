@@ -26,8 +26,6 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
     if other.problem or NEARLY * other.seconds >= plan.seconds:
         return ""
     parts = [f"{other.weight_type} in {other.dtype}" + precisions(other)]
-    if other.vae_dtype != plan.vae_dtype:
-        parts.append(f"the autoencoder in {other.vae_dtype}")
     if other.weight_type in POOR_TYPES:
         parts.append("visible errors")
     if other.peak_bytes > _MORE * plan.peak_bytes:
@@ -37,13 +35,12 @@ def gain(plan: "Plan", other: "Plan", option: str, what_for: str) -> str:
 
 
 def precisions(plan: "Plan") -> str:
-    """What a plan computes in int8, to follow the dtype of its activations; empty if nothing."""
-    parts = [name for name, is_int8 in _int8_parts(plan) if is_int8]
-    return " and int8" + ("" if len(parts) == 2 else f" {parts[0]}") if parts else ""
-
-
-def _int8_parts(plan: "Plan") -> tuple[tuple[str, bool], ...]:
-    return ("linear layers", plan.precision == "fast"), ("attention", plan.attention == "int8")
+    """What a plan computes in other precisions, to follow the dtype of its activations; empty if nothing."""
+    linear, attention = plan.precision == "fast", plan.attention
+    if linear and attention == "int8":
+        return " and int8"
+    parts = ["int8 linear layers"] * linear + [f"{attention} attention"] * (attention != "exact")
+    return f" and {' and '.join(parts)}" if parts else ""
 
 
 def without_card(plan: "Plan", with_card: "Plan", smaller: Workload, smaller_plan: "Plan") -> str:

@@ -8,14 +8,21 @@ TERA, GIGA = 1e12, 1e9
 # accumulation; matmuls with float16 accumulation, for cards where that is twice as fast; int8 matmuls including
 # quantization; memory bandwidth.
 _LINEAR, _LINEAR16, _INT8, _MEMORY = 0.65, 0.58, 0.42, 0.65
-# Attention, exact and with int8 scores, in shares of the float16 peak with float32 accumulation: by generation of cards
-# whose float16 accumulation is quicker, and of all others, where int8 scores gain nothing. The RTX 4090 reaches 162 and
-# 317 of 165 TFLOPS (FlashAttention-2 and SageAttention, heads of 128, 32k tokens); the others are what steps of whole
-# clips took (tests/test_published_times.py).
-_ATTENTION = {"Turing": (0.60, 0.60), "Ampere": (0.60, 1.02), "Ada": (0.97, 1.92), "Blackwell": (0.60, 1.35)}
-_OTHER_ATTENTION = (0.60, 0.60)
+# Attention, exact, with int8 scores, and with values in 8 bits too, in shares of the float16 peak with float32
+# accumulation: by generation of cards whose float16 accumulation is quicker, and of all others, where int8 gains
+# nothing. The RTX 4090 reaches 162, 317 and 490 of 165 TFLOPS (FlashAttention-2, SageAttention and SageAttention2++,
+# heads of 128, 32k tokens), and takes as long for values in int8 as in float8. The others are what steps of whole clips
+# took (tests/test_published_times.py), in which nobody has seen values in 8 bits gain anything.
+_ATTENTION = {
+    "Turing": (0.60, 0.60, 0.60),
+    "Ampere": (0.60, 1.02, 1.02),
+    "Ada": (0.97, 1.92, 2.96),
+    "Blackwell": (0.60, 1.35, 1.35),
+}
+_OTHER_ATTENTION = (0.60, 0.60, 0.60)
 # Convolutions of the autoencoder in a 16-bit dtype: 0.40 on an RTX 4090, half of that on an H100.
 _CONVOLUTION, _SERVER_CONVOLUTION = 0.40, 0.20
+FLOAT8 = (8, 9)  # the first compute capability with tensor cores for float8
 _OLDEST = (8, 0)  # compute capability that the Triton kernels and bfloat16 need
 _LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation transfers from page-locked memory
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 9): "Ada", (9, 0): "Hopper"}
@@ -25,17 +32,25 @@ _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Am
 class Rates:
     """Operations or bytes that a machine processes per second. A multiply-add counts as two operations.
 
-    linear, attention: operations of exact matmuls and attention. fast_linear, fast_attention: the same in int8, or 0 if
-    the machine has no int8 kernels. convolution: operations of the VAE in a 16-bit dtype; in float32 a GPU takes twice
-    as long. decode: bytes that are read and written when weights are decoded.
+    linear, attention: operations of exact matmuls and attention. fast_linear: of matmuls in int8. int8_attention,
+    full_int8_attention, fp8_attention: of attention in its other precisions. What the machine has no kernels for is 0.
+    convolution: operations of the VAE in a 16-bit dtype; in float32 a GPU takes twice as long. decode: bytes that are
+    read and written when weights are decoded.
     """
 
     linear: float
     attention: float
     fast_linear: float
-    fast_attention: float
+    int8_attention: float
     convolution: float
     decode: float
+    full_int8_attention: float = 0.0
+    fp8_attention: float = 0.0
+
+    def attention_in(self, precision: str) -> float:
+        """Operations of attention in a precision, 0 if the machine has no kernel for it."""
+        rates = {"int8": self.int8_attention, "full-int8": self.full_int8_attention, "fp8": self.fp8_attention}
+        return self.attention if precision == "exact" else rates[precision]
 
 
 @dataclass(frozen=True)
@@ -70,15 +85,17 @@ class Card:
     def rates(self) -> Rates:
         """The rates that a run is expected to reach."""
         triton, halved = self.capability >= _OLDEST, self.float16_sums > self.float16
-        exact, int8 = _ATTENTION[self.generation] if halved else _OTHER_ATTENTION
+        exact, int8, bits8 = _ATTENTION[self.generation] if halved else _OTHER_ATTENTION
         server = self.capability in ((7, 0), (8, 0), (9, 0), (10, 0))
         return Rates(
             linear=max(_LINEAR * self.float16, _LINEAR16 * self.float16_sums) * TERA,
             attention=exact * self.float16 * TERA,
             fast_linear=_INT8 * self.int8 * TERA if triton else 0.0,
-            fast_attention=int8 * self.float16 * TERA if triton else 0.0,
+            int8_attention=int8 * self.float16 * TERA if triton else 0.0,
             convolution=(_SERVER_CONVOLUTION if server else _CONVOLUTION) * self.float16 * TERA,
             decode=_MEMORY * self.memory * GIGA,
+            full_int8_attention=bits8 * self.float16 * TERA if triton else 0.0,
+            fp8_attention=bits8 * self.float16 * TERA if self.capability >= FLOAT8 else 0.0,
         )
 
     @property

@@ -21,7 +21,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STAGING_PIECES, LOADERS = 8, 4
 RING_SLOTS = 3  # the block in use, the next one, and the one being read
 _PIECE, _PAGE = 32 << 20, 4096
-PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which parked tokens travel
+PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which parked tokens and frames travel
+ALIGNMENT = 32  # of what is read from different places, in a block's buffer
+ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
 _OLDEST = (8, 0)  # compute capability that the Triton kernels need
 _GEFORCE = ((7, 5), (8, 6), (8, 9), (12, 0))  # compute capabilities of cards that may sum in float16 at twice the rate
 
@@ -29,7 +31,9 @@ _HEAD_DIM = 128  # values per token in the rotary table
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
-_VAE_MEMORY, _VAE_WHOLE, _VAE_SLAB = 6.2, 2.0, 2.5
+_VAE_MEMORY = {"encode": 3.7, "decode": 6.2}
+_VAE_WHOLE, _VAE_SLAB = 2.0, 2.5
+_STILL = 0.25  # of that for a single frame, which leaves no cache
 
 
 def way_of(cuda: bool, capability: tuple[int, int], dtype: str, fast: bool) -> str:
@@ -58,7 +62,19 @@ def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parke
     part = min(rows or tokens, tokens)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
-    return workload.outer_bytes + held + context + peak
+    return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
+
+
+def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:
+    """What the products with adapters' matrices take: of tokens that pass, and copies of the matrices of a layer.
+
+    With rows in int8 there are, in float32 and in the activations' dtype, as many of them as are multiplied at a time.
+    """
+    if not workload.adapter_rank:
+        return 0
+    copies = 2 * (workload.dim + workload.ffn_dim) * workload.adapter_rank * (4 + size)
+    rows = min(ADAPTER_ROWS, part) * max(workload.dim, workload.ffn_dim) * (4 + size) if way == "int8" else 0
+    return part * workload.adapter_rank * size + copies + rows
 
 
 def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, int, int]:
@@ -86,28 +102,36 @@ def parked_bytes(workload: Workload, dtype: str) -> int:
     return workload.contexts * workload.tokens * workload.dim * BYTES[dtype]
 
 
-def vae_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
+def vae_bytes(workload: Workload, way: str, dtype: str, tile: tuple[int, int] | None = None) -> int:
     """Bytes of the VAE's weights, and of its activations when it encodes or decodes a group of frames.
 
-    tile: height and width in pixels that a convolution works on at a time; None stands for whole frames.
+    Args:
+        workload: the clip.
+        way: "encode" or "decode".
+        dtype: of weights and activations.
+        tile: height and width in pixels that a convolution works on at a time; None stands for whole frames.
     """
-    values = workload.vae_weights + (_VAE_MEMORY + _VAE_WHOLE) * _vae_level(workload)
-    return int(values * BYTES[dtype]) + vae_copy_bytes(workload, dtype, tile)
+    whole = _VAE_WHOLE * _vae_level(workload, way) * BYTES[dtype]
+    taken = workload.vae_weights * BYTES[dtype] + whole + vae_copy_bytes(workload, way, dtype, tile)
+    return int(taken) + vae_memory_bytes(workload, way, dtype)
 
 
-def vae_copy_bytes(workload: Workload, dtype: str, tile: tuple[int, int] | None = None) -> int:
-    """Bytes of a convolution's input and output, which its library copies into another memory layout."""
+def vae_copy_bytes(workload: Workload, way: str, dtype: str, tile: tuple[int, int] | None = None) -> int:
+    """Bytes of a convolution's input and output, which its library may copy."""
     share = 1.0 if tile is None else min(1.0, tile[0] * tile[1] / (workload.height * workload.width))
-    return int(_VAE_SLAB * share * _vae_level(workload) * BYTES[dtype])
+    return int(_VAE_SLAB * share * _vae_level(workload, way) * BYTES[dtype])
 
 
-def vae_memory_bytes(workload: Workload, dtype: str) -> int:
+def vae_memory_bytes(workload: Workload, way: str, dtype: str) -> int:
     """Bytes of the VAE's cache of earlier frames: the part of its activations that can wait on the host."""
-    return int(_VAE_MEMORY * _vae_level(workload) * BYTES[dtype])
+    if way == "encode" and workload.stills:
+        return 0
+    return int(_VAE_MEMORY[way] * _vae_level(workload, way) * BYTES[dtype])
 
 
-def _vae_level(workload: Workload) -> int:
-    return workload.vae_base_dim * _VAE_FRAMES * workload.height * workload.width
+def _vae_level(workload: Workload, way: str) -> float:
+    frames = _VAE_FRAMES * (_STILL if way == "encode" and workload.stills else 1)
+    return workload.vae_base_dim * frames * workload.height * workload.width
 
 
 def piece_bytes(block_bytes: int) -> int:

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from skyrun.presets.budget import Budget
+from skyrun.presets.card import FLOAT8
 from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
 from skyrun.presets.timing import Time, denoise_time, rates_of, step_time
 from skyrun.presets.workload import Workload
 
 EXACT_TYPES = ("F32", "F16", "BF16", "Q8_0")  # int8 matmuls would visibly add to the small error of these types
-ATTENTIONS = ("exact", "int8")
+# Relative error of attention on a peaked softmax, by its precision (docs/kernels.md).
+ATTENTION_ERRORS = {"exact": 0.0, "int8": 0.019, "full-int8": 0.022, "fp8": 0.034}
+ATTENTIONS = tuple(ATTENTION_ERRORS)
 POOR_TYPES = ("Q3_K", "Q2_K")  # clips look visibly worse: chosen only if nothing better fits or the user asks
-PREFERENCES = ("quality", "speed", "memory")
+_ALLOWED_ERROR, _ALLOWED_ERROR_FOR_QUALITY = 0.025, 0.02  # of attention, where none is asked for
+PREFERENCES = ("balanced", "quality", "speed", "memory")
 WORTH_GAIN = 1.1  # times faster than exact matmuls that int8 must be
 # An option that takes at most NEARLY times as long as the fastest counts as equally fast, and better weights win. The
 # plan for speed may be that much slower than the fastest option, and another plan that much slower than the plan for
@@ -88,7 +92,7 @@ def options(
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
-        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast" and attention == "int8")
+        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast" and attention != "exact")
         for chunking in _chunkings(work, budget.cuda):
             rows, parked = chunking
             working = denoise_bytes(work, dtype, rows, parked, way)
@@ -122,13 +126,24 @@ def _precision(hardware: Hardware, workload: Workload) -> str:
     return "fast" if gains else "exact"
 
 
-def usual_attention(hardware: Hardware, precision: str | None) -> str:
-    """The precision of attention if none is asked for: int8 where it is noticeably faster and not all is to be exact.
+def usual_attention(hardware: Hardware, precision: str | None, prefer: str) -> str:
+    """The precision of attention if none is asked for; exact if all is to be exact.
 
-    Even a peaked softmax is at most 1.9 % off with it, which suits every preference (docs/kernels.md).
+    It is the quickest one whose error is allowed. A less accurate one must be noticeably quicker than the one before.
     """
-    rates = rates_of(hardware)
-    return "int8" if precision != "exact" and rates.fast_attention >= WORTH_GAIN * rates.attention else "exact"
+    if precision == "exact":
+        return "exact"
+    rates, chosen = rates_of(hardware), "exact"
+    limit = _ALLOWED_ERROR_FOR_QUALITY if prefer == "quality" else _ALLOWED_ERROR
+    for name, error in ATTENTION_ERRORS.items():
+        if error < limit and rates.attention_in(name) >= WORTH_GAIN * rates.attention_in(chosen):
+            chosen = name
+    return chosen
+
+
+def lacks_float8(hardware: Hardware, attention: str | None) -> bool:
+    """Whether attention is asked for in float8, which the card does not have. A CPU computes it by the torch twin."""
+    return attention == "fp8" and hardware.device == "cuda" and hardware.capability < FLOAT8
 
 
 def best(found: list[Option], prefer: str) -> Option:

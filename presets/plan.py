@@ -8,7 +8,7 @@ from typing import Any
 
 from skyrun.presets.advice import PATIENCE, USUAL_CARD, gain, without_card
 from skyrun.presets.alternatives import smallest, what_fits
-from skyrun.presets.autoencoder import Autoencoder, fit
+from skyrun.presets.autoencoder import WAYS, Autoencoder, autoencoder
 from skyrun.presets.budget import Budget, budget_of
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated
@@ -42,12 +42,10 @@ class Plan:
     """How a clip will be made. It is frozen: the run does exactly what was printed.
 
     weight_type: type of the chosen transformer file. precision: of linear layers, "exact" or "fast" for int8.
-    attention: its precision, "exact", or "int8" for scores in int8. dtype: of activations. ring_slots: streaming
+    attention: its precision, of ATTENTIONS. dtype: of activations. ring_slots: streaming
     buffers, one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through
     a block at a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
-    vae_tile: height and width in pixels that a VAE convolution works on at a time; None stands for whole frames.
-    vae_room: bytes of the device for the VAE's cache of earlier frames, the rest of which waits on the host; None if
-    all of it stays on the device. step_seconds: expected for a denoising step after the first.
+    encoding, decoding: how the VAE works. step_seconds: expected for a denoising step after the first.
     problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
     notes: sentences that say what takes long and how to make it faster.
     """
@@ -57,9 +55,8 @@ class Plan:
     precision: str
     attention: str
     dtype: str
-    vae_dtype: str
-    vae_tile: tuple[int, int] | None
-    vae_room: int | None
+    encoding: Autoencoder
+    decoding: Autoencoder
     ring_slots: int
     resident_blocks: int
     token_rows: int | None
@@ -96,7 +93,7 @@ def choose(
     dtype: str | None = None,
     max_vram: float | None = None,
     max_ram: float | None = None,
-    prefer: str = "quality",
+    prefer: str = "balanced",
 ) -> Plan:
     """The best plan for this hardware.
 
@@ -108,24 +105,24 @@ def choose(
         hardware: the machine.
         workload: the clip and its models.
         precision: "exact" or "fast"; None chooses what suits the file's type and the card.
-        attention: "exact" or "int8"; None chooses what is faster on the card, and exact if `precision` is.
+        attention: of ATTENTIONS; None chooses what is faster on the card, and exact if `precision` is.
         dtype: of activations; None chooses one for the device.
         max_vram: a limit in GiB; None allows all that is free.
         max_ram: a limit in GiB; None allows all that is free.
-        prefer: "quality" chooses the best file whose reading is hidden behind computing, "speed" the fastest option,
-            "memory" the one that takes the least memory.
+        prefer: "balanced" and "quality" choose the best file whose reading is hidden behind computing, "quality" with
+            more accurate attention too; "speed" the fastest option; "memory" the one that takes the least memory.
     """
     budget = budget_of(hardware, max_vram, max_ram)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
 
-    scores = attention or usual_attention(hardware, precision)
-
     @cache
-    def found(work: Workload, keep: bool) -> list[Option]:
-        return [*options(hardware, work, budget, precision, scores, kind, keep)]
+    def found(work: Workload, attention: str, keep: bool) -> list[Option]:
+        return [*options(hardware, work, budget, precision, attention, kind, keep)]
 
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
-        allowed = [option for option in found(work, prefer != "memory") if type in (None, option.work.weight_type)]
+        chosen = attention or usual_attention(hardware, precision, prefer)
+        listed = found(work, chosen, prefer != "memory")
+        allowed = [option for option in listed if type in (None, option.work.weight_type)]
         return _plan(hardware, best(allowed, prefer), budget, kind, prefer)
 
     plan = decide(workload)
@@ -157,13 +154,14 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
     room = taken if prefer == "memory" else budget.usable
-    vae = fit(work, dtype, room - budget.base, park=budget.cuda, exact=prefer == "quality")
-    images = _timed(_images_stage(work, vae, budget), images_time(hardware, work, vae))
+    short = budget.cuda and hardware.bfloat16 and dtype != "float32"
+    encoding, decoding = (autoencoder(work, way, room - budget.base, budget.cuda, short) for way in WAYS)
+    images = _timed(_images_stage(work, encoding, budget), images_time(hardware, work, encoding))
     stages = (
         _timed(_stage("text", budget, work.text_block_bytes, text_bytes(work)), text_time(hardware, work)),
         *([images] if work.encoded_frames or work.image_layers else []),
         _timed(StagePlan("denoise", option.device_bytes, option.host_bytes), option.denoise),
-        _timed(_vae_stage("decode", vae, budget), decode_time(hardware, work, vae)),
+        _timed(_vae_stage("decode", decoding, budget), decode_time(hardware, work, decoding)),
     )
     plan = Plan(
         device=hardware.device,
@@ -171,9 +169,8 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         precision=option.precision,
         attention=option.attention,
         dtype=dtype,
-        vae_dtype=vae.dtype,
-        vae_tile=vae.tile,
-        vae_room=vae.room,
+        encoding=encoding,
+        decoding=decoding,
         ring_slots=RING_SLOTS,
         resident_blocks=option.resident,
         token_rows=rows,
@@ -192,7 +189,7 @@ def _stage(name: str, budget: Budget, block_bytes: int, working_bytes: int) -> S
 
 def _vae_stage(name: str, vae: Autoencoder, budget: Budget) -> StagePlan:
     stage = _stage(name, budget, 0, vae.working_bytes)
-    return replace(stage, host_bytes=stage.host_bytes + vae.parked_bytes)
+    return replace(stage, host_bytes=stage.host_bytes + vae.host_bytes)
 
 
 def _images_stage(workload: Workload, vae: Autoencoder, budget: Budget) -> StagePlan:

@@ -22,7 +22,8 @@ _CACHED_RATE = 4e9  # bytes per second from there
 _CROSSINGS = 3  # of parked tokens in a block: to the device for keys and for everything else, and back
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
-_ENCODE, _DECODE = 620, 940
+_ENCODE, _DECODE = 550, 880
+_ENCODE_STILL = 270  # of a frame before which there is none
 _TEXT_TOKENS = 512
 # Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
 # activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
@@ -78,7 +79,7 @@ def step_time(
         hardware: the machine.
         workload: the clip and its models.
         fast: whether linear layers run in int8.
-        attention: "exact", or "int8" for scores in int8.
+        attention: its precision.
         dtype: of activations.
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the other tokens wait on the host.
@@ -114,7 +115,7 @@ def text_time(hardware: Hardware, workload: Workload) -> Time:
 def images_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
     """The time to encode images and frames that the clip starts from, by the VAE and the image encoder."""
     reading = 2 * workload.vae_weights + workload.windows * workload.image_layers * workload.image_block_bytes
-    time = _convolving(hardware, workload, vae, _ENCODE, workload.encoded_frames)
+    time = _convolving(hardware, workload, vae, _ENCODE_STILL if workload.stills else _ENCODE, workload.encoded_frames)
     return _one_after_the_other(hardware, time, reading)
 
 
@@ -172,7 +173,7 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     """Operations of a step: (in linear layers, in attention)."""
     dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
-    linear = 2 * (tokens * per_token + context * 2 * dim**2)
+    linear = 2 * (tokens * (per_token + workload.adapter_weights) + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 
@@ -183,7 +184,7 @@ def _computing(
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
     linear, scores = step_operations(workload)
     linear_rate = (fast and rates.fast_linear) or rates.linear / slower
-    attention_rate = (attention == "int8" and rates.fast_attention) or rates.attention / slower
+    attention_rate = (attention != "exact" and rates.attention_in(attention)) or rates.attention / slower
     parts = -(-workload.tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them

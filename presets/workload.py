@@ -32,8 +32,10 @@ class Workload:
     are applied to all tokens or to the context only. context_tokens: that every token attends to by cross-attention.
     contexts: how many of these a step has, each with tokens of its own: two with classifier-free guidance.
     windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
-    made instead. encoded_frames: that the VAE encodes in all. decoded_frames: that it decodes; 0 stands for `frames`.
+    made instead. encoded_frames: that the VAE encodes in all. stills: whether it encodes them one by one, as images.
+    decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
+    adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
     """
 
     task: str
@@ -63,8 +65,11 @@ class Workload:
     windowed: bool = False
     areas: tuple[tuple[str, int], ...] = AREAS
     encoded_frames: int = 4
+    stills: bool = False
     decoded_frames: int = 0
     candidates: tuple[Candidate, ...] = ()
+    adapter_weights: int = 0
+    adapter_rank: int = 0
 
     @property
     def tokens(self) -> int:

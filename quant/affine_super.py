@@ -13,9 +13,11 @@ from skyrun.quant.tiles import Workspace
 
 _HALF_MAX = 65504.0
 HALF_TINY = 2.0**-24  # the smallest float16
-_TRIALS = 12  # grids that are tried, from the finest that the codes allow to one that is 30 % coarser
-# Changes of the codes of (scale, minimum). Both change together along the valley in which they compensate each other.
-_NEIGHBOURS = ((0, 0), (1, 1), (-1, -1), (1, 0), (-1, 0), (1, 2), (-1, -2))
+_TRIALS = 12  # grids that are tried, from the finest that the codes allow to one that is 15 % coarser
+
+# Changes of the codes of (scale, minimum) that are tried. Often both grow together, along the valley in which they
+# compensate each other.
+Steps = tuple[tuple[int, int], ...]
 
 
 class Super(NamedTuple):
@@ -72,7 +74,7 @@ def _super_scale(values: Tensor, weight: Tensor, max_scale: int, space: Workspac
     weighted = values * weight
     code, work = space("trial", *values.shape), torch.empty_like(values)
     along, square = (space(name, _TRIALS, *unit.shape) for name in ("trial_along", "trial_square"))
-    for k, shift in enumerate(torch.linspace(-0.3, 0.5 / max_scale, _TRIALS).tolist()):
+    for k, shift in enumerate(torch.linspace(-0.15, 0.5 / max_scale, _TRIALS).tolist()):
         torch.mul(values, unit * (1 + shift), out=code).round_().clamp_(0, max_scale)
         torch.sum(torch.mul(code, weighted, out=work), 1, keepdim=True, out=along[k])
         torch.sum(code.square_().mul_(weight), 1, keepdim=True, out=square[k])
@@ -109,20 +111,20 @@ def _errors(g: Groups, choices: list[Super], space: Workspace) -> list[Tensor]:
         for (inverse, bias), error in zip(roundings, errors, strict=True):
             torch.addcmul(bias[t], x, inverse[t], out=work)
             torch.round(work, out=code).clamp_(0, g.max_code)
-            work.sub_(code).square_()
+            torch.ops.aten.mse_loss.out(work, code, 0, out=work)  # (work - code)^2 in one pass
             if g.weight is not None:
                 work.mul_(g.weight[t])
             torch.sum(work, 1, out=error[t])
     return [error.mul_(choice.step().square_()) for choice, error in zip(choices, errors, strict=True)]
 
 
-def neighbours(g: Groups, found: Super, max_scale: int, space: Workspace) -> Super:
-    """Replace the codes of every group by the best of their neighbours."""
+def neighbours(g: Groups, found: Super, steps: Steps, max_scale: int, space: Workspace) -> Super:
+    """Replace the codes of every group by the best of those that are `steps` away, or keep them."""
     choices = [
         found._replace(
             scale=(found.scale + scale).clamp_(0, max_scale), minimum=(found.minimum + minimum).clamp_(0, max_scale)
         )
-        for scale, minimum in _NEIGHBOURS
+        for scale, minimum in ((0, 0), *steps)
     ]
     (least, *errors), (best, *others) = _errors(g, choices, space), choices
     for error, other in zip(errors, others, strict=True):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from skyrun.kernels.errors import FAILED, SkyrunError
+
 # A value of the metadata: a scalar, a text, or an array of one of these. Bytes stand for an array of uint8.
 Value = str | int | float | bytes | tuple[str, ...] | tuple[int, ...] | tuple[float, ...]
 
@@ -43,6 +45,17 @@ def _placed(header: bytes, entries: Sequence[Entry], alignment: int) -> Layout:
 
 def gguf_layout(architecture: str, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> Layout:
     """Lay out a GGUF v3 file with tensors in the given order, each at a multiple of 32 bytes."""
+    try:
+        header = _gguf_header(architecture, metadata, entries)
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise SkyrunError(
+            f"cannot write to {place}: {error}", "free some space there, or set TMPDIR", FAILED
+        ) from error
+    return _placed(header + bytes(-len(header) % _ALIGNMENT), entries, _ALIGNMENT)
+
+
+def _gguf_header(architecture: str, metadata: Mapping[str, Value], entries: Sequence[Entry]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:  # gguf's writer only writes to paths
         path = Path(folder) / "header"
         writer = GGUFWriter(path, architecture)
@@ -56,8 +69,7 @@ def gguf_layout(architecture: str, metadata: Mapping[str, Value], entries: Seque
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        header = path.read_bytes()
-    return _placed(header + bytes(-len(header) % _ALIGNMENT), entries, _ALIGNMENT)
+        return path.read_bytes()
 
 
 def _add_value(writer: GGUFWriter, key: str, value: Value) -> None:

@@ -90,9 +90,10 @@ def _encode(
 
 
 def _check_unchanged(source: SourceTensor, stamps: Mapping[Path, Stamp]) -> None:
-    if stamp(source.file) != stamps[source.file]:
-        hint = "convert again once nothing writes to it"
-        raise SkyrunError(f"{source.file} changed while {source.name} was read from it", hint)
+    for file in {source.file, *(part.up.file for part in source.added)}:
+        if stamp(file) != stamps[file]:
+            hint = "convert again once nothing writes to it"
+            raise SkyrunError(f"{file} changed while {source.name} was read from it", hint)
 
 
 def check_device(device: str) -> None:
@@ -114,6 +115,7 @@ def convert(
     type_rules: Sequence[str] = (),
     target_size: str | int | None = None,
     imatrix: Path | str | None = None,
+    loras: Sequence[tuple[Path | str, float]] = (),
 ) -> Mapping[str, Any]:
     """Convert a checkpoint. If a conversion was interrupted, calling it again continues it.
 
@@ -126,12 +128,16 @@ def convert(
         type_rules: "regex=TYPE" each; they take precedence over the recipe.
         target_size: of the transformer's file, such as "9GB", instead of a recipe.
         imatrix: a file of importances.
+        loras: adapters that are merged into the transformer, with their strengths.
 
     Returns a summary with the path, role, bytes, types and fallbacks of each file. Raises SkyrunError for a checkpoint
     that is incomplete, misshapen or damaged; existing files in `out` are then unchanged.
     """
     size = parse_size(target_size) if isinstance(target_size, str) else target_size
-    settings = Settings(quant, text_encoder_quant, tuple(type_rules), size, Path(imatrix) if imatrix else None)
+    adapters = tuple((Path(path), strength) for path, strength in loras)
+    settings = Settings(
+        quant, text_encoder_quant, tuple(type_rules), size, Path(imatrix) if imatrix else None, adapters
+    )
     check_device(device)
     conversion = plan_conversion(Path(source), Path(out), settings)
     check_space(conversion)

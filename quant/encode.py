@@ -24,7 +24,7 @@ from skyrun.quant.encode_symmetric import Q3_K, Q4_0, Q5_0, Q6_K, encode_symmetr
 
 # Version of the bytes that encoders write and that readers decode from sources. An interrupted conversion continues
 # only with the version that began it. Raise it whenever the test of the encoders' bytes has to be changed.
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 
 # Blocks float32 [n, block_size] and importance [k, block_size] or None -> uint8 [n, block_bytes]. Block i has the
 # importance of row i % k, which is positive and at most 1.

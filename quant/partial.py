@@ -171,4 +171,6 @@ def _fingerprint(file: PlannedFile, device: str) -> str:
 def _place(source: SourceTensor) -> str:
     """Where a tensor's bytes lie in its file and how they are read. It does not depend on where the file is."""
     more = [_place(part) for part in (*source.parts, *([source.scale] if source.scale else []))]
+    for added in source.added:
+        more += [f"{added.scale}", *(_place(part) for part in (added.up, added.down) if part)]
     return f"{source.name} {source.shape} {source.dtype} {source.offset} {source.transposed} {more}"

@@ -18,6 +18,7 @@ class Settings:
     the text encoder; by default `quant`, but not below Q8_0. type_rules: "regex=TYPE" each; the first one that matches
     a matrix of a transformer takes precedence over the recipe. target_size: how many bytes a transformer's file may
     have, instead of a recipe. imatrix: a file of importances, by which errors of the transformer are weighted.
+    loras: adapters that are merged into the transformer, with their strengths.
     """
 
     quant: str = "Q8_0"
@@ -25,6 +26,7 @@ class Settings:
     type_rules: tuple[str, ...] = ()
     target_size: int | None = None
     imatrix: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True)

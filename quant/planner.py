@@ -18,6 +18,7 @@ from skyrun.kernels.recipes import RECIPES, find_recipe
 from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
 from skyrun.quant.families import NOTHING_COMING, Family, ModelTensor, find_families
 from skyrun.quant.importance import Importance, read_importance
+from skyrun.quant.merge import check_merge, merged
 from skyrun.quant.missing import missing_roles, missing_text
 from skyrun.quant.partial import partial_path
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
@@ -67,20 +68,26 @@ def plan_conversion(
     found = find_families(source, coming)
     _check_out(source, out)
     transformers = [family for family in found.families if family.role == "transformer"]
+    check_merge(transformers, settings.loras)
     _check_about_transformers(transformers, settings, rules)
     encoder = default_encoder_quant(quant) if transformers else quant
     quants = {"transformer": quant, "text_encoder": (asked or encoder).upper(), "image_encoder": encoder}
     planner = _Planner(out, rules, settings, importance, coming)
-    total = sum(len(planner.matrices(family)) for family in found.families)
+    families, notices = [*found.families], [*found.notes]
+    for place, family in enumerate(families):
+        if settings.loras and family.role == "transformer":
+            families[place], about = merged(family, settings.loras)
+            notices += about
+    total = sum(len(planner.matrices(family)) for family in families)
     counter = itertools.count(1)
     files = tuple(
         planner.plan(family, quants.get(family.role, ""), lambda: on_measured(next(counter), total))
-        for family in found.families
+        for family in families
     )
     _check_paths(files)
     missing = missing_roles(files, out)
     about_missing = missing_text(files, source, missing)
-    notes = (*found.notes, *_notes(out, files, settings), *([about_missing] if about_missing else []))
+    notes = (*notices, *_notes(out, files, settings), *([about_missing] if about_missing else []))
     return Conversion(source, files, notes, missing)
 
 
@@ -176,6 +183,10 @@ class _Planner:
         ruled = family.role == "transformer"
         return [t for t in family.tensors if is_quantizable(t, family.role) or (ruled and self._ruled(t))]
 
+    def _loras(self, family: Family) -> tuple[tuple[Path, float], ...]:
+        """The adapters that are merged into a model."""
+        return self.settings.loras if family.role == "transformer" else ()
+
     def _ruled(self, tensor: ModelTensor) -> bool:
         return any(rule.matches(tensor) for rule in self.rules)
 
@@ -222,8 +233,10 @@ class _Planner:
             where = (choice.type, offset, _nbytes(tensor, choice.type), choice.fallback)
             planned.append(PlannedTensor(name, tensor.shape, tensor.source, *where, weights.get(name)))
         suffix = ".gguf" if family.architecture else ".safetensors"
-        name = naming_convention(None, family.basename, None, None, _size_label(family), label or None) + suffix
-        sources = {file: stamp(file) for file in sorted({tensor.source.file for tensor in family.tensors})}
+        tuned = "-".join(path.stem for path, _ in self._loras(family)) or None
+        name = naming_convention(None, family.basename, tuned, None, _size_label(family), label or None) + suffix
+        read = {tensor.source.file for tensor in family.tensors} | {path for path, _ in self._loras(family)}
+        sources = {file: stamp(file) for file in sorted(read)}
         facts = (family.role, family.task, layout.header, layout.nbytes)
         count = len(self.matrices(family))
         return PlannedFile(self.out / name, *facts, tuple(planned), errors, sources, count)
@@ -256,6 +269,9 @@ class _Planner:
         }
         if family.role == "transformer" and self.rules:
             about["skyrun.type_rules"] = json.dumps(list(self.settings.type_rules))
+        if loras := self._loras(family):
+            about["general.finetune"] = ", ".join(path.stem for path, _ in loras)
+            about["skyrun.loras"] = json.dumps([[path.name, strength] for path, strength in loras])
         if family.role == "transformer" and self.importance and self.settings.imatrix:
             about["quantize.imatrix.file"] = self.settings.imatrix.name
             about["quantize.imatrix.entries_count"] = len(self._weights(family))

@@ -45,7 +45,7 @@ class SourceTensor:
     dtype: F32, F16, BF16, F8_E4M3, F8_E5M2, I8 or a GGUF type such as Q8_0. offset: of its first byte in the file.
     scale: what the stored values are multiplied by: a scalar, one value per row, or a grid [rows, cols] with one per
     block. parts: tensors of the same file whose rows are concatenated in this one. transposed: whether rows are columns
-    in the file.
+    in the file. added: what adapters add to it.
     """
 
     name: str
@@ -56,6 +56,7 @@ class SourceTensor:
     scale: "SourceTensor | None" = None
     parts: "tuple[SourceTensor, ...]" = ()
     transposed: bool = False
+    added: "tuple[Added, ...]" = ()
 
     @property
     def numel(self) -> int:
@@ -87,6 +88,11 @@ class SourceTensor:
         stop = self.rows if stop is None else stop
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of {self.name}, which has {self.rows}")
+        if self.added:
+            weights = replace(self, added=()).read(start, stop)
+            for part in self.added:
+                weights = weights + part.read(start, stop, self.cols)
+            return weights
         if self.parts:
             pieces = [part.read(first, last) for part, first, last in self._split(start, stop)]
             return torch.cat(pieces, 1 if len(self.shape) == 1 else 0)
@@ -101,6 +107,8 @@ class SourceTensor:
 
     def is_stored_as(self, type: str) -> bool:
         """Whether the rows are already stored in a GGUF type, byte for byte."""
+        if self.added:
+            return False
         if self.parts:
             return all(part.is_stored_as(type) for part in self.parts)
         return self.dtype == type and self.scale is None and not self.transposed
@@ -141,14 +149,46 @@ class SourceTensor:
         """The tensor as plain values, so that another process can read it."""
         place = {"file": str(self.file), "offset": self.offset, "transposed": self.transposed}
         place |= {"scale": self.scale.as_json() if self.scale else None}
-        place |= {"parts": [part.as_json() for part in self.parts]}
+        place |= {"parts": [part.as_json() for part in self.parts], "added": [part.as_json() for part in self.added]}
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype} | place
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> "SourceTensor":
         scale = cls.from_json(said["scale"]) if said["scale"] else None
-        fields = {"scale": scale, "parts": tuple(map(cls.from_json, said["parts"])), "file": Path(said["file"])}
-        return cls(**said | fields | {"shape": tuple(said["shape"])})
+        parts, added = tuple(map(cls.from_json, said["parts"])), tuple(map(Added.from_json, said["added"]))
+        plain = {"file": Path(said["file"]), "shape": tuple(said["shape"])}
+        return cls(**said | plain | {"scale": scale, "parts": parts, "added": added})
+
+
+@dataclass(frozen=True)
+class Added:
+    """What an adapter adds to a tensor: scale * up @ down or, without a down, scale * up.
+
+    up: a row for each row of the tensor. down: [rank, cols].
+    """
+
+    up: SourceTensor
+    down: SourceTensor | None
+    scale: float
+
+    def read(self, start: int, stop: int, cols: int) -> Tensor:
+        """What is added to rows `start` to `stop`, float32 [stop - start, cols]."""
+        if self.down is None:
+            return self.scale * self.up.read().view(-1, cols)[start:stop]
+        up, down = (part.read().view(part.shape[0], -1) for part in (self.up, self.down))
+        inner = down.shape[1] // cols  # rows of the tensor for each of up: 1, but for convolutions
+        first, last = start // inner, -(-stop // inner)
+        rows = (self.scale * up[first:last] @ down).view(-1, cols)
+        return rows[start - first * inner : stop - first * inner]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"up": self.up.as_json(), "down": self.down.as_json() if self.down else None, "scale": self.scale}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "Added":
+        down = SourceTensor.from_json(said["down"]) if said["down"] else None
+        return cls(SourceTensor.from_json(said["up"]), down, said["scale"])
 
 
 class Blocks(NamedTuple):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,20 @@ def run_command(tmp_path: Path) -> list[str]:
     Image.new("RGB", (48, 32), "teal").save(tmp_path / "picture.png")
     small = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "clip.mp4")]
     return ["run", "r2v", "-p", "a sea", "--image", str(tmp_path / "picture.png"), *small]
+
+
+@pytest.fixture(scope="session")
+def published_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The header of the published autoencoder, before a hole in place of its weights."""
+    from skyrun.kernels.name_tables import WAN_VAE
+
+    shapes = WAN_VAE.shapes("original", {"base": 96, "z": 16})
+    ends = list(accumulate(2 * prod(shape) for shape in shapes.values()))
+    places = zip(shapes.items(), zip([0, *ends], ends, strict=False), strict=True)
+    header = {name: {"dtype": "BF16", "shape": shape, "data_offsets": place} for (name, shape), place in places}
+    text = json.dumps(header).encode()
+    path = tmp_path_factory.mktemp("published") / "vae.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + ends[-1])
+    return path

@@ -213,7 +213,7 @@ def test_doctor_gives_verdicts(capsys):
     main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [finding["subject"] for finding in findings] == [
-        *("Python", "torch", "GPU", "kernels", "system", "RAM", "models", "disk", "tuning", "cache")
+        *("Python", "torch", "GPU", "kernels", "convolution", "system", "RAM", "models", "disk", "tuning", "cache")
     ]
     assert all(finding["verdict"] in ("good", "unknown", "slow", "fails") for finding in findings)
     assert all(finding["remedy"] for finding in findings if finding["verdict"] != "good")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from skyrun.errors import FAILED
 from skyrun.kernels import device as kernels_device
@@ -12,6 +13,7 @@ from skyrun.kernels import toolchain
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned
 from skyrun.presets.cards import Rates
 from skyrun.tools import doctor
+from skyrun.tools.convolution import measure_convolution
 
 
 @pytest.fixture
@@ -62,6 +64,41 @@ def test_kernels(machine, system, triton, capability, lacks, verdict, found, rem
 def test_kernels_without_a_gpu(machine):
     machine("Linux", None, "")
     assert doctor._kernels("").verdict == "good"
+
+
+MEASURED = {"device": "cuda", "dtype": "bfloat16", "seconds": 1.0, "apart_seconds": 1.0, "error": 0.003}
+MEASURED |= {"buffer": 10, "result": 10}
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict", "found"),
+    [
+        ({}, "good", "takes 1.00 of the time"),
+        ({"seconds": 3.0}, "slow", "takes 3.00 of the time of 2-D ones: decoding takes longer"),
+        ({"buffer": 270}, "slow", "a buffer of 27 times the result: decoding may run out of memory"),
+        ({"error": 0.4}, "fails", "the result is 40% off"),
+        ({"error": float("nan")}, "fails", "off"),
+    ],
+)
+def test_convolutions(measured, verdict, found):
+    finding = doctor.judge_convolution(MEASURED | measured)
+    assert finding.verdict == verdict and found in finding.found
+    assert ("torch" in finding.remedy) == (verdict != "good")
+
+
+def test_a_convolution_is_measured(monkeypatch):
+    measured = measure_convolution("cpu", (16, 24))
+    assert measured.error < 1e-5 and min(measured.seconds, measured.apart_seconds) > 0
+    convolution = torch.nn.functional.conv3d
+    monkeypatch.setattr("torch.nn.functional.conv3d", lambda *given, **how: convolution(*given, **how) * 1.5)
+    assert measure_convolution("cpu", (16, 24)).error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("code", ["raise ValueError('no such thing')", "import sys; sys.stdout.write('{')"])
+def test_a_convolution_that_cannot_be_measured_is_no_failure(monkeypatch, code):
+    monkeypatch.setattr(doctor, "_CONVOLUTION", code)
+    finding = doctor._convolution()
+    assert finding.verdict == "unknown" and finding.found.startswith("not measured: ")
 
 
 def test_a_container_has_less_memory(monkeypatch):

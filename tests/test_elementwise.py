@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from skyrun.kernels import torch_elementwise, torch_int8, triton_elementwise
 from skyrun.kernels.rotated import RotatedInt8
 
-NAMES = ("layer_norm", "rms_norm", "gelu", "add_gated", "quantize_rows")
+NAMES = ("layer_norm", "rms_norm", "gelu", "add_gated", "quantize_rows", "norm_silu")
 SHAPES = ((1, 256), (17, 256), (3, 512), (5, 1280), (3, 5120), (1, 13824))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of the result against the twin's. In float32 it is the twin's own error: its GELU cancels in the tail, where 1 + tanh
@@ -156,6 +156,44 @@ def test_heads_of_other_widths(half):
     same(triton_elementwise.rms_norm(x, weight, 1e-6, rope), twin.rms_norm(x, weight, 1e-6, rope), torch.float32)
 
 
+def norm_silu(module, x, weight):
+    """Written into a part of a larger tensor, whose other frames stay as they are."""
+    wide = torch.full((len(x) + 3, *x.shape[1:]), 7.0, dtype=x.dtype, device=x.device)
+    module.norm_silu(x, weight, 1e-24, wide[2:-1])
+    assert (wide[:2] == 7).all() and (wide[-1] == 7).all()
+    return wide[2:-1]
+
+
+def test_norm_and_silu_are_their_definition():
+    x, weight = numbers(2, 3, 5, 96) * 3, numbers(96, seed=1)
+    wide = x.double() / x.double().square().mean(3, keepdim=True).sqrt() * weight
+    torch.testing.assert_close(norm_silu(twin, x, weight).double(), wide / (1 + (-wide).exp()), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp of the SiLU of large negative numbers: 0
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 1, 1, 8), (3, 5, 7, 96), (2, 9, 4, 192), (1, 3, 5, 384), (4, 20, 3, 8)]
+)
+def test_norm_and_silu(shape, dtype, monkeypatch):
+    monkeypatch.setattr(twin, "_CACHED", 1000)  # in several parts
+    x, weight = numbers(*shape, dtype=dtype) * 3, numbers(shape[-1], seed=1)
+    same(norm_silu(triton_elementwise, x, weight), norm_silu(twin, x, weight), dtype)
+
+
+@pytest.mark.parametrize("module", [twin, triton_elementwise])
+def test_norm_and_silu_of_a_slab(module):
+    frames, weight = numbers(2, 9, 4, 8), numbers(8, seed=1)
+    assert torch.equal(norm_silu(module, frames[:, 2:7], weight), norm_silu(module, frames, weight)[:, 2:7])
+    channels_first = frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(norm_silu(module, channels_first, weight), norm_silu(module, frames, weight))
+
+
+@pytest.mark.parametrize("module", [twin, triton_elementwise])
+def test_norm_and_silu_of_zeros_are_zeros(module):
+    assert not norm_silu(module, torch.zeros(1, 2, 3, 96), torch.ones(96)).any()
+
+
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -278,6 +316,15 @@ def test_on_a_gpu(shape, dtype, monkeypatch):
             same_rows(RotatedInt8(result.codes.cpu(), result.scales.cpu(), result.dtype), expected)
         else:
             same(result.cpu(), expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(4, 97, 33, 96), (2, 41, 50, 384)])
+def test_norm_and_silu_on_a_gpu(shape, dtype):
+    x, weight = numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1)
+    same(norm_silu(triton_elementwise, x.cuda(), weight.cuda()).cpu(), norm_silu(twin, x, weight), dtype)
 
 
 @pytest.mark.gpu

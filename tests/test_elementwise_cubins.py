@@ -37,6 +37,22 @@ NORM = {"gain": "*fp32", "shift": "*fp32", "scales": "*fp32", "eps": "fp32"}
 ROPE = {"weight": "*fp32", "cos": "*fp32", "sin": "*fp32", "out": "*bf16", "eps": "fp32"}
 ROTATED = {"out": "*i8", "scales": "*fp32"}
 SUM = {"y": "*bf16", "gate": "*fp32", "x_stride": "i32", "y_stride": "i32"}
+FRAMES = {"x": "*bf16", "weight": "*fp32", "out": "*bf16", "count": "i32", "x_stride": "i32", "out_stride": "i32"}
+
+
+def frames_kernel(channels):
+    """Channels are an argument: autoencoders of all widths up to a power of two share a kernel."""
+    tile = 1 << (channels - 1).bit_length()
+    return Variant(
+        f"norm and SiLU, {channels}",
+        "skyrun.kernels.triton_elementwise:norm_silu_kernel",
+        FRAMES | {"D": "i32", "eps": "fp32"},
+        {"ROWS": kernels._ROWS * kernels._COLS // tile, "COLS": tile},
+        warps=kernels._WARPS,
+        unaligned=("count",),
+    )
+
+
 # Instructions of a thread for each number of the row: what was measured, and a tenth. Tiles are powers of two, rows are
 # not: 1.6 lanes per number at 5120, 1.2 at 13824.
 VARIANTS = [
@@ -48,6 +64,7 @@ VARIANTS = [
     (row_kernel("rows", "quantize_kernel", ROTATED, DIM), 38.5),
     (tile_kernel("GELU", "gelu_kernel", {"stride": "i32"}, FFN), 21),
     (tile_kernel("gated sum", "add_gated_kernel", SUM, DIM), 9.2),
+    *((frames_kernel(channels), 26) for channels in (96, 192, 384)),
 ]
 
 
@@ -65,6 +82,6 @@ def test_cubin(cubins, variant, bound, arch):
     assert cubin.count("LDG.E.128")
     rotated = variant.signature.get("out") == "*i8"
     assert cubin.count("STG.E.128") or (rotated and cubin.count("STG.E.64"))
-    assert bool(cubin.count("HMMA") or cubin.count("HGMMA")) == rotated
-    elements = variant.constants.get("ROWS", 1) * variant.constants.get("COLS", variant.constants["D"])
+    assert bool(cubin.float16_matmuls) == rotated
+    elements = variant.constants.get("ROWS", 1) * variant.constants.get("COLS", variant.constants.get("D"))
     assert cubin.per_element(elements) < bound

@@ -15,8 +15,8 @@ from skyrun.kernels import block_format, dequantize
 from skyrun.quant import quantize
 
 # Error to reach, relative to the better of ggml's two searches, and with importance relative to ggml's with it.
-LIMITS = {"Q2_K": 0.97, "Q4_K": 0.995, "Q5_K": 0.97, "Q4_1": 0.99, "Q5_1": 0.995}
-WEIGHTED_LIMITS = {"Q2_K": 0.82, "Q4_K": 0.91, "Q5_K": 0.81, "Q4_1": 0.95, "Q5_1": 0.95}
+LIMITS = {"Q2_K": 0.97, "Q4_K": 0.985, "Q5_K": 0.96, "Q4_1": 0.99, "Q5_1": 0.987}
+WEIGHTED_LIMITS = {"Q2_K": 0.82, "Q4_K": 0.905, "Q5_K": 0.8, "Q4_1": 0.94, "Q5_1": 0.935}
 TYPES = list(LIMITS)
 CODES = {"Q2_K": 3, "Q4_K": 15, "Q5_K": 31, "Q4_1": 15, "Q5_1": 31}
 

@@ -9,6 +9,7 @@ from skyrun.events import drain
 from skyrun.kernels import linear, torch_int8, triton_encode
 from skyrun.kernels.elementwise import add_gated
 from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.streaming import weights as weights_module
@@ -72,7 +73,7 @@ def set_everywhere(patch, name, value):
 
 def our_kernel(device, key, candidates):
     """Instead of measuring, which takes long in the interpreter."""
-    return "int8" if "int8" in candidates else next(iter(candidates))
+    return next((name for name in PRECISIONS if name in candidates), next(iter(candidates)))
 
 
 @pytest.fixture

@@ -112,7 +112,10 @@ def test_tiles_in_every_order_are_made_once():
     close(triton_int8._multiply(x, w, *extras, tile), torch_int8.multiply(x, w, *extras), torch.float32)
 
 
-def variant(name, tile, out, k, **extras):
+REGISTERS = tuple(arch for arch in ARCHS if arch != 100)  # where sums are in registers
+
+
+def variant(name, tile, out, k, archs=ARCHS, **extras):
     pointers = {"x": "*i8", "w": "*i8", "x_scales": "*fp32", "w_scales": "*fp32", "out": out, "M": "i32", "N": "i32"}
     left_out = {key: None for key in ("bias", "gate", "residual") if key not in extras}
     constants = {"K": k, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "ORDER": triton_int8._ORDER}
@@ -124,12 +127,16 @@ def variant(name, tile, out, k, **extras):
         warps=tile.warps,
         stages=tile.stages,
         unaligned=("M",),
+        archs=archs,
     )
 
 
+GATED = {"bias": "*fp32", "gate": "*fp32", "residual": "*bf16"}
 VARIANTS = [
-    variant("bias", triton_int8.LARGE, "*bf16", 5120, bias="*fp32"),
-    variant("gated sum", triton_int8.SUMMING, "*bf16", 13824, bias="*fp32", gate="*fp32", residual="*bf16"),
+    variant("bias", triton_int8.LARGE, "*bf16", 5120, REGISTERS, bias="*fp32"),
+    variant("gated sum", triton_int8.SUMMING, "*bf16", 13824, REGISTERS, **GATED),
+    variant("bias, in tensor memory", triton_int8.MIDDLE, "*bf16", 5120, (100,), bias="*fp32"),
+    variant("gated sum, in tensor memory", triton_int8.MIDDLE, "*bf16", 13824, (100,), **GATED),
     variant("few rows", triton_int8.SMALL, "*bf16", 5120, bias="*fp32"),
 ]
 
@@ -139,15 +146,14 @@ def cubins():
     return compile_all(VARIANTS)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", [one.name for one in VARIANTS])
+@pytest.mark.parametrize(("name", "arch"), [(one.name, arch) for one in VARIANTS for arch in one.archs])
 def test_cubin(cubins, name, arch):
     cubin = cubins[name, arch]
     assert cubin.stack == 0
     assert cubin.shared <= SHARED_LIMIT[arch]
     assert cubin.count("STG.E.128")
-    if arch == 90:
-        assert cubin.count("IGMMA")
+    if arch in (90, 100):
+        assert cubin.count("IGMMA" if arch == 90 else "UTCIMMA")
     else:  # what is not a product is the start, the end, and less than one per product in between
         assert cubin.count("IMMA") >= 64
         assert cubin.count("") - cubin.count("IMMA") < 1300

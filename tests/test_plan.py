@@ -47,8 +47,8 @@ def cpu(ram):
 
 
 def pixels_at_a_time(plan):
-    height, width = plan.vae_tile or (REAL.height, REAL.width)
-    return height * width
+    sizes = [vae.tile or (REAL.height, REAL.width) for vae in (plan.encoding, plan.decoding)]
+    return [height * width for height, width in sizes]
 
 
 def test_tokens_are_those_of_the_real_model():
@@ -62,8 +62,10 @@ def test_more_memory_never_makes_a_worse_plan(less, more, limit, frames):
     small, large = choose(card(less), work, max_vram=limit), choose(card(more), work, max_vram=limit)
     assert not (large.problem and not small.problem)
     assert small.problem or large.step_seconds <= small.step_seconds * (1 + 1e-9)
-    assert pixels_at_a_time(large) >= pixels_at_a_time(small)
-    assert not (large.vae_room is not None and small.vae_room is None)
+    assert all(a >= b for a, b in zip(pixels_at_a_time(large), pixels_at_a_time(small), strict=True))
+    for more_room, less_room in ((large.encoding, small.encoding), (large.decoding, small.decoding)):
+        assert more_room.dtype != less_room.dtype or more_room.parked_bytes <= less_room.parked_bytes
+        assert not (less_room.dtype == "float32" != more_room.dtype)
     for plan in (small, large):
         if not plan.problem:
             assert plan.peak_bytes <= plan.limit_bytes
@@ -127,25 +129,53 @@ def test_int8_is_for_small_types_on_cards_that_gain_by_it(type, gain, asked, pre
 
 
 @pytest.mark.parametrize(
-    ("vram", "dtype", "tile", "parks"),
+    ("vram", "encoding", "decoding"),  # the tile, and whether a part of what is remembered waits on the host
     [
-        (80, "float32", None, False),
-        (24, "float32", None, False),
-        (16, "bfloat16", None, False),
-        (12, "bfloat16", None, False),
-        (8, "bfloat16", (180, 1280), False),
-        (6, "bfloat16", (90, 1280), True),
-        (4, "bfloat16", (90, 1280), True),
+        (80, (None, False), (None, False)),
+        (24, (None, False), (None, False)),
+        (16, ((360, 1280), False), (None, False)),
+        (12, ((180, 1280), False), (None, False)),
+        (8, ((90, 1280), True), ((180, 1280), False)),
+        (4, ((90, 1280), True), ((90, 1280), True)),
     ],
 )
-def test_the_autoencoder_works_in_the_memory_there_is(vram, dtype, tile, parks):
+def test_the_autoencoder_works_in_the_memory_there_is(vram, encoding, decoding):
     plan = choose(card(80), REAL, max_vram=vram)
     images, decode = plan.stages[1], plan.stages[3]
-    assert (plan.vae_dtype, plan.vae_tile, plan.vae_room is not None) == (dtype, tile, parks)
-    assert decode.device_bytes == images.device_bytes <= vram * GIB
-    if parks:
-        parked = decode.host_bytes - PROCESS_BYTES
-        assert plan.vae_room + parked == vae_memory_bytes(REAL, dtype)
+    assert (plan.encoding.tile, plan.encoding.room is not None) == encoding
+    assert (plan.decoding.tile, plan.decoding.room is not None) == decoding
+    assert max(decode.device_bytes, images.device_bytes) <= vram * GIB
+    for way, how, stage in (("encode", plan.encoding, images), ("decode", plan.decoding, decode)):
+        assert how.parked_bytes == (0 if how.room is None else vae_memory_bytes(REAL, way, how.dtype) - how.room)
+        assert stage.host_bytes == PROCESS_BYTES + how.host_bytes
+        assert (how.host_bytes > how.parked_bytes) == bool(how.parked_bytes)  # buffers on the way
+
+
+def test_what_does_not_fit_in_float32_is_encoded_in_16_bits():
+    kinds = [choose(card(80), REAL, max_vram=vram).encoding.dtype for vram in (4, 6)]
+    assert kinds == ["bfloat16", "float32"]
+
+
+def test_images_are_encoded_on_whole_frames_and_leave_nothing():
+    plan = choose(card(80), dataclasses.replace(REAL, stills=True), max_vram=8)
+    assert plan.encoding.tile is None and plan.encoding.room is None
+    assert choose(card(80), REAL, max_vram=8).stages[1].device_bytes > 1.3 * plan.stages[1].device_bytes
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "expected"),
+    [
+        (card(24), None, ("float32", "bfloat16")),
+        (dataclasses.replace(card(24), bfloat16=False), None, ("float32", "float32")),
+        (card(24), "float16", ("float32", "bfloat16")),
+        (card(24), "float32", ("float32", "float32")),
+        (cpu(64), None, ("float32", "float32")),
+        (cpu(64), "bfloat16", ("float32", "float32")),
+    ],
+)
+def test_the_autoencoder_encodes_in_float32_and_decodes_in_bfloat16_on_cards(machine, dtype, expected):
+    plan = choose(machine, REAL, dtype=dtype)
+    assert (plan.encoding.dtype, plan.decoding.dtype) == expected
 
 
 def test_too_little_ram_beside_a_card_is_said():
@@ -167,7 +197,13 @@ def test_probe_finds_this_machine():
 @pytest.mark.parametrize(
     ("card", "asked", "attention"),
     [
-        ("RTX 4090", {}, "int8"),
+        ("RTX 4090", {}, "full-int8"),
+        ("RTX 4090", {"prefer": "speed"}, "full-int8"),
+        ("RTX 4090", {"prefer": "quality"}, "int8"),
+        ("RTX 4090", {"attention": "fp8"}, "fp8"),
+        ("RTX 3090", {}, "int8"),
+        ("RTX 3090", {"attention": "full-int8"}, "full-int8"),
+        ("RTX 5090", {}, "int8"),
         ("RTX 4090", {"precision": "exact"}, "exact"),
         ("RTX 4090", {"precision": "exact", "attention": "int8"}, "int8"),
         ("RTX 4090", {"precision": "fast", "attention": "exact"}, "exact"),
@@ -175,6 +211,6 @@ def test_probe_finds_this_machine():
         ("H100", {}, "exact"),
     ],
 )
-def test_int8_scores_are_for_cards_that_gain_by_them(card, asked, attention):
+def test_attention_is_as_quick_as_its_error_allows(card, asked, attention):
     plan = choose(stated(find_card(card), 64, 2), request_workload(clip_of("r2v", quant="Q8_0")), **asked)
     assert plan.attention == attention

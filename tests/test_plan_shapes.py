@@ -12,6 +12,7 @@ from skyrun.events import drain
 from skyrun.planning.job import prepare
 from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
+from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.cards import CARDS, find_card
 from skyrun.presets.hardware import stated, stated_cpu
 from skyrun.presets.memory import vae_memory_bytes
@@ -27,8 +28,16 @@ def denoising(plan, work):
 
 def decoding(plan, work):
     """What of a plan decides how the autoencoder works."""
-    slabs = round(work.height / plan.vae_tile[0]) if plan.vae_tile else 1
-    return slabs, plan.vae_room is not None, plan.vae_dtype
+    return tuple(
+        (round(work.height / how.tile[0]) if how.tile else 1, how.room is not None, how.dtype)
+        for how in (plan.encoding, plan.decoding)
+    )
+
+
+def autoencoder(shape, way, work):
+    slabs, waits, dtype = shape
+    tile = None if slabs == 1 else (-(-work.height // slabs), work.width)
+    return Autoencoder(dtype, tile, vae_memory_bytes(work, way, dtype) // 2 if waits else None, 0)
 
 
 def shapes():
@@ -57,13 +66,13 @@ def model(converted):
 def test_every_shape_runs(model, tmp_path):
     steps, vaes = shapes()
     assert {shape[1] for shape in steps} == {True, False} and {shape[2] for shape in steps} == {"all", "some", "none"}
-    assert {shape[0] for shape in vaes} >= {1, 2, 8}
+    assert all({shape[way][0] for shape in vaes} >= {1, 8} for way in (0, 1))
     jobs = {frames: prepare(small_request(tmp_path, model, output=None, steps=1, frames=frames)) for frames in (1, 5)}
     for index in range(max(len(steps), len(vaes))):
         frames = 5 if index < len(vaes) else 1  # each way of the autoencoder once over several groups of frames
         job, work = jobs[frames], jobs[frames].workload
         parts, parked, kept, precision, dtype = steps[index % len(steps)]
-        slabs, waits, vae_dtype = vaes[index % len(vaes)]
+        encoding, decoding = vaes[index % len(vaes)]
         plan = dataclasses.replace(
             job.plan,
             precision=precision,
@@ -71,9 +80,8 @@ def test_every_shape_runs(model, tmp_path):
             token_rows=None if parts == 1 else max(1, -(-work.tokens // parts)),
             parked_tokens=parked,
             resident_blocks={"none": 0, "some": 1, "all": work.layers}[kept],
-            vae_dtype=vae_dtype,
-            vae_tile=None if slabs == 1 else (-(-work.height // slabs), work.width),
-            vae_room=vae_memory_bytes(work, vae_dtype) // 2 if waits else None,
+            encoding=autoencoder(encoding, "encode", work),
+            decoding=autoencoder(decoding, "decode", work),
         )
         result = drain(run_job(dataclasses.replace(job, plan=plan)))
         assert result.frames.shape == (frames, 32, 48, 3), plan

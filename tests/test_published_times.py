@@ -59,5 +59,5 @@ def test_a_pass_takes_as_long_as_others_have_measured(program, card, model, toke
 )
 def test_decoding_takes_as_long_as_others_have_measured(card, resolution, frames, dtype, measured):
     work = replace(request_workload(clip_of("r2v", resolution)), frames=frames, decoded_frames=frames)
-    vae = replace(fit(work, "bfloat16", 1 << 40, True), dtype=dtype)
+    vae = fit(work, "decode", dtype, 1 << 40, True)
     assert decode_time(stated(find_card(card), 64, 5), work, vae).compute == pytest.approx(measured, rel=CLOSE)

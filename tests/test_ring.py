@@ -15,6 +15,7 @@ from blocks import random_blocks
 from skyrun.kernels import FORMATS, QuantizedWeight
 from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import needs_planes, to_planes
+from skyrun.models.vae_memory import Memory
 from skyrun.presets import memory
 from skyrun.streaming import ring as module
 from skyrun.streaming import staging
@@ -280,6 +281,22 @@ def test_parked_bytes_go_to_the_device_and_back(cuda, monkeypatch, nbytes):
     parking.store(there, back)
     assert torch.equal(back, data)
     parking.close()
+    assert not stand_in.registered
+
+
+def test_what_the_autoencoder_remembers_waits_in_ordinary_memory(cuda):
+    stand_in = cuda()
+    memory_of_layers = Memory(torch.device("cuda"), 0)
+    frames = [torch.randn(2, 3, 4, 8).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for index, of_layer in enumerate(frames):
+        memory_of_layers.keep(of_layer, "layer", index)
+    locked = memory.PARKING_PIECES * memory.PARKING_PIECE
+    assert stand_in.sizes == [locked] and list(stand_in.registered.values()) == [locked]
+    for index, of_layer in enumerate(frames):
+        joined = torch.zeros(3, *of_layer.shape[1:], dtype=of_layer.dtype)
+        memory_of_layers.recall(joined[:2], "layer", index)
+        assert torch.equal(joined[:2], of_layer) and not joined[2].any()
+    memory_of_layers.close()
     assert not stand_in.registered
 
 

@@ -128,6 +128,7 @@ def loaded(code):
         ("import skyrun.errors", {"numpy", "torch", "gguf"}),
         ("import skyrun.tasks, skyrun.cli.parser", {"torch", "numpy"}),
         ("import skyrun.tools.doctor, skyrun.tools.inspect", {"torch"}),
+        ("import skyrun.web.command, skyrun.web.app", {"torch", "numpy", "PIL", "av", "huggingface_hub"}),
     ],
 )
 def test_what_is_not_loaded(code, absent):

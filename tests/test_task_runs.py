@@ -177,7 +177,9 @@ def test_out_of_memory_is_not_the_end(small, undisturbed, tmp_path, monkeypatch,
 @pytest.mark.parametrize("task", CASES)
 def test_chunks_and_resident_blocks_change_nothing(small, undisturbed, task):
     job = prepare(small(task))
-    plan = dataclasses.replace(job.plan, token_rows=7, resident_blocks=1, vae_tile=(16, 32))
+    plan = dataclasses.replace(job.plan, token_rows=7, resident_blocks=1)
+    tiled = {way: dataclasses.replace(getattr(plan, way), tile=(16, 32)) for way in ("encoding", "decoding")}
+    plan = dataclasses.replace(plan, **tiled)
     result = drain(run_job(dataclasses.replace(job, plan=plan)))
     assert float((result.latents - undisturbed(task).latents).abs().max()) < 2e-2
     assert abs(result.frames.astype(int) - undisturbed(task).frames).mean() < 0.05

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrun.media.pixels import to_uint8
-from skyrun.models import vae as autoencoder
-from skyrun.models.vae import Memory, WanVAE, cut
+from skyrun.models.slabs import cut
+from skyrun.models.vae import WanVAE
+from skyrun.models.vae_memory import Memory
 
 CPU = torch.device("cpu")
 SIZE = 96, 64
@@ -96,12 +97,20 @@ def test_what_waits_on_the_host_changes_no_bit(path, latents, room):
     assert torch.equal(decode(WanVAE(path, CPU, tile=tile, room=room), latents), expected)
 
 
-@pytest.mark.parametrize(("room", "parked"), [(None, []), (0, [0, 1, 2]), (100, [1, 2]), (250, [2]), (300, [])])
-def test_memory_keeps_what_there_is_room_for(monkeypatch, room, parked):
-    monkeypatch.setattr(autoencoder, "_HOST", torch.device("meta"))
-    memory = Memory(room)
-    for _ in range(2):  # places stay as they are
+@pytest.mark.parametrize(("room", "parked"), [(None, 0), (0, 300), (100, 200), (250, 100), (300, 0)])
+def test_memory_keeps_what_there_is_room_for(room, parked):
+    memory, back = Memory(CPU, room), torch.empty(25)
+    for group in range(2):  # places stay as they are
         for slab in range(3):
-            memory.keep(torch.full((25,), 1.0 * slab), "layer", slab)
-    assert [slab for slab in range(3) if memory.recall("layer", slab).device.type == "meta"] == parked
-    assert memory.recall("another layer") is None
+            memory.keep(torch.full((25,), 10.0 * group + slab), "layer", slab)
+    for slab in range(3):
+        memory.recall(back, "layer", slab)
+        assert (back == 10 + slab).all()
+    assert memory.parked_bytes == parked
+    assert not memory.holds("another layer")
+    memory.last_group = True  # what nobody will recall is not kept
+    memory.keep(torch.zeros(25), "layer", 0)
+    memory.recall(back, "layer", 0)
+    assert (back == 10).all()
+    memory.close()
+    assert not memory.holds("layer", 0)

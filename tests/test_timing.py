@@ -83,21 +83,19 @@ def test_a_step_on_a_small_card_takes_minutes():
     assert 160 < step_time(stated(CARD, 16, 0.5), request_workload(clip_of("r2v"))).seconds < 260
 
 
-def test_the_autoencoder_counts_as_many_operations(tmp_path):
-    from safetensors.torch import save_file
-
-    from skyrun.kernels.name_tables import WAN_VAE
+def test_the_autoencoder_counts_as_many_operations(published_vae):
     from skyrun.models.vae import WanVAE
-    from skyrun.presets.timing import _DECODE, _ENCODE
+    from skyrun.presets.timing import _DECODE, _ENCODE, _ENCODE_STILL
 
-    path = tmp_path / "vae.safetensors"
-    save_file({n: torch.zeros(s) for n, s in WAN_VAE.shapes("original", {"base": 16, "z": 16}).items()}, path)
-    vae = WanVAE(path, torch.device("meta"), torch.float32)
+    vae = WanVAE(published_vae, torch.device("meta"), torch.float32)
     with FlopCounterMode(display=False) as decoding:
         for pixels in vae.decode(torch.empty(16, 6, 60, 106, device="meta")):
             del pixels
     with FlopCounterMode(display=False) as encoding:
         vae.encode(torch.empty(3, 21, 480, 848, device="meta"))
-    squares = 16**2 * 480 * 848 * 21
-    assert decoding.get_total_flops() / squares == pytest.approx(_DECODE, rel=0.15)
-    assert encoding.get_total_flops() / squares == pytest.approx(_ENCODE, rel=0.15)
+    with FlopCounterMode(display=False) as still:
+        vae.encode(torch.empty(3, 1, 480, 848, device="meta"))
+    squares = 96**2 * 480 * 848
+    assert decoding.get_total_flops() / (21 * squares) == pytest.approx(_DECODE, rel=0.05)
+    assert encoding.get_total_flops() / (21 * squares) == pytest.approx(_ENCODE, rel=0.05)
+    assert still.get_total_flops() / squares == pytest.approx(_ENCODE_STILL, rel=0.05)

@@ -1,5 +1,6 @@
 """Kernels that are compiled ahead are those that a run launches, each in one variant."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from skyrun.kernels import triton_int8
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.warm_up import Blocks, launches
 from skyrun.models.dit_header import block_layouts, read_dims
+from skyrun.models.vae import WanVAE, read_vae_dims, vae_channels
 
 if not torch.cuda.is_available():
     from triton.runtime.interpreter import InterpretedFunction
@@ -46,13 +48,22 @@ def launched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("quant", "fast"), [("Q4_K", False), ("Q6_K", False), ("Q8_0", False), ("Q4_K", True)])
-def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, monkeypatch, quant, fast):
+@pytest.mark.parametrize(
+    ("quant", "fast", "attention"),
+    [
+        ("Q4_K", False, "exact"),
+        ("Q6_K", False, "fp8"),
+        ("Q8_0", False, "full-int8"),
+        ("Q4_K", True, "int8"),
+        ("Q4_K", True, "exact"),
+    ],
+)
+def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, monkeypatch, quant, fast, attention):
     file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
     dims = read_dims(file)
     matrices = [info for block in block_layouts(file) for _, info, _ in block.tensors if len(info.shape) == 2]
     weights = frozenset((i.format.name, i.shape[1]) for i in matrices if i.format.block_size > 1)
-    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast, fast), CPU):
+    for work in launches(Blocks(weights, dims.dim, dims.ffn_dim, torch.float32, fast, attention), CPU):
         work()
     ahead = dict(launched)
     assert set(ahead.values()) == {1}
@@ -60,5 +71,25 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     set_everywhere(monkeypatch, "uses_triton", lambda device: True)
     set_everywhere(monkeypatch, "fastest", our_kernel)
     monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
-    forward(quant, fast=fast, attention="int8" if fast else "exact")
+    forward(quant, fast=fast, attention=attention)
     assert set(launched) == set(ahead)
+
+
+def test_an_autoencoder_launches_what_was_compiled_ahead(converted, launched, monkeypatch):
+    path = next(converted("F32").glob("*.safetensors"))
+    frames = frozenset((channels, torch.float32) for channels in vae_channels(read_vae_dims(path)[0]))
+    blocks = Blocks(frozenset(), 256, 256, torch.float32, False, False)
+    for work in launches(blocks, CPU):
+        work()
+    others = set(launched)
+    for work in launches(dataclasses.replace(blocks, frames=frames), CPU):
+        work()
+    ahead = set(launched) - others
+    assert len(ahead) == 4
+    launched.clear()
+    set_everywhere(monkeypatch, "uses_triton", lambda device: True)
+    vae = WanVAE(path, CPU)
+    for _ in vae.decode(torch.zeros(16, 2, 4, 6)):
+        pass
+    vae.encode(torch.zeros(3, 5, 32, 48))
+    assert set(launched) == ahead

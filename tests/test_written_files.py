@@ -36,7 +36,7 @@ TOKENIZER += ("add_space_prefix", "remove_extra_whitespaces", "precompiled_chars
 ADDED = {"umt5-encoder": {f"tokenizer.ggml.{key}" for key in TOKENIZER}}
 TYPES = {"clip-vision": "clip-vision"}  # general.type, which was "model" before
 # Of the bytes that encoders make of the same numbers: change it together with ENCODER_VERSION only.
-ENCODED = {1: "af7b8a6ff14d4f24"}
+ENCODED = {2: "1ccc0e3533938cfc"}
 
 
 def digest(data):

@@ -66,6 +66,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
     given |= {
         "images": tuple(arguments.image),
+        "loras": tuple(arguments.lora),
         "model": _path_of(arguments.model),
         "seed": None,
         "join": arguments.join or None,

@@ -10,6 +10,8 @@ from skyrun.cli.parser import parser
 from skyrun.cli.signals import Interrupted, interruptible
 from skyrun.errors import INTERRUPTED
 
+_FACES = {"web": "skyrun.web.command"}  # commands that are faces of their own, found by their names as the others are
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code, the code of the SkyrunError that ended it, or 130 if it was interrupted."""
@@ -41,7 +43,7 @@ def _run(arguments: Namespace) -> int:
         log_details()
     try:
         _apply_config(arguments)
-        command = import_module(f"skyrun.cli.commands.{arguments.command}")
+        command = import_module(_FACES.get(arguments.command, f"skyrun.cli.commands.{arguments.command}"))
         return int(command.execute(arguments))
     except SkyrunError as error:
         show_error(error, arguments.json)

@@ -106,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_web(commands)
     _add_completion(commands)
     return parser
 
@@ -143,6 +144,7 @@ def _add_run(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mp4", help="the clip (default: TASK-SEED.mp4)")
     parser.add_argument("--model", metavar="DIR|FILE|NAME", help="converted files, or a model as for pull (TASK)")
     parser.add_argument("--quant", metavar="TYPE", help="which transformer, where there are several (default: by plan)")
+    _add_lora(parser)
     parser.add_argument(
         "--seed",
         type=int,
@@ -159,12 +161,23 @@ def _add_run(commands: Commands) -> None:
     )
     parser.add_argument("--fps", type=int, metavar="N", help="frames per second, where a model has several")
     _add_precision(parser)
-    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (balanced)")
     parser.add_argument("--preset", choices=PRESETS, help="use no more than such a machine has free")
     parser.add_argument("--save-latents", type=Path, metavar="F", help="also keep the latents, as safetensors")
     _add_pictures(parser)
     _add_overwrite(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="F[:N]",
+        help="adapters for Wan 2.1, and how much of each (1); OWNER/NAME/FILE is fetched",
+    )
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -203,7 +216,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention",
         choices=ATTENTIONS,
-        help="scores exact, or in int8, 0.1 to 1.9%% off (default: int8 on cards where that is faster; --exact: exact)",
+        help="int8: scores, up to 1.9%% off; full-int8: values too, 2.2%%; fp8: values in float8, 3.4%%, from RTX 4000 "
+        "on (default: the quickest that is at most 2.5%% off, 2%% with --prefer quality)",
     )
 
 
@@ -256,8 +270,9 @@ def _add_plan(commands: Commands) -> None:
     _add_guidance(parser)
     parser.add_argument("--model", type=Path, metavar="DIR|FILE|NAME", help="as for run (default: as published)")
     parser.add_argument("--quant", metavar="TYPE", help="of the transformer (default: the best that suits)")
+    _add_lora(parser)
     _add_precision(parser)
-    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (quality)")
+    parser.add_argument("--prefer", choices=PREFERENCES, help="what to optimize types and plans for (balanced)")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw memory over the run, and time against tokens")
 
 
@@ -333,6 +348,7 @@ def _add_convert(commands: Commands) -> None:
         help="the type of a transformer's matrices with a matching name; the first rule that matches wins",
     )
     parser.add_argument("--imatrix", type=Path, metavar="F", help="importance of input channels, to weight errors")
+    _add_lora(parser)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="device that encodes weights (cpu)")
     parser.add_argument("--report", type=Path, metavar="R.html|R.png", help="draw the error of each tensor by block")
     parser.add_argument(
@@ -382,6 +398,16 @@ def _add_bench(commands: Commands) -> None:
     _add_precision(parser)
     _add_clip(parser, "5 s")
     parser.set_defaults(steps=4)
+
+
+def _add_web(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "web", help="a page to make clips with, and a queue", description="a page to make clips with, and a queue"
+    )
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen at (7860)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where clips and the queue are (~/skyrun-clips)")
+    parser.add_argument("--token", metavar="T", help="that every client must know; needed where --host is not loopback")
 
 
 def _add_completion(commands: Commands) -> None:

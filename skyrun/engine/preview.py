@@ -41,6 +41,11 @@ def preview_image(latents: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Image.Image
     return contact_sheet([preview_frame(frame.float().cpu(), rgb_map) for frame in chosen])
 
 
+def preview_frames(latents: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> list[Image.Image]:
+    """Draw every frame of the predicted x0, latents [16, F, h, w]."""
+    return [Image.fromarray(preview_frame(frame, rgb_map)) for frame in latents.float().cpu().unbind(1)]
+
+
 def preview_frame(frame: Tensor, rgb_map: RGBMap = WAN_RGB_MAP) -> Frames:
     """Latents [16, h, w] -> uint8 [4 h, 4 w, 3]."""
     table = torch.tensor(rgb_map)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 
 import torch
 
@@ -12,6 +13,7 @@ from skyrun.kernels.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.rotated import GROUP
 from skyrun.kernels.warm_up import Blocks, launches
 from skyrun.models.dit_header import block_layouts, read_dims
+from skyrun.models.vae import vae_channels
 from skyrun.planning.job import Job
 from skyrun.streaming.device import use_device
 
@@ -55,13 +57,13 @@ class WarmUp:
 
 
 def blocks_of(job: Job) -> Blocks:
-    """What decides which kernels the blocks of the job's transformer need."""
+    """What decides which kernels the job's transformer and autoencoder need."""
     file, plan = job.files.transformer, job.plan
     dims, fast = read_dims(file), plan.precision == "fast"
     matrices = [info for block in block_layouts(file) for _, info, _ in block.tensors if len(info.shape) == 2]
     weights = {(info.format.name, info.shape[1]) for info in matrices if info.format.block_size > 1}
     if fast:
         weights = {(type, cols) for type, cols in weights if cols % GROUP == 0}
-    return Blocks(
-        frozenset(weights), dims.dim, dims.ffn_dim, getattr(torch, plan.dtype), fast, plan.attention == "int8"
-    )
+    dtypes = {getattr(torch, how.dtype) for how in (plan.encoding, plan.decoding)}
+    frames = frozenset(product(vae_channels(job.workload.vae_base_dim), dtypes))
+    return Blocks(frozenset(weights), dims.dim, dims.ffn_dim, getattr(torch, plan.dtype), fast, plan.attention, frames)

@@ -101,11 +101,15 @@ def parse_name(text: str, quant: str | None = None, task: str | None = None) -> 
     return Name(task or "", base, type.upper() or asked)
 
 
+def sources_of(name: Name) -> list[str]:
+    """The repositories that a missing model can be downloaded from, the first choice first."""
+    source = SOURCES.get(name.key)
+    return [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
+
+
 def sources_text(name: Name) -> str:
     """A sentence about where a missing model can be downloaded from."""
-    source = SOURCES.get(name.key)
-    places = [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
-    return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(places)}"
+    return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(sources_of(name))}"
 
 
 def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:

@@ -1,6 +1,7 @@
 """The only place that opens and writes image files. Nothing here imports torch."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,23 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "F":
         raise SkyrunError(f"{path} has floating-point pixels", "save it with 8 bits per channel")
     return image
+
+
+def write_animation(path: Path, images: Sequence[Image.Image], seconds: float) -> None:
+    """Write images of one size as an endless WebP, atomically. Raises SkyrunError if it cannot be written.
+
+    Args:
+        path: Where to write it.
+        images: Its frames.
+        seconds: How long each is shown.
+    """
+    first, *others = images
+    try:
+        with replacing(path) as partial:
+            options = {"save_all": True, "append_images": others, "duration": round(1000 * seconds), "loop": 0}
+            first.save(partial, format="WEBP", quality=75, method=2, **options)
+    except (OSError, ValueError) as error:
+        raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error
 
 
 def write_image(path: Path, image: Image.Image) -> None:

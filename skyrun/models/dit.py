@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.events import Event
+from skyrun.kernels.adapter import Fitted
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.float16_sums import within_range
@@ -23,7 +24,7 @@ from skyrun.models.rope import rope_table, sinusoid
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
-from skyrun.streaming.weights import Weights, load_weights
+from skyrun.streaming.weights import Weights, load_additions, load_weights
 
 _SLOW = 16  # frames per second that the first of two embeddings of frame rates stands for; the other: 24
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
@@ -57,7 +58,7 @@ class DiT:
     """The part of a transformer that stays in memory: all weights outside of its blocks.
 
     rows: how many tokens pass through a block at a time; None stands for all. parked: whether tokens wait on the host
-    between blocks.
+    between blocks. adapters: what they add to these weights is loaded too.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class DiT:
         *,
         rows: int | None = None,
         parked: bool = False,
+        adapters: Sequence[Fitted] = (),
     ) -> None:
         self.dims = read_dims(file)
         self.device, self.dtype = device, dtype
         self._rows, self._parked = rows, parked
         tensors = canonical_tensors(file)
         outer = {name: info for name, info in tensors.items() if not name.startswith("blocks.")}
-        self._outer = load_weights(file, outer, device)
+        self._outer = load_weights(file, outer, device, load_additions(adapters, "blocks.", device))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Project a text embedding float32 [n, text_dim], n <= 512 -> context [512, D].
@@ -265,7 +267,7 @@ def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
     """Keys and values of the text, or of the image if `kind` is "_img"."""
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
-    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention == "int8")
+    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention)
 
 
 def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
@@ -285,7 +287,7 @@ def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope
         projected = w.linear("self_attn.k", normed)
         del normed
         k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
-    return Keys(k, v, dims.heads, w.attention == "int8")
+    return Keys(k, v, dims.heads, w.attention)
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.adapter import Fitted
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.name_tables import role_of
@@ -23,13 +24,17 @@ _IN_BLOCK = re.compile(r"\bbl(oc)?ks?\.\d+\.")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model. Only the talking avatar has encoders for images and audio."""
+    """The files of a model, and the adapters that are added to it.
+
+    Only the talking avatar has encoders for images and audio.
+    """
 
     transformer: GGUFFile
     text_encoder: GGUFFile
     vae: Path
     image_encoder: GGUFFile | None = None
     audio_encoder: Path | None = None
+    adapters: tuple[Fitted, ...] = ()
 
     @property
     def parts(self) -> dict[str, Path]:
@@ -39,7 +44,8 @@ class ModelFiles:
             "audio encoder": self.audio_encoder,
         }
         always = {"transformer": self.transformer.path, "text encoder": self.text_encoder.path, "autoencoder": self.vae}
-        return always | {name: path for name, path in encoders.items() if path is not None}
+        adapters = {f"adapter {number}": adapter.path for number, adapter in enumerate(self.adapters, 1)}
+        return always | {name: path for name, path in encoders.items() if path is not None} | adapters
 
 
 @dataclass(frozen=True)

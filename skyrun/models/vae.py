@@ -1,16 +1,19 @@
 """The Wan VAE: encodes pixels to latents, eight times smaller in space and four times in time, and decodes them.
 
-Encoder and decoder process frames in groups and cache the last input frames of each convolution, so memory does not
-grow with the length of the clip. Within a group convolutions can be computed slab by slab, and the cache can wait on
-the host; neither changes the result. A slab is computed from its own rows and the neighbouring rows that the
-convolution depends on, so the slabs join exactly: nothing is blended and there are no seams. Weights have original Wan
-names, from which the structure is derived.
+Encoder and decoder process frames in groups and keep the last input frames of each convolution, so memory does not grow
+with the length of the clip. Within a group convolutions can be computed slab by slab, and what is kept can wait on the
+host; neither changes the result. A slab is computed from its own rows and the neighbouring rows that the convolution
+depends on, so the slabs join exactly: nothing is blended and there are no seams. Weights have original Wan names, from
+which the structure is derived.
+
+Frames are [T, H, W, C]: channels last is what convolutions are quickest with, on GPUs and on CPUs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,40 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels import elementwise
 from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.name_tables import WAN_VAE
-from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
-
-Tile = tuple[int, int]  # height, width in pixels
-
-
-class Slab(NamedTuple):
-    """A range of rows that are computed together, and the rows that they depend on."""
-
-    rows: slice  # of the frame: the rows that are computed
-    reach: slice  # of the frame: those rows and the neighbours that they depend on
-    inside: slice  # of `reach`: the rows that are computed
-
-
-def cut(height: int, width: int, tile: Tile | None, margin: int) -> list[Slab]:
-    """Cut frames into slabs of about equal height.
-
-    Args:
-        height: rows of a frame.
-        width: columns of a frame.
-        tile: a slab has at most as many pixels as a tile, or one row; None leaves frames whole.
-        margin: how many rows above and below an output row depends on.
-    """
-    most = height if tile is None else max(1, tile[0] * tile[1] // width)
-    count = -(-height // most)
-    edges = [index * height // count for index in range(count + 1)]
-    return [_slab(start, stop, height, margin) for start, stop in zip(edges, edges[1:], strict=False)]
-
-
-def _slab(start: int, stop: int, height: int, margin: int) -> Slab:
-    first, last = max(0, start - margin), min(height, stop + margin)
-    return Slab(slice(start, stop), slice(first, last), slice(start - first, stop - first))
-
+from skyrun.kernels.safetensors_header import SafetensorsHeader, own_words, read_safetensors_header
+from skyrun.models.slabs import Slab, Tile, by_slab, cut
+from skyrun.models.vae_memory import Memory
 
 # Statistics of the latents that the diffusion models were trained on; they are the same for every Wan 2.1 VAE.
 _LARGEST = 1e6  # of statistics that are believed
@@ -66,32 +41,10 @@ _LATENTS_STD = (
 LATENT_CHANNELS = 16
 _FLOAT = ("F32", "F16", "BF16")
 _GROUP = 4  # frames per latent frame, after the first
-_TINY = 1e-12  # norms are clamped to it before they divide
-_HOST = torch.device("cpu")
-
-
-class Memory:
-    """The cache of each layer's last input frames, by layer and slab.
-
-    room: bytes of the device that the cache may take, the rest is on the host; None stands for no limit.
-    """
-
-    def __init__(self, room: int | None) -> None:
-        self._room = room
-        self._frames: dict[tuple[str, int], Tensor] = {}
-        self.first_group = True
-
-    def recall(self, layer: str, slab: int = 0) -> Tensor | None:
-        return self._frames.get((layer, slab))
-
-    def keep(self, frames: Tensor, layer: str, slab: int = 0) -> None:
-        if (layer, slab) not in self._frames:
-            device = frames.device
-            if self._room is not None:
-                device = device if frames.nbytes <= self._room else _HOST
-                self._room -= frames.nbytes if device == frames.device else 0
-            self._frames[layer, slab] = torch.empty(frames.shape, dtype=frames.dtype, device=device)
-        self._frames[layer, slab].copy_(frames)
+_EPS = 1e-24  # of a mean square: rows of zeros stay zeros
+# Doubling space repeats every row and column before a convolution of 3 x 3. The even and the odd rows of the result
+# depend on two rows of the input each, through these sums of the kernel's rows; columns likewise.
+_EVEN_ODD = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 
 class WanVAE:
@@ -110,7 +63,7 @@ class WanVAE:
         room: int | None = None,
     ) -> None:
         self._path, self._device, self._dtype, self._tile, self._room = path, device, dtype, tile, room
-        self._weights, metadata = (_shapes if device.type == "meta" else _load)(path, device, dtype)
+        self._weights, metadata = _load(path, device, dtype)
         self._mean = self._statistics(metadata, "latents_mean", _LATENTS_MEAN)
         self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
 
@@ -123,12 +76,14 @@ class WanVAE:
 
     def encode_groups(self, groups: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """As `encode`, for a video in groups: [3, 1, H, W] first, then [3, 4, H, W] each."""
-        memory, encoded = Memory(self._room), []
-        for group in groups:
-            x = self._encoder(group.unsqueeze(0).to(self._device, self._dtype), memory)
-            encoded.append(self._conv(x, "conv1", memory))
-            memory.first_group = False
-        mean, log_variance = torch.cat(encoded, 2).squeeze(0).float().chunk(2)
+        encoded = []
+        with closing(Memory(self._device, self._room)) as memory:
+            for group, last in _with_last(groups):
+                memory.last_group = last
+                frames = group.to(self._device, self._dtype).movedim(0, 3).contiguous()
+                encoded.append(self._linear(self._encoder(frames, memory), "conv1"))
+                memory.first_group = False
+        mean, log_variance = torch.cat(encoded).movedim(3, 0).float().chunk(2)
         return mean, log_variance.clamp(-30, 20)
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -142,12 +97,12 @@ class WanVAE:
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Decode normalised latents [16, F, h, w] and yield pixels in [-1, 1]: [3, 1, H, W], then [3, 4, H, W] each."""
-        memory = Memory(self._room)
-        raw = latents.to(self._device, torch.float32) * self._std + self._mean
-        for frame in raw.to(self._dtype).split(1, 1):
-            x = self._conv(frame.unsqueeze(0), "conv2", memory)
-            yield self._decoder(x, memory).squeeze(0).float().clamp_(-1, 1)
-            memory.first_group = False
+        raw = (latents.to(self._device, torch.float32) * self._std + self._mean).to(self._dtype)
+        with closing(Memory(self._device, self._room)) as memory:
+            for frame, last in _with_last(raw.movedim(0, 3).contiguous().split(1)):
+                memory.last_group = last
+                yield self._decoder(self._linear(frame, "conv2"), memory).movedim(3, 0).float().clamp_(-1, 1)
+                memory.first_group = False
 
     def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
         values = own_words(metadata).get(key, default)
@@ -185,22 +140,9 @@ class WanVAE:
     def _is_residual(self, name: str) -> bool:
         return f"{name}.resample.1.weight" not in self._weights
 
-    def _by_slab(
-        self, slabs: list[Slab], compute: Callable[[int, Slab], Tensor], scale: int = 1, onto: Tensor | None = None
-    ) -> Tensor:
-        """Join the results of `compute` for each slab, or add them to `onto`. scale: result rows per row."""
-        if len(slabs) == 1 and onto is None:
-            return compute(0, slabs[0])
-        out = onto
-        for index, slab in enumerate(slabs):
-            part = compute(index, slab)
-            if out is None:
-                out = part.new_empty(*part.shape[:3], slabs[-1].rows.stop * scale, part.shape[4])
-            rows = out[:, :, :, slab.rows.start * scale : slab.rows.stop * scale]
-            rows.copy_(part) if onto is None else rows.add_(part)
-            del part
-        assert out is not None
-        return out
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        """A convolution that sees one pixel: a linear layer over channels."""
+        return F.linear(x, self._w(f"{name}.weight").flatten(1), self._w(f"{name}.bias"))
 
     def _conv(
         self, x: Tensor, name: str, memory: Memory, norm: str | None = None, onto: Tensor | None = None
@@ -210,93 +152,85 @@ class WanVAE:
         norm: name of a norm that is applied to x first, followed by SiLU. onto: a tensor that the result is added to.
         """
         weight, bias = self._w(f"{name}.weight"), self._w(f"{name}.bias")
-        taps, margin = weight.shape[2], weight.shape[3] // 2
+        before, margin = weight.shape[2] - 1, weight.shape[3] // 2
 
         def compute(index: int, slab: Slab) -> Tensor:
-            part = x[:, :, :, slab.reach]
-            if taps > 1:
-                part = self._after_past(part, taps - 1, memory.recall(name, index), norm)
-                memory.keep(part[:, :, 1 - taps :], name, index)
-            return F.conv3d(part, weight, bias, padding=(0, margin, margin))[:, :, :, slab.inside]
+            part = self._after_past(x[:, slab.reach], before, memory, name, index, norm)
+            if len(part) == 1:  # the first frame: the other taps would see zeros
+                return _convolved_2d(part, weight[:, :, -1], bias, padding=margin)[:, slab.inside]
+            return _convolved(part, weight, bias, padding=(0, margin, margin))[:, slab.inside]
 
-        return self._by_slab(cut(x.shape[3], x.shape[4], self._tile, margin), compute, onto=onto)
+        return by_slab(cut(x.shape[1], x.shape[2], self._tile, margin), compute, onto=onto)
 
-    def _after_past(self, x: Tensor, frames: int, past: Tensor | None, norm: str | None) -> Tensor:
-        """Concatenate `frames` past frames and x, to which a norm and SiLU are applied if `norm` names one.
+    def _after_past(self, x: Tensor, before: int, memory: Memory, layer: str, slab: int, norm: str | None) -> Tensor:
+        """Join `before` past frames and x, to which a norm and SiLU are applied if `norm` names one, in one pass.
 
-        x is copied only once.
+        Before a single frame without a past there are no zeros. The last frames are kept for the next group.
         """
-        joined = x.new_empty(*x.shape[:2], frames + x.shape[2], *x.shape[3:])
-        if past is None:
-            joined[:, :, :frames].zero_()
+        alone = len(x) == 1 and not memory.holds(layer, slab)
+        past = 0 if alone else before
+        joined = x.new_empty(past + len(x), *x.shape[1:])
+        if memory.holds(layer, slab):
+            memory.recall(joined[:past], layer, slab)
         else:
-            joined[:, :, :frames].copy_(past)
+            joined[:past].zero_()
         if norm is None:
-            joined[:, :, frames:].copy_(x)
+            joined[past:].copy_(x)
         else:
-            F.silu(self._norm(x, norm, joined[:, :, frames:]), inplace=True)
+            elementwise.norm_silu(x, self._w(f"{norm}.gamma"), _EPS, joined[past:])
+        last = F.pad(joined, (0, 0) * 3 + (before - 1, 0)) if alone and not memory.last_group else joined
+        memory.keep(last[-before:], layer, slab)
         return joined
-
-    def _norm(self, x: Tensor, name: str, out: Tensor) -> Tensor:
-        """RMS norm over the channels, written to `out`: x / |x| * sqrt(C) * gamma."""
-        gamma = self._w(f"{name}.gamma").view(1, -1, 1, 1, 1)
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(_TINY)
-        return torch.div(x, length, out=out).mul_(x.shape[1] ** 0.5 * gamma)
 
     def _residual(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         """A residual block of two convolutions. Without a shortcut the sum is computed in place, in x."""
         h = self._conv(x, f"{name}.residual.2", memory, norm=f"{name}.residual.0")
         if f"{name}.shortcut.weight" in self._weights:
-            x = self._conv(x, f"{name}.shortcut", memory)
+            x = self._linear(x, f"{name}.shortcut")
         return self._conv(h, f"{name}.residual.6", memory, norm=f"{name}.residual.3", onto=x)
 
     def _middle(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         x = self._residual(x, f"{name}.0", memory)
-        x += self._attention(self._norm(x, f"{name}.1.norm", torch.empty_like(x)), f"{name}.1")
+        x += self._attention(x, f"{name}.1")
         return self._residual(x, f"{name}.2", memory)
 
     def _attention(self, x: Tensor, name: str) -> Tensor:
-        """Attention with one head over the pixels of each frame. x [1, C, T, H, W]."""
-        _, channels, frames, height, width = x.shape
-        flat = x.squeeze(0).transpose(0, 1)
-        qkv = F.conv2d(flat, self._w(f"{name}.to_qkv.weight"), self._w(f"{name}.to_qkv.bias"))
-        q, k, v = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, 3)
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        out = mixed.reshape(frames, channels, height, width)
-        out = F.conv2d(out, self._w(f"{name}.proj.weight"), self._w(f"{name}.proj.bias"))
-        return out.transpose(0, 1).unsqueeze(0)
+        """Attention with one head over the pixels of each frame."""
+        normed = elementwise.rms_norm(x.flatten(0, 2), self._w(f"{name}.norm.gamma"), _EPS)
+        parts = self._linear(normed.view_as(x).flatten(1, 2).unsqueeze(1), f"{name}.to_qkv").chunk(3, 3)
+        q, k, v = (part.contiguous() for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self._linear(mixed.reshape(x.shape), f"{name}.proj")
 
     def _tail(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         return self._conv(x, f"{name}.2", memory, norm=f"{name}.0")
 
-    def _spatial(self, frames: Tensor, name: str, **settings: Any) -> Tensor:
-        """The 2-D convolution of a resampler. frames [T, C, H, W] -> [1, C', T, H', W']."""
+    def _spatial(self, x: Tensor, name: str, **settings: Any) -> Tensor:
+        """The 2-D convolution of a resampler."""
         weight, bias = self._w(f"{name}.resample.1.weight"), self._w(f"{name}.resample.1.bias")
-        return F.conv2d(frames, weight, bias, **settings).transpose(0, 1).unsqueeze(0)
+        return _convolved_2d(x, weight, bias, **settings)
 
     def _downsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         """Halve space, then time, with the last frame of the group before. Time is not halved in the first group."""
         x = self._halve(x, name)
         if f"{name}.time_conv.weight" not in self._weights:
             return x
-        before = memory.recall(name)
-        joined = x if before is None else torch.cat((before.to(x.device), x), 2)
-        memory.keep(x[:, :, -1:], name)
         if memory.first_group:
+            memory.keep(x[-1:], name)
             return x
+        joined = self._after_past(x, 1, memory, name, 0, None)
         weight, bias = self._w(f"{name}.time_conv.weight"), self._w(f"{name}.time_conv.bias")
-        return F.conv3d(joined, weight, bias, stride=(2, 1, 1))
+        return _convolved(joined, weight, bias, stride=(2, 1, 1))
 
     def _halve(self, x: Tensor, name: str) -> Tensor:
         """Halve space: row i depends on rows 2i to 2i + 2, columns likewise, with zeros after the last."""
-        frames, height = x.squeeze(0).transpose(0, 1), x.shape[3]
+        height = x.shape[1]
 
         def compute(_: int, slab: Slab) -> Tensor:
             first, last = 2 * slab.rows.start, 2 * slab.rows.stop + 1
-            part = F.pad(frames[:, :, first:last], (0, 1, 0, max(0, last - height)))
-            return self._spatial(part, name, stride=2)
+            return self._spatial(F.pad(x[:, first:last], (0, 0, 0, 1, 0, max(0, last - height))), name, stride=2)
 
-        return self._by_slab(cut(height // 2, 2 * x.shape[4], self._tile, 0), compute)
+        return by_slab(cut(height // 2, 2 * x.shape[2], self._tile, 0), compute)
 
     def _upsample(self, x: Tensor, name: str, memory: Memory) -> Tensor:
         """Double time, except for the first frame, then double space.
@@ -304,25 +238,74 @@ class WanVAE:
         The time convolution does not see the first frame: before the second group there are zeros.
         """
         if f"{name}.time_conv.weight" in self._weights and not memory.first_group:
-            even, odd = self._conv(x, f"{name}.time_conv", memory).chunk(2, 1)
-            x = torch.stack((even, odd), 3).flatten(2, 3)
+            even_odd = self._conv(x, f"{name}.time_conv", memory).unflatten(3, (2, -1))
+            x = even_odd.movedim(3, 1).flatten(0, 1).contiguous()
         return self._double(x, name)
 
     def _double(self, x: Tensor, name: str) -> Tensor:
-        """Double space by repeating every pixel four times, followed by a convolution."""
-        frames = x.squeeze(0).transpose(0, 1)
+        """Double space by repeating every pixel four times, followed by a convolution: both at once.
+
+        One convolution of 2 x 2 gives the four pixels that a pixel becomes, in their places from one row and column to
+        the next: less than half the operations, and nothing is repeated in memory.
+        """
 
         def compute(_: int, slab: Slab) -> Tensor:
-            part = F.interpolate(frames[:, :, slab.reach], scale_factor=2, mode="nearest")
-            inside = slice(2 * slab.inside.start, 2 * slab.inside.stop)
-            return self._spatial(part, name, padding=1)[:, :, :, inside]
+            part, (start, stop) = x[:, slab.reach], (slab.inside.start, slab.inside.stop)
+            four = self._spatial(part, name, padding=1).unflatten(3, (2, 2, -1))
+            out = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
+            for odd_row in (0, 1):
+                for odd_col in (0, 1):
+                    rows, cols = slice(start + odd_row, stop + odd_row), slice(odd_col, x.shape[2] + odd_col)
+                    out[:, :, odd_row, :, odd_col] = four[:, rows, cols, odd_row, odd_col]
+            doubled: Tensor = out.flatten(3, 4).flatten(1, 2)
+            return doubled
 
-        return self._by_slab(cut(x.shape[3], 4 * x.shape[4], self._tile, 1), compute, scale=2)
+        return by_slab(cut(x.shape[1], 4 * x.shape[2], self._tile, 1), compute, scale=2)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
+    """A 3-D convolution of frames. What computes small ones on a CPU does not leave channels last."""
+    out = F.conv3d(x.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias, **settings)
+    return out.permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+
+
+def _convolved_2d(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
+    """A 2-D convolution of each frame."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1).contiguous()
+
+
+def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is used: convolutions have channels last, norms stay float32."""
+    if name.endswith(".gamma"):
+        return weight.flatten().float()
+    doubles = name.startswith("decoder.upsamples.")
+    if doubles and name.endswith(".resample.1.weight"):
+        sums = torch.tensor(_EVEN_ODD, dtype=torch.float32, device=weight.device)
+        weight = torch.einsum("yau,xbv,oiuv->yxoiab", sums, sums, weight.float()).flatten(0, 2)
+    if doubles and name.endswith(".resample.1.bias"):
+        weight = weight.repeat(4)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim, torch.contiguous_format)
+    return weight.to(dtype).contiguous(memory_format=layout)
+
+
+def _with_last(groups: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each group, and whether it is the last."""
+    groups = iter(groups)
+    group = next(groups, None)
+    while group is not None:
+        after = next(groups, None)
+        yield group, after is None
+        group = after
 
 
 def groups_of(frames: int) -> list[slice]:
     """The groups that the VAE encodes at a time: the first frame, then whole groups of four frames."""
     return [slice(0, 1), *(slice(start, start + _GROUP) for start in range(1, frames - _GROUP + 1, _GROUP))]
+
+
+def vae_channels(base: int) -> tuple[int, ...]:
+    """How many channels frames have at full resolution, at half of it, and at a quarter and less."""
+    return base, 2 * base, 4 * base
 
 
 def read_vae_dims(path: Path) -> tuple[int, int]:
@@ -337,30 +320,34 @@ def read_vae_dims(path: Path) -> tuple[int, int]:
 def check_vae(path: Path) -> None:
     """Raise SkyrunError if a tensor is missing or does not fit the others."""
     hint = "convert or download the autoencoder again"
+    shapes = {name: tuple(tensor.shape) for name, tensor in _header(path).tensors.items()}
+    check_tensors(path, WAN_VAE, shapes, hint, z=LATENT_CHANNELS)
     try:
-        vae = WanVAE(path, torch.device("meta"))
+        WanVAE(path, torch.device("meta"))
     except ValueError as error:
         raise SkyrunError(f"{path} has metadata that is not JSON: {error}", hint) from error
-    shapes = {name: tuple(weight.shape) for name, weight in vae._weights.items()}
-    check_tensors(path, WAN_VAE, shapes, hint, z=LATENT_CHANNELS)
 
 
-def _shapes(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _header(path: Path) -> SafetensorsHeader:
     header = read_safetensors_header(path)
     strange = [
         f"{name} is {t.dtype}, expected F32, F16 or BF16" for name, t in header.tensors.items() if t.dtype not in _FLOAT
     ]
     if strange:
         raise SkyrunError.listing(f"{path} cannot be used", strange, "convert or download the autoencoder again")
-    weights = {name: torch.empty(t.shape, dtype=dtype, device=device) for name, t in header.tensors.items()}
-    return weights, header.metadata
+    return header
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if device.type == "meta":
+        header = _header(path)
+        empty = {name: torch.empty(tensor.shape, device=device) for name, tensor in header.tensors.items()}
+        return {name: _prepared(name, weight, dtype) for name, weight in empty.items()}, header.metadata
     try:
         with safe_open(str(path), framework="pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name).to(device, dtype) for name in names}, file.metadata() or {}
+            weights = {name: _prepared(name, file.get_tensor(name).to(device), dtype) for name in names}
+            return weights, file.metadata() or {}
     except FileNotFoundError as error:
         raise SkyrunError(f"{path} does not exist", "check the path", MODEL_MISSING) from error
     except (SafetensorError, OSError) as error:

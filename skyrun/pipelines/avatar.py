@@ -152,7 +152,7 @@ class _Pass:
             audio=audio_windows(self.speech, window.start, job.request.window_frames),
             motion=motion,
         )
-        yield from denoise(job.files.transformer, job.plan, state, condition, job.device, observe, job.part(self.index))
+        yield from denoise(job.files, job.plan, state, condition, job.device, observe, job.part(self.index))
         yield from self._decode(window)
 
     def _tokens(self, window: Window, beginning: Tensor) -> Generator[Event, None, Tensor]:

@@ -48,7 +48,7 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
     prefix = (yield from encode_clip(files.vae, groups, plan, device, part)).cpu()
     begin(job, state, index)
     condition = Condition(state.encoded["text"], before=prefix, clean=True)
-    yield from denoise(files.transformer, plan, state, condition, device, observe, part)
+    yield from denoise(files, plan, state, condition, device, observe, part)
     assert state.latents is not None
     if not state.groups:
         yield LatentsReady(state.latents, index)
@@ -76,7 +76,7 @@ def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = Non
         state.encoded["video"] = (yield from encode_clip(files.vae, groups, plan, device)).cpu()
     begin(job, state, 0)
     condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_POSITION)
-    yield from denoise(files.transformer, plan, state, condition, device, observe)
+    yield from denoise(files, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:
         yield LatentsReady(state.latents)

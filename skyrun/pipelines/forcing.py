@@ -48,7 +48,7 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
     _begin(job, state, index)
     noise = _history_noise(job, index) if len(job.windows) > 1 and given is not None else None
     condition = condition_of(job, state, before=given, clean=given is not None, noise=noise, fps=job.fps)
-    yield from denoise(files.transformer, plan, state, condition, device, observe, part)
+    yield from denoise(files, plan, state, condition, device, observe, part)
     assert state.latents is not None
     whole = state.latents if given is None else torch.cat((given, state.latents), 1)
     if not state.groups:  # the first frame is one of the clip, the history is not

@@ -67,7 +67,7 @@ def _make(job: Job, state: RunState, observe: ObserveBlock | None, **given: Tens
         shape = (LATENT_CHANNELS, job.windows[0].latents, job.height // 8, job.width // 8)
         state.sampler = new_sampler(request.spec, request.steps, request.shift)
         state.latents = torch.randn(shape, generator=generator)
-    yield from denoise(files.transformer, plan, state, condition_of(job, state, **given), device, observe)
+    yield from denoise(files, plan, state, condition_of(job, state, **given), device, observe)
     assert state.latents is not None
     if not state.groups:
         yield LatentsReady(state.latents)

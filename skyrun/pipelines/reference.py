@@ -42,7 +42,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
     if state.sampler is None:
         state.sampler, state.latents = new_sampler(request.spec, request.steps), noise
     condition = Condition(state.encoded["text"], after=state.encoded["pictures"])
-    yield from denoise(files.transformer, plan, state, condition, device, observe)
+    yield from denoise(files, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:
         yield LatentsReady(state.latents)

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
-from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_header import block_layouts
+from skyrun.models.folder import ModelFiles
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.presets import Plan
+from skyrun.presets.autoencoder import Autoencoder
 from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak
+from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
 
@@ -71,8 +73,8 @@ def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
     return embedding.to(device)
 
 
-def _open_vae(path: Path, plan: Plan, device: torch.device) -> WanVAE:
-    return WanVAE(path, device, getattr(torch, plan.vae_dtype), plan.vae_tile, plan.vae_room)
+def _open_vae(path: Path, how: Autoencoder, device: torch.device) -> WanVAE:
+    return WanVAE(path, device, getattr(torch, how.dtype), how.tile, how.room)
 
 
 def encode_images(
@@ -84,12 +86,12 @@ def encode_images(
         path: the VAE's file.
         pixels: the images.
         noise: for each image what its latent is sampled with.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
     """
     stage = Stage("images", len(pixels), "images", device)
     yield stage.started()
-    vae = _open_vae(path, plan, device)
+    vae = _open_vae(path, plan.encoding, device)
     latents = []
     for index, (image, draw) in enumerate(zip(pixels, noise, strict=True)):
         latents.append(vae.sample(image, draw))
@@ -107,13 +109,13 @@ def encode_clip(
     Args:
         path: the VAE's file.
         groups: the video's frames in the groups that the VAE encodes at a time, [3, T, H, W] each.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
         part: (number, count) of the window.
     """
     stage = Stage("images", 1, "clip", device, part)
     yield stage.started()
-    vae = _open_vae(path, plan, device)
+    vae = _open_vae(path, plan.encoding, device)
     latents = vae.normalise(vae.encode_groups(groups)[0])
     del vae
     yield stage.done(1)
@@ -131,18 +133,26 @@ def embed_image(vision: CLIPVision, image: Tensor, device: torch.device) -> Gene
     return tokens
 
 
-def load_transformer(file: GGUFFile, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
-    """Load the transformer's weights outside of its blocks."""
+def load_transformer(files: ModelFiles, plan: Plan, device: torch.device) -> Generator[Event, None, DiT]:
+    """Load the transformer's weights outside of its blocks, and what adapters add to them."""
     stage = Stage("load", 1, "file", device)
     yield stage.started()
-    dit = DiT(file, device, getattr(torch, plan.dtype), rows=plan.token_rows, parked=plan.parked_tokens)
+    dtype = getattr(torch, plan.dtype)
+    dit = DiT(
+        files.transformer,
+        device,
+        dtype,
+        rows=plan.token_rows,
+        parked=plan.parked_tokens,
+        adapters=files.adapters,
+    )
     yield stage.done(1)
     yield stage.ended()
     return dit
 
 
 def denoise(
-    file: GGUFFile,
+    files: ModelFiles,
     plan: Plan,
     state: RunState,
     condition: Condition,
@@ -153,7 +163,7 @@ def denoise(
     """Run the denoising steps that the state does not have yet, and store each in the state.
 
     Args:
-        file: the transformer.
+        files: the transformer and its adapters.
         plan: dtype, precisions, ring slots, resident blocks and token rows.
         state: holds the latents and the sampler.
         condition: what the window is conditioned on.
@@ -164,9 +174,10 @@ def denoise(
     if state.sampler is not None and state.steps == len(state.sampler.timesteps):
         return
     assert state.sampler is not None and state.latents is not None
-    total, finished, blocks = len(state.sampler.timesteps), state.steps, block_layouts(file)
+    total, finished = len(state.sampler.timesteps), state.steps
+    blocks = with_adapters(block_layouts(files.transformer), "blocks.", files.adapters)
     with BlockStream(  # already reads blocks while the weights outside of them are loaded
-        file.path,
+        files.transformer.path,
         blocks,
         device,
         passes=total - finished,
@@ -175,8 +186,9 @@ def denoise(
         observe=observe,
         fast=plan.precision == "fast",
         attention=plan.attention,
+        adapters=[adapter.path for adapter in files.adapters],
     ) as stream:
-        dit = yield from load_transformer(file, plan, device)
+        dit = yield from load_transformer(files, plan, device)
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
         stage = Stage("denoise", total, "steps", device, part)
         yield stage.started(finished)
@@ -215,14 +227,14 @@ def decode(
         path: the VAE's file.
         latents: [16, F, h, w].
         state: records how many groups were yielded.
-        plan: the VAE's dtype and tiles.
+        plan: how the VAE works.
         device: where the VAE runs.
         show: turns pixels [3, T, H, W] and the index of their first frame into the frames to yield.
         part: (number, count) of the window.
     """
     stage = Stage("decode", latents.shape[1], "latent frames", device, part)
     yield stage.started()
-    vae, first = _open_vae(path, plan, device), 0
+    vae, first = _open_vae(path, plan.decoding, device), 0
     for index, pixels in enumerate(vae.decode(latents)):
         frames = show(pixels, first) if show is not None else to_uint8(pixels)
         first += pixels.shape[1]

@@ -3,7 +3,7 @@
 models = "/mnt/big/models"   # where models are kept; SKYRUN_MODELS goes before it
 resolution = "480P"          # of clips
 quant = "Q6_K"               # of models that are pulled
-prefer = "speed"             # quality, speed or memory
+prefer = "speed"             # balanced, quality, speed or memory
 """
 
 import os

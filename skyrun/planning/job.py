@@ -10,17 +10,20 @@ import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.models.clip import CLIPVision
+from skyrun.models.dit_header import canonical_tensors
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
+from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
 from skyrun.planning.own_clips import read_own_clips
-from skyrun.planning.problems import check, too_long, value_problems
+from skyrun.planning.problems import check, check_attention, too_long, value_problems
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
 from skyrun.presets import Plan, Workload, choose
+from skyrun.presets.options import PREFERENCES
 from skyrun.streaming.device import choose_device
 from skyrun.tasks import TaskSpec
 from skyrun.tasks.windows import Window, speech_frame_count
@@ -62,7 +65,8 @@ class Job:
         advice = [*_turned(self.height, self.width, self.inputs.shape)] if seen else []
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
             advice += too_long(len(self.windows), self.frames / self.fps)
-        return (*self.inputs.notices, *passed, *advice, *self.plan.notes)
+        adapted = (notice for adapter in self.files.adapters for notice in adapter.notices)
+        return (*self.inputs.notices, *passed, *adapted, *advice, *self.plan.notes)
 
     @property
     def fps(self) -> int:
@@ -100,6 +104,7 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     device = choose_device(request.device)
     inputs, model = _open(request)
+    adapters = model.files.adapters
     request, spec = _of_model(request, model.spec), model.spec
     own = read_own_clips(model.files.transformer)
     if own is not None:
@@ -111,12 +116,14 @@ def prepare(request: Request) -> Job:
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
     workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+    workload = with_adapters(workload, adapters)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
             workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+            workload = with_adapters(workload, adapters)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(
@@ -153,15 +160,17 @@ def _of_model(request: Request, spec: TaskSpec) -> Request:
 
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:
+    hardware = this_machine(device.type, model)
+    check_attention(hardware, request.attention)
     return choose(
-        this_machine(device.type, model),
+        hardware,
         workload,
         precision=request.precision,
         attention=request.attention,
         dtype=request.dtype,
         max_vram=request.max_vram,
         max_ram=request.max_ram,
-        prefer=request.prefer or "quality",
+        prefer=request.prefer or PREFERENCES[0],
     )
 
 
@@ -171,6 +180,8 @@ def _open(request: Request) -> tuple[Inputs, Model]:
     inputs = open_inputs(request, failures)
     try:
         model = choose_model(open_folder(request.model), request.spec, request.quant)
+        shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
+        model = model.with_adapters(open_adapters(request.loras, shapes))
     except SkyrunError as error:
         failures.append(error)
     if failures:

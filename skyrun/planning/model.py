@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
+from skyrun.kernels.adapter import Fitted
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit_header import DiTDims, read_dims
@@ -41,6 +42,10 @@ class Model:
         dims = _checked_transformer(transformer, spec, self.encoder, self.vision)
         others = (self.files.transformer, *(file for file in self.others if file is not transformer))
         return replace(self, files=replace(self.files, transformer=transformer), dims=dims, others=others)
+
+    def with_adapters(self, adapters: tuple[Fitted, ...]) -> "Model":
+        """The same model with adapters."""
+        return replace(self, files=replace(self.files, adapters=adapters))
 
 
 def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) -> Model:

@@ -11,7 +11,9 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
-from skyrun.presets.options import ATTENTIONS
+from skyrun.presets import Hardware
+from skyrun.presets.card import FLOAT8
+from skyrun.presets.options import ATTENTIONS, lacks_float8
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
@@ -199,6 +201,7 @@ def choice_problems(request: Request) -> Iterator[str]:
     ):
         if value is not None and value not in known:
             yield f"unknown {name} {value!r}, expected {', '.join(known[:-1])} or {known[-1]}"
+    yield from (problem for lora in request.loras if (problem := lora.problem))
     for option, limit in (("--max-vram", request.max_vram), ("--max-ram", request.max_ram)):
         if limit is not None and not 0 < limit < math.inf:
             yield f"{option} {limit:g} GiB is not a limit, expected a number above 0"
@@ -209,6 +212,7 @@ def choice_problems(request: Request) -> Iterator[str]:
 def _world_problems(request: Request) -> Iterator[str]:
     """Inputs that do not exist, and outputs that cannot be written or would replace an input."""
     files = [file for file in (*request.images, request.video, request.audio) if file is not None]
+    files += [lora.path for lora in request.loras if not lora.on_hub]
     for file in files:
         if not file.is_file():
             yield f"{file} is a folder" if file.is_dir() else f"{file} does not exist"
@@ -226,6 +230,16 @@ def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]
     for place in places:
         if place.resolve() in taken:
             yield f"{place} is what the clip is made from, it would be lost"
+
+
+def check_attention(hardware: Hardware, attention: str | None) -> None:
+    """Raise SkyrunError if attention is asked for in a precision that the card does not have."""
+    if lacks_float8(hardware, attention):
+        raise SkyrunError(
+            f"--attention fp8 needs a card of the RTX 4000 series or later (compute capability "
+            f"{FLOAT8[0]}.{FLOAT8[1]}), {hardware.name} has {hardware.capability[0]}.{hardware.capability[1]}",
+            "use --attention full-int8, which is more accurate, or leave it to the plan",
+        )
 
 
 def too_long(windows: int, seconds: float) -> Iterator[str]:

@@ -108,6 +108,11 @@ def transformer_table(spec: TaskSpec) -> Table:
     return WAN_IMAGE_TRANSFORMER if spec.sees_image else WAN_TRANSFORMER
 
 
+def published_shapes(spec: TaskSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a task's transformer, by original name."""
+    return transformer_table(spec).shapes("original", {"layers": LAYERS, **spec.dims})
+
+
 def _block(spec: TaskSpec) -> list[tuple[str, tuple[int, ...]]]:
     return _in_blocks(transformer_table(spec), "original", {**spec.dims, "layers": 1}, "blocks.")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.kernels.disk import is_possible
+from skyrun.planning.lora import Lora, as_lora, lora_problem
 from skyrun.tasks import MODELS, TASKS, TaskSpec, spec_of
 from skyrun.tasks.windows import BLOCK, Length, Window, latents
 
@@ -46,10 +47,12 @@ class Request:
     `resolution` chooses one with the aspect ratio of the first image or the video. frames: 4 k + 1. seconds: the length
     if `frames` is not given, by default what the model was trained for; of speech, how much of its beginning is used.
     seed: None draws one.
-    precision: of linear layers, "exact" or "fast" (int8); attention: "exact" or "int8"; None leaves them to the plan,
-    but where `precision` is "exact" attention is too. prefer: "quality", "speed" or "memory".
+    precision: of linear layers, "exact" or "fast" (int8); attention: "exact", "int8", "full-int8" or "fp8"; None leaves
+    them to the plan, but where `precision` is "exact" attention is too. prefer: "balanced", "quality", "speed" or
+    "memory".
     max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
     replaced.
+    loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
     negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
     without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them
     the model's own values count. variant: the name of the model, found from its files. ar_step: by how many steps each
@@ -88,6 +91,7 @@ class Request:
     audio: Path | None = None
     transition: str | None = None
     join: bool = False
+    loras: tuple[Lora, ...] = ()
     negative_prompt: str | None = None
     guidance: float | None = None
     shift: float | None = None
@@ -108,6 +112,7 @@ class Request:
 
         images = (self.images,) if isinstance(self.images, (str, Path)) else self.images
         put("images", tuple(Path(image) for image in images))
+        put("loras", tuple(as_lora(lora) for lora in self.loras))
         for name in PLACES:
             if getattr(self, name) is not None:
                 put(name, Path(getattr(self, name)))
@@ -197,6 +202,11 @@ class Request:
         values = [(name, value, kind) for name, value, kind in values if value is not None or name in _REQUIRED]
         images: Any = self.images
         values += [("image", image, _PATH) for image in (images if isinstance(images, (list, tuple)) else (images,))]
+        if not isinstance(self.loras, (list, tuple)):
+            return [f"loras is {reprlib.repr(self.loras)}, expected a list of files"]
+        if problems := [problem for lora in self.loras if (problem := lora_problem(lora))]:
+            return problems
+        values += [("lora", as_lora(lora).path, _PATH) for lora in self.loras]
         size: Any = self.size
         is_pair = isinstance(size, (list, tuple)) and len(size) == 2
         if is_pair:
@@ -209,7 +219,8 @@ class Request:
         """The same request with absolute paths."""
         places = {name: getattr(self, name) for name in PLACES}
         whole = {name: path.absolute() for name, path in places.items() if path is not None}
-        return replace(self, images=tuple(path.absolute() for path in self.images), **whole)
+        images, loras = (path.absolute() for path in self.images), (lora.absolute() for lora in self.loras)
+        return replace(self, images=tuple(images), loras=tuple(loras), **whole)
 
     def as_json(self) -> dict[str, Any]:
         """The values that are set, as plain values."""
@@ -219,6 +230,7 @@ class Request:
             if (
                 value is None
                 or value is False
+                or (field.name == "loras" and not value)
                 or field.name == "overwrite"
                 or (field.name == "resolution" and self.size)
             ):
@@ -228,7 +240,7 @@ class Request:
             if isinstance(value, Path):
                 value = str(value)
             elif isinstance(value, tuple):
-                value = [str(item) if isinstance(item, Path) else item for item in value]
+                value = [str(item) if isinstance(item, (Path, Lora)) else item for item in value]
             values[field.name] = value
         return values
 

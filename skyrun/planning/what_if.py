@@ -7,15 +7,24 @@ from typing import Any
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
+from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
-from skyrun.planning.problems import choice_problems, length_problems, of_some_model, shape_problems, too_long
-from skyrun.planning.published import published_workload, with_clip
+from skyrun.planning.problems import (
+    check_attention,
+    choice_problems,
+    length_problems,
+    of_some_model,
+    shape_problems,
+    too_long,
+)
+from skyrun.planning.published import published_shapes, published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.named import preset
+from skyrun.presets.options import PREFERENCES
 from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count
 
@@ -54,28 +63,31 @@ def hardware_json(hardware: Hardware) -> dict[str, Any]:
     return {name: {"value": value, "origin": origins.get(name, ASSUMED)} for name, value in values.items()}
 
 
-def request_workload(request: Request) -> Workload:
+def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workload:
     """The workload of a request whose inputs need not exist, computed from its model or else the published one.
 
-    Without a size the clip is about 16:9. Raises SkyrunError for a length, resolution or type that does not exist.
+    Without a size the clip has that shape, about 16:9 by default. Raises SkyrunError for a length, resolution or type
+    that does not exist.
     """
     if problems := of_some_model(request, lambda one: [*_problems(one)]):
         raise SkyrunError.listing("this cannot be planned", problems, "see `skyrun plan --help`")
     if request.model is None:
         request = request.of(request.spec)
         work = published_workload(request.task, request.quant, request.variant)
+        work = with_adapters(work, open_adapters(request.loras, published_shapes(request.spec)))
     else:
-        request, work = _with_model(request)
+        request, work = _with_model(request, shape)
     spec = request.spec
-    size = request.size or spec.size(request.resolution, *WIDE)
+    size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
     return with_clip(work, spec, size, request.passes, windows, request.contexts)
 
 
-def _with_model(request: Request) -> tuple[Request, Workload]:
+def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
     """The request with the values, a size and a length of its model, and the workload of that model."""
-    from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
+    from skyrun.models.dit_header import canonical_tensors  # these load torch, which published models do not need
+    from skyrun.models.folder import open_folder
     from skyrun.planning.model import choose_model
     from skyrun.planning.own_clips import read_own_clips
     from skyrun.planning.workload import model_workload
@@ -83,8 +95,10 @@ def _with_model(request: Request) -> tuple[Request, Workload]:
     model = choose_model(open_folder(request.model), request.spec, request.quant)
     request = request.of(model.spec)
     if (own := read_own_clips(model.files.transformer)) is not None:
-        request = own.fitted(request, *WIDE)
-    return request, model_workload(request.spec, model)
+        request = own.fitted(request, *shape)
+    shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
+    adapters = open_adapters(request.loras, shapes)
+    return request, with_adapters(model_workload(request.spec, model), adapters)
 
 
 def _problems(request: Request) -> Iterator[str]:
@@ -147,10 +161,14 @@ def described_hardware(
     return replace(found, origins=found.origins | {name: STATED for name, value in given.items() if value is not None})
 
 
-def plan_request(request: Request, hardware: Hardware, **limits: Any) -> Planned:
-    """The plan for a request whose inputs need not exist. limits: further arguments of `presets.choose`."""
-    workload = request_workload(request)
-    asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or "quality"}
+def plan_request(request: Request, hardware: Hardware, shape: tuple[int, int] = WIDE, **limits: Any) -> Planned:
+    """The plan for a request whose inputs need not exist.
+
+    shape: height and width of what the clip is made from. limits: further arguments of `presets.choose`.
+    """
+    workload = request_workload(request, shape)
+    check_attention(hardware, request.attention)
+    asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or PREFERENCES[0]}
     plan = choose(hardware, workload, **asked | limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
     advice = () if request.spec.video else too_long(chosen.windows, chosen.frames / request.spec.fps)

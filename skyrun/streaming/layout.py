@@ -1,19 +1,25 @@
 """Lay out blocks: where their tensors lie in the file, and where they belong in a buffer."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels.adapter import DTYPES, Fitted, Update
 from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import FIELDS
+from skyrun.kernels.safetensors_header import StoredTensor
+from skyrun.presets.memory import ALIGNMENT
+from skyrun.streaming.low_rank import Addition
 from skyrun.streaming.reader import PAGE, Extent
 from skyrun.streaming.weights import Observe, Weights, as_weight, has_planes
 
-_ALIGNMENT = 32
+_WIDEST = 4  # bytes of a value of an adapter
 _GAP = 1 << 16  # extents closer than this are read as one
 
 
@@ -23,7 +29,7 @@ class Piece:
 
     offset, nbytes: the part's bytes in the file. at: where the whole run is placed in the buffer. start: bytes from the
     beginning of the run to the part. info: the tensor, if the run is one whose blocks are repacked into planes; other
-    runs have the same layout in the buffer as in the file.
+    runs have the same layout in the buffer as in the file. file: as in Extent.
     """
 
     offset: int
@@ -31,6 +37,7 @@ class Piece:
     at: int
     start: int = 0
     info: TensorInfo | None = None
+    file: int = 0
 
     def split(self, limit: int) -> "Iterator[Piece]":
         """Split into pieces of at most `limit` bytes, which are whole blocks if they are repacked."""
@@ -53,21 +60,44 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class PlacedUpdate:
+    """An update of an adapter, and the places in the buffer of its tensors, as in Update.parts.
+
+    scale: what the product is multiplied by.
+    """
+
+    update: Update
+    places: tuple[int, ...]
+    scale: float
+
+    def addition(self, buffer: Tensor) -> Addition:
+        """Views of the buffer."""
+        *down, up = (_viewed(buffer, at, part) for at, part in zip(self.places, self.update.parts, strict=True))
+        return Addition(up, down[0] if down else None, self.scale)
+
+
+def _viewed(buffer: Tensor, at: int, stored: StoredTensor) -> Tensor:
+    return buffer[at : at + stored.nbytes].view(getattr(torch, DTYPES[stored.dtype])).view(stored.shape)
+
+
+@dataclass(frozen=True)
 class Block:
-    """A block of a file.
+    """A block of a file, and what adapters add to it.
 
     tensors: (name within the block, info, place in the buffer). extents: what to read to get them. nbytes: of a buffer.
+    updates: of adapters, by name within the block.
     """
 
     tensors: tuple[tuple[str, TensorInfo, int], ...]
     extents: tuple[Extent, ...]
     nbytes: int
+    updates: tuple[tuple[str, PlacedUpdate], ...] = ()
 
     @property
     def lead(self) -> int:
         """The block's offset in its page of the file. Reading is fastest to the same offset in a page of memory."""
         lead = self.extents[0].offset % PAGE
-        return 0 if lead % _ALIGNMENT else lead
+        return 0 if lead % ALIGNMENT else lead
 
     def weights(
         self,
@@ -86,10 +116,13 @@ class Block:
             observe: called with the name and the input of every linear layer that is used.
             planar: whether tensors that need planes were repacked.
             fast: whether linear layers multiply in rotated int8.
-            attention: its precision, "exact", or "int8" for scores in int8.
+            attention: its precision, of kernels.quantized_keys.
         """
         views = {name: as_weight(buffer[at : at + info.nbytes], info, planar, fast) for name, info, at in self.tensors}
-        return Weights(owner, views, observe, attention)
+        additions: dict[str, list[Addition]] = defaultdict(list)
+        for name, placed in self.updates:
+            additions[name].append(placed.addition(buffer))
+        return Weights(owner, views, observe, attention, additions)
 
     def pieces(self, limit: int, planar: bool) -> list[Piece]:
         """The block in pieces of at most `limit` bytes. planar: whether tensors that need planes are repacked."""
@@ -101,6 +134,7 @@ class Block:
                 runs[-1] = replace(last, nbytes=at + info.nbytes - last.at)
             else:
                 runs.append(Piece(info.offset, info.nbytes, at, info=apart))
+        runs += [Piece(one.offset, one.nbytes, one.at, file=one.file) for one in self.extents if one.file]
         return [piece for run in runs for piece in run.split(limit)]
 
 
@@ -114,9 +148,38 @@ def lay_out(tensors: dict[str, TensorInfo]) -> Block:
             extents[-1] = Extent(last.offset, info.offset + info.nbytes - last.offset, last.at)
         else:
             end = last.at + last.nbytes if last else 0
-            extents.append(Extent(info.offset, info.nbytes, -(-end // _ALIGNMENT) * _ALIGNMENT))
+            extents.append(Extent(info.offset, info.nbytes, -(-end // ALIGNMENT) * ALIGNMENT))
         placed.append((name, info, extents[-1].at + info.offset - extents[-1].offset))
     return Block(tuple(placed), tuple(extents), extents[-1].at + extents[-1].nbytes)
+
+
+def with_adapters(blocks: Sequence[Block], prefix: str, adapters: Sequence[Fitted]) -> list[Block]:
+    """The blocks `prefix0.`, `prefix1.`, ... with what adapters add to them, whose files are numbers 1, 2, ..."""
+    if not adapters:
+        return list(blocks)
+    return [_with_updates(block, f"{prefix}{index}.", adapters) for index, block in enumerate(blocks)]
+
+
+def _with_updates(block: Block, prefix: str, adapters: Sequence[Fitted]) -> Block:
+    extents, placed, end = list(block.extents), list(block.updates), block.nbytes
+    for number, adapter in enumerate(adapters, 1):
+        updates = adapter.within(prefix)
+        stored = sorted({part for one in updates.values() for part in one.parts}, key=lambda part: part.offset)
+        places = {}
+        for part in stored:
+            last = extents[-1]
+            follows = last.file == number and last.offset + last.nbytes == part.offset and end % _WIDEST == 0
+            if follows:
+                extents[-1] = replace(last, nbytes=last.nbytes + part.nbytes)
+            else:
+                end = -(-end // ALIGNMENT) * ALIGNMENT
+                extents.append(Extent(part.offset, part.nbytes, end, number))
+            places[part] = end
+            end += part.nbytes
+        for name, one in updates.items():
+            where = tuple(places[part] for part in one.parts)
+            placed.append((name, PlacedUpdate(one, where, adapter.strength * one.scale)))
+    return replace(block, extents=tuple(extents), updates=tuple(placed), nbytes=end)
 
 
 def lay_out_blocks(path: Path, tensors: Mapping[str, TensorInfo], prefix: str) -> list[Block]:

@@ -28,11 +28,12 @@ _REFUSED = (errno.EINVAL, errno.ENOTSUP)  # by file systems that have no way aro
 
 @dataclass(frozen=True)
 class Extent:
-    """A range of bytes in the file and its place in a buffer."""
+    """A range of bytes in a file and its place in a buffer. file: which of the files that a block is read from."""
 
     offset: int
     nbytes: int
     at: int
+    file: int = 0
 
 
 class FileReader:

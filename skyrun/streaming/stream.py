@@ -7,9 +7,10 @@ plan keeps resident. Blocks are read by their offsets in the header, whatever th
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -96,7 +97,7 @@ class BlockStream:
 
     slots: buffers of the ring, at least two. resident: indexes of blocks that are read once and stay in memory.
     observe: called with the input of every linear layer. fast: whether linear layers multiply in rotated int8.
-    attention: its precision, "exact", or "int8" for scores in int8.
+    attention: its precision, of kernels.quantized_keys. adapters: files that blocks are read from too.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class BlockStream:
         observe: ObserveBlock | None = None,
         fast: bool = False,
         attention: str = "exact",
+        adapters: Sequence[Path] = (),
     ) -> None:
         self.stats = StreamStats()
         self._observe, self._fast, self._attention = observe, fast, attention
@@ -119,13 +121,12 @@ class BlockStream:
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
-        self._reader = reader or FileReader(path)
         slots = slots if len(resident) < len(blocks) else 0
-        try:
+        with ExitStack() as stack:
+            self._readers = [stack.enter_context(closing(reader or FileReader(path)))]
+            self._readers += [stack.enter_context(closing(FileReader(adapter))) for adapter in adapters]
             self._ring = make_ring(device, slots, len(resident), max(block.lead + block.nbytes for block in blocks))
-        except BaseException:
-            self._reader.close()
-            raise
+            self._open_files = stack.pop_all()
         self._staged = self._ring.staged or self._planar
         self._scratch: SimpleQueue[Tensor] = SimpleQueue()
         self._free: SimpleQueue[int | None] = SimpleQueue()
@@ -148,7 +149,7 @@ class BlockStream:
         """Stop reading and free all buffers."""
         self._closed = True
         self._free.put(None)
-        self._reader.close()  # first, so that threads that wait for it continue and fail
+        self._open_files.close()  # first, so that threads that wait for it continue and fail
         self._thread.join()
         self._loaders.shutdown(cancel_futures=True)
         self._kept.clear()
@@ -225,7 +226,8 @@ class BlockStream:
         start = now()
         self.stats.reading(sum(extent.nbytes for extent in extents))
         try:
-            self._reader.read(extents, buffer)
+            for file, some in groupby(extents, key=lambda extent: extent.file):
+                self._readers[file].read(list(some), buffer)
         finally:
             self.stats.read()
         return _Loaded(start, now())
@@ -237,11 +239,11 @@ class BlockStream:
         lead = piece.offset % PAGE  # as in Block.lead
         with self._ring.staging() as staged:
             if piece.info is None:
-                loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], staged)
+                loaded = self._read([Extent(piece.offset, piece.nbytes, lead, piece.file)], staged)
                 staged = staged[lead:]
             else:
                 with self._whole_blocks() as scratch:
-                    loaded = self._read([Extent(piece.offset, piece.nbytes, lead)], scratch)
+                    loaded = self._read([Extent(piece.offset, piece.nbytes, lead, piece.file)], scratch)
                     blocks = scratch[lead:][: piece.nbytes].view(-1, piece.info.format.block_bytes)
                     to_planes(blocks, piece.info.format.name, staged[: piece.nbytes].view_as(blocks))
             return replace(loaded, arrival=self._ring.send(piece.moves(buffer, staged), slot))

@@ -1,20 +1,26 @@
 """Tensors of a GGUF file as the models use them: by name, and still quantized."""
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 
 import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import QuantizedWeight, dequantize, linear
+from skyrun.kernels.adapter import DTYPES, Fitted
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
 from skyrun.kernels.planes import needs_planes
 from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.kernels.rotated import GROUP, RotatedInt8
+from skyrun.kernels.safetensors_header import StoredTensor
+from skyrun.streaming.low_rank import Addition, add_products, with_additions
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Weight = Tensor | QuantizedWeight
+Additions = Mapping[str, Sequence[Addition]]  # by the name of the tensor
 Observe = Callable[[str, Tensor], None]  # called with the name and input [..., cols] of every linear layer
 
 
@@ -47,13 +53,19 @@ class Weights:
     """Weights by name, of one block or of the layers outside of blocks.
 
     owner: the block or file, named in errors. observe: called with the input of every linear layer.
-    attention: precision of the block's attention, "exact", or "int8" for scores in int8.
+    attention: precision of the block's attention, of kernels.quantized_keys. additions: of adapters.
     """
 
     def __init__(
-        self, owner: str, weights: dict[str, Weight], observe: Observe | None = None, attention: str = "exact"
+        self,
+        owner: str,
+        weights: dict[str, Weight],
+        observe: Observe | None = None,
+        attention: str = "exact",
+        additions: Additions | None = None,
     ) -> None:
         self._owner, self._weights, self._observe = owner, weights, observe
+        self._additions = additions or {}
         self.attention = attention
 
     def __getitem__(self, name: str) -> Weight:
@@ -62,9 +74,10 @@ class Weights:
         return self._weights[name]
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The decoded tensor."""
+        """The decoded tensor, with what adapters add to it."""
         weight = self[name]
-        return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+        decoded = weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+        return with_additions(decoded, self._additions.get(name, ()))
 
     def rotated(self, *names: str) -> bool:
         """Whether all of these layers take rows in rotated int8. With an observer they do not: it needs plain rows."""
@@ -83,16 +96,39 @@ class Weights:
             assert isinstance(x, Tensor)
             self._observe(name, x)
         bias = self.dense(f"{name}.bias") if f"{name}.bias" in self._weights else None
-        return linear(x, self[f"{name}.weight"], bias, gate=gate, residual=residual)
+        y = linear(x, self[f"{name}.weight"], bias, gate=gate, residual=residual)
+        if additions := self._additions.get(f"{name}.weight"):
+            add_products(y, x, additions, gate if residual is not None else None)
+        return y
 
 
-def load_weights(file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.device) -> Weights:
-    """Read tensors that stay in memory. They get the names of `infos`."""
+def load_weights(
+    file: GGUFFile, infos: Mapping[str, TensorInfo], device: torch.device, additions: Additions | None = None
+) -> Weights:
+    """Read tensors that stay in memory. They get the names of `infos`. additions: of adapters."""
     weights = {
         name: as_weight(torch.frombuffer(file.read(info), dtype=torch.uint8).to(device), info)
         for name, info in infos.items()
     }
-    return Weights(str(file.path), weights)
+    return Weights(str(file.path), weights, additions=additions)
+
+
+def load_additions(adapters: Sequence[Fitted], streamed: str, device: torch.device) -> Additions:
+    """Read what adapters add to tensors that stay in memory: all whose names do not begin with `streamed`."""
+    additions: dict[str, list[Addition]] = defaultdict(list)
+    for adapter in adapters:
+        with open_unbuffered(adapter.path) as source:
+            for name, update in adapter.outside(streamed).items():
+                *down, up = (_read_stored(source, part).to(device) for part in update.parts)
+                additions[name].append(Addition(up, down[0] if down else None, adapter.strength * update.scale))
+    return additions
+
+
+def _read_stored(source: FileIO, stored: StoredTensor) -> Tensor:
+    data = bytearray(stored.nbytes)
+    read_into(source, memoryview(data), stored.offset)
+    dtype = getattr(torch, DTYPES[stored.dtype])
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(stored.shape)
 
 
 def read_rows(file: GGUFFile, info: TensorInfo, rows: list[int]) -> Tensor:

@@ -37,7 +37,7 @@ class Window:
     """A window of a clip.
 
     latents: noisy latent frames. others: latent frames beside them in the sequence. frames: of the clip that the window
-    makes. encoded, decoded: frames that the VAE encodes and decodes.
+    makes. encoded, decoded: frames that the VAE encodes and decodes. stills: whether it encodes them one by one.
     The rest is for talking avatars. start: the window's first frame of speech. skip: frames at its beginning that the
     window before has made. drop: frames at its end that are not used because they are worse. guide: index of its guide
     frame in the first window, None for the first window.
@@ -52,6 +52,7 @@ class Window:
     skip: int = 0
     drop: int = 0
     guide: int | None = None
+    stills: bool = False
 
 
 def latents(frames: int) -> int:
@@ -69,20 +70,21 @@ def speech_frame_count(samples: int) -> int:
     return math.ceil(samples / SPEECH_RATE * SPEECH_FPS)
 
 
-def amounts(windows: Sequence[Window]) -> dict[str, int]:
+def amounts(windows: Sequence[Window]) -> dict[str, int | bool]:
     """The fields of a Workload that follow from the windows of a clip."""
     return {
         "frames": sum(window.frames for window in windows),
         "latent_frames": max(window.latents + window.others for window in windows),
         "windows": len(windows),
         "encoded_frames": sum(window.encoded for window in windows),
+        "stills": all(window.stills for window in windows),
         "decoded_frames": sum(window.decoded for window in windows),
     }
 
 
 def reference_window(frames: int, images: int, references: int) -> tuple[Window, ...]:
     """The window of a clip that is made at once, with `references` latent frames, of which `images` hold an image."""
-    return (Window(latents(frames), references, frames, images, frames),)
+    return (Window(latents(frames), references, frames, images, frames, stills=True),)
 
 
 def whole_window(frames: int, encoded: int = 0) -> tuple[Window, ...]:

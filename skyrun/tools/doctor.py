@@ -1,8 +1,11 @@
-"""Check what decides speed or failure on this machine. Fast: torch is not imported."""
+"""Check what decides speed or failure on this machine. Only a process of its own imports torch, for a convolution."""
 
+import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +33,14 @@ _DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest driver for each CUDA
 _SLOW_DISK = 0.3e9  # bytes per second
 _STREAMED = 15e9  # bytes of a 14B model in Q8_0
 _OLDEST_CAPABILITY = 8  # as in kernels.device, which imports torch
+# The autoencoder's convolutions: times as long as 2-D ones of the same work, bytes per byte of the result that a buffer
+# may take, and the error of 16-bit results.
+_SLOW_CONVOLUTION, _LARGE_BUFFER, _WRONG = 2.0, 4, 0.03
+_CONVOLUTION = (
+    "import json, sys; from dataclasses import asdict; from skyrun.tools.convolution import measure_convolution; "
+    "json.dump(asdict(measure_convolution()), sys.stdout)"
+)
+_PATIENCE = 120  # seconds for importing torch and a convolution
 _LABELS = {"good": "good ", "unknown": "?    ", "slow": "slow ", "fails": "FAILS"}
 
 
@@ -59,6 +70,7 @@ def examine() -> list[Finding]:
         "torch": lambda: _torch(gpu),
         "GPU": lambda: _gpu(gpu),
         "kernels": lambda: _kernels(gpu),
+        "convolution": _convolution,
         "system": lambda: _system(gpu),
         "RAM": _ram,
         "models": lambda: _space(models_folder()),
@@ -139,6 +151,36 @@ def _kernels(gpu: str) -> Finding:
             return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times faster")
         found = f"{found}, {said}"
     return Finding("kernels", "good", found)
+
+
+def _convolution() -> Finding:
+    """How this torch computes the autoencoder's 3-D convolutions, measured in a process of its own."""
+    try:
+        command = [sys.executable, "-c", _CONVOLUTION]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        measured = json.loads(done.stdout) if done.returncode == 0 else None
+    except (subprocess.TimeoutExpired, ValueError):
+        done, measured = None, None
+    if measured is None:
+        lines = done.stderr.strip().splitlines() if done else []
+        cause = lines[-1] if lines else f"nothing came within {_PATIENCE} s"
+        return Finding("convolution", "unknown", f"not measured: {cause}", "see what is said about torch and the GPU")
+    return judge_convolution(measured)
+
+
+def judge_convolution(measured: dict[str, Any]) -> Finding:
+    """Judge what `skyrun.tools.convolution` measured."""
+    ratio, buffer = measured["seconds"] / measured["apart_seconds"], measured["buffer"]
+    found = f"3-D in {measured['dtype']} takes {ratio:.2f} of the time of 2-D ones"
+    remedy = f'another version of torch: pip install -U "torch<2.14" --index-url {_CUDA_INDEX}'
+    if not measured["error"] <= _WRONG:
+        return Finding("convolution", "fails", f"{found}, and the result is {measured['error']:.0%} off", remedy)
+    if buffer > _LARGE_BUFFER * measured["result"]:
+        found += f", in a buffer of {buffer / measured['result']:.0f} times the result"
+        return Finding("convolution", "slow", f"{found}: decoding may run out of memory", remedy)
+    if ratio > _SLOW_CONVOLUTION:
+        return Finding("convolution", "slow", f"{found}: decoding takes longer than planned", remedy)
+    return Finding("convolution", "good", found)
 
 
 def _ram() -> Finding:

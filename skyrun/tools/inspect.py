@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
+from skyrun.kernels.adapter import described, read_adapter
+from skyrun.kernels.adapter_names import entry_of, other_kind
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.safetensors_header import read_safetensors_header
 
@@ -68,6 +70,9 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
 
 def _describe_safetensors(path: Path) -> dict[str, Any]:
     header = read_safetensors_header(path)
+    if any(entry_of(name) or other_kind(name) for name in header.tensors):
+        adapter = read_adapter(path)
+        return {"kind": "an adapter (LoRA)", "metadata": adapter.metadata, "adapter": described(adapter)}
     tensors = [(name, tensor.shape, tensor.dtype, tensor.nbytes) for name, tensor in header.tensors.items()]
     return {"kind": "safetensors", "metadata": header.metadata} | _totals(tensors)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import linear
-from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.attention import Keys, attend, quick_precisions
 from skyrun.kernels.device import median_seconds, uses_triton
 from skyrun.kernels.synthetic import random_weight
 from skyrun.models.dit_header import HEAD_DIM
@@ -53,7 +53,8 @@ class _Sizes:
 
 
 _SIZES = {"cuda": _Sizes(8192, 4096, 16384, 40, 192, 240, 424), "cpu": _Sizes(1024, 512, 8192, 8, 96, 60, 104)}
-STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", "fast_attention", "convolution")
+_ATTENTION = {"int8": "int8_attention", "full-int8": "full_int8_attention", "fp8": "fp8_attention"}
+STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", *_ATTENTION.values(), "convolution")
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,11 @@ def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, fl
     seconds = median_seconds(device, lambda: weight.dense(dtype), _LAUNCHES)
     yield "decode", (weight.data.nbytes + _FFN * _DIM * dtype.itemsize) / seconds
     yield "linear", _linear(device, dtype, sizes, fast=False)
-    yield "attention", _attention(device, dtype, sizes, fast=False)
-    triton = uses_triton(device)
-    yield "fast_linear", _linear(device, dtype, sizes, fast=True) if triton else 0.0
-    yield "fast_attention", _attention(device, dtype, sizes, fast=True) if triton else 0.0
+    yield "attention", _attention(device, dtype, sizes, "exact")
+    yield "fast_linear", _linear(device, dtype, sizes, fast=True) if uses_triton(device) else 0.0
+    there = quick_precisions(device)
+    for precision, name in _ATTENTION.items():
+        yield name, _attention(device, dtype, sizes, precision) if precision in there else 0.0
     yield "convolution", _convolution(device, dtype, sizes)
 
 
@@ -168,18 +170,18 @@ def _linear(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool)
     return 4 * sizes.rows * _FFN * _DIM / seconds
 
 
-def _attention(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool) -> float:
+def _attention(device: torch.device, dtype: torch.dtype, sizes: _Sizes, precision: str) -> float:
     width = sizes.heads * HEAD_DIM
     q, k, v = (_random(device, dtype, rows, width) for rows in (sizes.queries, sizes.keys, sizes.keys))
-    keys = Keys(k, v, sizes.heads, fast)
+    keys = Keys(k, v, sizes.heads, precision)
     return 4 * sizes.queries * sizes.keys * width / median_seconds(device, partial(attend, q, keys), _LAUNCHES)
 
 
 def _convolution(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> float:
     """The autoencoder's rate, from its widest convolution: over four frames and the two before them."""
     channels, frames = sizes.channels, 4
-    x = _random(device, dtype, 1, channels, frames + 2, sizes.height, sizes.width)
-    weight = _random(device, dtype, channels, channels, 3, 3, 3)
+    shapes = (1, channels, frames + 2, sizes.height, sizes.width), (channels, channels, 3, 3, 3)
+    x, weight = (_random(device, dtype, *s).contiguous(memory_format=torch.channels_last_3d) for s in shapes)
     work = partial(F.conv3d, x, weight, padding=(0, 1, 1))
     operations = 2 * 27 * channels**2 * frames * sizes.height * sizes.width
     return _REACHED * operations / median_seconds(device, work, _LAUNCHES)

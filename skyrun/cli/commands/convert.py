@@ -4,6 +4,8 @@ from argparse import Namespace
 
 from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
+from skyrun.hub.adapters import fetch_adapters
+from skyrun.planning.lora import parse_lora
 from skyrun.quant.plan import Conversion, Settings
 from skyrun.quant.target_size import parse_size
 from skyrun.tools import convert as tool
@@ -14,12 +16,14 @@ def execute(arguments: Namespace) -> int:
     """Plan a conversion, print it, write the files, and draw their errors."""
     if arguments.report:
         tool.check_report(arguments.report, arguments.dry_run)
+    adapters = shown(fetch_adapters([parse_lora(text) for text in arguments.lora], arguments.dry_run), False)
     settings = Settings(
         quant=arguments.quant,
         text_encoder_quant=arguments.text_encoder_quant,
         type_rules=tuple(arguments.type_rule),
         target_size=parse_size(arguments.target_size) if arguments.target_size else None,
         imatrix=arguments.imatrix,
+        loras=tuple((lora.path, lora.strength) for lora in adapters),
     )
     conversion = shown(tool.plan(arguments.source, arguments.output, settings, arguments.device), False)
     say(conversion_text(conversion))

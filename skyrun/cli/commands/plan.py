@@ -3,13 +3,17 @@
 from argparse import Namespace
 
 from skyrun.cli.console import display, emit, say
+from skyrun.cli.progress import shown
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.hub.adapters import fetch_adapters
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.store import sources_text
+from skyrun.planning.lora import parse_lora
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
+from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.cards import card_rows
 from skyrun.tasks import TASKS, spec_of
 from skyrun.units import GIB, duration, size, table
@@ -40,6 +44,7 @@ def execute(arguments: Namespace) -> int:
         precision=arguments.precision,
         attention=arguments.attention,
         prefer=arguments.prefer,
+        loras=shown(fetch_adapters([parse_lora(text) for text in arguments.lora], dry_run=True), False),
     )
     parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
@@ -122,8 +127,16 @@ def choice_text(planned: Planned) -> str:
     kept = blocks_text(plan.resident_blocks, work.layers)
     rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"
     waiting = ", the others wait on the host" if plan.parked_tokens else ""
-    tile = f" in slabs of {plan.vae_tile[0]} rows" if plan.vae_tile else ""
-    return f"{plan.weight_type} in {dtypes}, {file}; {kept}; {rows}{waiting}; autoencoder in {plan.vae_dtype}{tile}"
+    return f"{plan.weight_type} in {dtypes}, {file}; {kept}; {rows}{waiting}; {autoencoder_text(plan)}"
+
+
+def autoencoder_text(plan: Plan) -> str:
+    """How the VAE encodes and decodes."""
+
+    def said(vae: Autoencoder) -> str:
+        return vae.dtype + (f" in slabs of {vae.tile[0]} rows" if vae.tile else "")
+
+    return f"autoencoder encodes in {said(plan.encoding)}, decodes in {said(plan.decoding)}"
 
 
 def blocks_text(resident: int, layers: int) -> str:

@@ -16,6 +16,7 @@ from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Preview, as_json
+from skyrun.hub.adapters import fetch_adapters
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.manifest import note_use
 from skyrun.media.contact_sheet import contact_sheet, places
@@ -40,9 +41,10 @@ def execute(arguments: Namespace) -> int:
     requests = requests_of(arguments)
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
-    first = _located(requests[0], arguments)  # all clips use the same model
+    first = _located(requests[0], arguments)  # all clips use the same model and adapters
     if first is None:
         return 0
+    first = replace(first, loras=shown(fetch_adapters(first.loras, arguments.dry_run), False))
     if len(requests) == 1:
         run_clip(first, arguments)
         return 0
@@ -50,7 +52,7 @@ def execute(arguments: Namespace) -> int:
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
         try:
-            run_clip(replace(request, model=first.model, quant=first.quant), arguments)
+            run_clip(replace(request, model=first.model, quant=first.quant, loras=first.loras), arguments)
         except SkyrunError as error:
             show_error(error, arguments.json)
             failed.append(request)
@@ -206,7 +208,7 @@ def plan_text(job: Job) -> str:
     head = [
         f"{request.task}: {job.height}x{job.width} (height x width), {job.frames} frames ({length:.1f} s){windows}, "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
-        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.vae_dtype})",
+        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.decoding.dtype})",
         blocks_text(plan.resident_blocks, job.workload.layers),
         *_passing(plan),
         f"estimated memory, {plan.limit_bytes / GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",

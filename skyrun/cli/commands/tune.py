@@ -14,7 +14,9 @@ _NAMES = {
     "linear": "linear layers, TFLOP/s",
     "attention": "attention, TFLOP/s",
     "fast_linear": "linear layers in int8, TOP/s",
-    "fast_attention": "attention in int8, TOP/s",
+    "int8_attention": "attention in int8, TOP/s",
+    "full_int8_attention": "attention in full-int8, TOP/s",
+    "fp8_attention": "attention in fp8, TOP/s",
     "convolution": "convolutions, TFLOP/s",
 }
 

@@ -9,18 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.kernels import dequantize, elementwise, linear, torch_decode, torch_elementwise, torch_int8
-from skyrun.kernels.attention import Keys, ways
 from skyrun.kernels.matmul import FEW_ROWS
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.kernels.torch_int8 import rotate
 from skyrun.models.dit_header import HEAD_DIM
-from skyrun.tools.bench.kernels import Bench
+from skyrun.presets.options import ATTENTION_ERRORS
+from skyrun.tools.bench.kernels import Bench, attention_way, attention_ways
 
 _ROWS, _COLS = 205, 1024  # of weights; not multiples of a tile
-_FAST = 0.016  # relative error that int8 may add to a linear layer
-_ATTENTION = {"int8": 0.02}  # and that it may add to attention with a peaked softmax
+FAST_ERROR = 0.016  # relative error that int8 may add to a linear layer
 # Relative error of a matmul against float64, by the activations' dtype, with sums in float16 too.
-_ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}
+ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def _linear(bench: Bench, type: str) -> Iterator[Check]:
     for rows in (1, FEW_ROWS, 3 * FEW_ROWS + 1):
         x = bench.random(rows, _COLS)
         reference = F.linear(x.double().cpu(), dense)
-        allowed = _ROUNDING[bench.dtype]
+        allowed = ROUNDING[bench.dtype]
         yield Check(f"linear {type} x {rows}", relative_error(linear(x, weight), reference), allowed)
     fast = relative_error(linear(x, replace(weight, fast=True)), reference)
-    yield Check(f"linear {type} x {rows}, int8", fast, _FAST + allowed)
+    yield Check(f"linear {type} x {rows}, int8", fast, FAST_ERROR + allowed)
 
 
 def _attention(bench: Bench) -> Iterator[Check]:
@@ -82,9 +81,9 @@ def _attention(bench: Bench) -> Iterator[Check]:
     q, k, v = (t.to(bench.device, bench.dtype) for t in (q, k, v))
     split = [t.double().cpu().unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
     reference = F.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
-    for name, work in ways(q, Keys(k, v, heads, fast=True)).items():
-        allowed = _ATTENTION.get(name, 0.0) + _ROUNDING[bench.dtype]
-        yield Check(f"attention, {name}", relative_error(work(), reference), allowed)
+    for name in attention_ways(bench):
+        allowed = ATTENTION_ERRORS.get(name, 0.0) + ROUNDING[bench.dtype]
+        yield Check(f"attention, {name}", relative_error(attention_way(name, q, k, v, heads), reference), allowed)
 
 
 def _elementwise(bench: Bench) -> Iterator[Check]:
@@ -107,7 +106,7 @@ def _elementwise(bench: Bench) -> Iterator[Check]:
     }
     for what, (result, reference) in pairs.items():
         assert isinstance(result, Tensor) and isinstance(reference, Tensor)
-        yield Check(what, relative_error(result, reference), _ROUNDING[bench.dtype])
+        yield Check(what, relative_error(result, reference), ROUNDING[bench.dtype])
     rotated = elementwise.quantize_rows(x)
     restored = rotate(rotated.codes.float() * rotated.scales.unsqueeze(-1))
     expected = torch_int8.quantize_rows(wide)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
-from skyrun.kernels.attention import Keys, ways
+from skyrun.kernels.attention import Keys, quick_precisions, ways
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.models.dit import Context, Span, dit_block
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
@@ -93,7 +94,13 @@ class Bench:
 def attention_ways(bench: Bench) -> tuple[str, ...]:
     """The names of the attention backends that run on this device."""
     tiny = torch.empty(1, bench.dims.heads * HEAD_DIM, dtype=bench.dtype, device=bench.device)
-    return tuple(ways(tiny, Keys(tiny, tiny, bench.dims.heads, fast=True)))
+    return *ways(tiny, Keys(tiny, tiny, bench.dims.heads)), *quick_precisions(bench.device)
+
+
+def attention_way(name: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention by the backend of that name, which may be a precision. Keys are prepared anew."""
+    precision = name if name in quick_precisions(q.device) else "exact"
+    return ways(q, Keys(k, v, heads, precision))[name]()
 
 
 @torch.inference_mode()
@@ -165,7 +172,7 @@ def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]
     q, k, v = (bench.random(tokens, heads * HEAD_DIM) for _ in range(3))
     for name in attention_ways(bench):
         # The time includes preparing the keys, which a run does once for each block.
-        seconds = clock.seconds(lambda name=name: ways(q, Keys(k, v, heads, fast=True))[name]())  # type: ignore[misc]
+        seconds = clock.seconds(partial(attention_way, name, q, k, v, heads))
         operations = 4 * tokens * tokens * heads * HEAD_DIM
         yield Measurement("attention", f"{heads} heads", tokens, name, seconds, 0, operations)
 
@@ -194,7 +201,7 @@ def block_weights(bench: Bench, type: str | None, fast: bool = False) -> Weights
     Args:
         bench: The dims and the device.
         type: The type of the matrices; None stands for the dtype of the activations.
-        fast: Whether linear layers and scores run in int8.
+        fast: Whether linear layers and the scores of attention run in int8.
     """
     dims, device = bench.dims, bench.device
     weights: dict[str, Weight] = {"modulation": torch.randn(1, 6, dims.dim, device=device)}

@@ -144,4 +144,4 @@ def _from_memory(job: Job) -> Generator[Event, None, None]:
     references = torch.zeros(LATENT_CHANNELS, MAX_REFERENCES, rows, cols, device=device)
     condition = Condition(torch.randn(TEXT_LENGTH, job.encoder.dim), after=references)
     state = RunState(latents=noise, sampler=UniPC(request.steps, 5.0))
-    yield from denoise(job.files.transformer, plan, state, condition, device)
+    yield from denoise(job.files, plan, state, condition, device)

@@ -1,0 +1,1 @@
+"""The steps of the acceptance run on a graphics card (on_a_card.py)."""

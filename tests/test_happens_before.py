@@ -1,0 +1,290 @@
+"""The order of reads, copies and kernels, proved with vector clocks; and mutants of the code that must not pass."""
+
+import itertools
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_ring import BLOCKS, model
+from vector_clocks import Clocks, Event, Stream, followed
+
+from skyrun.kernels import QuantizedWeight
+from skyrun.presets import memory
+from skyrun.streaming import ring as ring_module
+from skyrun.streaming import staging
+from skyrun.streaming import stream as stream_module
+from skyrun.streaming.reader import FileReader
+from skyrun.streaming.ring import CudaRing
+from skyrun.streaming.staging import PageLocked, Parking
+from skyrun.streaming.stream import BlockStream, spread
+from skyrun.streaming.tokens import ParkedTokens
+
+__all__ = ["model"]  # a fixture
+CPU = torch.device("cpu")
+TOKENS, DIM, ROWS = 48, 64, 20  # of 128 bytes each; a part passes through both buffers more than once
+PASSES = 3
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """Clocks in the place of CUDA, with everything followed that is no copy of torch."""
+    clocks = Clocks()
+
+    def empty(*arguments, **keywords):
+        made = torch.empty(*arguments, **keywords)
+        clocks.on_stream("the owner before", writes=(made,))  # memory of the allocator was used by the default stream
+        return made
+
+    namespace = SimpleNamespace(**{**vars(torch), "cuda": clocks})
+    monkeypatch.setattr(ring_module, "torch", SimpleNamespace(**{**vars(namespace), "empty": empty}))
+    monkeypatch.setattr(staging, "torch", namespace)
+    monkeypatch.setattr(memory, "_PIECE", 8192)
+    monkeypatch.setattr(staging, "PARKING_PIECE", 1024)
+    for module in (staging, stream_module):
+        aligned = module.page_aligned
+        monkeypatch.setattr(module, "page_aligned", lambda n, aligned=aligned: clocks.register(aligned(n)))
+    read, to_planes = FileReader.read, stream_module.to_planes
+
+    def followed_read(self, extents, buffer):
+        read(self, extents, buffer)
+        clocks.on_host("read", writes=tuple(buffer[e.at : e.at + e.nbytes] for e in extents))
+
+    def followed_planes(blocks, type, out):
+        clocks.on_host("lay apart", reads=(blocks,), writes=(out,))
+        return to_planes(blocks, type, out)
+
+    monkeypatch.setattr(FileReader, "read", followed_read)
+    monkeypatch.setattr(stream_module, "to_planes", followed_planes)
+    monkeypatch.setattr(stream_module, "make_ring", CudaRing)
+    with followed(clocks, ring_module, stream_module):
+        yield clocks
+
+
+def kernel(clocks, weights, block):
+    """A kernel that reads every matrix of a block."""
+    for name, info, _ in block.tensors:
+        if len(info.shape) == 2:
+            weight = weights[name]
+            clocks.on_stream("kernel", reads=(weight.data if isinstance(weight, QuantizedWeight) else weight,))
+
+
+class Lacking(Exception):
+    """Memory ran out, as the test wants it."""
+
+
+def streamed(model, clocks, slots, kept, lacking=None):
+    """Stream a file through a ring, and use its memory for something else afterwards.
+
+    lacking: in which block memory runs out after its kernels are enqueued.
+    """
+    path, blocks, _ = model
+    try:
+        with BlockStream(path, blocks, CPU, passes=PASSES, slots=slots, resident=spread(kept, BLOCKS)) as stream:
+            ring = stream._ring
+            device, host = [*ring.slots, *ring.kept], ring._locked._memory
+            for number in range(PASSES):
+                for index, (weights, _) in enumerate(stream.blocks()):
+                    kernel(clocks, weights, blocks[index])
+                    if (number, index) == lacking:
+                        raise Lacking
+    except (Lacking, torch.OutOfMemoryError):
+        pass
+    clocks.on_stream("the owner after", writes=tuple(device))
+    clocks.on_host("the owner after", writes=(host,))
+
+
+def parked(clocks, parts=3, lacking=None):
+    """Tokens that wait on the host pass through blocks. lacking: in which part memory runs out."""
+    tokens = ParkedTokens((TOKENS, DIM), torch.bfloat16, CPU)
+    clocks.register(tokens._values)
+    tokens._parking = Parking(CPU)
+    host = tokens._parking._buffers._memory
+    rows = [slice(start, min(start + ROWS, TOKENS)) for start in range(0, TOKENS, ROWS)]
+    try:
+        for number, part in itertools.product(range(parts), rows):
+            values = tokens.fetch(part)
+            clocks.on_stream("kernel", reads=(values,))
+            changed = torch.zeros_like(values)
+            clocks.on_stream("kernel", writes=(changed,))
+            if (number, rows.index(part)) == lacking:
+                raise Lacking
+            tokens.store(part, changed)
+    except Lacking:
+        pass
+    tokens.close()
+    clocks.on_host("the owner after", writes=(host, tokens._values))
+
+
+RINGS = [(2, 0), (3, 2), (2, BLOCKS)]  # slots, kept blocks
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize(("slots", "kept"), RINGS)
+@pytest.mark.parametrize("lacking", [None, (0, 0), (1, 3), (PASSES - 1, BLOCKS - 1)])
+def test_a_ring_has_no_race(model, clocks, monkeypatch, planar, slots, kept, lacking):
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: planar)
+    streamed(model, clocks, slots, kept, lacking)
+    assert {access.what for access in clocks.accesses} >= {"read", "copy", "kernel", "the owner after"}
+    assert not clocks.races()
+
+
+@pytest.mark.parametrize("lacking", [None, (0, 0), (1, 2)])
+def test_parked_tokens_have_no_race(clocks, lacking):
+    parked(clocks, lacking=lacking)
+    assert {access.what for access in clocks.accesses} >= {"copy", "copy on the host", "kernel"}
+    assert not clocks.races()
+
+
+@pytest.mark.parametrize("call", [0, 7, 20])
+def test_a_copy_that_lacks_memory_makes_no_race(model, clocks, monkeypatch, call):
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: True)
+    fail_copies(monkeypatch, call)
+    streamed(model, clocks, 2, 0)
+    assert not clocks.races()
+
+
+def fail_copies(monkeypatch, *calls):
+    """Copies of a piece lack memory after the first of its fields is on its way."""
+    send, count = CudaRing.send, itertools.count()
+
+    def lacks(self, moves, slot):
+        if next(count) not in calls:
+            return send(self, moves, slot)
+        send(self, moves[:1], slot)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(CudaRing, "send", lacks)
+
+
+def nothing(*_, **__):
+    pass
+
+
+def forget_releases(monkeypatch):
+    monkeypatch.setattr(CudaRing, "release", nothing)
+
+
+def forget_arrivals(monkeypatch):
+    monkeypatch.setattr(CudaRing, "receive", nothing)
+
+
+def forget_events_on_the_host(monkeypatch):
+    monkeypatch.setattr(Event, "synchronize", nothing)
+
+
+def forget_the_owner_before(monkeypatch):
+    monkeypatch.setattr(Stream, "wait_stream", nothing)
+
+
+def close_at_once(monkeypatch):
+    monkeypatch.setattr(Stream, "synchronize", nothing)
+
+
+def forget_events_of_a_stream(monkeypatch):
+    monkeypatch.setattr(Stream, "wait_event", nothing)
+
+
+def mark_staging_before_its_copies(monkeypatch):
+    """The event that frees a staging buffer is recorded by the stream that computes."""
+    record = Event.record
+    monkeypatch.setattr(Event, "record", lambda self, stream: record(self, stream.clocks.default))
+
+
+def hand_slots_out_early(monkeypatch):
+    """A slot is free as soon as its block is handed to the model: it is released before its kernels."""
+    receive = CudaRing.receive
+
+    def releases(self, arrivals):
+        for slot in range(len(self.slots)):
+            release(self, slot)
+        receive(self, arrivals)
+
+    release = CudaRing.release
+    monkeypatch.setattr(CudaRing, "receive", releases)
+    monkeypatch.setattr(CudaRing, "release", nothing)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "race"),
+    [
+        (forget_releases, ("copy", "kernel")),
+        (forget_arrivals, ("copy", "kernel")),
+        (forget_events_of_a_stream, ("copy", "kernel")),
+        (hand_slots_out_early, ("copy", "kernel")),
+        (forget_events_on_the_host, ("copy", "read")),
+        (mark_staging_before_its_copies, ("copy", "read")),
+        (forget_the_owner_before, ("copy", "the owner before")),
+        (close_at_once, ("copy", "the owner after")),
+    ],
+)
+def test_mutants_of_a_ring_race(model, clocks, monkeypatch, mutate, race):
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: False)
+    mutate(monkeypatch)
+    # Where it is closed in the midst of a pass, copies of the next blocks are on their way.
+    streamed(model, clocks, 2, 0, (1, 2) if mutate is close_at_once else None)
+    assert race in clocks.races()
+
+
+def unmarked(self):
+    """`staging` without its `finally`: a copy that fails leaves no mark of those before it."""
+    buffer, copied = self._staging.get()
+    copied.synchronize()
+    try:
+        yield buffer
+        copied.record(self._copies)
+    finally:
+        self._staging.put((buffer, copied))
+
+
+@pytest.mark.parametrize(
+    ("staged", "races"), [(CudaRing.staging, set()), (contextmanager(unmarked), {("copy", "read")})]
+)
+def test_a_buffer_whose_copy_failed_waits_for_the_copies_before(clocks, staged, races):
+    ring = CudaRing(CPU, 2, 0, 10_000)
+    with pytest.raises(Lacking), staged(ring) as buffer:
+        ring.send([(ring.slots[0][:4096], buffer[:4096])], 0)
+        raise Lacking
+    for _ in range(memory.STAGING_PIECES):
+        with staged(ring) as buffer:
+            clocks.on_host("read", writes=(buffer,))
+    ring.close()
+    assert clocks.races() == races
+
+
+def refill_buffers_at_once(monkeypatch):
+    monkeypatch.setattr(Parking, "_free", lambda self, turn: self._buffers.pieces[turn % len(self._copied)])
+
+
+def forget_to_mark_buffers(monkeypatch):
+    monkeypatch.setattr(Event, "record", nothing)
+
+
+def mix_up_buffers(monkeypatch):
+    """A turn waits for the event of the other buffer."""
+
+    def other(self, turn):
+        self._copied[(turn + 1) % len(self._copied)].synchronize()
+        return self._buffers.pieces[turn % len(self._copied)]
+
+    monkeypatch.setattr(Parking, "_free", other)
+
+
+def close_parking_at_once(monkeypatch):
+    monkeypatch.setattr(Parking, "close", lambda self: PageLocked.close(self._buffers))
+
+
+@pytest.mark.parametrize(
+    ("mutate", "race"),
+    [
+        (refill_buffers_at_once, ("copy", "copy on the host")),
+        (forget_to_mark_buffers, ("copy", "copy on the host")),
+        (mix_up_buffers, ("copy", "copy on the host")),
+        (close_parking_at_once, ("copy", "the owner after")),
+    ],
+)
+def test_mutants_of_parking_race(clocks, monkeypatch, mutate, race):
+    mutate(monkeypatch)
+    # A part that was fetched and not stored leaves copies on their way.
+    parked(clocks, lacking=(1, 2) if mutate is close_parking_at_once else None)
+    assert race in clocks.races()
