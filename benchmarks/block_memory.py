@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from skyrun.kernels import FORMATS, QuantizedWeight, attention, decode, elementwise, float16_sums, matmul
+from skyrun.kernels import FORMATS, QuantizedWeight, decode, elementwise, float16_sums, matmul
+from skyrun.kernels import attention as attention_kernels
+from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.models.dit import Context, Span, chunks, dit_block
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.planning.published import transformer_table
@@ -37,13 +39,15 @@ from skyrun.streaming.weights import Weight, Weights
 from skyrun.tasks import TASKS
 
 META = torch.device("meta")
+# Of linear layers and attention. Float8 takes as much as int8.
+_PRECISIONS = (("exact", "exact"), ("exact", "int8"), ("exact", "full-int8"), ("fast", "int8"), ("fast", "full-int8"))
 RAM, DISK = 64, 2.0
 _TYPE = "Q8_0"  # of the recorded weights; what a block allocates does not depend on it
 _PASSES = 3  # of the recording: memory that one leaves cut up is met by the next
 _IMAGE_TOKENS = 257
 _OUTER_TENSORS = 40  # outside of blocks
 _WORKSPACE = 32 << 20  # of cuBLAS on Hopper; other cards take less
-_CHOICES = {"exact": ("decode", "flash"), "float16 sums": ("decode, float16 sums", "flash"), "int8": ("triton", "int8")}
+_CHOICES = {"exact": "decode", "float16 sums": "decode, float16 sums", "int8": "triton"}
 
 Log = list[tuple[int, int]]  # (number of the allocation, its bytes, or 0 where it is freed)
 
@@ -89,7 +93,8 @@ def pretended_card(way: str) -> Iterator[None]:
     """Let tensors without data pass for those of a card on which one way of computing is the fastest."""
 
     def fastest(device, key, candidates):  # type: ignore[no-untyped-def]
-        return next((name for name in _CHOICES[way] if name in candidates), next(iter(candidates)))
+        wanted = (_CHOICES[way], *PRECISIONS)
+        return next((name for name in wanted if name in candidates), next(iter(candidates)))
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
@@ -97,9 +102,9 @@ def pretended_card(way: str) -> Iterator[None]:
         return out
 
     with ExitStack() as stack:
-        for module in (attention, decode, elementwise, float16_sums, matmul):
+        for module in (attention_kernels, decode, elementwise, float16_sums, matmul):
             stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
-        for module in (attention, matmul):
+        for module in (attention_kernels, matmul):
             stack.enter_context(patch.object(module, "fastest", fastest))
         stack.enter_context(patch.object(matmul, "float16_sums_are_quick", lambda device: way == "float16 sums"))
         for kind in (JITFunction, InterpretedFunction):
@@ -110,7 +115,9 @@ def pretended_card(way: str) -> Iterator[None]:
 
 
 @cache
-def recorded(task: str, way: str, tokens: int, frames: int, rows: int | None, parked: bool) -> tuple[int, ...]:
+def recorded(
+    task: str, way: str, attention: str, tokens: int, frames: int, rows: int | None, parked: bool
+) -> tuple[int, ...]:
     """The log of a block, flattened: the first chunks of all tokens, and the last one."""
     spec, seen = TASKS[task], Recorder()
     dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
@@ -126,7 +133,7 @@ def recorded(task: str, way: str, tokens: int, frames: int, rows: int | None, pa
         time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
         parts = chunks(0, tokens, rows)
         spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
-        weights = _weights(task, way)
+        weights = _weights(task, way, attention)
         with seen:
             dit_block(x, weights, spans, context, rope, dims)
     return tuple(number for entry in seen.log for number in entry)
@@ -149,7 +156,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _weights(task: str, way: str) -> Weights:
+def _weights(task: str, way: str, attention: str) -> Weights:
     spec, format = TASKS[task], FORMATS[_TYPE]
     views: dict[str, Weight] = {}
     for name, shape in transformer_table(spec).shapes("original", {**spec.dims, "layers": 1}).items():
@@ -158,7 +165,7 @@ def _weights(task: str, way: str) -> Weights:
             views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, True, way == "int8", name)
         elif name.startswith("blocks.0."):
             views[name.removeprefix("blocks.0.")] = _empty(*shape, dtype=torch.float32)
-    return Weights("the recorded block", views, None, "int8" if way == "int8" else "exact")
+    return Weights("the recorded block", views, None, attention)
 
 
 @dataclass(frozen=True)
@@ -179,9 +186,9 @@ class Replay:
 def replay(planned: Planned, expandable: bool = True) -> Replay:
     """Replay the denoising of a plan."""
     plan, work, hardware = planned.plan, planned.workload, planned.hardware
-    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast" and plan.attention == "int8")
+    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast")
     counted = next(stage.device_bytes for stage in plan.stages if stage.name == "denoise")
-    log = recorded(work.task, way, work.tokens, work.latent_frames, plan.token_rows, plan.parked_tokens)
+    log = _log(planned, way)
     allocator = Allocator(plan.limit_bytes - CONTEXT_BYTES, expandable)
     try:
         slots = RING_SLOTS if plan.resident_blocks < work.layers else 0
@@ -192,6 +199,12 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
     except OutOfMemory:
         return Replay(planned, way, counted, None)
     return Replay(planned, way, counted, allocator.peak + CONTEXT_BYTES)
+
+
+def _log(planned: Planned, way: str) -> tuple[int, ...]:
+    plan, work = planned.plan, planned.workload
+    rows, parked = plan.token_rows, plan.parked_tokens
+    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked)
 
 
 def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
@@ -220,7 +233,7 @@ def _replay_block(log: tuple[int, ...], allocator: Allocator) -> None:
 def live_bytes(one: Replay) -> int:
     """What the tensors of a replayed plan take at most, without the context."""
     plan, work = one.planned.plan, one.planned.workload
-    log = recorded(work.task, one.way, work.tokens, work.latent_frames, plan.token_rows, plan.parked_tokens)
+    log = _log(one.planned, one.way)
     slots = RING_SLOTS if plan.resident_blocks < work.layers else 0
     taken = peak = sum(_before(work, slots + plan.resident_blocks, plan.parked_tokens)) - _WORKSPACE
     held = {}
@@ -237,24 +250,26 @@ def cases(cards: Iterable[Card]) -> Iterator[Planned]:
         for task in TASKS:
             for resolution in ("480P", "720P"):
                 if card.capability >= (8, 0) and resolution in TASKS[task].resolutions:
-                    for precision in ("exact", "fast"):
+                    for precision, attention in _PRECISIONS:
                         request = Request(task, "", resolution=resolution)
-                        planned = plan_request(request, stated(card, RAM, DISK), precision=precision)
+                        limits = {"precision": precision, "attention": attention}
+                        planned = plan_request(request, stated(card, RAM, DISK), **limits)
                         if not planned.plan.problem:
                             yield planned
 
 
 def main() -> None:
     """Print the table."""
-    print("| card | task | clip | way | tokens at a time | blocks kept | limit | counted | replayed | of the limit |")
-    print("|" + " --- |" * 10)
+    columns = "card, task, clip, way, attention, tokens at a time, blocks kept, limit, counted, replayed, of the limit"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|" + " --- |" * 11)
     for planned in cases(CARDS):
         one, plan = replay(planned), planned.plan
         rows = "all" if plan.token_rows is None else f"{plan.token_rows:,}" + ", parked" * plan.parked_tokens
         taken = "out of memory" if one.reserved is None else f"{one.reserved / GIB:.2f}"
         share = "" if one.reserved is None else f"{one.reserved / one.limit:.0%}"
-        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, rows]
-        cells += [str(plan.resident_blocks), f"{one.limit / GIB:.2f}", f"{one.counted / GIB:.2f}", taken, share]
+        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, plan.attention]
+        cells += [rows, str(plan.resident_blocks), f"{one.limit / GIB:.2f}", f"{one.counted / GIB:.2f}", taken, share]
         print("| " + " | ".join(cells) + " |")
 
 

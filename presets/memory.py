@@ -45,7 +45,14 @@ def way_of(cuda: bool, capability: tuple[int, int], dtype: str, fast: bool) -> s
     return "float16 sums" if capability in _GEFORCE and dtype != "float32" else "exact"
 
 
-def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parked: bool = False, way: str = "") -> int:
+def denoise_bytes(
+    workload: Workload,
+    dtype: str,
+    rows: int | None = None,
+    parked: bool = False,
+    way: str = "",
+    attention: str = "exact",
+) -> int:
     """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
 
     Args:
@@ -54,9 +61,11 @@ def denoise_bytes(workload: Workload, dtype: str, rows: int | None = None, parke
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the activations of the other tokens wait on the host.
         way: as `way_of` has it; "" stands for "plain".
+        attention: its precision.
     """
     size, tokens, dim = BYTES[dtype], workload.tokens, workload.dim
-    keys, of_keys, passing, matrix = _block_values(workload, size, way)
+    keys, of_keys = _key_bytes(dim, size, attention if way not in ("", "plain") else "exact")
+    passing, matrix = _block_values(workload, size, way)
     held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
     context = (1 + workload.contexts) * workload.context_tokens * dim * size
     part = min(rows or tokens, tokens)
@@ -77,9 +86,20 @@ def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:
     return part * workload.adapter_rank * size + copies + rows
 
 
-def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, int, int]:
-    """What a block takes besides its tokens: bytes of a token's keys and values; of these while they are quantized; of
-    a token that passes through, where most is held; and of a value of a decoded matrix.
+def _key_bytes(dim: int, size: int, attention: str) -> tuple[int, int]:
+    """Bytes of a token's keys and values, and of these while they are quantized.
+
+    Codes and their scales for each head, and values: in float16, or in 8 bits with the sums of blocks of 64.
+    """
+    if attention == "exact":
+        return 2 * dim * size, 2 * dim * size
+    values = 2 * dim if attention == "int8" else dim + dim // 16
+    return dim + dim // 32 + values, max(2 * dim * size + dim, dim * (1 + size) + values)
+
+
+def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int]:
+    """What a block takes besides its tokens and keys: bytes of a token that passes through, where most is held; and of
+    a value of a decoded matrix.
 
     A token that passes holds its activations and a hidden layer, and one thing more: the hidden layer before GELU, the
     norm before the first projection, or the results of the second one (tests/test_memory.py counts them).
@@ -87,14 +107,14 @@ def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int, in
     dim, ffn = workload.dim, workload.ffn_dim
     if way == "int8":
         codes, hidden = 1, ffn * size
-        return 3 * dim + dim // 32, 5 * dim, max(dim * size + hidden + ffn, dim * (size + codes) + hidden), 1
+        return max(dim * size + hidden + ffn, dim * (size + codes) + hidden), 1
     if way == "float16 sums":  # a product's float16 result is there beside that in the activations' dtype
         first, second = 2 * dim * size + 2 * dim + 2 * ffn, dim * size + ffn * size + 2 * ffn + 2 * dim
-        return 2 * dim * size, 2 * dim * size, max(first + ffn * size - 2 * dim, second), size
+        return max(first + ffn * size - 2 * dim, second), size
     if way == "exact":
-        return 2 * dim * size, 2 * dim * size, max(dim + 2 * ffn, 3 * dim + ffn) * size, size
+        return max(dim + 2 * ffn, 3 * dim + ffn) * size, size
     summing = (2 * dim + ffn) * size + dim * (4 if size == 4 else 4 + size)
-    return 2 * dim * size, 2 * dim * size, max((dim + 2 * ffn) * size, summing), size
+    return max((dim + 2 * ffn) * size, summing), size
 
 
 def parked_bytes(workload: Workload, dtype: str) -> int:

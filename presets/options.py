@@ -92,10 +92,10 @@ def options(
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
-        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast" and attention != "exact")
+        way = way_of(budget.cuda, hardware.capability, dtype, how == "fast")
         for chunking in _chunkings(work, budget.cuda):
             rows, parked = chunking
-            working = denoise_bytes(work, dtype, rows, parked, way)
+            working = denoise_bytes(work, dtype, rows, parked, way, attention)
             device, host = budget.taken(
                 work.block_bytes, working, parked_bytes(work, dtype) + PARKING_PIECES * PARKING_PIECE if parked else 0
             )

@@ -43,8 +43,8 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("system", "triton", "capability", "lacks", "verdict", "found", "remedy"),
     [
-        ("Linux", "3.9.0", "8.6", "", "good", "Triton 3.9.0, compute capability 8.6", ""),
-        ("Windows", "3.7.1", "12.0", "gcc", "good", "Triton 3.7.1, compute capability 12.0", ""),
+        ("Linux", "3.9.0", "8.6", "", "good", "Triton 3.9.0, compute capability 8.6, --attention exact, int8", ""),
+        ("Windows", "3.7.1", "12.0", "gcc", "good", "capability 12.0, --attention exact, int8, full-int8, fp8", ""),
         ("Linux", "3.6.0", "", "", "good", "Triton 3.6.0", ""),
         ("Linux", "3.9.0", "7.5", "", "slow", "Triton's kernels need 8.0", "RTX 3000"),
         ("Linux", None, "8.9", "", "slow", "Triton is not installed", 'pip install "triton>='),

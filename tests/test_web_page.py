@@ -135,7 +135,7 @@ def test_a_finished_clip_is_played_and_its_settings_come_back(browser, server):
         video = page.locator("#player video")
         until(page, "document.querySelector('#player video').readyState >= 1")
         assert round(video.evaluate("node => node.duration"), 1) == 0.7
-        assert "star.png" in page.text_content("#player dl")
+        assert PROMPT in page.text_content("#player dl")
         page.keyboard.press("Escape")
         page.fill("#f-prompt", "something else")
         page.fill("#f-seed", "")

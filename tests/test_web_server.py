@@ -250,4 +250,5 @@ def test_the_docs_list_every_route(tmp_path):
     routes = Page(Folder(tmp_path), 1.0).routes()
     there = [(method, route.path) for route in routes for method in route.methods - {"HEAD"}]
     named = [(method, re.sub("ID|NAME", lambda name: f"{{{name[0].lower()}}}", path)) for method, path in shown]
+    there = [(method, path.replace(":path", "")) for method, path in there]
     assert sorted(named) == sorted((method, path) for method, path in there if path.startswith("/api/"))

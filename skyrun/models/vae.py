@@ -252,7 +252,7 @@ class WanVAE:
         def compute(_: int, slab: Slab) -> Tensor:
             part, (start, stop) = x[:, slab.reach], (slab.inside.start, slab.inside.stop)
             four = self._spatial(part, name, padding=1).unflatten(3, (2, 2, -1))
-            out = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
+            out: Tensor = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
             for odd_row in (0, 1):
                 for odd_col in (0, 1):
                     rows, cols = slice(start + odd_row, stop + odd_row), slice(odd_col, x.shape[2] + odd_col)
@@ -264,14 +264,19 @@ class WanVAE:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
-    """A 3-D convolution of frames. What computes small ones on a CPU does not leave channels last."""
+    """A 3-D convolution of frames."""
     out = F.conv3d(x.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, bias, **settings)
-    return out.permute(0, 2, 3, 4, 1).squeeze(0).contiguous()
+    return _channels_last(out.permute(0, 2, 3, 4, 1).squeeze(0))
 
 
 def _convolved_2d(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
     """A 2-D convolution of each frame."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1).contiguous()
+    return _channels_last(F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **settings).permute(0, 2, 3, 1))
+
+
+def _channels_last(frames: Tensor) -> Tensor:
+    """What a convolution gave, which has channels last but where a CPU computes a small one."""
+    return frames.contiguous() if frames.device.type == "cpu" else frames
 
 
 def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

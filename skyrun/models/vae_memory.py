@@ -44,9 +44,11 @@ class Memory:
         if self.last_group:
             return
         if not self.holds(layer, slab):
-            self._frames[layer, slab] = torch.empty_like(frames, device=self._place(frames, layer, slab))
+            self._frames[layer, slab] = torch.empty(
+                frames.shape, dtype=frames.dtype, device=self._place(frames, layer, slab)
+            )
         if self._parking is not None and (layer, slab) in self._waiting:
-            self._parking.store(_bytes(frames), _bytes(self._frames[layer, slab]))
+            self._parking.store(_bytes(frames.contiguous()), _bytes(self._frames[layer, slab]))
         else:
             self._frames[layer, slab].copy_(frames)
 

@@ -22,8 +22,10 @@ from skyrun.kernels.cache import cache_folder
 from skyrun.kernels.disk import existing_folder
 from skyrun.kernels.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
+from skyrun.presets.card import FLOAT8
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
+from skyrun.presets.options import ATTENTIONS
 from skyrun.units import GIB, size
 
 _COMFORTABLE_RAM = 12 * GIB
@@ -149,7 +151,9 @@ def _kernels(gpu: str) -> Finding:
         if int(capability[1]) < _OLDEST_CAPABILITY:
             said = f"torch: the card has {said}, Triton's kernels need {_OLDEST_CAPABILITY}.0"
             return Finding("kernels", "slow", said, "a card of the RTX 3000 series or later is several times faster")
-        found = f"{found}, {said}"
+        major, minor = int(capability[1]), int(capability[2])
+        there = [name for name in ATTENTIONS if name != "fp8" or (major, minor) >= FLOAT8]
+        found = f"{found}, {said}, --attention {', '.join(there)}"
     return Finding("kernels", "good", found)
 
 

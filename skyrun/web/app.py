@@ -53,7 +53,7 @@ class Page:
             Route("/api/form", self.form, methods=get),
             Route("/api/plan", self.plan, methods=get),
             Route("/api/files", self.upload, methods=post),
-            Route("/api/files/{name}", self.uploaded, methods=get),
+            Route("/api/files/{name:path}", self.file, methods=get),
             Route("/api/events", self.events, methods=get),
             Route("/api/jobs", self.all_jobs, methods=get),
             Route("/api/jobs", self.add, methods=post),
@@ -100,10 +100,13 @@ class Page:
         """Keep a file that a job will need."""
         return JSONResponse(await keep(request.stream(), self.folder, self.helper), 201)
 
-    async def uploaded(self, request: Request) -> Response:
-        """A file that was uploaded."""
-        path = self.folder.upload(request.path_params["name"])
-        return FileResponse(path, media_type=TYPES.get(path.suffix, "application/octet-stream"))
+    async def file(self, request: Request) -> Response:
+        """What was uploaded, or another picture, video or recording of the folder."""
+        name = request.path_params["name"]
+        path = self.folder.find(name)
+        if path is None or path.suffix.lower() not in TYPES or not path.is_file():
+            raise Refused(404, f"there is no file {name[:200]!r}", "POST /api/files uploads one")
+        return FileResponse(path, media_type=TYPES[path.suffix.lower()])
 
     async def all_jobs(self, request: Request) -> Response:
         """All jobs, in their order."""

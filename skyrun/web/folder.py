@@ -81,13 +81,6 @@ class Folder:
             )
         return self.root / name
 
-    def upload(self, name: str) -> Path:
-        """What was uploaded under a name that we gave it. Raises Refused (404) if there is nothing."""
-        path = self.inputs / name if _is_plain(name) else None
-        if path is None or not path.is_file():
-            raise Refused(404, f"there is no upload {name!r}", "POST /api/files uploads one")
-        return path
-
     def find(self, name: str) -> Path | None:
         """An upload, a clip, or another file or folder in the folder or in that of the models; None if there is none.
 

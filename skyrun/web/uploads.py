@@ -20,7 +20,14 @@ _SUFFIXES = {  # by the format that is in a file
 }
 TYPES = {  # that clients are told, by the suffix
     **{f".{name}": f"image/{name}" for name in ("png", "webp", "gif", "bmp", "tiff", "avif")},
-    **{".jpg": "image/jpeg", ".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".mp3": "audio/mpeg"},
+    **{
+        ".jpg": "image/jpeg",
+        ".jpeg": "image/jpeg",
+        ".mp4": "video/mp4",
+        ".webm": "video/webm",
+        ".wav": "audio/wav",
+        ".mp3": "audio/mpeg",
+    },
     **{".flac": "audio/flac", ".ogg": "audio/ogg"},
 }
 

@@ -60,14 +60,16 @@ def _parsed(what: str, text: str) -> Any:
         return text
 
 
-def checked(values: Any, folder: Folder) -> dict[str, Any]:
-    """The values of a job: those that were sent, with the user's defaults and a seed. Raises Refused that names each
-    field with what is wrong with it, as the command line says it."""
-    asked = with_defaults(known(values))
-    if asked.get("seed") is None:
-        asked["seed"] = random.SystemRandom().randrange(1 << 32)
-    _refuse(problems(asked, folder))
-    return asked
+def checked(sent: Any, folder: Folder) -> dict[str, Any]:
+    """The values of a job: those that were sent, with the user's defaults and a seed.
+
+    Raises Refused that names each field with what is wrong with it, as the command line says it.
+    """
+    values = with_defaults(known(sent))
+    if values.get("seed") is None:
+        values["seed"] = random.SystemRandom().randrange(1 << 32)
+    _refuse(problems(values, folder))
+    return values
 
 
 def known(values: Any) -> dict[str, Any]:

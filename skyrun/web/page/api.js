@@ -37,7 +37,7 @@ export async function upload(file) {
   return answer(await fetch("/api/files", { method: "POST", body: file, headers: { "content-type": "application/octet-stream" } }));
 }
 
-export const fileURL = (name) => (name.toLowerCase().endsWith(".mp4") && !/^[0-9a-f]{24}\.mp4$/.test(name) ? clipURL(name) : `/api/files/${encodeURIComponent(name)}`);
+export const fileURL = (name) => `/api/files/${encodeURIComponent(name)}`;
 export const clipURL = (name) => `/api/clips/${encodeURIComponent(name)}`;
 
 export function query(values) {

@@ -63,6 +63,7 @@ export class Form {
   requests() {
     const { prompt = "", seed, ...rest } = this.request();
     const prompts = this.lines ? prompt.split("\n").map((line) => line.trim()).filter(Boolean) : [prompt];
+    if (!prompts.length) prompts.push("");
     const seeds = Array.from({ length: this.count }, (_, index) => (seed === undefined ? undefined : Number(seed) + index));
     return prompts.flatMap((text) => seeds.map((start) => ({ ...rest, prompt: text, ...(start === undefined ? {} : { seed: start }) })));
   }
