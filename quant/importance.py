@@ -21,7 +21,7 @@ from torch import Tensor
 from skyrun.kernels.atomic import replacing
 from skyrun.kernels.errors import FAILED, MODEL_MISSING, SkyrunError
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo, open_gguf
-from skyrun.kernels.name_tables import WAN_TRANSFORMER
+from skyrun.kernels.name_tables import TRANSFORMERS
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _CHUNKS, _ORIGIN, _SAMPLES = "imatrix.chunk_count", "skyrun.calibration.origin", "skyrun.calibration.samples"
@@ -73,10 +73,11 @@ def original_name(name: str) -> str:
     """A weight's original Wan name, whichever prefix and naming the file uses."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
-    for naming in range(len(WAN_TRANSFORMER.namings)):
-        if place := WAN_TRANSFORMER.locate(name, naming):
-            row, index = place
-            return row.name() if index is None else row.for_block(index).name()
+    for table in TRANSFORMERS:
+        for naming in range(len(table.namings)):
+            if place := table.locate(name, naming):
+                row, index = place
+                return row.name() if index is None else row.for_block(index).name()
     return name
 
 

@@ -20,6 +20,7 @@ from skyrun.media.pixels import first_frame
 from skyrun.media.video_writer import read_request
 from skyrun.planning.job import prepare
 from skyrun.planning.problems import value_problems
+from skyrun.quant.importance import read_importance
 from skyrun.tasks import MODELS as MODELS_OF
 from skyrun.tasks import find_spec
 
@@ -241,3 +242,28 @@ def test_a_wide_image_is_cropped_to_a_high_clip():
         frame, seen = first_frame(image, 96, 48, fit)
         assert frame.shape == (3, 1, 96, 48) and seen.shape[0] == 3
         assert float(frame[2, 0, :, 24].min()) > 0.9 and float(frame[0, 0, :, 2].min()) > 0.9
+
+
+@pytest.mark.parametrize("model", ["Wan2.1-T2V-1.3B", "Wan2.1-I2V-14B-480P"])
+def test_importance_is_collected_with_guidance(files, picture, tmp_path, model):
+    prompts, importance = tmp_path / "prompts.txt", tmp_path / "importance.gguf"
+    prompts.write_text(PROMPT)
+    image = ["--image", str(picture)] if task_of(model) == "i2v" else []
+    options = ["--model", str(files(model)), "--prompts", str(prompts), *image, "-o", str(importance)]
+    options += ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]
+    assert main(["calibrate", *options]) == 0
+    collected = read_importance(importance)
+    matrices = {"self_attn.q", "cross_attn.k", "ffn.2"} | ({"cross_attn.k_img"} if image else set())
+    assert {f"blocks.1.{name}.weight" for name in matrices} <= set(collected.sums)
+    tokens, steps, contexts = 2 * 2 * 3, 2, 2
+    assert collected.counts["blocks.1.self_attn.q.weight"] == tokens * steps * contexts
+
+
+def test_files_of_two_models_are_no_candidates_for_one_plan(files, picture, tmp_path):
+    folder, other = tmp_path / "models", "SkyReels-V2-T2V-14B-540P"
+    shutil.copytree(files("Wan2.1-T2V-1.3B"), folder)
+    (rough,) = files(other, quant="Q8_0").glob("SkyReels*.gguf")
+    shutil.copy(rough, folder)
+    job = prepare(request_of("Wan2.1-T2V-1.3B", folder, picture))
+    assert job.request.variant == "wan2.1-t2v-1.3b" and job.files.transformer.path.name.startswith("Wan2.1")
+    assert any("another model than Wan2.1-T2V-1.3B" in notice for notice in job.notices)

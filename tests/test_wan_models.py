@@ -21,12 +21,13 @@ def planned(model, card, **changes):
 
 
 def test_every_model_of_a_task_can_be_fetched_by_its_name():
-    named = [spec.model for models in MODELS.values() if len(models) > 1 for spec in models]
-    assert len(named) == len(set(named)) and set(named) <= set(SOURCES)
-    for name in named:
-        (task, *_) = tasks_of(name)
+    named = [(spec.name, spec.model) for models in MODELS.values() if len(models) > 1 for spec in models]
+    assert len(named) == len(set(named)) and {name for _, name in named} <= set(SOURCES)
+    for task, name in named:
+        assert task in tasks_of(name)
         assert spec_of(task, name).title == SOURCES[name].checkpoint.split("/")[1]
-        assert parse_name(name).task == task
+        assert parse_name(name).task == tasks_of(name)[0]
+        assert parse_name(name, task=task).task == task
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "i2v"])

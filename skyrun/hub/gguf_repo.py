@@ -15,7 +15,7 @@ from skyrun.kernels.name_tables import TRANSFORMERS
 from skyrun.kernels.names import Match, recognise
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.published import transformer_table
-from skyrun.tasks import TASKS, tasks_in
+from skyrun.tasks import MODELS, TASKS, TaskSpec, tasks_in
 
 _ROLES = {"wan": "transformer", "t5encoder": "text_encoder", "t5": "text_encoder", "clip": "image_encoder"}
 _SAFETENSORS = {b'"decoder.conv1.weight"': "vae", b"feature_extractor.conv_layers": "audio_encoder"}
@@ -80,7 +80,7 @@ def _described(file: RemoteFile, data: bytes) -> RemoteModel:
     elif _SPLIT.search(file.name):
         refused = "is one part of a split model"
     elif not fits:
-        refused = "does not have the shape of a SkyReels-V3 model"
+        refused = "does not have the shape of a model that skyrun runs"
     return RemoteModel(file, role, _quant(head, file.name), task, by_path, refused)
 
 
@@ -113,12 +113,13 @@ def _task(head: Head, match: Match | None, path: str) -> tuple[str, bool, bool]:
     The task is the one that the header states, or the only one that fits the tensors, or the one in the path.
     """
     sizes = match.check(head.shapes, {})[0] if match else {}
-    fitting = [
-        spec.name
-        for spec in TASKS.values()
-        if match is None
-        or (transformer_table(spec) is match.table and sizes.get("in", spec.dims["in"]) == spec.dims["in"])
-    ]
+
+    def fits(spec: TaskSpec) -> bool:
+        return match is None or (
+            transformer_table(spec) is match.table and sizes.get("in", spec.dims["in"]) == spec.dims["in"]
+        )
+
+    fitting = [task for task, models in MODELS.items() if any(map(fits, models))]
     stated = head.text("skyrun.task")
     if stated in TASKS or len(fitting) < 2:
         return stated if stated in TASKS else "".join(fitting), False, bool(fitting)

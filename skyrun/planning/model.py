@@ -74,8 +74,9 @@ def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) 
     if vision is not None:
         vision.check()
     files = ModelFiles(transformer, encoder.file, vae, vision.file if vision else None, audio)
-    others = tuple(file for file in fitting if file is not transformer) if quant is None else ()
-    found, guess = _published(transformer, dims, spec)
+    found, guess = published_spec(transformer, spec)
+    same = _of_model(fitting, found, passed_over) if quant is None else []
+    others = tuple(file for file in same if file is not transformer)
     return Model(found, files, encoder, vision, dims, others, tuple(passed_over), guess)
 
 
@@ -95,8 +96,21 @@ def _known(file: GGUFFile, spec: TaskSpec, **sizes: int) -> TaskSpec | None:
     return next((model for model, is_certain in found if is_certain), None)
 
 
-def _published(file: GGUFFile, dims: DiTDims, spec: TaskSpec) -> tuple[TaskSpec, str]:
-    """The TaskSpec of the model that a transformer is, and a sentence if that is not certain."""
+def _of_model(files: Sequence[GGUFFile], spec: TaskSpec, passed_over: list[str]) -> list[GGUFFile]:
+    """The transformers that are of one model, where several models do the task."""
+    same = []
+    for file in files:
+        own = _known(file, spec)
+        if own is None or own is spec:
+            same.append(file)
+        else:
+            passed_over.append(f"{file.path.name} is {own.title}, another model than {spec.title}")
+    return same
+
+
+def published_spec(file: GGUFFile, spec: TaskSpec) -> tuple[TaskSpec, str]:
+    """The TaskSpec of the task with the model that a transformer is, and a sentence if that is not certain."""
+    dims = read_dims(file)
     sizes = {"dim": dims.dim, "layers": dims.layers, "in": dims.in_channels, "image": dims.image_dim}
     if (known := _known(file, spec, **sizes)) is not None:
         return known, ""
@@ -208,7 +222,7 @@ def _autoencoder(path: Path) -> Path:
 def _checked_transformer(file: GGUFFile, spec: TaskSpec, encoder: UMT5, vision: CLIPVision | None) -> DiTDims:
     dims = read_dims(file)
     if problem := _shape_problem(dims, spec):
-        raise SkyrunError(f"{file.path} {problem}", f"use a SkyReels-V3 model for {spec.name}")
+        raise SkyrunError(f"{file.path} {problem}", f"use a model for {spec.name}")
     encoders = [("text", encoder.dim, dims.text_dim)]
     if vision is not None:
         encoders.append(("image", vision.dim, dims.image_dim))

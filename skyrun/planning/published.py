@@ -10,6 +10,7 @@ from skyrun.kernels.name_tables import (
     UMT5_ENCODER,
     WAN_AUDIO_TRANSFORMER,
     WAN_IMAGE_TRANSFORMER,
+    WAN_RATE_TRANSFORMER,
     WAN_TRANSFORMER,
     WAN_VAE,
 )
@@ -102,6 +103,8 @@ def transformer_table(spec: TaskSpec) -> Table:
     """The names of the tensors of a task's transformer."""
     if "audio_dim" in spec.dims:
         return WAN_AUDIO_TRANSFORMER
+    if "rates" in spec.dims:
+        return WAN_RATE_TRANSFORMER
     return WAN_IMAGE_TRANSFORMER if spec.sees_image else WAN_TRANSFORMER
 
 

@@ -141,7 +141,7 @@ _LARGE_FORCED: dict[str, Any] = {**_LARGE, "model": "df-720p", "title": "SkyReel
 _SMALL_FORCED: dict[str, Any] = {
     "model": "df-1.3b",
     "title": "SkyReels-V2-DF-1.3B-540P",
-    "dims": _1_3B,
+    "dims": MappingProxyType({**_1_3B, "rates": 2}),
     "rates": (24, 16),
 }
 _TEXT_FORCED = replace(TEXT_TO_VIDEO, windows=_forced_from_text, **_FORCED)

@@ -21,6 +21,7 @@ from skyrun.models.identity import fingerprint
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
+from skyrun.planning.model import published_spec
 from skyrun.planning.problems import place_problems
 from skyrun.planning.request import Request
 from skyrun.presets.memory import CONTEXT_BYTES
@@ -90,12 +91,14 @@ def plan_calibration(
     if task not in _TASKS:
         known = " and ".join(_TASKS)
         raise SkyrunError(f"{file.path} is a model for {task}, calibrate runs {known}", f"use a model for {known}")
-    digests = _digests(images)
+    digests, most = _digests(images), TASKS[task].images[1]
+    spec, _ = published_spec(file, TASKS[task])
     requests = []
     for k in range(max(len(prompts), len(images))):
-        chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % TASKS[task].images[1], len(images))))
+        chosen = tuple(images[(k + n) % len(images)] for n in range(min(1 + k % most, len(images)) if most else 0))
         prompt = prompts[k % len(prompts)]
-        requests.append(Request(task, prompt, chosen, model=file.path, seed=seed + k, precision="exact", **settings))
+        request = Request(task, prompt, chosen, model=file.path, seed=seed + k, precision="exact", **settings)
+        requests.append(request.of(spec))
     origin = _origin(file, requests[0])
     clips = tuple(Clip(request, _label(origin, request, digests)) for request in requests)
     collected = read_importance(output) if output.exists() else Importance()
@@ -166,8 +169,8 @@ def _observe(request: Request, index: int) -> Generator[Event, None, tuple[dict[
         for event in takewhile(
             lambda e: not isinstance(e, LatentsReady), PIPELINES[request.spec.pipeline](job, RunState(), squares)
         ):
-            if isinstance(event, Progress) and event.stage == "denoise" and event.done < request.steps:
-                yield Progress(_STAGE, index + event.done / request.steps)
+            if isinstance(event, Progress) and event.stage == "denoise" and event.done < request.passes:
+                yield Progress(_STAGE, index + event.done / request.passes)
     return squares.sums(), squares.counts
 
 
