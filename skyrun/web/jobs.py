@@ -21,7 +21,7 @@ class Progress:
     """How far a job is, by its events.
 
     stage, done, total, unit: of the running stage. block, blocks: of the running step. part: the window, from 1 on, and
-    how many there are. left: seconds until the clip is done, at the time `told`. previews: how many were drawn.
+    how many there are. begun: when it was planned. left: seconds until the clip is done, at the time `told`. previews: how many were drawn.
     plan: what was decided. seconds: of each stage that is over.
     """
 
@@ -32,6 +32,7 @@ class Progress:
     block: int = 0
     blocks: int = 0
     part: list[int] | None = None
+    begun: float | None = None
     left: float | None = None
     told: float | None = None
     previews: int = 0
@@ -48,7 +49,8 @@ class Progress:
             self.plan |= {key: plan[key] for key in ("device_name", "weight_type", "dtype", "seconds", "step_seconds")}
             self.plan["peak_bytes"] = max(_bytes_of(stage, plan) for stage in plan["stages"])
             self.notices = [*event["notices"]]
-            self.left, self.told = plan["seconds"], time.time()
+            self.begun = self.told = time.time()
+            self.left = plan["seconds"]
         elif name == "stage_started":
             self.stage, self.unit, self.part = event["stage"], event["unit"], event["part"]
             self.done, self.total, self.block, self.blocks = event["before"], event["total"], 0, 0

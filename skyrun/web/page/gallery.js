@@ -43,7 +43,7 @@ function facts(clip) {
 }
 
 function card(clip) {
-  const picture = clip.known && !clip.problem ? el("img", { src: `${clipURL(clip.name)}/poster?of=${clip.modified}`, alt: "", loading: "lazy" }) : el("span", { className: "blank" });
+  const picture = clip.known && !clip.problem ? el("img", { src: `${clipURL(clip.name)}/poster?of=${clip.modified}`, alt: "", loading: "lazy", width: 3 * clip.width, height: 2 * clip.height }) : el("span", { className: "blank" });
   const title = clip.request?.prompt || clip.name;
   return el("li", { className: "clip card" },
     el("button", { type: "button", className: "poster", "aria-label": `Play ${title}`, on: { click: () => play(clip) } }, picture),

@@ -86,7 +86,7 @@ function place(job) {
 function build(job) {
   const { request, status } = job;
   const parts = {};
-  const thumbs = [...(request.images || [])].slice(0, 2).map((name) => el("img", { src: fileURL(name), alt: "", className: "thumb", loading: "lazy" }));
+  const thumbs = [...(request.images || [])].slice(0, status === "failed" ? 2 : 1).map((name) => el("img", { src: fileURL(name), alt: "", className: "thumb", loading: "lazy" }));
   const about = el("div", { className: "about" }, el("p", { className: "prompt" }, request.prompt || ""), parts.facts = el("p", { className: "quiet" }));
   const move = (by) => () => send("PATCH", `/api/jobs/${job.id}`, { position: by === 0 ? 0 : place(job) + by });
   const remove = act(job, "remove", "Remove", () => send("DELETE", `/api/jobs/${job.id}`));
@@ -141,14 +141,13 @@ export function left(job) {
   return left === null || told === null ? null : Math.max(0, left - (Date.now() / 1000 - told));
 }
 
+// How much of the clip is done, by time.
 export function share(job) {
-  const ahead = left(job), { plan, seconds } = job.progress;
-  if (ahead === null || !plan.seconds) return null;
-  const done = Math.max(0, Date.now() / 1000 - (job.progress.told - doneBefore(seconds)));
-  return Math.min(0.99, done / (done + ahead));
+  const ahead = left(job), { begun } = job.progress;
+  if (ahead === null || begun === null) return null;
+  const done = Math.max(0, Date.now() / 1000 - begun);
+  return Math.min(0.99, done / (done + ahead || 1));
 }
-
-const doneBefore = (seconds) => Object.values(seconds).reduce((sum, item) => sum + item, 0);
 
 function update(card, job) {
   const { parts } = card, { progress } = job;
