@@ -196,8 +196,9 @@ def test_a_plan_says_what_it_takes_more_time_for(name, clip, prefer, note):
     assert re.search(note, said)
 
 
-def test_the_quickest_plan_says_nothing():
-    assert plan_clip(clip_of("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes == ()
+def test_the_quickest_plan_says_only_what_quality_takes():
+    (note,) = plan_clip(clip_of("r2v"), stated(find_card("RTX 3060"), 16, 0.5), "speed").plan.notes
+    assert note.startswith("--prefer quality takes ") and "with Q8_0 in bfloat16" in note
 
 
 def test_days_on_a_cpu_are_said_and_what_to_do():
