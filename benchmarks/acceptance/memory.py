@@ -80,7 +80,7 @@ def _measured(scale: Scale, way: str, tokens: int, rows: int | None, parked: boo
 
 def _counted(work: Workload, dtype: str, rows: int | None, parked: bool, way: str) -> tuple[int, int]:
     """Bytes of tensors, and with what the allocator may take besides, as a plan counts them."""
-    denoise = denoise_bytes(work, dtype, rows, parked, way)
+    denoise = denoise_bytes(work, dtype, rows, parked, way, "int8" if way == "int8" else "exact")
     counted = denoise + RING_SLOTS * work.block_bytes
     fixed = "expandable_segments:False" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     return counted, counted + ALLOCATOR_BYTES + int(FRAGMENTS * denoise if fixed else 0)

@@ -1,7 +1,7 @@
 """Kernels beside their twins in torch and beside float64, at small shapes and at those of whole clips; and how fast."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,17 +10,16 @@ from torch.nn import functional as F
 
 from acceptance.step import Figure, Scale
 from skyrun.kernels import linear
-from skyrun.kernels.attention import Keys, ways
 from skyrun.kernels.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.synthetic import random_weight
 from skyrun.models.dit_header import HEAD_DIM
+from skyrun.presets.options import ATTENTION_ERRORS
 from skyrun.tools.bench.checks import FAST_ERROR, ROUNDING, Check, check_kernels, relative_error
-from skyrun.tools.bench.kernels import QUANTIZED, WAN_14B, Bench
+from skyrun.tools.bench.kernels import QUANTIZED, WAN_14B, Bench, attention_way, attention_ways
 from skyrun.tools.bench.measurement import Clock
 
 _TALL = ("Q8_0", "Q6_K", "Q4_K")
 _SAMPLED = 200  # rows that are computed again in float64, the last one among them
-_ATTENTION_ERROR = 0.025  # that a precision below 16 bits may add
 _TRIED, _MATH = 256, 10_000  # queries and keys that a backend is tried with; keys from which on scores are too many
 _NOISE = 0.5  # of queries that are keys otherwise: each finds its key, and the softmax is peaked
 # Of the time of a resident 16-bit weight, by rows; and how much faster int8 has to be from which rows on.
@@ -78,10 +77,9 @@ def attention(scale: Scale) -> Iterator[Figure]:
         for kind, q in (("peaked", peaked), ("flat", flat)):
             expected = _exactly(q[sampled], k, v, heads)
             for name in _names(q, k, heads):
-                got = ways(q, Keys(k, v, heads, fast=True))[name]()[sampled]
-                added = _ATTENTION_ERROR if name in _quick(q, k, heads) else 0.0
-                error = relative_error(got, expected)
-                yield Figure(f"{name}, {tokens}, {kind}", error, "relative error", most=ROUNDING[scale.dtype] + added)
+                error = relative_error(attention_way(name, q, k, v, heads)[sampled], expected)
+                allowed = ROUNDING[scale.dtype] + ATTENTION_ERRORS.get(name, 0.0)
+                yield Figure(f"{name}, {tokens}, {kind}", error, "relative error", most=allowed)
         yield from _rates_of_attention(scale, peaked, k, v, heads)
 
 
@@ -89,34 +87,27 @@ def _rates_of_attention(scale: Scale, q: Tensor, k: Tensor, v: Tensor, heads: in
     """The time includes preparing the keys, which a run does once for each block."""
     clock, tokens = Clock(scale.device), len(q)
     for name in _names(q, k, heads):
-        seconds = clock.seconds(lambda name=name: ways(q, Keys(k, v, heads, fast=True))[name]())
+        seconds = clock.seconds(lambda name=name: attention_way(name, q, k, v, heads))
         rate = 4 * tokens * tokens * heads * HEAD_DIM / seconds / 1e12 if seconds else 0.0
         yield Figure(f"{name}, {tokens}", rate, "TFLOP/s", least=scale.on_card(1))
 
 
 def _names(q: Tensor, k: Tensor, heads: int) -> list[str]:
     """The backends that can do it. "math" stores all scores, too many for a clip."""
-    return [name for name in _few(q, k, heads, True) if _runs(q, k, heads, name) and (name != "math" or len(k) < _MATH)]
-
-
-def _few(q: Tensor, k: Tensor, heads: int, fast: bool) -> dict[str, Callable[[], Tensor]]:
-    return ways(q[:_TRIED], Keys(k[:_TRIED], k[:_TRIED], heads, fast))
+    bench = Bench(q.device, dims=replace(WAN_14B, dim=heads * HEAD_DIM, heads=heads))
+    found = [name for name in attention_ways(bench) if _runs(q, k, heads, name)]
+    return [name for name in found if name != "math" or len(k) < _MATH]
 
 
 def _runs(q: Tensor, k: Tensor, heads: int, name: str) -> bool:
     """Whether a backend takes this dtype and these heads here."""
     try:
-        _few(q, k, heads, True)[name]()
+        attention_way(name, q[:_TRIED], k[:_TRIED], k[:_TRIED], heads)
     except RuntimeError as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
         return False
     return True
-
-
-def _quick(q: Tensor, k: Tensor, heads: int) -> set[str]:
-    """Those whose precision is below that of the inputs."""
-    return set(_few(q, k, heads, True)) - set(_few(q, k, heads, False))
 
 
 def _exactly(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
