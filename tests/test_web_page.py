@@ -34,10 +34,17 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def shared(tmp_path_factory):
     with served(tmp_path_factory.mktemp("web") / "clips") as server:
         demo_request(server.folder)
         yield server
+
+
+@pytest.fixture
+def server(shared):
+    """A server without jobs, whatever the test before has left."""
+    yield shared
+    empty(shared)
 
 
 @contextmanager
@@ -210,7 +217,6 @@ def test_the_queue_is_ordered_and_paused(browser, server):
         page.wait_for_selector(".job.running .preview:visible")
         page.locator(".job.running [data-act=pause]").click()
         until(page, f"{seeds}.join() === '23,21' && !!document.querySelector('.job.running')")
-    empty(server)
 
 
 def test_a_server_that_is_killed_and_started_again(browser, tmp_path):
@@ -256,7 +262,6 @@ def test_keys_are_enough(browser, server):
         page.keyboard.press("Space")
         page.wait_for_selector(".job.cancelled")
         assert page.evaluate("!!document.activeElement.closest('.job')")
-    empty(server)
 
 
 def test_a_recording_is_made_with_the_microphone(browser, server):
@@ -300,5 +305,4 @@ def test_nothing_is_wider_than_the_window_and_axe_finds_no_serious_fault(browser
                 found = [fault for fault in page.evaluate("axe.run()")["violations"] if fault["impact"] in _GRAVE]
                 assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found] == [], (where, options)
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), options
-    empty(server)
     server.ask("DELETE", f"/api/clips/{made['clip']}")

@@ -21,8 +21,8 @@ class Progress:
     """How far a job is, by its events.
 
     stage, done, total, unit: of the running stage. block, blocks: of the running step. part: the window, from 1 on, and
-    how many there are. begun: when it was planned. left: seconds until the clip is done, at the time `told`. previews: how many were drawn.
-    plan: what was decided. seconds: of each stage that is over.
+    how many there are. begun: when it was planned. left: seconds until the clip is done, at the time `told`.
+    previews: how many were drawn. plan: what was decided. seconds: of each stage that is over.
     """
 
     stage: str = ""
