@@ -127,11 +127,11 @@ def recorded(
     with torch.inference_mode(), pretended_card(way):
         x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
         rope = (_empty(tokens, HEAD_DIM // 2, dtype=torch.float32),) * 2
-        avatar = spec.sees_image
+        speaks = "audio_dim" in spec.dims
         context = Context(
             _empty(512, dims.dim),
-            _empty(_IMAGE_TOKENS, dims.dim) if avatar else None,
-            _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if avatar else None,
+            _empty(_IMAGE_TOKENS, dims.dim) if spec.sees_image else None,
+            _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if speaks else None,
         )
         time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
         parts = chunks(0, tokens, rows)
@@ -217,9 +217,9 @@ def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
     for _ in range(_OUTER_TENSORS):
         yield work.outer_bytes // _OUTER_TENSORS
     if not parked:
-        yield 2 * work.tokens * work.dim
+        yield from [2 * work.tokens * work.dim] * work.contexts
     yield from (4 * work.tokens * HEAD_DIM // 2,) * 2
-    yield 2 * work.context_tokens * work.dim
+    yield from [2 * work.context_tokens * work.dim] * work.contexts
 
 
 def _replay_block(log: tuple[int, ...], allocator: Allocator) -> None:

@@ -13,8 +13,9 @@ CONTEXT_BYTES = int(0.6 * GIB)
 ALLOCATOR_BYTES = 160 << 20
 
 # Of activations, taken on top where the allocator cannot join free memory of any sizes, as on Windows: a replay of
-# denoising needs at most 0.18 (benchmarks/block_memory.py --fixed).
-FRAGMENTS = 0.2
+# denoising needs at most 0.28 (benchmarks/block_memory.py --fixed). With guidance two sequences stay in memory, between
+# which holes are left even where free memory can be joined.
+FRAGMENTS, GUIDED_FRAGMENTS = 0.3, 0.15
 
 # Left free on a GPU before blocks are kept there.
 RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08

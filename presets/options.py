@@ -7,7 +7,7 @@ from functools import cached_property
 from skyrun.kernels.capability import FLOAT8
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
-from skyrun.presets.memory import PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
+from skyrun.presets.memory import GUIDED_FRAGMENTS, PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
 from skyrun.presets.timing import Time, denoise_time, rates_of, step_time
 from skyrun.presets.workload import Workload
 
@@ -111,7 +111,8 @@ def options(
                 parked=parked,
                 resident=resident,
             )
-            fits, kept = budget.fits(device, host), resident * work.block_bytes
+            holes = int(GUIDED_FRAGMENTS * working) if work.contexts > 1 and budget.cuda else 0
+            fits, kept = budget.fits(device + holes, host), resident * work.block_bytes
             yield Option(hardware, work, how, attention, chunking, resident, device + kept, host, fits, step)
 
 

@@ -57,8 +57,9 @@ class Said:
         return str(self._config.get(key, ""))
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts; empty if the config has no such key."""
+        """A list of texts; empty if the config has no such key. A header of ours has them in one text."""
         values = self._config.get(key, [])
+        values = values.split() if isinstance(values, str) else values
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise SkyrunError(f"{self._where} says {key} = {values!r}", "expected a list of texts")
         return values
