@@ -22,6 +22,7 @@ CUDA_USERS = {
     "skyrun/streaming/device.py",
     "skyrun/streaming/ring.py",
     "skyrun/streaming/staging.py",
+    "skyrun/tools/convolution.py",
     "presets/hardware.py",
     "kernels/device.py",
     "kernels/failures.py",
