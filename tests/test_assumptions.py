@@ -18,7 +18,7 @@ def said(hardware=CARD, prefer="quality", **changes):
 
 
 @pytest.mark.parametrize("prefer", ["quality", "speed"])
-@pytest.mark.parametrize("field", ["linear", "attention", "fast_linear", "fast_attention", "convolution", "decode"])
+@pytest.mark.parametrize("field", ["linear", "attention", "fast_linear", "int8_attention", "convolution", "decode"])
 def test_a_rate_that_changes_the_time_is_said(prefer, field):
     """And none that does not."""
     text, planned = said(prefer=prefer)
@@ -62,4 +62,4 @@ def test_each_preference_says_what_the_other_is_worth():
 def test_nothing_is_said_where_both_are_the_same():
     only = dataclasses.replace(CLIP, quant="Q8_0", precision="exact", attention="exact")
     small = plan_clip(only, described_hardware("RTX 3060", ram=16), "speed")
-    assert small.plan.vae_dtype == "bfloat16" and not small.plan.notes
+    assert small.plan.decoding.dtype == "bfloat16" and not small.plan.notes

@@ -30,7 +30,7 @@ def config(tmp_path, monkeypatch):
 
 DAMAGED = [
     ("prefer = \n", "line 1"),
-    ('quant = "Q8_0"\nprefer = "sped"\n', "line 2: unknown preference 'sped', expected quality, speed, memory"),
+    ('quant = "Q8_0"\nprefer = "sped"\n', "line 2: unknown preference 'sped', expected balanced, quality"),
     ('quant = "Q8_0"\n\nresolution = "4K"\n', "line 3: unknown resolution '4K'"),
     ("# mine\nmodels = 3\n", "line 2: models is 3, expected text in quotes"),
     ('size = "480P"\n', "line 1: unknown name 'size', expected models, resolution, quant, prefer"),

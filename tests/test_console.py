@@ -123,7 +123,7 @@ def test_verbose_says_what_happens_inside(tmp_path, capsys):
 
 
 FOREIGN = [
-    (["run", "r2v", "--cfg-scale", "5"], "usage: skyrun run", "unknown --cfg-scale: the models are distilled"),
+    (["run", "r2v", "--cfg-scale", "5"], "usage: skyrun run", "unknown --cfg-scale: use --guidance G"),
     (["run", "r2v", "--num_frames=81"], "usage: skyrun run", "use --frames N, 4 k + 1, or --seconds N"),
     (["run", "r2v", "--stepz", "3"], "usage: skyrun run", "did you mean --steps?"),
     (["plan", "r2v", "--low-vram"], "usage: skyrun plan", "weights are always streamed"),

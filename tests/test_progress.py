@@ -7,6 +7,7 @@ from skyrun.cli.progress import Display
 from skyrun.engine import run as eta
 from skyrun.engine.run import Forecast
 from skyrun.events import BlockDone, Progress, Replanned, StageEnded, StageStarted, TimeLeft, as_json, listen
+from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.plan import Plan, StagePlan
 from skyrun.units import duration
 
@@ -76,7 +77,8 @@ def test_the_first_step_shows_its_blocks(clock):
 
 
 PLAN = Plan(
-    *("cuda", "a card", "exact", "exact", "bfloat16", "float32", None, None, 3, 0, None, False),
+    *("cuda", "a card", "exact", "exact", "bfloat16"),
+    *(Autoencoder("float32", None, None, 0), Autoencoder("bfloat16", None, None, 0), 3, 0, None, False),
     stages=tuple(StagePlan(name, 0, 0, seconds) for name, seconds in zip(
         ("text", "images", "denoise", "decode"), (5.0, 8.0, 80.0, 20.0), strict=True
     )),

@@ -100,4 +100,11 @@ def test_guidance_doubles_a_step_and_reads_no_more():
 
 
 def test_a_plan_of_text_to_video_encodes_no_images():
-    assert [stage.name for stage in planned("t2v", "RTX 4090").plan.stages] == ["text", "denoise", "decode"]
+    assert [stage.name for stage in planned("t2v", "RTX 4090").plan.stages] == [
+        "start",
+        "text",
+        "load",
+        "denoise",
+        "decode",
+        "write",
+    ]

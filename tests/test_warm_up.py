@@ -78,7 +78,7 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
 def test_an_autoencoder_launches_what_was_compiled_ahead(converted, launched, monkeypatch):
     path = next(converted("F32").glob("*.safetensors"))
     frames = frozenset((channels, torch.float32) for channels in vae_channels(read_vae_dims(path)[0]))
-    blocks = Blocks(frozenset(), 256, 256, torch.float32, False, False)
+    blocks = Blocks(frozenset(), 256, 256, torch.float32, False, "exact")
     for work in launches(blocks, CPU):
         work()
     others = set(launched)

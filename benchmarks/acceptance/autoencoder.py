@@ -43,8 +43,9 @@ def autoencoder(scale: Scale) -> Iterator[Figure]:
         expected: dict[str, Tensor] = {}
         for dtype in scale.of(_DTYPES, _DTYPES[:2]):
             for tile in (None, slab):
-                counted = vae_bytes(work, dtype, tile) + vae_copy_bytes(work, dtype, tile) + ALLOCATOR_BYTES
                 for what in ("decode", "encode"):
+                    counted = vae_bytes(work, what, dtype, tile) + vae_copy_bytes(work, what, dtype, tile)
+                    counted += ALLOCATOR_BYTES
                     vae = WanVAE(path, scale.device, getattr(torch, dtype), tile)
                     result, seconds, peak = _timed(scale, vae, what, latents if what == "decode" else video)
                     del vae

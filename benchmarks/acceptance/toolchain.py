@@ -96,7 +96,7 @@ def cold_start(scale: Scale) -> Iterator[Figure]:
     works = [
         work
         for fast in scale.of((False, True), (True,))
-        for work in launches(Blocks(weights, dim, ffn, scale.dtype, fast, fast), scale.device)
+        for work in launches(Blocks(weights, dim, ffn, scale.dtype, fast, "int8" if fast else "exact"), scale.device)
     ]
 
     def launch(work: object) -> None:

@@ -46,6 +46,12 @@ def open_image(path: Path) -> Image.Image:
         raise SkyrunError(f"{path} is not a readable image: {error}", "use a PNG, JPEG or WebP file") from error
 
 
+def image_format(path: Path) -> str:
+    """The format of an image that `open_image` has read, such as "png"."""
+    with Image.open(path, formats=_FORMATS) as image:
+        return str(image.format).lower()
+
+
 def _check_size(image: Image.Image, path: Path) -> None:
     if image.width * image.height > _MOST_PIXELS:
         image.draft("RGB", (image.width // 2, image.height // 2))  # a JPEG decoder can scale the image down

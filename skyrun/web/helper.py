@@ -15,14 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.store import sources_of
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.container import Track, opened
-from skyrun.media.image import open_image, write_image
+from skyrun.media.image import image_format, open_image, write_image
 from skyrun.media.speech import read_speech
 from skyrun.media.video_reader import frames_at, quarter_turns
 from skyrun.media.video_writer import read_request
@@ -119,9 +117,8 @@ def look(path: str) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _seen(path: Path, changed: int) -> dict[str, Any]:
     try:
-        image = open_image(path)
-        with Image.open(path) as file:
-            return {"kind": "image", "format": str(file.format).lower(), "height": image.height, "width": image.width}
+        image, format = open_image(path), image_format(path)
+        return {"kind": "image", "format": format, "height": image.height, "width": image.width}
     except SkyrunError as no_image:
         first = no_image
     try:
