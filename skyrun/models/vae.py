@@ -285,13 +285,13 @@ def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.flatten().float()
     doubles = name.startswith("decoder.upsamples.")
     if doubles and name.endswith(".resample.1.weight"):
-        if weight.is_meta:  # with shapes alone, einsum would import torch's compiler
+        if weight.is_meta:  # with shapes alone, what follows would import torch's compiler
             weight = weight.new_empty(4 * weight.shape[0], weight.shape[1], 2, 2)
         else:
             sums = torch.tensor(_EVEN_ODD, dtype=torch.float32, device=weight.device)
             weight = torch.einsum("yau,xbv,oiuv->yxoiab", sums, sums, weight.float()).flatten(0, 2)
     if doubles and name.endswith(".resample.1.bias"):
-        weight = weight.repeat(4)
+        weight = weight.new_empty(4 * len(weight)) if weight.is_meta else weight.repeat(4)
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim, torch.contiguous_format)
     return weight.to(dtype).contiguous(memory_format=layout)
 
