@@ -37,6 +37,7 @@ from skyrun.presets.cards import CARDS, Card
 from skyrun.presets.hardware import stated
 from skyrun.presets.memory import CONTEXT_BYTES, GIB, RING_SLOTS, way_of
 from skyrun.presets.workload import Workload
+from skyrun.streaming.low_rank import Addition
 from skyrun.streaming.tokens import HeldTokens
 from skyrun.streaming.weights import Weight, Weights
 from skyrun.tasks import TASKS
@@ -119,9 +120,9 @@ def pretended_card(way: str) -> Iterator[None]:
 
 @cache
 def recorded(
-    task: str, way: str, attention: str, tokens: int, frames: int, rows: int | None, parked: bool
+    task: str, way: str, attention: str, tokens: int, frames: int, rows: int | None, parked: bool, rank: int = 0
 ) -> tuple[int, ...]:
-    """The log of a block, flattened: the first chunks of all tokens, and the last one."""
+    """The log of a block, flattened: the first chunks of all tokens, and the last one. rank: of adapters."""
     spec, seen = TASKS[task], Recorder()
     dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
     with torch.inference_mode(), pretended_card(way):
@@ -136,7 +137,7 @@ def recorded(
         time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
         parts = chunks(0, tokens, rows)
         spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
-        weights = _weights(task, way, attention)
+        weights = _weights(task, way, attention, rank)
         with seen:
             dit_block(x, weights, spans, context, rope, dims)
     return tuple(number for entry in seen.log for number in entry)
@@ -159,16 +160,20 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _weights(task: str, way: str, attention: str) -> Weights:
+def _weights(task: str, way: str, attention: str, rank: int) -> Weights:
     spec, format = TASKS[task], FORMATS[_TYPE]
     views: dict[str, Weight] = {}
+    added = {}
     for name, shape in transformer_table(spec).shapes("original", {**spec.dims, "layers": 1}).items():
         if name.startswith("blocks.0.") and len(shape) == 2:
             data = torch.empty(shape[0], format.row_bytes(shape[1]), dtype=torch.uint8, device=META)
             views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, True, way == "int8", name)
+            if rank:
+                addition = Addition(_empty(shape[0], rank), _empty(rank, shape[1]), 1.0)
+                added[name.removeprefix("blocks.0.")] = [addition]
         elif name.startswith("blocks.0."):
             views[name.removeprefix("blocks.0.")] = _empty(*shape, dtype=torch.float32)
-    return Weights("the recorded block", views, None, attention)
+    return Weights("the recorded block", views, None, attention, added)
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
 def _log(planned: Planned, way: str) -> tuple[int, ...]:
     plan, work = planned.plan, planned.workload
     rows, parked = plan.token_rows, plan.parked_tokens
-    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked)
+    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked, work.adapter_rank)
 
 
 def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from skyrun.kernels.name_tables import WAN_TRANSFORMER
+from skyrun.planning.published import published_shapes
+from skyrun.tasks import TASKS
 
 DIMS = ("q", "k", "v", "o")
 
@@ -55,4 +57,19 @@ def write_adapter(path, pairs, style, alpha=None, diffusers=None, metadata=None,
         settings = {"lora_alpha": alpha, "r": 4, "target_modules": sorted(diffusers[layer] for layer in pairs)}
         said["lora_adapter_metadata"] = json.dumps({f"transformer.{name}": value for name, value in settings.items()})
     save_file({name: tensor.contiguous() for name, tensor in {**tensors, **(extra or {})}.items()}, path, said)
+    return path
+
+
+def published_adapter(path, task, rank=64):
+    """An adapter for all linear layers in blocks of a published model. Its file is sparse: it holds zeros."""
+    shapes, tensors, at = published_shapes(TASKS[task]), {}, 0
+    for layer in layers(40):
+        rows, cols = shapes[f"{layer}.weight"]
+        for name, shape in (("lora_A", [rank, cols]), ("lora_B", [rows, rank])):
+            entry = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + 2 * shape[0] * shape[1]]}
+            tensors[f"diffusion_model.{layer}.{name}.weight"], at = entry, entry["data_offsets"][1]
+    header = json.dumps(tensors).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + at)
     return path

@@ -1,16 +1,21 @@
 """Plans for cards against the memory that torch's allocator would reserve for them (benchmarks/block_memory.py)."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from loras import published_adapter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from allocator import MIB, Allocator, OutOfMemory
 from block_memory import cases, live_bytes, recorded, replay
 
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import plan_request
 from skyrun.presets import memory
-from skyrun.presets.cards import CARDS
+from skyrun.presets.cards import CARDS, find_card
+from skyrun.presets.hardware import stated
 from skyrun.tasks import TASKS
 
 del sys.path[0]
@@ -67,6 +72,17 @@ def test_plans_for_windows_stay_within_their_limit_with_segments_of_fixed_size()
     assert {one.way for one in replays} == {"exact", "float16 sums", "int8"} and len(replays) > 100
     out = [one for one in replays if one.reserved is None or one.reserved > one.limit]
     assert not [(one.planned.hardware.name, one.planned.workload.task, one.way) for one in out]
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_plans_with_an_adapter_stay_within_their_limit(tmp_path, precision):
+    request = Request("r2v", "", resolution="720P", loras=(published_adapter(tmp_path / "a.safetensors", "r2v"),))
+    for name in ("RTX 3060", "RTX 4060", "RTX 4090"):
+        planned = plan_request(request, stated(find_card(name), 64, 2.0), precision=precision)
+        one, without = replay(planned), plan_request(replace(request, loras=()), planned.hardware, precision=precision)
+        assert planned.workload.block_bytes > without.workload.block_bytes and not planned.plan.problem
+        assert one.reserved is not None and one.reserved <= one.limit
+        assert live_bytes(one) <= 1.02 * (one.counted - memory.ALLOCATOR_BYTES)
 
 
 def test_a_block_frees_everything():

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loras import layers, random_pairs, write_adapter
+from loras import layers, published_adapter, random_pairs, write_adapter
 from safetensors.torch import save_file
 
 from skyrun.cli import main
 from skyrun.kernels.adapter import fit, read_adapter
 from skyrun.planning.adapters import with_adapters
-from skyrun.planning.published import published_shapes, published_workload
+from skyrun.planning.published import published_workload
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import described_hardware, plan_request, request_workload
 from skyrun.presets.timing import step_operations
@@ -22,22 +22,7 @@ SPEC = TASKS["r2v"]
 
 @pytest.fixture(scope="module")
 def rank_64(tmp_path_factory):
-    """An adapter of rank 64 for all layers in blocks of the published model. Its file is sparse: it holds zeros."""
-    shapes, tensors, at = published_shapes(SPEC), {}, 0
-    for layer in layers(40):
-        rows, cols = shapes[f"{layer}.weight"]
-        for name, shape in (
-            (f"diffusion_model.{layer}.lora_A.weight", [64, cols]),
-            (f"diffusion_model.{layer}.lora_B.weight", [rows, 64]),
-        ):
-            end = at + 2 * shape[0] * shape[1]
-            tensors[name], at = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}, end
-    header = json.dumps(tensors).encode()
-    path = tmp_path_factory.mktemp("rank64") / "style.safetensors"
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + at)
-    return path
+    return published_adapter(tmp_path_factory.mktemp("rank64") / "style.safetensors", "r2v")
 
 
 def test_rank_64_adds_at_most_2_percent_at_480p(rank_64):
