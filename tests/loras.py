@@ -9,8 +9,6 @@ from skyrun.kernels.name_tables import WAN_TRANSFORMER
 from skyrun.planning.published import published_shapes
 from skyrun.tasks import TASKS
 
-DIMS = ("q", "k", "v", "o")
-
 
 def layers(blocks):
     """Names of the linear layers in blocks, original and of diffusers."""

@@ -9,7 +9,7 @@ which the structure is derived.
 Frames are [T, H, W, C]: channels last is what convolutions are quickest with, on GPUs and on CPUs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from math import prod
 from pathlib import Path
@@ -64,8 +64,10 @@ class WanVAE:
     ) -> None:
         self._path, self._device, self._dtype, self._tile, self._room = path, device, dtype, tile, room
         self._weights, metadata = _load(path, device, dtype)
-        self._mean = self._statistics(metadata, "latents_mean", _LATENTS_MEAN)
-        self._std = self._statistics(metadata, "latents_std", _LATENTS_STD)
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
+            for values in _statistics(path, metadata)
+        )
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pixels [3, T, H, W] in [-1, 1] -> mean and log-variance, float32 [16, 1 + (T-1)//4, H/8, W/8] each.
@@ -103,17 +105,6 @@ class WanVAE:
                 memory.last_group = last
                 yield self._decoder(self._linear(frame, "conv2"), memory).movedim(3, 0).float().clamp_(-1, 1)
                 memory.first_group = False
-
-    def _statistics(self, metadata: dict[str, str], key: str, default: tuple[float, ...]) -> Tensor:
-        values = own_words(metadata).get(key, default)
-        numbers = isinstance(values, (list, tuple)) and [
-            value for value in values if isinstance(value, (int, float)) and abs(value) < _LARGEST
-        ]
-        if not numbers or len(numbers) != len(values) or len(values) != LATENT_CHANNELS:
-            raise SkyrunError(
-                f"{self._path} says {key} = {values}, expected {LATENT_CHANNELS} numbers", "convert it again"
-            )
-        return torch.tensor(values, dtype=torch.float32, device=self._device).view(-1, 1, 1, 1)
 
     def _w(self, name: str) -> Tensor:
         if name not in self._weights:
@@ -285,13 +276,10 @@ def _prepared(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.flatten().float()
     doubles = name.startswith("decoder.upsamples.")
     if doubles and name.endswith(".resample.1.weight"):
-        if weight.is_meta:  # with shapes alone, what follows would import torch's compiler
-            weight = weight.new_empty(4 * weight.shape[0], weight.shape[1], 2, 2)
-        else:
-            sums = torch.tensor(_EVEN_ODD, dtype=torch.float32, device=weight.device)
-            weight = torch.einsum("yau,xbv,oiuv->yxoiab", sums, sums, weight.float()).flatten(0, 2)
+        sums = torch.tensor(_EVEN_ODD, dtype=torch.float32, device=weight.device)
+        weight = torch.einsum("yau,xbv,oiuv->yxoiab", sums, sums, weight.float()).flatten(0, 2)
     if doubles and name.endswith(".resample.1.bias"):
-        weight = weight.new_empty(4 * len(weight)) if weight.is_meta else weight.repeat(4)
+        weight = weight.repeat(4)
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim, torch.contiguous_format)
     return weight.to(dtype).contiguous(memory_format=layout)
 
@@ -326,14 +314,28 @@ def read_vae_dims(path: Path) -> tuple[int, int]:
 
 
 def check_vae(path: Path) -> None:
-    """Raise SkyrunError if a tensor is missing or does not fit the others."""
-    hint = "convert or download the autoencoder again"
-    shapes = {name: tuple(tensor.shape) for name, tensor in _header(path).tensors.items()}
+    """Raise SkyrunError if a tensor is missing or does not fit the others, or if the statistics cannot be."""
+    hint, header = "convert or download the autoencoder again", _header(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
     check_tensors(path, WAN_VAE, shapes, hint, z=LATENT_CHANNELS)
     try:
-        WanVAE(path, torch.device("meta"))
+        _statistics(path, header.metadata)
     except ValueError as error:
         raise SkyrunError(f"{path} has metadata that is not JSON: {error}", hint) from error
+
+
+def _statistics(path: Path, metadata: dict[str, str]) -> list[Sequence[float]]:
+    """The mean of each channel of the latents, then their standard deviations, as the file or else Wan has them."""
+    said, found = own_words(metadata), []
+    for key, default in (("latents_mean", _LATENTS_MEAN), ("latents_std", _LATENTS_STD)):
+        values = said.get(key, default)
+        numbers = isinstance(values, (list, tuple)) and [
+            value for value in values if isinstance(value, (int, float)) and abs(value) < _LARGEST
+        ]
+        if not numbers or len(numbers) != len(values) or len(values) != LATENT_CHANNELS:
+            raise SkyrunError(f"{path} says {key} = {values}, expected {LATENT_CHANNELS} numbers", "convert it again")
+        found.append(values)
+    return found
 
 
 def _header(path: Path) -> SafetensorsHeader:

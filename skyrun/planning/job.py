@@ -10,10 +10,8 @@ import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.models.clip import CLIPVision
-from skyrun.models.dit_header import canonical_tensors
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
-from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
@@ -104,7 +102,6 @@ def prepare(request: Request) -> Job:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
     device = choose_device(request.device)
     inputs, model = _open(request)
-    adapters = model.files.adapters
     request, spec = _of_model(request, model.spec), model.spec
     own = read_own_clips(model.files.transformer)
     if own is not None:
@@ -116,14 +113,12 @@ def prepare(request: Request) -> Job:
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
     workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
-    workload = with_adapters(workload, adapters)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
             workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
-            workload = with_adapters(workload, adapters)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(
@@ -180,8 +175,7 @@ def _open(request: Request) -> tuple[Inputs, Model]:
     inputs = open_inputs(request, failures)
     try:
         model = choose_model(open_folder(request.model), request.spec, request.quant)
-        shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
-        model = model.with_adapters(open_adapters(request.loras, shapes))
+        model = model.adapted(request.loras)
     except SkyrunError as error:
         failures.append(error)
     if failures:

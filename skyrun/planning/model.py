@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
-from skyrun.kernels.adapter import Fitted
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.models.clip import CLIPVision
-from skyrun.models.dit_header import DiTDims, read_dims
+from skyrun.models.dit_header import DiTDims, canonical_tensors, read_dims
 from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae, read_vae_dims
 from skyrun.models.wav2vec2 import check_wav2vec2
+from skyrun.planning.adapters import open_adapters
+from skyrun.planning.lora import Lora
 from skyrun.tasks import TaskSpec, find_spec, tasks_in
 
 T = TypeVar("T")
@@ -43,9 +44,10 @@ class Model:
         others = (self.files.transformer, *(file for file in self.others if file is not transformer))
         return replace(self, files=replace(self.files, transformer=transformer), dims=dims, others=others)
 
-    def with_adapters(self, adapters: tuple[Fitted, ...]) -> "Model":
-        """The same model with adapters."""
-        return replace(self, files=replace(self.files, adapters=adapters))
+    def adapted(self, loras: Sequence[Lora]) -> "Model":
+        """The same model with what of these adapters fits it. SkyrunError if one of them cannot be used."""
+        shapes = {name: info.shape for name, info in canonical_tensors(self.files.transformer).items()}
+        return replace(self, files=replace(self.files, adapters=open_adapters(loras, shapes)))
 
 
 def choose_model(folder: ModelFolder, spec: TaskSpec, quant: str | None = None) -> Model:

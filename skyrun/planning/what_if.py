@@ -93,8 +93,7 @@ def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workloa
 
 def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
     """The request with the values, a size and a length of its model, and the workload of that model."""
-    from skyrun.models.dit_header import canonical_tensors  # these load torch, which published models do not need
-    from skyrun.models.folder import open_folder
+    from skyrun.models.folder import open_folder  # these load torch, which the published models do not need
     from skyrun.planning.model import choose_model
     from skyrun.planning.own_clips import read_own_clips
     from skyrun.planning.workload import model_workload
@@ -103,9 +102,7 @@ def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Work
     request = request.of(model.spec)
     if (own := read_own_clips(model.files.transformer)) is not None:
         request = own.fitted(request, *shape)
-    shapes = {name: info.shape for name, info in canonical_tensors(model.files.transformer).items()}
-    adapters = open_adapters(request.loras, shapes)
-    return request, with_adapters(model_workload(request.spec, model), adapters)
+    return request, model_workload(request.spec, model.adapted(request.loras))
 
 
 def _problems(request: Request) -> Iterator[str]:

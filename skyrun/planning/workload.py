@@ -5,17 +5,21 @@ from skyrun.models.dit_header import block_layouts, canonical_tensors
 from skyrun.models.folder import main_type
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.models.vae import read_vae_dims
+from skyrun.planning.adapters import with_adapters
 from skyrun.planning.model import Model
 from skyrun.presets import Candidate, Workload
 from skyrun.tasks import TaskSpec
 
 
 def model_workload(spec: TaskSpec, model: Model) -> Workload:
-    """The workload of a model, read from its headers, without a clip. Its other transformers become candidates."""
+    """The workload of a model and its adapters, read from their headers, without a clip.
+
+    Its other transformers become candidates.
+    """
     files, vision = model.files, model.vision
     tensors = canonical_tensors(files.transformer)
     vae_base_dim, vae_weights = read_vae_dims(files.vae)
-    return Workload(
+    workload = Workload(
         task=spec.name,
         height=0,
         width=0,
@@ -40,6 +44,7 @@ def model_workload(spec: TaskSpec, model: Model) -> Workload:
         vae_weights=vae_weights,
         candidates=_candidates(model),
     )
+    return with_adapters(workload, files.adapters)
 
 
 def _candidates(model: Model) -> tuple[Candidate, ...]:
