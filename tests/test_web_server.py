@@ -124,9 +124,14 @@ def test_a_paused_clip_goes_on_from_its_step_and_a_cancelled_one_is_gone(server,
     server.until(job["id"], "paused")
     assert [*server.folder.glob("r2v-9.skyrun.*")]
     server.ask("POST", f"/api/jobs/{job['id']}/resume")
-    server.until(job["id"], "running", step=before + 1)
-    starts = [event["before"] for event in _events(server, job) if event.get("unit") == "steps"]
-    assert starts[0] == 0 and starts[1] >= before
+
+    def starts():
+        found = [event["before"] for event in _events(server, job) if event.get("unit") == "steps"]
+        return found if len(found) > 1 else None
+
+    first, second = wait_for(starts, "the second start")
+    assert first == 0 and second >= before
+    server.until(job["id"], "running", step=second + 1)
     assert server.ask("DELETE", f"/api/jobs/{job['id']}")[0] == 202
     server.until(job["id"], "cancelled")
     assert server.ask("DELETE", f"/api/jobs/{job['id']}")[0] == 204
