@@ -69,3 +69,13 @@ def fail(monkeypatch, place, error, calls):
         return right(*arguments, **keywords)
 
     monkeypatch.setattr(owner, parts[-1], fails)
+
+
+class Raises:
+    """What a worker is sent to fail with an error."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def __call__(self, group, send):
+        raise self._error

@@ -82,6 +82,7 @@ def _add_run(commands: Commands) -> None:
         help="start of the noise, a clip for each (default: drawn and shown)",
     )
     _add_clip(parser, "5 s; a2v: the speech; t2v, i2v: by model")
+    _add_devices(parser)
     _add_guidance(parser)
     parser.add_argument("--negative-prompt", metavar="P", help="t2v, i2v: what the clip shall not show (by model)")
     parser.add_argument("--shift", type=float, metavar="S", help="t2v, i2v: shift of the noise levels (by model)")
@@ -181,6 +182,12 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
 
 
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="GPUs, or processes with --device cpu, that make a clip together (1)"
+    )
+
+
 def _add_plan(commands: Commands) -> None:
     parser = _add(commands, "plan", "predict the memory and time of a clip: exit code 3 if it will not fit")
     parser.add_argument("task", nargs="?", choices=list(TASKS), help="as for `skyrun run`")
@@ -217,6 +224,7 @@ def _add_resume(commands: Commands) -> None:
     _add_pictures(parser)
     _add_overwrite(parser)
     _add_limits(parser)
+    _add_devices(parser)
 
 
 def _add_demo(commands: Commands) -> None:

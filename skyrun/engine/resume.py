@@ -24,7 +24,7 @@ def resume(path: Path, pictures: Sequence[Path] = (), **changes: Any) -> tuple[J
     Args:
         path: The path of the state or of the clip.
         pictures: The previews and sheets that will be drawn.
-        changes: New values for device, max_vram, max_ram and overwrite. None keeps a value.
+        changes: New values for device, devices, max_vram, max_ram and overwrite. None keeps a value.
     """
     path = state_path(path)
     state, origin = load_state(path)

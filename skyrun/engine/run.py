@@ -14,11 +14,13 @@ from skyrun.engine.clip import ClipWriter, Result
 from skyrun.engine.output import alone, check_free
 from skyrun.engine.preview import preview_image
 from skyrun.engine.resume import continue_or_start
+from skyrun.engine.together import run_together
 from skyrun.engine.warm_up import WarmUp
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Notice, Preview, Progress, Replanned, StageEnded, StageStarted, TimeLeft, drain, now
 from skyrun.kernels.device import triton_problem
 from skyrun.kernels.failures import is_out_of_memory, refused_allocations
+from skyrun.parallel.group import here
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -49,6 +51,8 @@ def run_job(
         state: The state of an earlier run to resume from.
         previews: Whether an image is drawn after every step.
     """
+    if job.request.devices > here().size:
+        return (yield from run_together(run_job, job, keep_frames, state, previews))
     with alone(job.request.output), out_of_memory_explained():
         check_free(job.request)  # again, because another run may just have finished
         use_device(job.device)  # where Triton launches
@@ -154,7 +158,7 @@ def recovering(job: Job, state: RunState) -> Generator[Event, None, None]:
                 yield event
             return
         except (OSError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error, refused):
+            if not is_out_of_memory(error, refused) or here().size > 1:  # the other devices wait for this one
                 raise
             shortage = out_of_memory(error)
         gc.collect()  # outside of the handler no traceback holds tensors

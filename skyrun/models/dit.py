@@ -3,7 +3,7 @@
 Weights have original Wan names. A block is a function of activations and of streamed weights.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -21,7 +21,10 @@ from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
+from skyrun.models.shared_attention import SharedAttention
+from skyrun.models.spans import Span, TimeEmbedding, chunks, divide
 from skyrun.models.umt5 import TEXT_LENGTH
+from skyrun.parallel.group import here
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
 from skyrun.streaming.weights import Weights, load_additions, load_weights
@@ -30,7 +33,7 @@ _SLOW = 16  # frames per second that the first of two embeddings of frame rates 
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
-TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, and its projection [6, D] for the blocks
+ContextKeys = tuple[Keys, Keys | None, list[Keys] | None]  # of text, image and speech
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,6 @@ class Context:
     text: Tensor
     image: Tensor | None = None
     audio: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Span:
-    """A range of tokens that pass through a block together and share a timestep."""
-
-    rows: slice
-    time: TimeEmbedding
 
 
 class DiT:
@@ -144,33 +139,42 @@ class DiT:
         """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them."""
         _, frames, height, width = latents.shape
         shape = frames * (height // 2) * (width // 2), self.dims.dim
-        tokens = ParkedTokens if self._parked else HeldTokens
+        tokens, group = ParkedTokens if self._parked else HeldTokens, here()
+        shares = group.shares(shape[0])
+        own = shares[group.rank]
+        spans_of = [list(divide(times, shape[0] // frames, self._rows, share)) for share in shares]
+        spans = spans_of[group.rank]
+        shared = SharedAttention(group, spans_of, self.dims.dim, self.dims.heads) if group.size > 1 else None
         with ExitStack() as stack:
-            held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device))) for _ in contexts]
+            held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device, own))) for _ in contexts]
             for x in held:
-                self._patchify(latents, x)
-            spans = list(divide(times, shape[0] // frames, self._rows))
+                self._patchify(latents, x, own)
             for weights, clock in stream.blocks():
                 for x, context in zip(held, contexts, strict=True):
-                    dit_block(x, weights, spans, context, rope, self.dims)
+                    dit_block(x, weights, spans, context, rope, self.dims, shared)
                 yield clock.done()
-            patches = [self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
-        return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in patches]
+            counts = [share.stop - share.start for share in shares]
+            patches = [group.gathered(self._head(x, spans), counts) for x in held]
+        whole = [part.view(frames, height // 2, width // 2, 2, 2, -1) for part in patches]
+        return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in whole]
 
-    def _patchify(self, latents: Tensor, x: Tokens) -> None:
-        """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""
+    def _patchify(self, latents: Tensor, x: Tokens, own: slice) -> None:
+        """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D], of which only the own ones are computed.
+
+        The patch convolution is computed as one matmul.
+        """
         channels, frames, height, width = latents.shape
         patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
         patches = patches.reshape(-1, channels * 4).to(self.device, self.dtype)
         weight = self._outer.dense("patch_embedding.weight", self.dtype).flatten(1)
         bias = self._outer.dense("patch_embedding.bias", self.dtype)
-        for part in chunks(0, len(patches), self._rows):
+        for part in chunks(own.start, own.stop, self._rows):
             x.store(part, F.linear(patches[part], weight, bias))
 
     def _head(self, x: Tokens, spans: Sequence[Span]) -> Tensor:
-        """Tokens [L, D] -> patches, float32 [L, 4 * out_channels]."""
+        """Tokens of the spans -> patches, float32 [n, 4 * out_channels]."""
         modulation = self._outer.dense("head.modulation").view(2, -1)
-        patches = []
+        patches = [torch.empty(0, 4 * self.dims.out_channels, device=self.device)]
         for span in spans:
             shift, scale = modulation + span.time[0]
             normed = layer_norm(x.fetch(span.rows), 1 + scale, shift, self.dims.eps)
@@ -178,46 +182,48 @@ class DiT:
         return torch.cat(patches)
 
 
-def divide(times: Sequence[TimeEmbedding], tokens: int, rows: int | None) -> Iterator[Span]:
-    """Spans of at most `rows` tokens that cover frames of `tokens` each. Neighbours that share a time are joined."""
-    start = 0
-    for frame, time in enumerate(times):
-        if frame + 1 == len(times) or times[frame + 1] is not time:
-            for part in chunks(start, (frame + 1) * tokens, rows):
-                yield Span(part, time)
-            start = (frame + 1) * tokens
-
-
-def chunks(start: int, end: int, rows: int | None) -> list[slice]:
-    """Slices that cover `start` to `end`, of at most `rows` each."""
-    rows = rows or max(1, end - start)
-    return [slice(first, min(first + rows, end)) for first in range(start, end, rows)]
-
-
-def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
+def dit_block(
+    x: Tokens,
+    w: Weights,
+    spans: Sequence[Span],
+    context: Context,
+    rope: Rope,
+    dims: DiTDims,
+    shared: SharedAttention | None = None,
+) -> None:
     """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 
     Only keys and values of all tokens are in memory at once; everything else is computed span by span. Times and
-    context are on the device.
+    context are on the device. shared: the self-attention of tokens that are divided among devices.
     """
     modulation = w.dense("modulation").view(6, -1)
 
-    def all_keys() -> tuple[Keys, Keys, Keys | None, list[Keys] | None]:
-        return (
-            _keys(x, modulation, w, spans, rope, dims),
-            _text_keys(context.text, w, dims),
-            None if context.image is None else _text_keys(context.image, w, dims, "_img"),
-            None if context.audio is None else _audio_keys(context.audio, w, dims),
-        )
+    def project(span: Span, k: Tensor, v: Tensor) -> None:
+        _project(x.fetch(span.rows), span, modulation, w, rope, dims, k, v)
 
-    keys, text_keys, image_keys, audio_keys = within_range(all_keys)
+    def query(span: Span) -> Tensor:
+        shift, scale = modulation[:2] + span.time[1][:2]
+        return _query(x.fetch(span.rows), 1 + scale, shift, w, _rows(rope, span.rows), dims)
 
-    def span_through_block(span: Span) -> Tensor:
+    def all_keys() -> tuple[Keys, ContextKeys]:
+        return _keys(x, project, w, spans, like, dims), _context_keys(context, w, dims)
+
+    like = torch.empty(0, dtype=x.dtype, device=modulation.device)
+    if shared is None:
+        keys, (text_keys, image_keys, audio_keys) = within_range(all_keys)
+    else:
+        keys = shared.keys(project, like, w.attention)
+        text_keys, image_keys, audio_keys = within_range(_context_keys, context, w, dims)
+
+    def span_through_block(span: Span, mixed: Tensor | None = None) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
         h = x.fetch(span.rows)
         # Arguments, not names: what a layer has read is let go when it returns.
         h = w.linear(
-            "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims), gate, h
+            "self_attn.o",
+            _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims) if mixed is None else mixed,
+            gate,
+            h,
         )
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
@@ -227,8 +233,12 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
             del spoken
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
-    for span in spans:
-        x.store(span.rows, within_range(span_through_block, span))
+    if shared is None:
+        for span in spans:
+            x.store(span.rows, within_range(span_through_block, span))
+    else:
+        for span, mixed in shared.attended(query, keys, like):
+            x.store(span.rows, within_range(span_through_block, span, mixed))
 
 
 def _self_attention(
@@ -236,6 +246,11 @@ def _self_attention(
 ) -> Tensor:
     q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
     return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
+
+
+def _query(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
+    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
+    return rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope)
 
 
 def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
@@ -264,6 +279,14 @@ def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -
     return gelu(wide, w.rotated("ffn.2"))
 
 
+def _context_keys(context: Context, w: Weights, dims: DiTDims) -> ContextKeys:
+    return (
+        _text_keys(context.text, w, dims),
+        None if context.image is None else _text_keys(context.image, w, dims, "_img"),
+        None if context.audio is None else _audio_keys(context.audio, w, dims),
+    )
+
+
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
     """Keys and values of the text, or of the image if `kind` is "_img"."""
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
@@ -276,18 +299,32 @@ def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
-def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
-    """Keys and values of all tokens. The keys' norm runs over the full width, before the split into heads."""
-    k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
+def _keys(
+    x: Tokens,
+    project: Callable[[Span, Tensor, Tensor], None],
+    w: Weights,
+    spans: Sequence[Span],
+    like: Tensor,
+    dims: DiTDims,
+) -> Keys:
+    """Keys and values of all tokens."""
+    k, v = (like.new_empty(x.shape) for _ in range(2))
     for span in spans:
-        shift, scale = modulation[:2] + span.time[1][:2]
-        h, rotated = x.fetch(span.rows), w.rotated("self_attn.k", "self_attn.v")
-        normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
-        v[span.rows] = w.linear("self_attn.v", normed)
-        projected = w.linear("self_attn.k", normed)
-        del normed
-        k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
+        project(span, k[span.rows], v[span.rows])
     return Keys(k, v, dims.heads, w.attention)
+
+
+def _project(
+    h: Tensor, span: Span, modulation: Tensor, w: Weights, rope: Rope, dims: DiTDims, k: Tensor, v: Tensor
+) -> None:
+    """Write keys and values of a span. The keys' norm runs over the full width, before the split into heads."""
+    shift, scale = modulation[:2] + span.time[1][:2]
+    rotated = w.rotated("self_attn.k", "self_attn.v")
+    normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
+    v.copy_(w.linear("self_attn.v", normed))
+    projected = w.linear("self_attn.k", normed)
+    del normed
+    k.copy_(rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows)))
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

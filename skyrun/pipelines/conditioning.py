@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyrun.models.dit import Context, DiT, Rope, TimeEmbedding
+from skyrun.models.dit import Context, DiT, Rope
+from skyrun.models.spans import TimeEmbedding
 
 HISTORY_TIME = 20.0  # timestep that frames of an earlier window are noised to by diffusion forcing
 
@@ -61,6 +62,13 @@ class Condition:
             None if t is None else t.to(device) for t in (self.before, self.after, self.channels)
         )
         return replace(self, before=before, after=after, channels=channels)
+
+    def on_host(self) -> "Condition":
+        """The same condition with all tensors on the host, to be handed over to another process."""
+        moved: dict[str, Any] = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.motion is not None:
+            moved["motion"] = Motion(self.motion.latents.cpu(), self.motion.noise.cpu())
+        return replace(self, **moved)
 
     def contexts(self, dit: DiT) -> list[Context]:
         """What every token attends to by cross-attention: with the prompt, and with the negative one if there is."""

@@ -1,6 +1,7 @@
 """The stages of pipelines: each loads what it needs, reports its progress as events, and frees what it loaded."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from skyrun.models.dit import DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.folder import ModelFiles
 from skyrun.models.vae import WanVAE
+from skyrun.parallel.group import Group, here
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
 from skyrun.pipelines.state import RunState
@@ -23,6 +25,16 @@ from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_p
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What rank 0 hands over for the steps of a window: the arguments of `denoise`, with tensors on the host."""
+
+    files: ModelFiles
+    plan: Plan
+    state: RunState
+    condition: Condition
 
 
 class Stage:
@@ -162,6 +174,8 @@ def denoise(
 ) -> Generator[Event, None, None]:
     """Run the denoising steps that the state does not have yet, and store each in the state.
 
+    On several devices, rank 0 calls this and hands over to the others what they need to do the same.
+
     Args:
         files: the transformer and its adapters.
         plan: dtype, precisions, ring slots, resident blocks and token rows.
@@ -173,6 +187,19 @@ def denoise(
     """
     if state.sampler is not None and state.steps == len(state.sampler.timesteps):
         return
+    here().hand_over(Denoising(files, plan, replace(state, encoded={}, carried={}), condition.on_host()))
+    yield from _steps(files, plan, state, condition, device, observe, part)
+
+
+def _steps(
+    files: ModelFiles,
+    plan: Plan,
+    state: RunState,
+    condition: Condition,
+    device: torch.device,
+    observe: ObserveBlock | None = None,
+    part: tuple[int, int] | None = None,
+) -> Generator[Event, None, None]:
     assert state.sampler is not None and state.latents is not None
     total, finished = len(state.sampler.timesteps), state.steps
     blocks = with_adapters(block_layouts(files.transformer), "blocks.", files.adapters)
@@ -245,3 +272,10 @@ def decode(
         yield stage.done(index + 1)
     del vae
     yield stage.ended()
+
+
+def follow(group: Group) -> Iterator[Event]:
+    """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more."""
+    while (order := group.hand_over(None)) is not None:
+        assert isinstance(order, Denoising)
+        yield from _steps(order.files, order.plan, order.state, order.condition, group.device)

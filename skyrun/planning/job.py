@@ -16,7 +16,7 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
 from skyrun.planning.own_clips import read_own_clips
-from skyrun.planning.problems import check, check_attention, too_long, value_problems
+from skyrun.planning.problems import check, check_attention, check_devices, too_long, value_problems
 from skyrun.planning.published import with_clip
 from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
@@ -100,7 +100,7 @@ def prepare(request: Request) -> Job:
     check(request)
     if request.seed is None:
         request = replace(request, seed=random.SystemRandom().randrange(_SEEDS))
-    device = choose_device(request.device)
+    device = choose_device(request.device, request.devices)
     inputs, model = _open(request)
     request, spec = _of_model(request, model.spec), model.spec
     own = read_own_clips(model.files.transformer)
@@ -112,6 +112,7 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
+    check_devices(request, model.dims.heads)
     workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file

@@ -24,6 +24,7 @@ PRECISIONS = ("exact", "fast")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
+_MOST_DEVICES = 64
 _MOST_GUIDANCE, _MOST_SHIFT = 30, 100
 _DISTILLED = "its model is distilled, guidance and shift are built in"
 _TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
@@ -193,6 +194,10 @@ def choice_problems(request: Request) -> Iterator[str]:
         yield f"seed {request.seed} is not between 0 and {_MAX_SEED}"
     if request.device is not None and not _DEVICE.fullmatch(request.device):
         yield f"unknown device {request.device!r}, expected cuda, cuda:N or cpu"
+    if not 1 <= request.devices <= _MOST_DEVICES:
+        yield f"got {request.devices} devices, expected 1 to {_MOST_DEVICES}"
+    elif request.devices > 1 and ":" in (request.device or ""):
+        yield f"--device {request.device} is one card: leave it out, or --devices {request.devices}"
     for name, value, known in (
         ("dtype", request.dtype, DTYPES),
         ("precision", request.precision, PRECISIONS),
@@ -239,6 +244,16 @@ def check_attention(hardware: Hardware, attention: str | None) -> None:
             f"--attention fp8 needs a card of the RTX 4000 series or later (compute capability "
             f"{FLOAT8[0]}.{FLOAT8[1]}), {hardware.name} has {hardware.capability[0]}.{hardware.capability[1]}",
             "use --attention full-int8, which is more accurate, or leave it to the plan",
+        )
+
+
+def check_devices(request: Request, heads: int) -> None:
+    """Raise SkyrunError if the heads of a transformer cannot be divided among the devices."""
+    if heads % request.devices:
+        fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
+        raise SkyrunError(
+            f"{heads} heads of attention cannot be divided among {request.devices} devices",
+            f"with this model --devices can be {', '.join(fitting[:-1])} or {fitting[-1]}",
         )
 
 

@@ -24,7 +24,8 @@ _EXPECTED: dict[tuple[type, ...], str] = {
 }
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps", "ar_step"), _WHOLE
+        ("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps", "ar_step", "devices"),
+        _WHOLE,
     ),
     **dict.fromkeys(("seconds", "max_vram", "max_ram", "guidance", "shift"), _NUMBER),
     **dict.fromkeys(("quant", "device", "dtype", "precision", "attention", "prefer", "transition"), _TEXT),
@@ -32,7 +33,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("join", "overwrite"), _FLAG),
     **dict.fromkeys(("video", "audio", "output", "model", "save_latents"), _PATH),
 }
-_REQUIRED = ("task", "prompt", "latent_rate", "window_frames", "ar_step", "join", "overwrite")
+_REQUIRED = ("task", "prompt", "latent_rate", "window_frames", "ar_step", "join", "overwrite", "devices")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Request:
     precision: of linear layers, "exact" or "fast" (int8); attention: "exact", "int8", "full-int8" or "fp8"; None leaves
     them to the plan, but where `precision` is "exact" attention is too. prefer: "balanced", "quality", "speed" or
     "memory".
-    max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
-    replaced.
+    devices: how many GPUs, or processes on a CPU, make the clip together. max_vram, max_ram: limits in GiB, for each.
+    save_latents: a file for the latents. overwrite: whether existing files may be replaced.
     loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
     negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
     without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them
@@ -79,6 +80,7 @@ class Request:
     steps: int = None  # type: ignore[assignment]  # by default as many as the task's model was distilled for
     seed: int | None = None
     device: str | None = None
+    devices: int = 1
     dtype: str | None = None
     precision: str | None = None
     attention: str | None = None
@@ -232,6 +234,7 @@ class Request:
                 or value is False
                 or (field.name == "loras" and not value)
                 or field.name == "overwrite"
+                or (field.name == "devices" and value == 1)
                 or (field.name == "resolution" and self.size)
             ):
                 continue

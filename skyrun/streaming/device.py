@@ -34,10 +34,10 @@ def join_free_memory() -> None:
     os.environ[_ALLOCATOR[old]] = "expandable_segments:True"
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None, devices: int = 1) -> torch.device:
     """The named device, which becomes this thread's own; without a name CUDA if torch finds a GPU, else the CPU.
 
-    Raises SkyrunError if it is missing.
+    Raises SkyrunError if it is missing, or if there are fewer GPUs than `devices`.
     """
     if name != "cpu":
         join_free_memory()
@@ -51,6 +51,9 @@ def choose_device(name: str | None) -> torch.device:
     if index is not None and index >= count:
         found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
+    if devices > count:
+        hint = f"use --devices {count}, or start skyrun with torchrun on several machines (docs/devices.md)"
+        raise SkyrunError(f"--devices {devices}: torch finds {count}", hint)
     # With an index, because other threads may have another default device.
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     use_device(device)

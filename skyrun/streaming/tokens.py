@@ -9,7 +9,10 @@ from skyrun.streaming.staging import Parking
 
 
 class Tokens(Protocol):
-    """Activations [L, D] of all tokens. shape: (L, D)."""
+    """Activations [L, D] of all tokens, or of those that this process has. shape: (L, D), of all.
+
+    Rows are counted from the first token of all, on every process.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -25,46 +28,61 @@ class Tokens(Protocol):
 
 
 class HeldTokens:
-    """Tokens that stay on the device."""
+    """Tokens that stay on the device. own: those that this process has, by default all."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self.shape, self.dtype = self._values.shape, dtype
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, own: slice | None = None
+    ) -> None:
+        own = own or slice(0, shape[0])
+        self._values = torch.empty((own.stop - own.start, shape[1]), dtype=dtype, device=device)
+        self.shape, self.dtype, self._first = torch.Size(shape), dtype, own.start
 
     def fetch(self, rows: slice) -> Tensor:
-        return self._values[rows]
+        return self._values[_from(self._first, rows)]
 
     def store(self, rows: slice, values: Tensor) -> None:
-        self._values[rows] = values
+        self._values[_from(self._first, rows)] = values
 
     def close(self) -> None:
         del self._values
 
 
 class ParkedTokens:
-    """Tokens that wait on the host, in ordinary memory: only two buffers on the way are page-locked."""
+    """Tokens that wait on the host, in ordinary memory: only two buffers on the way are page-locked.
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self._values, self._device = torch.empty(shape, dtype=dtype), device
-        self.shape, self.dtype = self._values.shape, dtype
+    own: those that this process has, by default all.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, own: slice | None = None
+    ) -> None:
+        own = own or slice(0, shape[0])
+        self._values, self._device = torch.empty((own.stop - own.start, shape[1]), dtype=dtype), device
+        self.shape, self.dtype, self._first = torch.Size(shape), dtype, own.start
         self._parking = Parking(device) if device.type == "cuda" else None
 
     def fetch(self, rows: slice) -> Tensor:
-        values = torch.empty_like(self._values[rows], device=self._device)
+        waiting = self._values[_from(self._first, rows)]
+        values = torch.empty_like(waiting, device=self._device)
         if self._parking is None:
-            return values.copy_(self._values[rows])
-        self._parking.fetch(_bytes(self._values[rows]), _bytes(values))
+            return values.copy_(waiting)
+        self._parking.fetch(_bytes(waiting), _bytes(values))
         return values
 
     def store(self, rows: slice, values: Tensor) -> None:
+        waiting = self._values[_from(self._first, rows)]
         if self._parking is None:
-            self._values[rows] = values
+            waiting.copy_(values)
         else:
-            self._parking.store(_bytes(values.contiguous()), _bytes(self._values[rows]))
+            self._parking.store(_bytes(values.contiguous()), _bytes(waiting))
 
     def close(self) -> None:
         if self._parking is not None:
             self._parking.close()
+
+
+def _from(first: int, rows: slice) -> slice:
+    return slice(rows.start - first, rows.stop - first)
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from skyrun.engine.resume import resume
 
 def execute(arguments: Namespace) -> int:
     """Load the state of the clip and finish it."""
-    names = ("device", "max_vram", "max_ram")
+    names = ("device", "devices", "max_vram", "max_ram")
     changes = {name: getattr(arguments, name) for name in names} | {"overwrite": arguments.overwrite or None}
     output = clip_path(state_path(arguments.file))
     job, state = resume(arguments.file, pictures_of(output, arguments), **changes)

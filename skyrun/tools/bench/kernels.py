@@ -13,9 +13,10 @@ from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
 from skyrun.kernels.attention import Keys, quick_precisions, ways
 from skyrun.kernels.synthetic import random_blocks, random_weight
-from skyrun.models.dit import Context, Span, dit_block
+from skyrun.models.dit import Context, dit_block
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.models.rope import rope_table
+from skyrun.models.spans import Span
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.planning.published import LAYERS
 from skyrun.streaming.device import choose_device, peak_bytes

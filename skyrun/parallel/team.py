@@ -1,0 +1,249 @@
+"""Start worker processes, one for each device, and speak with them. Torch's elastic launcher starts and ends them."""
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+
+from skyrun.errors import FAILED, SkyrunError
+from skyrun.parallel.messages import Channel, Door
+
+BEAT = 1.0  # seconds between signs of life of a worker
+_SILENT = 30  # of these may be missing, then it hangs
+_MEET = 120.0  # seconds for workers to start: they import torch
+_CAUSE = 3.0  # seconds in which the cause follows what it has caused
+_GRACE = 15.0  # seconds in which rank 0 may save what is finished
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker says when it fails. primary: whether it was the cause, not another worker that was lost."""
+
+    message: str
+    hint: str
+    code: int
+    primary: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What rank 0 is told when it is to stop."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a worker says when it has done what it was sent. value: what it returns."""
+
+    value: Any
+
+
+class Team:
+    """Workers 0 to size - 1, which run a module of this package. What they are to do is sent to them.
+
+    Every worker ends when this process does. A team in which one has failed cannot go on.
+
+    module: what they run, with the type of the device as its argument and their rank in the environment.
+    """
+
+    def __init__(self, size: int, module: str, device: str) -> None:
+        self.size = size
+        self._device = device
+        self._messages: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._channels: dict[int, Channel] = {}
+        self._door = Door()
+        # With it the workers find each other, as those of torchrun do.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        try:
+            self._processes = _started(module, [device], [self._environment(rank) for rank in range(size)])
+            self._pids = self._processes.pids()
+            threading.Thread(target=self._accept, name="accept workers", daemon=True).start()
+        except BaseException:
+            self._door.close()
+            raise
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        threads = max(1, (psutil.cpu_count(logical=False) or 1) // self.size) if self._device == "cpu" else None
+        return {
+            **({"OMP_NUM_THREADS": str(threads)} if threads and "OMP_NUM_THREADS" not in os.environ else {}),
+            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),  # it is all on this machine
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is that of this process
+            **self._door.environment,
+        }
+
+    def _accept(self) -> None:
+        with suppress(OSError, EOFError):
+            for _ in range(self.size):
+                channel = self._door.accept()
+                rank = channel.receive()
+                self._channels[rank] = channel
+                threading.Thread(target=self._read, args=(rank, channel), name=f"worker {rank}", daemon=True).start()
+
+    def _read(self, rank: int, channel: Channel) -> None:
+        """Put what a worker says into the queue. Its end is None; where it is silent for too long, it is ended."""
+        silent = 0
+        self._messages.put((rank, Beat()))
+        try:
+            while True:
+                if not channel.is_ready(BEAT):
+                    silent += 1
+                    if silent >= _SILENT:
+                        hint = "see what else the machine does; what is finished is kept"
+                        failure = Failure(f"did not answer for {_SILENT * BEAT:.0f} s", hint, FAILED, True)
+                        self._messages.put((rank, failure))
+                        return
+                    continue
+                silent = 0
+                if not isinstance(message := channel.receive(), Beat):
+                    self._messages.put((rank, message))
+        except (OSError, EOFError):
+            self._messages.put((rank, None))
+
+    def send(self, *values: Any) -> None:
+        """Send values to the workers, one to each, or the only one to all. Raises SkyrunError if one has ended."""
+        self._meet()
+        for rank, channel in sorted(self._channels.items()):
+            try:
+                channel.send(values[rank % len(values)])
+            except OSError:
+                self._messages.put((rank, None))
+
+    def _meet(self) -> None:
+        """Wait until all workers are there."""
+        for _ in range(int(_MEET * 10)):
+            if len(self._channels) == self.size:
+                return
+            with suppress(queue.Empty):
+                self._messages.get(timeout=0.1)
+            ended = [rank for rank, pid in self._pids.items() if not _runs(pid)]
+            if ended:
+                raise self._failure(ended[0], None)
+        raise SkyrunError(f"the workers did not start within {_MEET:.0f} s", "see their messages above", FAILED)
+
+    def messages(self) -> Iterator[tuple[int, Any]]:
+        """What the workers say, in order, with the rank of each. Raises SkyrunError for what ends them.
+
+        If a worker fails because another one was lost, that other one's message is waited for: it is the cause.
+        """
+        lost: tuple[int, Failure] | None = None
+        while True:
+            try:
+                rank, message = self._messages.get(timeout=_CAUSE)
+            except queue.Empty:
+                if lost is not None:
+                    raise self._failure(*lost) from None
+                continue
+            if isinstance(message, Failure) and not message.primary:
+                lost = lost or (rank, message)
+            elif message is None or isinstance(message, Failure):
+                if message is None and lost is not None and lost[0] == rank:
+                    continue  # it has said what happened
+                raise self._failure(rank, message)
+            elif lost is None:
+                yield rank, message
+
+    def _failure(self, rank: int, message: Failure | None) -> SkyrunError:
+        who = f"device {rank}"
+        if message is not None:
+            return SkyrunError(
+                f"{who}: {message.message}" if self.size > 1 else message.message, message.hint, message.code
+            )
+        code = self._exit_code(rank)
+        if code is not None and -code == _KILL:
+            hint = "the system ends processes when memory is short: see --max-ram, or close other programs"
+            return SkyrunError(f"the worker of {who} was killed (signal {-code})", hint, FAILED)
+        how = "ended" if code is None else f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return SkyrunError(f"the worker of {who} {how} without a message", "see what it printed above", FAILED)
+
+    def _exit_code(self, rank: int) -> int | None:
+        """The exit code of a worker that has closed its channel; None if it cannot be told."""
+        process = self._processes.subprocess_handlers[rank].proc  # type: ignore[attr-defined]
+        with suppress(Exception):
+            return int(process.wait(5.0))
+        return None
+
+    def stop(self, at_once: bool) -> None:
+        """End the team, rank 0 last: it may save what is finished.
+
+        Args:
+            at_once: Whether the other workers end first, so that rank 0 does not wait for one that hangs. Else they
+                work on with it until it has stopped.
+        """
+        if at_once:
+            for rank, pid in self._pids.items():
+                if rank != 0:
+                    _kill(pid)
+        until = time.monotonic() + _GRACE
+        with suppress(KeyError, OSError):
+            self._channels[0].send(Stop())
+        while _runs(self._pids[0]) and time.monotonic() < until:
+            time.sleep(0.02)
+        self.close()
+
+    def close(self) -> None:
+        """End all workers now."""
+        self._door.close()
+        for channel in self._channels.values():
+            channel.close()
+        self._processes.close(_KILL, timeout=5)
+
+
+def _started(module: str, arguments: Sequence[str], environments: list[dict[str, str]]) -> PContext:
+    """Start the module with every environment."""
+    # torch's launcher says a lot where it ends processes, and takes over signals if it is on the main thread.
+    for name in ("api", "subprocess_handler.subprocess_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    started: list[PContext] = []
+    ranks = range(len(environments))
+
+    def start() -> None:
+        started.append(
+            start_processes(
+                "skyrun",
+                sys.executable,
+                {rank: ("-m", module, *arguments) for rank in ranks},
+                dict(zip(ranks, environments, strict=True)),
+                DefaultLogsSpecs(os.devnull),
+            )
+        )
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    if not started:
+        raise SkyrunError("the workers cannot be started", "see the messages above", FAILED)
+    return started[0]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(pid: int) -> None:
+    with suppress(OSError):
+        os.kill(pid, _KILL)

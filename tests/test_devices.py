@@ -1,0 +1,275 @@
+"""One clip on several devices, which are processes of a CPU here: the same latents as of one, whatever is divided.
+
+Workers are started once for each number of them, and make all clips.
+"""
+
+import dataclasses
+import random
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from loras import layers, random_pairs, write_adapter
+from PIL import Image
+from small_run import Raises, followed, small_request, stopped
+from test_forcing import request_of as forcing_request
+from test_tasks_end_to_end import CASES as GOLDENS
+from test_tasks_end_to_end import request_of as golden_request
+from test_wan import request_of as wan_request
+from wan_checkpoint import write_wan
+
+from skyrun.cli import main
+from skyrun.engine.resume import continue_or_start, resume
+from skyrun.engine.run import run_job
+from skyrun.engine.together import Make, run_together, workers
+from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, SkyrunError
+from skyrun.events import BlockDone, Preview, StageEnded, StageStarted, drain
+from skyrun.kernels.gguf_file import open_gguf
+from skyrun.models.dit_header import canonical_tensors
+from skyrun.parallel import team as team_module
+from skyrun.planning.job import prepare
+from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def teams():
+    """teams(2) is two workers, which stay for all tests of this file."""
+    started = {}
+
+    def start(size):
+        if size not in started:
+            started[size] = workers(size, CPU)
+        return started[size]
+
+    yield start
+    for team in started.values():
+        team.close()
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory):
+    """four_heads("Q4_K") is a model of two blocks whose attention has four heads."""
+    folder, done = tmp_path_factory.mktemp("four"), {}
+    write_checkpoint(folder / "checkpoint", CheckpointDims(layers=2))
+
+    def convert(quant):
+        if quant not in done:
+            done[quant] = folder / quant
+            assert main(["convert", str(folder / "checkpoint"), "-o", str(done[quant]), "--quant", quant]) == 0
+        return done[quant]
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """wan("SkyReels-V2-DF-1.3B-540P", ...) is a converted model with four heads. dims: further ones."""
+    done = {}
+
+    def write(name, *kind, **dims):
+        if name not in done:
+            folder = tmp_path_factory.mktemp("wan")
+            write_wan(folder / f"{name}-Diffusers", *kind, num_attention_heads=4, **dims)
+            done[name] = folder / "out"
+            assert main(["convert", str(folder / f"{name}-Diffusers"), "-o", str(done[name]), "--quant", "F32"]) == 0
+        return done[name]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def adapter(four_heads, tmp_path_factory):
+    file = open_gguf(next(four_heads("Q8_0").glob("*transformer*.gguf"), None) or _transformer(four_heads("Q8_0")))
+    shapes = {name: info.shape for name, info in canonical_tensors(file).items()}
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    write_adapter(path, random_pairs(shapes, [*layers(2), "time_embedding.0"], 4), "kohya", alpha=4)
+    return path
+
+
+def _transformer(folder):
+    return max(folder.glob("*.gguf"), key=lambda path: "blocks.0.ffn.0.weight" in open_gguf(path).tensors)
+
+
+@pytest.fixture(scope="module")
+def request_for(four_heads, wan, converted, goldens, adapter, tmp_path_factory):
+    """request_for("r2v") is a request by the name of a case."""
+    folder = tmp_path_factory.mktemp("inputs")
+    picture = folder / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(picture)
+
+    def small(quant="Q8_0", **changes):
+        return small_request(folder, four_heads(quant), **{"output": None, "frames": 9, "size": (48, 48)} | changes)
+
+    def make(name):
+        if name in GOLDENS:
+            model = converted("Q8_0", "a2v" if name == "a2v" else "v2v")
+            return golden_request(name, goldens(f"e2e/{GOLDENS[name]}/golden"), model, steps=2)
+        if name == "forcing":
+            pipeline = "SkyReelsV2DiffusionForcingPipeline"
+            model = wan("SkyReels-V2-DF-1.3B-540P", "SkyReels-V2", False, pipeline, inject_sample_info=True)
+            return forcing_request("t2v", model, picture, 57, steps=2, window_frames=37, condition_frames=17, ar_step=1)
+        if name == "t2v":
+            return wan_request("Wan2.1-T2V-1.3B", wan("Wan2.1-T2V-1.3B"), picture, guidance=5.0, steps=2)
+        if name == "i2v":
+            model = wan("Wan2.1-I2V-14B-480P", "Wan2.1", True, added_kv_proj_dim=512)
+            return wan_request("Wan2.1-I2V-14B-480P", model, picture, guidance=5.0, steps=2)
+        if name == "adapter":
+            return small(loras=(adapter,))
+        return {
+            "r2v": small,
+            "Q4_K": lambda: small("Q4_K"),
+            "int8": lambda: small("Q4_K", precision="fast"),
+            "int8 attention": lambda: small(attention="full-int8"),
+            "bfloat16": lambda: small(dtype="bfloat16"),
+        }[name]()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(request_for):
+    """alone("r2v") is the job of a case and what one process makes of it."""
+    done = {}
+
+    def make(name):
+        if name not in done:
+            job = prepare(request_for(name))
+            done[name] = job, drain(run_job(job))
+        return done[name]
+
+    return make
+
+
+def running_workers():
+    """The worker processes that this process has started and that have not ended."""
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if "skyrun.engine.worker" in child.cmdline()]
+
+
+def together(team, job, rows=None, state=None):
+    """The result and the events of a job on a team. rows: tokens that pass through a block at a time."""
+    request, plan = dataclasses.replace(job.request, devices=team.size), dataclasses.replace(job.plan, token_rows=rows)
+    job = dataclasses.replace(job, request=request, plan=plan)
+    return followed(run_together(run_job, job, True, state, False, team))
+
+
+# What is made on how many devices, how many tokens pass at a time, and how far the latents may be from those of one.
+CASES = [
+    ("r2v", 2, None, 1e-5),
+    ("r2v", 4, 7, 1e-5),
+    ("Q4_K", 4, 10, 1e-5),
+    ("int8", 2, 10, 2e-2),
+    ("int8 attention", 4, 10, 1e-5),
+    ("bfloat16", 2, 10, 1e-1),
+    ("adapter", 2, 10, 1e-5),
+    ("t2v", 4, 7, 2e-5),
+    ("i2v", 4, None, 2e-5),
+    ("forcing", 4, 20, 2e-5),
+    ("shot", 2, 10, 1e-5),
+    ("v2v", 2, 10, 2e-5),
+    ("a2v", 2, 7, 2e-5),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "rows", "limit"), CASES)
+def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
+    job, expected = alone(name)
+    result, events = together(teams(size), job, rows)
+    assert float((result.latents - expected.latents).abs().max()) <= limit
+    assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 2e-5 else 255)
+    assert {type(event) for event in events} >= {Preview, StageStarted, StageEnded, BlockDone}
+
+
+def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, own_workers, tmp_path):
+    """One step on two devices, one on one, the rest on four: the state is that of the clip alone."""
+    _, expected = alone("r2v")
+    job = prepare(dataclasses.replace(request_for("r2v"), output=tmp_path / "clip.mp4"))
+    stopped(dataclasses.replace(job, request=dataclasses.replace(job.request, devices=2)), "denoise", 1)
+    assert not own_workers()
+    job, state = resume(tmp_path / "clip.mp4", devices=1)
+    assert 1 <= state.steps < job.request.steps
+    stopped(job, "denoise", state.steps + 1, state)
+    job, state = resume(tmp_path / "clip.mp4", devices=4)
+    assert state.steps >= 2
+    assert job.request.devices == 4
+    result, _ = together(teams(4), job, 7, state)
+    assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 3}, "4 heads of attention cannot be divided among 3 devices"),
+        ({"devices": 2, "device": "cuda:1"}, "--device cuda:1 is one card: leave it out, or --devices 2"),
+        ({"devices": 0}, "got 0 devices, expected 1 to 64"),
+        ({"devices": "two"}, "devices is 'two', expected a whole number"),
+    ],
+)
+def test_what_cannot_be_divided(request_for, changes, message):
+    with pytest.raises(SkyrunError, match=re.escape(message)) as caught:
+        prepare(dataclasses.replace(request_for("r2v"), **changes))
+    assert caught.value.code == BAD_INPUT
+    if changes["devices"] == 3:
+        assert caught.value.hint == "with this model --devices can be 1, 2 or 4"
+
+
+@pytest.fixture
+def own_workers(teams):
+    """own_workers() are the workers that a test has started for itself."""
+    there = {child.pid for child in running_workers()}
+    return lambda: [child for child in running_workers() if child.pid not in there]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_worker_ends_the_run_and_the_clip_goes_on(alone, request_for, own_workers, tmp_path, seed):
+    _, expected = alone("r2v")
+    chance = random.Random(seed)
+    victim, moment = chance.randrange(2), chance.randrange(40)
+    request = dataclasses.replace(request_for("r2v"), output=tmp_path / "clip.mp4", devices=2)
+    with pytest.raises(SkyrunError, match=rf"the worker of device {victim} was killed \(signal 9\)") as caught:
+        for number, _ in enumerate(run_job(prepare(request))):
+            if number == moment:
+                of_rank(own_workers(), victim).kill()
+    assert caught.value.code == FAILED
+    assert not own_workers()
+    assert not (tmp_path / "clip.mp4").exists()
+    job, state = continue_or_start(dataclasses.replace(request, devices=1))
+    assert float((drain(run_job(job, state=state)).latents - expected.latents).abs().max()) <= 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def of_rank(found, rank):
+    return next(child for child in found if child.environ()["RANK"] == str(rank))
+
+
+def test_a_worker_that_hangs_ends_the_run(request_for, own_workers, tmp_path, monkeypatch):
+    request = dataclasses.replace(request_for("r2v"), output=tmp_path / "clip.mp4", devices=2)
+    with pytest.raises(SkyrunError, match="device 1: did not answer for 3 s") as caught:
+        for number, _ in enumerate(run_job(prepare(request))):
+            if number == 20:
+                of_rank(own_workers(), 1).send_signal(signal.SIGSTOP)
+                monkeypatch.setattr(team_module, "_SILENT", 3)
+    assert caught.value.code == FAILED
+    assert not own_workers()
+    assert resume(tmp_path / "clip.mp4")[1].encoded  # what rank 0 had
+
+
+def test_a_worker_without_memory_says_so(request_for, own_workers, monkeypatch):
+    """Rank 0 would wait for it for days."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    job = prepare(request_for("r2v"))
+    team = workers(2, CPU)
+    team.send(Make(run_job, job, False, None, False), Raises(MemoryError()))
+    with pytest.raises(SkyrunError, match="device 1: out of memory") as caught:
+        for _ in team.messages():
+            pass
+    assert caught.value.code == WILL_NOT_FIT
+    team.stop(at_once=True)
+    assert not own_workers()
