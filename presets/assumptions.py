@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from skyrun.presets.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, STATED, Hardware
-from skyrun.presets.timing import START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of
+from skyrun.presets.timing import START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         if cuda
         else ""
     )
+    if workload.devices > 1:
+        yield (
+            f"{workload.devices} devices of that kind read from one disk, and send each other "
+            f"{hardware.peer_rate / 1e9:.1f} GB/s ({hardware.origin('peer_rate')}) while they receive as many: "
+            f"{sent_bytes(workload, plan.dtype) / 1e9:.3g} GB a step each"
+        )
     if is_cached(hardware, workload):
         yield "after the first step the file of the transformer comes from the page cache"
     else:

@@ -57,12 +57,17 @@ class Budget:
         return int((nbytes - self.base) / (1 + self.fragments))
 
 
-def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None) -> Budget:
-    """The free memory, or less if a limit in GiB is given."""
-    host = hardware.ram_free if max_ram is None else min(int(max_ram * GIB), hardware.ram_free)
+def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None, devices: int = 1) -> Budget:
+    """The free memory, or less if a limit in GiB is given: that of one device among several.
+
+    Several have processes of their own, beside the one that has started them.
+    """
+    several = devices > 1
+    host = (hardware.ram_free - several * PROCESS_BYTES) // devices
+    host = host if max_ram is None else min(int(max_ram * GIB), host)
     if hardware.device != "cuda":
         return Budget(False, host, host, host, PROCESS_BYTES)
-    free = hardware.vram_free + CONTEXT_BYTES
+    free = hardware.vram_free + (not several) * CONTEXT_BYTES  # which the starting process keeps
     limit = free if max_vram is None else min(int(max_vram * GIB), free)
     usable = limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit))
     return Budget(True, limit, usable, host, CONTEXT_BYTES, FRAGMENTS if hardware.system == "Windows" else 0.0)

@@ -17,6 +17,8 @@ from skyrun.presets.nvidia_smi import query
 MEASURED, REPORTED, ASSUMED, STATED = "measured", "reported", "assumed", "stated"
 _CORE_RATE = 25e9  # operations per second of a core, float32
 _CORE_DECODE = 0.4e9  # bytes per second that a core reads and writes when it decodes blocks
+_LOOPBACK_RATE = 1e9  # bytes per second between processes of a CPU
+_THROUGH_HOST = 0.45  # of the link's rate reaches another card: through the host, as GeForce cards have no other way
 _COPY_BYTES = 64 << 20
 _LINK_SECONDS = 0.1
 _KINDS = {kind.capability: kind for kind in (VOLTA, GA100, HOPPER, B200)}  # chips with other rates than GeForce cards
@@ -29,7 +31,8 @@ class Hardware:
 
     device: "cuda" or "cpu". vram_total, vram_free: 0 without a GPU. fast_gain: how many times faster linear layers are
     in int8; 0 if int8 is not available. disk_rate: bytes per second from the disk that
-    holds the model. link_rate: bytes per second to the GPU. rates: of computing; None if nothing is known.
+    holds the model. link_rate: bytes per second to the GPU. peer_rate: bytes per second that one of several devices
+    sends to the others while it receives as many. rates: of computing; None if nothing is known.
     system: "Linux", "WSL" or "Windows". origins: where the values come from, by field: "measured", "reported", "stated"
     or "assumed"; fields that are missing are assumed.
     """
@@ -45,6 +48,7 @@ class Hardware:
     disk_rate: float = ASSUMED_DISK_RATE
     disk_free: int = 0
     link_rate: float = 12e9
+    peer_rate: float = _LOOPBACK_RATE
     rates: Rates | None = None
     capability: tuple[int, int] = (0, 0)
     driver: str = ""
@@ -59,6 +63,10 @@ class Hardware:
     def knowing(self, origin: str, **values: Any) -> "Hardware":
         """The same machine with other values of some fields, which come from `origin`."""
         return replace(self, **values, origins=self.origins | dict.fromkeys(values, origin))
+
+    def linked(self, origin: str, rate: float) -> "Hardware":
+        """The same machine with another rate of the link to its GPU, through which other GPUs are reached too."""
+        return self.knowing(origin, link_rate=rate).knowing(ASSUMED, peer_rate=_THROUGH_HOST * rate)
 
 
 def cpu_rates(cores: int) -> Rates:
@@ -98,13 +106,12 @@ def _with_gpu(found: Hardware, measure: bool) -> Hardware:
         name, capability, total, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     )
     gain = card.rates.fast_linear / card.rates.linear
-    found = found.knowing(ASSUMED, rates=card.rates, link_rate=card.link_rate, fast_gain=gain)
+    found = found.knowing(ASSUMED, rates=card.rates, fast_gain=gain).linked(ASSUMED, card.link_rate)
     match = re.match(r"([\d.]+), (\d+), (\d+)", query("driver_version,pcie.link.gen.max,pcie.link.width.max"))
     if match:
-        found = found.knowing(REPORTED, driver=match[1]).knowing(
-            ASSUMED, link_rate=link_rate(int(match[2]), int(match[3]))
-        )
-    return found.knowing(MEASURED, link_rate=measure_link()) if measure else found
+        rate = link_rate(int(match[2]), int(match[3]))
+        found = found.knowing(REPORTED, driver=match[1]).linked(ASSUMED, rate)
+    return found.linked(MEASURED, measure_link()) if measure else found
 
 
 def unknown_card(name: str, capability: tuple[int, int], vram: int, processors: int) -> Card:
@@ -157,6 +164,7 @@ def stated(card: Card, ram: float, disk: float, vram: float | None = None) -> Ha
         fast_gain=card.rates.fast_linear / card.rates.linear,
         disk_rate=disk * 1e9,
         link_rate=card.link_rate,
+        peer_rate=_THROUGH_HOST * card.link_rate,
         rates=card.rates,
         capability=card.capability,
     )

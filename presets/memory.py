@@ -31,7 +31,10 @@ PARKING_PIECE, PARKING_PIECES = 32 << 20, 2  # page-locked buffers through which
 ALIGNMENT = 32  # of what is read from different places, in a block's buffer
 ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
 
-_HEAD_DIM = 128  # values per token in the rotary table
+# Rows of a span that are on their way between devices, or have just arrived: queries of the next one, sent and
+# received; what this one found, here and there; and what the one before has found.
+_TRAVELLING = 5
+HEAD_DIM = 128  # values per token in the rotary table
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
@@ -67,13 +70,16 @@ def denoise_bytes(
         way: as `way_of` has it; "" stands for "plain".
         attention: its precision.
     """
-    size, tokens, dim = BYTES[dtype], workload.tokens, workload.dim
-    keys, of_keys = _key_bytes(dim, size, attention if way not in ("", "plain") else "exact")
+    size, tokens, own, dim = BYTES[dtype], workload.tokens, workload.own_tokens, workload.dim
+    # With the heads of this device only.
+    keys, of_keys = _key_bytes(dim // workload.devices, size, attention if way not in ("", "plain") else "exact")
     passing, matrix = _block_values(workload, size, way)
-    held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
+    held = own * (0 if parked else workload.contexts * dim * size) + tokens * HEAD_DIM * 4
     context = (1 + workload.contexts) * workload.context_tokens * dim * size
-    part = min(rows or tokens, tokens)
+    part = min(rows or own, own)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
+    if workload.devices > 1:
+        passing, queries = passing + _TRAVELLING * dim * size, queries + _TRAVELLING * part * dim * size
     peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
     return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
 
@@ -123,7 +129,7 @@ def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int]:
 
 def parked_bytes(workload: Workload, dtype: str) -> int:
     """Host memory that the activations of parked tokens take."""
-    return workload.contexts * workload.tokens * workload.dim * BYTES[dtype]
+    return workload.contexts * workload.own_tokens * workload.dim * BYTES[dtype]
 
 
 def vae_bytes(workload: Workload, way: str, dtype: str, tile: tuple[int, int] | None = None) -> int:

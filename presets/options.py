@@ -62,7 +62,7 @@ class Option:
     def order(self) -> tuple[float, int, bool, int]:
         """A sort key: the fastest option first; among equals the one that reads and copies less."""
         rows, parked = self.chunking
-        return self.step.seconds, -self.resident, parked, -(rows or self.work.tokens)
+        return self.step.seconds, -self.resident, parked, -(rows or self.work.own_tokens)
 
     @property
     def is_poor(self) -> bool:
@@ -117,7 +117,7 @@ def options(
 
 
 def _chunkings(workload: Workload, cuda: bool) -> list[Chunking]:
-    counts = [-(-workload.tokens // parts) for parts in (2, 4, 8, 16, 32, 64, 128)]
+    counts = [-(-workload.own_tokens // parts) for parts in (2, 4, 8, 16, 32, 64, 128)]
     rows = [count for count in counts if count >= _FEWEST_ROWS]
     return [(None, False), *((count, parked) for parked in ((False, True) if cuda else (False,)) for count in rows)]
 

@@ -57,7 +57,8 @@ class Plan:
     encoding, decoding: how the VAE works. step_seconds, first_step_seconds: expected for a denoising step after the
     first, and for the first, which reads every block from disk.
     problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
-    notes: sentences that say what takes long and how to make it faster.
+    notes: sentences that say what takes long and how to make it faster. devices: how many make the clip together; all
+    bytes are those of one of them.
     """
 
     device: str
@@ -79,6 +80,7 @@ class Plan:
     step_seconds: float = 0.0
     first_step_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    devices: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -123,7 +125,7 @@ def choose(
         prefer: "balanced" and "quality" choose the best file whose reading is hidden behind computing, "quality" with
             more accurate attention too; "speed" the fastest option; "memory" the one that takes the least memory.
     """
-    budget = budget_of(hardware, max_vram, max_ram)
+    budget = budget_of(hardware, max_vram, max_ram, workload.devices)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
 
     @cache
@@ -196,6 +198,7 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         weight_type=work.weight_type,
         step_seconds=option.step.seconds,
         first_step_seconds=first_step_time(hardware, work, option.step).seconds,
+        devices=work.devices,
     )
     return replace(plan, problem=_problem(plan, budget))
 

@@ -20,6 +20,7 @@ HIDDEN = 1.03  # times as long as without any reading a step may take whose read
 _UNNOTICED = 0.2  # seconds of a step that nobody waits for
 _CACHED_RATE = 4e9  # bytes per second from there
 _CROSSINGS = 3  # of parked tokens in a block: to the device for keys and for everything else, and back
+_VELOCITY_BYTES = 4 * 4 * 16  # of a token's velocity: float32, for 2 x 2 latents of 16 channels
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
 _ENCODE, _DECODE = 550, 880
@@ -90,8 +91,9 @@ def step_time(
         resident: how many blocks stay on the device.
     """
     computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked)
+    computing += _waiting(hardware, workload, computing, dtype, rows)
     reading = (workload.layers - resident) * workload.block_bytes
-    rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else hardware.disk_rate
+    rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else _disk_rate(hardware, workload)
     return _overlapped(hardware, computing, reading, rate)
 
 
@@ -114,7 +116,8 @@ def write_time(workload: Workload) -> Time:
 
 def first_step_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
     """The time of a window's first step, in which every block is read from disk, given that of a later one."""
-    return _overlapped(hardware, step.compute, workload.layers * workload.block_bytes, hardware.disk_rate)
+    reading = workload.layers * workload.block_bytes
+    return _overlapped(hardware, step.compute, reading, _disk_rate(hardware, workload))
 
 
 def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
@@ -199,18 +202,41 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 
+def sent_bytes(workload: Workload, dtype: str) -> float:
+    """Bytes that a device sends to the others in a step: docs/devices.md has the formula."""
+    devices, own = workload.devices, workload.tokens / workload.devices
+    in_blocks = 4 * workload.layers * own * workload.dim * BYTES[dtype] * (devices - 1) / devices
+    return workload.contexts * (in_blocks + own * _VELOCITY_BYTES * (devices - 1))
+
+
+def _waiting(hardware: Hardware, workload: Workload, computing: float, dtype: str, rows: int | None) -> float:
+    """Seconds of a step in which a device waits for others: for the last span of each exchange, or for all if they take
+    longer than computing."""
+    if workload.devices == 1:
+        return 0.0
+    sending = sent_bytes(workload, dtype) / hardware.peer_rate
+    last = sending / (-(-workload.own_tokens // rows) if rows else 1)
+    return last + max(0.0, sending - last - computing)
+
+
+def _disk_rate(hardware: Hardware, workload: Workload) -> float:
+    """What a device gets from the disk that all of them read from."""
+    return hardware.disk_rate / workload.devices
+
+
 def _computing(
     hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
 ) -> float:
+    """Seconds of a step of one context, of one device among several."""
     rates = rates_of(hardware)
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
-    linear, scores = step_operations(workload)
+    linear, scores = (operations / workload.devices for operations in step_operations(workload))
     linear_rate = (fast and rates.fast_linear) or rates.linear / slower
     attention_rate = (attention != "exact" and rates.attention_in(attention)) or rates.attention / slower
-    parts = -(-workload.tokens // rows) if rows else 1
+    parts = -(-workload.own_tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
-        moved += workload.tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
+        moved += workload.own_tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
     seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts

@@ -36,6 +36,7 @@ class Workload:
     decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
     adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
+    devices: among how many devices the tokens are divided.
     """
 
     task: str
@@ -70,11 +71,17 @@ class Workload:
     candidates: tuple[Candidate, ...] = ()
     adapter_weights: int = 0
     adapter_rank: int = 0
+    devices: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of a forward pass: one for each patch of 2 x 2 latents, which stand for 8 x 8 pixels each."""
         return self.latent_frames * (self.height // 16) * (self.width // 16)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that one device has."""
+        return -(-self.tokens // self.devices)
 
     def offers(self) -> list["Workload"]:
         """The workload with each of the candidate files."""

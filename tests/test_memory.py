@@ -13,9 +13,12 @@ from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.vae import WanVAE, read_vae_dims
 from skyrun.models.vae_memory import Memory
+from skyrun.parallel import group as group_module
+from skyrun.parallel.group import Arriving, Group
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.presets.memory import BYTES, denoise_bytes, vae_bytes, vae_memory_bytes
+from skyrun.presets.timing import sent_bytes
 from skyrun.streaming.stream import BlockStream
 
 CPU = torch.device("cpu")
@@ -74,6 +77,33 @@ def test_denoising(job, dtype, rows):
         drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
     expected = denoise_bytes(work, dtype, rows) - work.outer_bytes
     assert counted.peak + tables == pytest.approx(expected, rel=0.1)
+
+
+class Echo(Group):
+    """A group of which only this rank is there: what the others would send is zeros."""
+
+    def exchange(self, parts, sending, receiving):
+        self.sent += sum(sending) - sending[self.rank]
+        return Arriving(None, parts.new_zeros(sum(receiving)), parts)
+
+
+@pytest.mark.parametrize("rows", [None, 96, 64])
+def test_denoising_on_two_devices(job, monkeypatch, rows):
+    """What one of them takes, and what it sends."""
+    group = Echo(1, 2, CPU)
+    monkeypatch.setattr(group_module, "_here", group)
+    file, work = job.files.transformer, dataclasses.replace(job.workload, devices=2)
+    dit = DiT(file, CPU, torch.float32, rows=rows)
+    latents = torch.randn(16, work.latent_frames, work.height // 8, work.width // 8)
+    (time,) = dit.embed_times([500.0])
+    context, rope = Context(dit.embed_text(torch.randn(20, dit.dims.text_dim))), dit.rope(latents)
+    tables = sum(table.nbytes for table in rope)
+    with BlockStream(file.path, block_layouts(file), CPU) as stream, CountingAllocator() as counted:
+        drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
+    expected = denoise_bytes(work, "float32", rows) - work.outer_bytes
+    print(rows, counted.peak + tables, expected)
+    assert counted.peak + tables == pytest.approx(expected, rel=0.1)
+    assert group.sent == sent_bytes(work, "float32")
 
 
 def of_size(job, published_vae, height, width, stills=False):

@@ -1,11 +1,19 @@
 """What `skyrun plan` takes and says."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 
 from skyrun.cli import main
+from skyrun.cli.commands.plan import planned_text
+from skyrun.errors import SkyrunError
+from skyrun.planning.request import Request
+from skyrun.planning.what_if import plan_request
+from skyrun.presets.card import link_rate
+from skyrun.presets.cards import find_card
+from skyrun.presets.hardware import STATED, stated
 
 SAYS = [
     (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),
@@ -55,3 +63,24 @@ def test_what_cannot_be_planned(arguments, message, capsys):
 def test_the_size_of_the_file_is_a_value_too(capsys):
     assert main(["plan", "r2v", "--gpu", "RTX 3060", "--json"]) == 0
     assert 15.3e9 < json.loads(capsys.readouterr().out)["transformer_bytes"] < 15.5e9
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_share_time_and_memory(devices, lanes):
+    """On the usual card, over PCIe 4 of both widths; memory where plans are made for the least of it."""
+    hardware = stated(find_card("RTX 3060"), 32, 2.0).linked(STATED, link_rate(4, lanes))
+    planned = plan_request(Request("r2v", "", resolution="720P", devices=devices), hardware)
+    assert not planned.plan.problem
+    assert planned.plan.seconds <= (0.6 if devices == 2 else 0.35) * planned.alone.seconds
+    least = plan_request(dataclasses.replace(planned.request, prefer="memory"), hardware)
+    assert least.plan.peak_bytes < least.alone.peak_bytes
+    text = planned_text(planned)
+    assert f"{devices} x RTX 3060" in text and f"{devices} devices take " in text
+    assert planned.as_json()["one_device"]["devices"] == 1
+
+
+def test_devices_that_do_not_divide_the_heads():
+    with pytest.raises(SkyrunError, match="40 heads of attention cannot be divided among 3 devices") as caught:
+        plan_request(Request("r2v", "", devices=3), stated(find_card("RTX 3060"), 32, 2.0))
+    assert caught.value.hint == "with this model --devices can be 1, 2, 4, 5, 8, 10, 20 or 40"

@@ -182,9 +182,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-ram", type=float, metavar="GiB", help="use at most this much memory")
 
 
-def _add_devices(parser: argparse.ArgumentParser) -> None:
+def _add_devices(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="GPUs, or processes with --device cpu, that make a clip together (1)"
+        "--devices", type=int, metavar="N", help="GPUs, or processes of a CPU, that make a clip together (1)"
     )
 
 
@@ -197,6 +197,7 @@ def _add_plan(commands: Commands) -> None:
     machine.add_argument("--like", metavar="NAME", help="a card as quick as that one, with --vram")
     machine.add_argument("--vram", type=float, metavar="GiB", help="memory of that card, if it is sold with several")
     machine.add_argument("--ram", type=float, metavar="GiB", help="RAM in all (with --gpu: 16)")
+    _add_devices(machine)
     machine.add_argument("--disk", type=float, metavar="GB/s", help="read rate of the model's disk (with --gpu: 0.5)")
     _add_size(parser, "480P, 540P or 720P (480P)")
     length = parser.add_mutually_exclusive_group()

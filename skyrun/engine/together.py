@@ -15,9 +15,6 @@ from skyrun.parallel.team import Done, Team
 from skyrun.pipelines.stages import follow
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
-from skyrun.presets import Plan
-from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.streaming.device import vram_limited
 
 RunJob = Callable[[Job, bool, RunState | None, bool], Generator[Event, None, Result]]
 
@@ -51,17 +48,11 @@ class Make:
         return result
 
 
-@dataclass(frozen=True)
-class Follow:
-    """What the other ranks are sent."""
-
-    plan: Plan
-
-    def __call__(self, group: Group, send: Callable[[Any], None]) -> None:
-        """Do what rank 0 hands over, within the limits of the plan."""
-        with vram_limited(group.device, self.plan.limit_bytes - CONTEXT_BYTES), torch.inference_mode():
-            for _ in follow(group):
-                pass
+def do_as_told(group: Group, send: Callable[[Any], None]) -> None:
+    """What the other ranks are sent: do what rank 0 hands over."""
+    with torch.inference_mode():
+        for _ in follow(group):
+            pass
 
 
 def run_together(
@@ -80,7 +71,7 @@ def run_together(
         team: Workers that are there already, and stay.
     """
     with closing(workers(job.request.devices, job.device)) if team is None else nullcontext(team) as team:
-        followers = [Follow(job.plan)] * (team.size - 1)
+        followers = [do_as_told] * (team.size - 1)
         try:
             team.send(Make(run_job, job, keep_frames, state, previews), *followers)
             for rank, message in team.messages():

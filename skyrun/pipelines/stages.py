@@ -21,7 +21,8 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.presets import Plan
 from skyrun.presets.autoencoder import Autoencoder
-from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak
+from skyrun.presets.memory import CONTEXT_BYTES
+from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak, vram_limited
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
@@ -278,4 +279,5 @@ def follow(group: Group) -> Iterator[Event]:
     """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more."""
     while (order := group.hand_over(None)) is not None:
         assert isinstance(order, Denoising)
-        yield from _steps(order.files, order.plan, order.state, order.condition, group.device)
+        with vram_limited(group.device, order.plan.limit_bytes - CONTEXT_BYTES):
+            yield from _steps(order.files, order.plan, order.state, order.condition, group.device)

@@ -41,7 +41,7 @@ def this_machine(device: str | None = None, model: Path | None = None) -> Hardwa
         gain = tuned.rates.fast_linear / tuned.rates.linear
         found = found.knowing(MEASURED, rates=tuned.rates, fast_gain=gain)
         if tuned.link_rate:
-            found = found.knowing(MEASURED, link_rate=tuned.link_rate)
+            found = found.linked(MEASURED, tuned.link_rate)
         if disk:
             found = found.knowing(MEASURED, disk_rate=disk)
     if device == "cuda" and missing():  # without Triton, int8 gains nothing

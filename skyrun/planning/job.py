@@ -113,13 +113,14 @@ def prepare(request: Request) -> Job:
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
     check_devices(request, model.dims.heads)
-    workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+    clip = (spec, size, request.passes, windows, request.contexts, request.devices)
+    workload = with_clip(model_workload(spec, model), *clip)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+            workload = with_clip(model_workload(spec, model), *clip)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(

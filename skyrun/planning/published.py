@@ -30,7 +30,13 @@ _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
 
 def with_clip(
-    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window], contexts: int = 1
+    workload: Workload,
+    spec: TaskSpec,
+    size: tuple[int, int],
+    steps: int,
+    windows: Sequence[Window],
+    contexts: int = 1,
+    devices: int = 1,
 ) -> Workload:
     """A model's workload with the size and length of a clip.
 
@@ -41,10 +47,12 @@ def with_clip(
         steps: denoising steps of a window.
         windows: the windows of the clip.
         contexts: how many contexts a step has.
+        devices: how many make the clip together.
     """
     return replace(
         workload,
         contexts=contexts,
+        devices=devices,
         height=size[0],
         width=size[1],
         steps=steps,

@@ -51,8 +51,8 @@ class Request:
     precision: of linear layers, "exact" or "fast" (int8); attention: "exact", "int8", "full-int8" or "fp8"; None leaves
     them to the plan, but where `precision` is "exact" attention is too. prefer: "balanced", "quality", "speed" or
     "memory".
-    devices: how many GPUs, or processes on a CPU, make the clip together. max_vram, max_ram: limits in GiB, for each.
-    save_latents: a file for the latents. overwrite: whether existing files may be replaced.
+    devices: how many GPUs, or processes of a CPU, make the clip together, each within the limits. max_vram, max_ram:
+    limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be replaced.
     loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
     negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
     without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them

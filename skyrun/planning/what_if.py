@@ -11,6 +11,7 @@ from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import (
     check_attention,
+    check_devices,
     choice_problems,
     length_problems,
     of_some_model,
@@ -23,7 +24,7 @@ from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.assumptions import assumptions
 from skyrun.presets.cards import card_like, find_card, why_unknown
 from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
-from skyrun.presets.memory import GIB
+from skyrun.presets.memory import GIB, HEAD_DIM
 from skyrun.presets.named import preset
 from skyrun.presets.options import PREFERENCES
 from skyrun.tasks.sizes import WIDE
@@ -34,12 +35,14 @@ _RAM, _DISK = 16.0, 0.5  # GiB and GB/s that another machine is assumed to have
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with the request, hardware and workload that it was made for."""
+    """A plan with the request, hardware and workload that it was made for. alone: that of one device, if it is for
+    several."""
 
     request: Request
     hardware: Hardware
     workload: Workload
     plan: Plan
+    alone: Plan | None = None
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -60,6 +63,7 @@ class Planned:
             "hardware": hardware_json(self.hardware),
             "assumptions": list(self.assumptions),
             "plan": self.plan.as_json(),
+            **({"one_device": self.alone.as_json()} if self.alone is not None else {}),
         }
 
 
@@ -88,7 +92,7 @@ def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workloa
     size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
-    return with_clip(work, spec, size, request.passes, windows, request.contexts)
+    return with_clip(work, spec, size, request.passes, windows, request.contexts, request.devices)
 
 
 def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
@@ -171,12 +175,16 @@ def plan_request(request: Request, hardware: Hardware, shape: tuple[int, int] = 
     shape: height and width of what the clip is made from. limits: further arguments of `presets.choose`.
     """
     workload = request_workload(request, shape)
+    check_devices(request, workload.dim // HEAD_DIM)
     check_attention(hardware, request.attention)
     asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or PREFERENCES[0]}
     plan = choose(hardware, workload, **asked | limits)
     chosen = next(work for work in workload.offers() if work.weight_type == plan.weight_type)
     advice = () if request.spec.video else too_long(chosen.windows, chosen.frames / request.spec.fps)
-    return Planned(request, hardware, chosen, replace(plan, notes=(*plan.notes, *advice)))
+    alone = None
+    if request.devices > 1:
+        alone = choose(hardware, replace(workload, devices=1), **asked | limits)
+    return Planned(request, hardware, chosen, replace(plan, notes=(*plan.notes, *advice)), alone)
 
 
 def stated_hardware(preset_name: str | None, model: Path | None = None, **parts: Any) -> Hardware:

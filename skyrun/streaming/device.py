@@ -51,7 +51,7 @@ def choose_device(name: str | None, devices: int = 1) -> torch.device:
     if index is not None and index >= count:
         found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
-    if devices > count:
+    if min(devices, int(os.environ.get("LOCAL_WORLD_SIZE", devices))) > count:  # what a launcher has started here
         hint = f"use --devices {count}, or start skyrun with torchrun on several machines (docs/devices.md)"
         raise SkyrunError(f"--devices {devices}: torch finds {count}", hint)
     # With an index, because other threads may have another default device.

@@ -1,6 +1,7 @@
 """`skyrun plan`: predict memory and time of a clip, with the origin of every number."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 
 from skyrun.cli.console import display, emit, say
 from skyrun.cli.progress import shown
@@ -40,6 +41,7 @@ def execute(arguments: Namespace) -> int:
         seconds=arguments.seconds,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        devices=1 if arguments.devices is None else arguments.devices,
         variant=arguments.variant,
         precision=arguments.precision,
         attention=arguments.attention,
@@ -87,7 +89,7 @@ def planned_text(planned: Planned) -> str:
         f"{work.task}: {work.height}x{work.width} (height x width), {work.frames} frames, "
         + (f"{work.windows} windows of {work.steps} steps" if work.windows > 1 else f"{work.steps} steps")
         + f", {work.tokens} tokens",
-        hardware_text(planned.hardware),
+        hardware_text(planned.hardware, planned.plan.devices),
         choice_text(planned),
         stages_text(plan),
     ]
@@ -98,13 +100,30 @@ def planned_text(planned: Planned) -> str:
             f"{duration(plan.seconds)} in all, {duration(plan.step_seconds)} a step, "
             f"{duration(plan.first_step_seconds)} the first; speeds are {origin(planned)}"
         )
+        lines += scaling(planned)
         lines += ["it rests on:", *(f"  {text}" for text in planned.assumptions)]
     lines += plan.notes
     return "\n".join(lines)
 
 
-def hardware_text(hardware: Hardware) -> str:
-    """The machine in one line, each number with its origin."""
+def scaling(planned: Planned) -> Iterator[str]:
+    """What several devices gain over one."""
+    alone, plan = planned.alone, planned.plan
+    if alone is None:
+        return
+    memory = f"{plan.devices} devices take {plan.peak_bytes / GIB:.1f} GiB each"
+    if alone.problem:
+        yield f"{memory}; for one it will not fit: {alone.problem}"
+        return
+    seconds, step = plan.seconds / alone.seconds, plan.step_seconds / alone.step_seconds
+    yield (
+        f"{memory}, {seconds:.2f} of the time of one and {step:.2f} of its step; one takes "
+        f"{alone.peak_bytes / GIB:.1f} GiB, {duration(alone.seconds)} in all, {duration(alone.step_seconds)} a step"
+    )
+
+
+def hardware_text(hardware: Hardware, devices: int = 1) -> str:
+    """The machine in one line, each number with its origin. devices: how many of its kind are used."""
 
     def said(name: str, text: str) -> str:
         return f"{text} ({hardware.origin(name)})"
@@ -118,6 +137,9 @@ def hardware_text(hardware: Hardware) -> str:
     parts.append(said("disk_rate", f"disk {hardware.disk_rate / 1e9:.2f} GB/s"))
     if hardware.device == "cuda":
         parts.append(said("link_rate", f"link {hardware.link_rate / 1e9:.0f} GB/s"))
+    if devices > 1:
+        parts[0] = f"{devices} x {parts[0]}"
+        parts.append(said("peer_rate", f"{hardware.peer_rate / 1e9:.1f} GB/s between devices"))
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from skyrun.cli.batch import free_name, requests_of
 from skyrun.cli.commands.plan import blocks_text
 from skyrun.cli.console import emit, say, show_error
+from skyrun.cli.launched import launched
 from skyrun.cli.progress import shown
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
@@ -23,6 +24,7 @@ from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.media.image import write_image
 from skyrun.media.video_reader import frame_count, frames_at
 from skyrun.models.umt5 import TEXT_LENGTH
+from skyrun.parallel.group import here
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
@@ -37,6 +39,10 @@ def execute(arguments: Namespace) -> int:
 
     If one clip fails, the others are still made.
     """
+    return launched(arguments, _execute)
+
+
+def _execute(arguments: Namespace) -> int:
     _force_preset(arguments)
     requests = requests_of(arguments)
     for request in requests:
@@ -54,6 +60,8 @@ def execute(arguments: Namespace) -> int:
         try:
             run_clip(replace(request, model=first.model, quant=first.quant, loras=first.loras), arguments)
         except SkyrunError as error:
+            if here().size > 1:  # the processes that have followed cannot tell where this one is
+                raise
             show_error(error, arguments.json)
             failed.append(request)
         except OSError as error:
@@ -208,7 +216,7 @@ def plan_text(job: Job) -> str:
     head = [
         f"{request.task}: {job.height}x{job.width} (height x width), {job.frames} frames ({length:.1f} s){windows}, "
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
-        f"{job.files.transformer.path.name} on {plan.device_name}, {_dtypes(plan)} (decoding in {plan.decoding.dtype})",
+        f"{job.files.transformer.path.name} on {_devices(plan)}, {_dtypes(plan)} (decoding in {plan.decoding.dtype})",
         blocks_text(plan.resident_blocks, job.workload.layers),
         *_passing(plan),
         f"estimated memory, {plan.limit_bytes / GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
@@ -222,6 +230,10 @@ def plan_text(job: Job) -> str:
         sizes = [stage.device_bytes, stage.host_bytes] if plan.device == "cuda" else [stage.host_bytes]
         rows.append([f"  {stage.name}", *(f"{nbytes / GIB:.2f}" for nbytes in sizes), duration(stage.seconds)])
     return "\n".join([*head, table(rows), *(f"note: {notice}" for notice in job.notices)])
+
+
+def _devices(plan: Plan) -> str:
+    return plan.device_name if plan.devices == 1 else f"{plan.devices} devices, each {plan.device_name}"
 
 
 def _passing(plan: Plan) -> list[str]:
