@@ -40,6 +40,7 @@ HEAD_DIM = 128  # values per token in the rotary table
 _VAE_FRAMES = 4
 _VAE_MEMORY = {"encode": 3.7, "decode": 6.2}
 _VAE_WHOLE, _VAE_SLAB = 2.0, 2.5
+_VAE_LENT = 1.0  # the input again, with the rows that neighbours lend
 _STILL = 0.25  # of that for a single frame, which leaves no cache
 
 
@@ -141,14 +142,16 @@ def vae_bytes(workload: Workload, way: str, dtype: str, tile: tuple[int, int] | 
         dtype: of weights and activations.
         tile: height and width in pixels that a convolution works on at a time; None stands for whole frames.
     """
-    whole = _VAE_WHOLE * _vae_level(workload, way) * BYTES[dtype]
+    shared = own_rows(workload, way) < 1
+    whole = (_VAE_WHOLE + _VAE_LENT * shared) * own_rows(workload, way) * _vae_level(workload, way) * BYTES[dtype]
     taken = workload.vae_weights * BYTES[dtype] + whole + vae_copy_bytes(workload, way, dtype, tile)
     return int(taken) + vae_memory_bytes(workload, way, dtype)
 
 
 def vae_copy_bytes(workload: Workload, way: str, dtype: str, tile: tuple[int, int] | None = None) -> int:
     """Bytes of a convolution's input and output, which its library may copy."""
-    share = 1.0 if tile is None else min(1.0, tile[0] * tile[1] / (workload.height * workload.width))
+    share = own_rows(workload, way)
+    share = share if tile is None else min(share, tile[0] * tile[1] / (workload.height * workload.width))
     return int(_VAE_SLAB * share * _vae_level(workload, way) * BYTES[dtype])
 
 
@@ -156,7 +159,15 @@ def vae_memory_bytes(workload: Workload, way: str, dtype: str) -> int:
     """Bytes of the VAE's cache of earlier frames: the part of its activations that can wait on the host."""
     if way == "encode" and workload.stills:
         return 0
-    return int(_VAE_MEMORY[way] * _vae_level(workload, way) * BYTES[dtype])
+    return int(_VAE_MEMORY[way] * own_rows(workload, way) * _vae_level(workload, way) * BYTES[dtype])
+
+
+def own_rows(workload: Workload, way: str) -> float:
+    """The share of the rows of frames that the VAE of one device works on: several decode together."""
+    rows = workload.height // 8  # of latents
+    if way == "encode" or workload.devices == 1 or rows < workload.devices:
+        return 1.0
+    return -(-rows // workload.devices) / rows
 
 
 def _vae_level(workload: Workload, way: str) -> float:

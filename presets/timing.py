@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, parked_bytes
+from skyrun.presets.memory import BYTES, own_rows, parked_bytes
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ def images_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Tim
 
 def decode_time(hardware: Hardware, workload: Workload, vae: Autoencoder) -> Time:
     """The time to decode latents to frames."""
-    time = _convolving(hardware, workload, vae, _DECODE, workload.decoded_frames or workload.frames)
+    frames = workload.decoded_frames or workload.frames
+    time = _convolving(hardware, workload, vae, _DECODE * own_rows(workload, "decode"), frames)
     return _one_after_the_other(hardware, time, 2 * workload.vae_weights)
 
 
@@ -267,7 +268,7 @@ def _one_after_the_other(hardware: Hardware, time: Time, reading: int) -> Time:
     return replace(time, seconds=time.seconds + loading, bound=bound)
 
 
-def _convolving(hardware: Hardware, workload: Workload, vae: Autoencoder, operations: int, frames: int) -> Time:
+def _convolving(hardware: Hardware, workload: Workload, vae: Autoencoder, operations: float, frames: int) -> Time:
     slower = 2.0 if vae.dtype == "float32" and hardware.device == "cuda" else 1.0
     pixels = workload.height * workload.width * frames
     seconds = slower * operations * workload.vae_base_dim**2 * pixels / rates_of(hardware).convolution

@@ -123,6 +123,20 @@ def test_decoding(published_vae, job, tile):
     assert counted.peak + work.vae_weights * BYTES["bfloat16"] == pytest.approx(expected, rel=0.04)
 
 
+@pytest.mark.parametrize("tile", [None, (90, 1280)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_decoding_on_several_devices(published_vae, job, size, tile):
+    """The second of them, which has neighbours above and, among four, below."""
+    work = dataclasses.replace(of_size(job, published_vae, 720, 1280), devices=size)
+    vae = WanVAE(published_vae, torch.device("meta"), torch.bfloat16, tile, None, Echo(1, size, torch.device("meta")))
+    with CountingAllocator() as counted:
+        for pixels in vae.decode(torch.empty(16, 3, work.height // 8, work.width // 8, device="meta")):
+            assert not pixels.numel()
+    expected = vae_bytes(work, "decode", "bfloat16", tile)
+    print(size, tile, counted.peak + work.vae_weights * BYTES["bfloat16"], expected)
+    assert counted.peak + work.vae_weights * BYTES["bfloat16"] == pytest.approx(expected, rel=0.06)
+
+
 @pytest.mark.parametrize("tile", [None, (360, 1280), (90, 1280)])
 def test_encoding(published_vae, job, tile):
     work = of_size(job, published_vae, 720, 1280)

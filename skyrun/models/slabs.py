@@ -12,11 +12,11 @@ class Slab(NamedTuple):
     """A range of rows that are computed together, and the rows that they depend on."""
 
     rows: slice  # of the frame: the rows that are computed
-    reach: slice  # of the frame: those rows and the neighbours that they depend on
+    reach: slice  # of what is there: those rows and the neighbours that they depend on
     inside: slice  # of `reach`: the rows that are computed
 
 
-def cut(height: int, width: int, tile: Tile | None, margin: int) -> list[Slab]:
+def cut(height: int, width: int, tile: Tile | None, margin: int, above: int = 0, below: int = 0) -> list[Slab]:
     """Cut frames into slabs of about equal height.
 
     Args:
@@ -24,16 +24,19 @@ def cut(height: int, width: int, tile: Tile | None, margin: int) -> list[Slab]:
         width: columns of a frame.
         tile: a slab has at most as many pixels as a tile, or one row; None leaves frames whole.
         margin: how many rows above and below an output row depends on.
+        above: how many rows are there above those of the frame, which are not computed.
+        below: how many are there below them.
     """
     most = height if tile is None else max(1, tile[0] * tile[1] // width)
     count = -(-height // most)
     edges = [index * height // count for index in range(count + 1)]
-    return [_slab(start, stop, height, margin) for start, stop in zip(edges, edges[1:], strict=False)]
+    there = above + height + below
+    return [_slab(start, stop, there, margin, above) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-def _slab(start: int, stop: int, height: int, margin: int) -> Slab:
-    first, last = max(0, start - margin), min(height, stop + margin)
-    return Slab(slice(start, stop), slice(first, last), slice(start - first, stop - first))
+def _slab(start: int, stop: int, there: int, margin: int, above: int) -> Slab:
+    first, last = max(0, start + above - margin), min(there, stop + above + margin)
+    return Slab(slice(start, stop), slice(first, last), slice(start + above - first, stop + above - first))
 
 
 def by_slab(

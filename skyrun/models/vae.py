@@ -25,8 +25,10 @@ from skyrun.kernels import elementwise
 from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.name_tables import WAN_VAE
 from skyrun.kernels.safetensors_header import SafetensorsHeader, own_words, read_safetensors_header
+from skyrun.models.shared_rows import SharedRows
 from skyrun.models.slabs import Slab, Tile, by_slab, cut
 from skyrun.models.vae_memory import Memory
+from skyrun.parallel.group import Group
 
 # Statistics of the latents that the diffusion models were trained on; they are the same for every Wan 2.1 VAE.
 _LARGEST = 1e6  # of statistics that are believed
@@ -61,7 +63,10 @@ class WanVAE:
         dtype: torch.dtype = torch.float32,
         tile: Tile | None = None,
         room: int | None = None,
+        group: Group | None = None,
     ) -> None:
+        self._group = group or Group()
+        self._rows = SharedRows(self._group, 1)
         self._path, self._device, self._dtype, self._tile, self._room = path, device, dtype, tile, room
         self._weights, metadata = _load(path, device, dtype)
         self._mean, self._std = (
@@ -98,12 +103,19 @@ class WanVAE:
         return self.normalise(mean + torch.exp(0.5 * log_variance) * noise.to(self._device))
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Decode normalised latents [16, F, h, w] and yield pixels in [-1, 1]: [3, 1, H, W], then [3, 4, H, W] each."""
+        """Decode normalised latents [16, F, h, w] and yield pixels in [-1, 1]: [3, 1, H, W], then [3, 4, H, W] each.
+
+        The devices of a group, each of which calls this, have a range of rows each; only rank 0 gets the pixels.
+        """
+        self._rows = SharedRows(self._group, latents.shape[2])
+        latents = latents[:, :, self._rows.own]
         raw = (latents.to(self._device, torch.float32) * self._std + self._mean).to(self._dtype)
         with closing(Memory(self._device, self._room)) as memory:
             for frame, last in _with_last(raw.movedim(0, 3).contiguous().split(1)):
                 memory.last_group = last
-                yield self._decoder(self._linear(frame, "conv2"), memory).movedim(3, 0).float().clamp_(-1, 1)
+                own = self._decoder(self._linear(frame, "conv2"), memory)
+                yield self._rows.whole(own, to=0).movedim(3, 0).float().clamp_(-1, 1)
+                del own
                 memory.first_group = False
 
     def _w(self, name: str) -> Tensor:
@@ -144,14 +156,15 @@ class WanVAE:
         """
         weight, bias = self._w(f"{name}.weight"), self._w(f"{name}.bias")
         before, margin = weight.shape[2] - 1, weight.shape[3] // 2
+        there, above, below = self._rows.lent(x, margin)
 
         def compute(index: int, slab: Slab) -> Tensor:
-            part = self._after_past(x[:, slab.reach], before, memory, name, index, norm)
+            part = self._after_past(there[:, slab.reach], before, memory, name, index, norm)
             if len(part) == 1:  # the first frame: the other taps would see zeros
                 return _convolved_2d(part, weight[:, :, -1], bias, padding=margin)[:, slab.inside]
             return _convolved(part, weight, bias, padding=(0, margin, margin))[:, slab.inside]
 
-        return by_slab(cut(x.shape[1], x.shape[2], self._tile, margin), compute, onto=onto)
+        return by_slab(cut(x.shape[1], x.shape[2], self._tile, margin, above, below), compute, onto=onto)
 
     def _after_past(self, x: Tensor, before: int, memory: Memory, layer: str, slab: int, norm: str | None) -> Tensor:
         """Join `before` past frames and x, to which a norm and SiLU are applied if `norm` names one, in one pass.
@@ -188,8 +201,8 @@ class WanVAE:
     def _attention(self, x: Tensor, name: str) -> Tensor:
         """Attention with one head over the pixels of each frame."""
         normed = elementwise.rms_norm(x.flatten(0, 2), self._w(f"{name}.norm.gamma"), _EPS)
-        parts = self._linear(normed.view_as(x).flatten(1, 2).unsqueeze(1), f"{name}.to_qkv").chunk(3, 3)
-        q, k, v = (part.contiguous() for part in parts)
+        q, *parts = self._linear(normed.view_as(x), f"{name}.to_qkv").chunk(3, 3)
+        q, k, v = (part.flatten(1, 2).unsqueeze(1).contiguous() for part in (q, *map(self._rows.whole, parts)))
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self._linear(mixed.reshape(x.shape), f"{name}.proj")
 
@@ -239,9 +252,10 @@ class WanVAE:
         One convolution of 2 x 2 gives the four pixels that a pixel becomes, in their places from one row and column to
         the next: less than half the operations, and nothing is repeated in memory.
         """
+        there, above, below = self._rows.lent(x, 1)
 
         def compute(_: int, slab: Slab) -> Tensor:
-            part, (start, stop) = x[:, slab.reach], (slab.inside.start, slab.inside.stop)
+            part, (start, stop) = there[:, slab.reach], (slab.inside.start, slab.inside.stop)
             four = self._spatial(part, name, padding=1).unflatten(3, (2, 2, -1))
             out: Tensor = four.new_empty(len(x), stop - start, 2, x.shape[2], 2, four.shape[5])
             for odd_row in (0, 1):
@@ -251,7 +265,7 @@ class WanVAE:
             doubled: Tensor = out.flatten(3, 4).flatten(1, 2)
             return doubled
 
-        return by_slab(cut(x.shape[1], 4 * x.shape[2], self._tile, 1), compute, scale=2)
+        return by_slab(cut(x.shape[1], 4 * x.shape[2], self._tile, 1, above, below), compute, scale=2)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:

@@ -38,6 +38,15 @@ class Denoising:
     condition: Condition
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What rank 0 hands over for the frames of a window."""
+
+    path: Path
+    plan: Plan
+    latents: Tensor
+
+
 class Stage:
     """Makes the events of a stage and measures its time and peak memory.
 
@@ -86,8 +95,8 @@ def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
     return embedding.to(device)
 
 
-def _open_vae(path: Path, how: Autoencoder, device: torch.device) -> WanVAE:
-    return WanVAE(path, device, getattr(torch, how.dtype), how.tile, how.room)
+def _open_vae(path: Path, how: Autoencoder, device: torch.device, group: Group | None = None) -> WanVAE:
+    return WanVAE(path, device, getattr(torch, how.dtype), how.tile, how.room, group)
 
 
 def encode_images(
@@ -247,7 +256,7 @@ def decode(
     show: Callable[[Tensor, int], Frames] | None = None,
     part: tuple[int, int] | None = None,
 ) -> Iterator[Event]:
-    """Decode latents by the VAE and yield their frames group by group.
+    """Decode latents by the VAE and yield their frames group by group. Several devices have some rows of them each.
 
     Groups that an earlier run has yielded are decoded again, because later groups depend on them, but not yielded.
 
@@ -262,7 +271,10 @@ def decode(
     """
     stage = Stage("decode", latents.shape[1], "latent frames", device, part)
     yield stage.started()
-    vae, first = _open_vae(path, plan.decoding, device), 0
+    group = here() if latents.shape[2] >= here().size else None  # each has a row at least
+    if group is not None:
+        group.hand_over(Decoding(path, plan, latents.cpu()))
+    vae, first = _open_vae(path, plan.decoding, device, group), 0
     for index, pixels in enumerate(vae.decode(latents)):
         frames = show(pixels, first) if show is not None else to_uint8(pixels)
         first += pixels.shape[1]
@@ -277,7 +289,11 @@ def decode(
 
 def follow(group: Group) -> Iterator[Event]:
     """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more."""
-    while (order := group.hand_over(None)) is not None:
-        assert isinstance(order, Denoising)
+    nothing: Denoising | Decoding | None = None
+    while (order := group.hand_over(nothing)) is not None:
         with vram_limited(group.device, order.plan.limit_bytes - CONTEXT_BYTES):
-            yield from _steps(order.files, order.plan, order.state, order.condition, group.device)
+            if isinstance(order, Denoising):
+                yield from _steps(order.files, order.plan, order.state, order.condition, group.device)
+            else:
+                for _ in _open_vae(order.path, order.plan.decoding, group.device, group).decode(order.latents):
+                    pass
