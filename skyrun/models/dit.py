@@ -21,9 +21,9 @@ from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
-from skyrun.models.shared_attention import SharedAttention
 from skyrun.models.spans import Span, TimeEmbedding, chunks, divide
 from skyrun.models.umt5 import TEXT_LENGTH
+from skyrun.parallel.attention import SharedAttention
 from skyrun.parallel.group import here
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
@@ -189,7 +189,7 @@ def dit_block(
     context: Context,
     rope: Rope,
     dims: DiTDims,
-    shared: SharedAttention | None = None,
+    shared: SharedAttention[Span] | None = None,
 ) -> None:
     """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 

@@ -25,10 +25,10 @@ from skyrun.kernels import elementwise
 from skyrun.kernels.fitting import check_tensors
 from skyrun.kernels.name_tables import WAN_VAE
 from skyrun.kernels.safetensors_header import SafetensorsHeader, own_words, read_safetensors_header
-from skyrun.models.shared_rows import SharedRows
 from skyrun.models.slabs import Slab, Tile, by_slab, cut
 from skyrun.models.vae_memory import Memory
 from skyrun.parallel.group import Group
+from skyrun.parallel.rows import SharedRows
 
 # Statistics of the latents that the diffusion models were trained on; they are the same for every Wan 2.1 VAE.
 _LARGEST = 1e6  # of statistics that are believed

@@ -7,16 +7,26 @@ next span is projected.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.float16_sums import within_range
-from skyrun.models.spans import Span
 from skyrun.parallel.group import Arriving, Group, as_bytes
 
 
-class SharedAttention:
+class HasRows(Protocol):
+    """A span: a range of tokens that are computed together."""
+
+    @property
+    def rows(self) -> slice: ...
+
+
+Span = TypeVar("Span", bound=HasRows)
+
+
+class SharedAttention(Generic[Span]):
     """The self-attention of one sequence of tokens [L, D] on the devices of a group.
 
     spans_of: the spans of every rank. In round i each sends its span i; one with fewer spans sends nothing then.
