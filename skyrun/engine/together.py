@@ -21,9 +21,16 @@ RunJob = Callable[[Job, bool, RunState | None, bool], Generator[Event, None, Res
 _WORKER = "skyrun.engine.worker"
 
 
-def workers(size: int, device: torch.device) -> Team:
-    """Start that many workers, one for each device of a type."""
-    return Team(size, _WORKER, device.type)
+def workers(size: int, device: torch.device, first: int = 0, of: int = 0) -> Team:
+    """Start that many workers, one for each device of a type.
+
+    Args:
+        size: How many.
+        device: A device of that type.
+        first: The number of the first of their devices.
+        of: How many workers share the machine, if there are others.
+    """
+    return Team(size, _WORKER, device.type, first, of)
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,13 @@ class Team:
 
     Every worker ends when this process does. A team in which one has failed cannot go on.
 
-    module: what they run, with the type of the device as its argument and their rank in the environment.
+    module: what they run, with the type of the device as its argument and their rank in the environment. first: the
+    number of the first device. of: how many workers share the machine, if there are those of other teams.
     """
 
-    def __init__(self, size: int, module: str, device: str) -> None:
-        self.size = size
-        self._device = device
+    def __init__(self, size: int, module: str, device: str, first: int = 0, of: int = 0) -> None:
+        self.size, self._first, self._sharing = size, first, max(of, size)
+        self._device, self._closed = device, False
         self._messages: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._channels: dict[int, Channel] = {}
         self._door = Door()
@@ -79,12 +80,12 @@ class Team:
             raise
 
     def _environment(self, rank: int) -> dict[str, str]:
-        threads = max(1, (psutil.cpu_count(logical=False) or 1) // self.size) if self._device == "cpu" else None
+        threads = max(1, (psutil.cpu_count(logical=False) or 1) // self._sharing) if self._device == "cpu" else None
         return {
             **({"OMP_NUM_THREADS": str(threads)} if threads and "OMP_NUM_THREADS" not in os.environ else {}),
             **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),  # it is all on this machine
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": str(self._first + rank),
             "WORLD_SIZE": str(self.size),
             "LOCAL_WORLD_SIZE": str(self.size),
             "MASTER_ADDR": "127.0.0.1",
@@ -165,7 +166,7 @@ class Team:
                 yield rank, message
 
     def _failure(self, rank: int, message: Failure | None) -> SkyrunError:
-        who = f"device {rank}"
+        who = f"device {self._first + rank}"
         if message is not None:
             return SkyrunError(
                 f"{who}: {message.message}" if self.size > 1 else message.message, message.hint, message.code
@@ -204,6 +205,9 @@ class Team:
 
     def close(self) -> None:
         """End all workers now."""
+        if self._closed:
+            return
+        self._closed = True
         self._door.close()
         for channel in self._channels.values():
             channel.close()

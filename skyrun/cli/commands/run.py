@@ -1,6 +1,7 @@
 """`skyrun run`: make one or more clips and show progress."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from skyrun.cli.commands.plan import blocks_text
 from skyrun.cli.console import emit, say, show_error
 from skyrun.cli.launched import launched
 from skyrun.cli.progress import shown
+from skyrun.cli.several import make_side_by_side
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
 from skyrun.engine.output import check_outputs, is_made
@@ -54,11 +56,25 @@ def _execute(arguments: Namespace) -> int:
     if len(requests) == 1:
         run_clip(first, arguments)
         return 0
+    model, quant, loras = first.model, first.quant, first.loras
+    requests = [replace(request, model=model, quant=quant, loras=loras) for request in requests]
+    if here().size == 1 < first.devices <= len(requests) and not arguments.dry_run:
+        failed = make_side_by_side(requests, lambda request: _prepared(request, arguments), arguments)
+    else:
+        failed = _one_by_one(requests, arguments)
+    if failed:
+        names = ", ".join(str(request.output) for request in failed)
+        say(f"{len(failed)} of {len(requests)} clips failed: {names}; the same command makes what is missing")
+    return FAILED if failed else 0
+
+
+def _one_by_one(requests: Sequence[Request], arguments: Namespace) -> list[Request]:
+    """Make clips, each on all devices. Returns those that failed."""
     failed = []
     for number, request in enumerate(requests, 1):
         say(f"clip {number} of {len(requests)}: {request.output}")
         try:
-            run_clip(replace(request, model=first.model, quant=first.quant, loras=first.loras), arguments)
+            run_clip(request, arguments)
         except SkyrunError as error:
             if here().size > 1:  # the processes that have followed cannot tell where this one is
                 raise
@@ -67,10 +83,16 @@ def _execute(arguments: Namespace) -> int:
         except OSError as error:
             show_error(SkyrunError(str(error), "check the path, its permissions and free space"), arguments.json)
             failed.append(request)
-    if failed:
-        names = ", ".join(str(request.output) for request in failed)
-        say(f"{len(failed)} of {len(requests)} clips failed: {names}; the same command makes what is missing")
-    return FAILED if failed else 0
+    return failed
+
+
+def _prepared(request: Request, arguments: Namespace) -> tuple[Job, RunState | None] | None:
+    """The job of a request and the state of an earlier run; None if the clip is there already."""
+    job, state = continue_or_start(request)
+    if is_made(job.request) and not job.request.overwrite:
+        _say_it_is_there(job.request, arguments)
+        return None
+    return job, state
 
 
 def _force_preset(arguments: Namespace) -> None:

@@ -1,0 +1,112 @@
+"""Make many clips on several devices: each device makes whole clips, one after the other, in a worker of its own.
+
+A clip that fails, or a worker that is lost, costs that clip only: the next one of its device gets a new worker.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+
+import torch
+
+from skyrun.engine.clip import Result
+from skyrun.engine.together import RunJob, run_together, workers
+from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
+from skyrun.events import Event, listen
+from skyrun.parallel.team import Team
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
+from skyrun.planning.request import Request
+from skyrun.presets import probe
+from skyrun.presets.memory import GIB, PROCESS_BYTES
+
+Prepare = Callable[[Request], tuple[Job, RunState | None] | None]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What happens with a clip. what: its job where it begins, events, and its result or an error at the end; None if
+    there is nothing to do for it."""
+
+    clip: int
+    device: int
+    what: Job | Event | Result | SkyrunError | None
+
+
+class SideBySide:
+    """Devices that make the clips of a list. They end with the block in which they are used."""
+
+    def __init__(self, run_job: RunJob, prepare: Prepare, requests: Sequence[Request], device: torch.device) -> None:
+        """prepare: makes a job and the state of an earlier run; None if there is nothing to do."""
+        self._run_job, self._prepare, self._device = run_job, prepare, device
+        self._devices = requests[0].devices
+        self._waiting: SimpleQueue[tuple[int, Request]] = SimpleQueue()
+        for entry in enumerate(requests):
+            self._waiting.put(entry)
+        self._told: SimpleQueue[Told] = SimpleQueue()
+        self._teams: dict[int, Team] = {}
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._devices)]
+
+    def __enter__(self) -> "SideBySide":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        stopping = [threading.Thread(target=team.stop, args=(False,)) for team in list(self._teams.values())]
+        for thread in stopping:
+            thread.start()
+        for thread in (*stopping, *self._threads):
+            thread.join()
+
+    def told(self) -> Iterator[Told]:
+        """What happens, until all clips are made or have failed."""
+        while True:
+            try:
+                yield self._told.get(timeout=0.2)
+            except Empty:
+                if not any(thread.is_alive() for thread in self._threads) and self._told.empty():
+                    return
+
+    def _work(self, device: int) -> None:
+        """Make clips on a device until none is left."""
+        with suppress(Empty):
+            while not self._stopping:
+                clip, request = self._waiting.get_nowait()
+                try:
+                    self._told.put(Told(clip, device, self._made(clip, request, device)))
+                except SkyrunError as error:
+                    self._told.put(Told(clip, device, error))
+                except OSError as error:
+                    hint = "check the path, its permissions and free space"
+                    self._told.put(Told(clip, device, SkyrunError(str(error), hint, FAILED)))
+        if (team := self._teams.pop(device, None)) is not None:
+            team.close()
+
+    def _made(self, clip: int, request: Request, device: int) -> Result | None:
+        name = f"cuda:{device}" if self._device.type == "cuda" else "cpu"
+        free = (probe("cpu").ram_free - PROCESS_BYTES) / GIB / self._devices
+        limit = free if request.max_ram is None else min(free, request.max_ram)
+        prepared = self._prepare(replace(request, devices=1, device=name, max_ram=limit))
+        if prepared is None:
+            return None
+        job, state = prepared
+        job = replace(job, request=replace(job.request, device=request.device, max_ram=request.max_ram))
+        self._told.put(Told(clip, device, job))
+        if device not in self._teams:
+            self._teams[device] = workers(1, self._device, device, self._devices)
+
+        def tell(event: Event) -> None:
+            if self._stopping:
+                raise SkyrunError("interrupted", "", INTERRUPTED)
+            self._told.put(Told(clip, device, event))
+
+        try:
+            return listen(run_together(self._run_job, job, False, state, False, self._teams[device]), tell)
+        except BaseException:
+            self._teams.pop(device)  # it has been stopped
+            raise
