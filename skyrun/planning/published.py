@@ -16,6 +16,7 @@ from skyrun.kernels.name_tables import (
 )
 from skyrun.kernels.names import Table
 from skyrun.kernels.recipes import RECIPES, recipe_types
+from skyrun.planning.request import Request
 from skyrun.presets import Candidate, Workload
 from skyrun.presets.workload import AREAS
 from skyrun.tasks import TaskSpec, spec_of
@@ -29,27 +30,24 @@ _TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
 
 
-def with_clip(
-    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window], contexts: int = 1
-) -> Workload:
+def with_clip(workload: Workload, request: Request, size: tuple[int, int], windows: Sequence[Window]) -> Workload:
     """A model's workload with the size and length of a clip.
 
     Args:
         workload: of the model.
-        spec: the task.
+        request: the clip, with the values of its model.
         size: (height, width) in pixels.
-        steps: denoising steps of a window.
         windows: the windows of the clip.
-        contexts: how many contexts a step has.
     """
     return replace(
         workload,
-        contexts=contexts,
+        contexts=request.contexts,
+        avoided_tokens=_TEXT_LENGTH if request.nag is not None else 0,
         height=size[0],
         width=size[1],
-        steps=steps,
-        windowed=spec.windowed,
-        areas=tuple(area for area in AREAS if area[0] in spec.resolutions),
+        steps=request.passes,
+        windowed=request.spec.windowed,
+        areas=tuple(area for area in AREAS if area[0] in request.spec.resolutions),
         **amounts(windows),  # type: ignore[arg-type]
     )
 

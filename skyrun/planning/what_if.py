@@ -12,6 +12,7 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import (
     check_attention,
     choice_problems,
+    guidance_problems,
     length_problems,
     of_some_model,
     shape_problems,
@@ -88,7 +89,7 @@ def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workloa
     size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
-    return with_clip(work, spec, size, request.passes, windows, request.contexts)
+    return with_clip(work, request, size, windows)
 
 
 def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
@@ -110,6 +111,7 @@ def _problems(request: Request) -> Iterator[str]:
     yield from shape_problems(request)
     yield from length_problems(spec, request.frames, request.seconds)
     yield from choice_problems(request)
+    yield from guidance_problems(request, spec)
     if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
     if request.quant is not None and request.model is None and request.quant not in RECIPES:

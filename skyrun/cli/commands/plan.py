@@ -40,6 +40,7 @@ def execute(arguments: Namespace) -> int:
         seconds=arguments.seconds,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        nag=arguments.nag,
         variant=arguments.variant,
         precision=arguments.precision,
         attention=arguments.attention,
