@@ -21,7 +21,7 @@ from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.quant.recipes import default_encoder_quant
 from skyrun.tasks import spec_of
-from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
+from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, model_beside, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
 _MOST_ENCODER = "F16"
@@ -128,7 +128,8 @@ class Chooser:
         elif self.name.repo:
             parts += convert(main.repository)
         task = main.task or _task_of(parts)
-        source, lacking = SOURCES[self.name.key or task or next(iter(SOURCES))], _lacking(task, parts)
+        model = self.name.source or model_beside(self.name.repo, self.name.task or task)
+        source, lacking = SOURCES[model], _lacking(task, parts)
         if "text_encoder" in lacking and (encoder := self._text_encoder(source.text_encoder, main.quant)):
             parts.append(Ready("text_encoder", encoder.file, folder))
             lacking.discard("text_encoder")
