@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
 from skyrun.tasks.sources import BUILT_IN, SOURCES, tasks_of
+from skyrun.units import size
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
 LOCK = ".lock"  # in the folder of a model
@@ -107,9 +108,17 @@ def sources_of(name: Name) -> list[str]:
     return [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
 
 
-def sources_text(name: Name) -> str:
-    """A sentence about where a missing model can be downloaded from."""
-    return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(sources_of(name))}"
+def sources_text(name: Name, sizes: Mapping[str, int]) -> str:
+    """Sentences about where a missing model can be downloaded from, and how large its files are.
+
+    sizes: what they take on the disk, by role.
+    """
+    parts = ", ".join(f"{role} {size(nbytes)}" for role, nbytes in sizes.items())
+    return (
+        f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(sources_of(name))}\n"
+        f"{parts}: {size(sum(sizes.values()))} in all; what is converted while it arrives is larger before, "
+        f"skyrun pull {name} --dry-run says by how much"
+    )
 
 
 def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:

@@ -18,7 +18,7 @@ from skyrun.planning.problems import (
     shape_problems,
     too_long,
 )
-from skyrun.planning.published import published_shapes, published_workload, with_clip
+from skyrun.planning.published import part_bytes, published_shapes, published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.assumptions import assumptions
@@ -52,12 +52,19 @@ class Planned:
         """What the file of the transformer takes on a disk, but for its header."""
         return self.workload.layers * self.workload.block_bytes + self.workload.outer_bytes
 
+    @property
+    def model_bytes(self) -> dict[str, int]:
+        """What the files of the model take on a disk, by role; the other parts are those that are published."""
+        others = part_bytes(self.request.task, self.request.variant) if self.request.model is None else {}
+        return {"transformer": self.transformer_bytes, **others}
+
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values."""
         return {"task": self.request.task, "size": [self.workload.height, self.workload.width]} | {
             "frames": self.workload.frames,
             "tokens": self.workload.tokens,
             "transformer_bytes": self.transformer_bytes,
+            "model_bytes": self.model_bytes,
             "hardware": hardware_json(self.hardware),
             "assumptions": list(self.assumptions),
             "plan": self.plan.as_json(),

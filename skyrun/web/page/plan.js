@@ -57,12 +57,14 @@ function show(said, count) {
     fits ? el("p", {}, `It fits: ${(peak(plan) / 2 ** 30).toFixed(1)} of ${gib(plan.limit_bytes)} of ${plan.device === "cuda" ? "video memory" : "memory"}.`) : el("p", {}, `${sentence(plan.problem)}. ${plan.remedy ? `This would: ${plan.remedy}.` : ""}`),
     chart(plan),
     el("p", { className: "quiet" }, about.join(" · ")),
-    ...(said.fetch ? [el("p", { className: "note" }, `The model ${said.fetch.model} is not here yet and is fetched first, from ${said.fetch.from.join(" or ")}. Its transformer has ${(said.transformer_bytes / 1e9).toFixed(1)} GB, its encoders come on top.`)] : []),
+    ...(said.fetch ? [el("p", { className: "note" }, `The model ${said.fetch.model} is not here yet and is fetched first, from ${said.fetch.from.join(" or ")}: ${parts(said.model_bytes)}. What is converted while it arrives is larger before.`)] : []),
     ...plan.notes.map((note) => el("p", { className: "note" }, sentence(note))),
   );
   $("make").textContent = count > 1 ? `Make ${count} clips` : "Make the clip";
 }
 
+const gb = (bytes) => `${(bytes / 1e9).toFixed(1)} GB`;
+const parts = (sizes) => `${Object.entries(sizes).map(([role, bytes]) => `${role} ${gb(bytes)}`).join(", ")}, ${gb(Object.values(sizes).reduce((sum, bytes) => sum + bytes, 0))} in all`;
 const takes = (plan, stage) => (plan.device === "cuda" ? stage.device_bytes : stage.host_bytes);
 const peak = (plan) => Math.max(...plan.stages.map((stage) => takes(plan, stage)));
 
