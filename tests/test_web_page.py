@@ -108,7 +108,7 @@ def test_a_clip_is_made_from_the_form(browser, server):
         assert page.get_attribute("#f-prompt", "aria-invalid") == "true"
         fill(page, server, steps=LONG)
         until(page, "document.getElementById('h-resolution').textContent === '48 wide, 48 high'")
-        assert page.locator(".chart .bar").count() == 7 and "It fits" in page.text_content("#plan")
+        assert page.locator(".chart .bar").count() == 5 and "It fits" in page.text_content("#plan")
         assert page.locator("#form .problem:visible").count() == 0
         page.click("#make")
         page.wait_for_selector(".job.running .preview:visible")

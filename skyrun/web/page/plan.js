@@ -3,6 +3,7 @@
 import { Failure, get, query } from "./api.js";
 import { $, duration, el, gib, sentence, svg } from "./dom.js";
 
+const EMPTY = ["start", "write"]; // stages with nothing but the program in memory: no bars
 const WIDTH = 440, HEIGHT = 150, LEFT = 34, TOP = 14, BOTTOM = 34;
 let running = null;
 let timer = 0;
@@ -73,10 +74,11 @@ function chart(plan) {
   const most = Math.max(peak(plan), Math.min(plan.limit_bytes, 1.6 * peak(plan))) * 1.08;
   const y = (count) => HEIGHT - BOTTOM - (count / most) * (HEIGHT - BOTTOM - TOP);
   const room = WIDTH - LEFT - 4, least = 62;
-  const total = plan.seconds || 1;
-  const free = room - least * plan.stages.length;
+  const stages = plan.stages.filter(({ name }) => !EMPTY.includes(name));
+  const total = stages.reduce((sum, stage) => sum + stage.seconds, 0) || 1;
+  const free = room - least * stages.length;
   let x = LEFT;
-  const bars = plan.stages.flatMap((stage) => {
+  const bars = stages.flatMap((stage) => {
     const width = least + (free * stage.seconds) / total, count = takes(plan, stage), here = x;
     x += width;
     const over = count > plan.limit_bytes ? " over" : "";
