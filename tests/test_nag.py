@@ -163,3 +163,12 @@ def test_a_plan_counts_what_it_takes(task, guidance):
     peaks = [next(s.device_bytes for s in one.plan.stages if s.name == "denoise") for one in (plain, with_nag)]
     kept = [one.plan.resident_blocks * one.workload.block_bytes for one in (plain, with_nag)]
     assert (peaks[1] - kept[1]) - (peaks[0] - kept[0]) == 3 * TEXT * work.dim * 2
+
+
+def test_a_clip_from_a_clip_is_guided_too(run_command, converted, tmp_path):
+    command = [*run_command, "--model", str(converted("F32")), "--nag", "7", "--negative-prompt", "rain", "--seed", "1"]
+    assert main(command) == 0
+    clip, again = tmp_path / "clip.mp4", tmp_path / "again.mp4"
+    assert main(["run", "--from", str(clip), "--nag", "5", "--device", "cpu", "-o", str(again)]) == 0
+    assert [read_request(path)["nag"] for path in (clip, again)] == [7, 5]
+    assert read_request(again)["negative_prompt"] == "rain" and read_request(again)["seed"] == 1
