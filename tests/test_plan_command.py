@@ -55,6 +55,12 @@ def test_what_cannot_be_planned(arguments, message, capsys):
     assert "is not here" not in said  # what is missing is said of plans, not beside mistakes
 
 
+@pytest.mark.parametrize("model", ["wan2.1-t2v-1.3b", "city96/Wan2.1-T2V-14B-gguf:Q8_0"])
+def test_a_plan_is_that_of_the_model_that_is_named(model, capsys):
+    assert main(["plan", "t2v", "--model", model, "--gpu", "RTX 4090"]) == 0
+    assert "480x832 (height x width), 81 frames, 50 steps" in capsys.readouterr().out
+
+
 def test_the_sizes_of_the_files_are_values_too(capsys):
     assert main(["plan", "a2v", "--gpu", "RTX 3060", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

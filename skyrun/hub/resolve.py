@@ -20,7 +20,6 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.quant.recipes import default_encoder_quant
-from skyrun.tasks import spec_of
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, model_beside, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
@@ -204,8 +203,7 @@ def planned_quant(name: Name) -> str:
 def _planned(name: Name, quant: str | None = None) -> tuple[str, bool]:
     """The type that a plan for a typical clip on this machine chooses, and whether the clip can be made."""
     machine = this_machine(model=existing_folder(models_folder()))
-    spec = spec_of(name.task, name.source)
-    plan = plan_request(Request(name.task, "", quant=quant).of(spec), machine).plan
+    plan = plan_request(Request(name.task, "", quant=quant, variant=name.variant), machine).plan
     return plan.weight_type, not plan.problem
 
 

@@ -19,7 +19,8 @@ from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
 from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
-from skyrun.tasks.sources import BUILT_IN, SOURCES, tasks_of
+from skyrun.tasks import spec_of
+from skyrun.tasks.sources import BUILT_IN, SOURCES, model_beside, tasks_of
 from skyrun.units import size
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
@@ -62,6 +63,11 @@ class Name:
     def key(self) -> str:
         """The name in the table of sources of this model, or of one whose other files it can use."""
         return self.source or self.task
+
+    @property
+    def variant(self) -> str | None:
+        """Which of the models that do the task it is, as far as its name or its repository says."""
+        return spec_of(self.task, self.source or model_beside(self.repo, self.task)).model or None
 
     @property
     def stem(self) -> str:

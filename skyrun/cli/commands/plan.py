@@ -15,7 +15,7 @@ from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
 from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.cards import card_rows
-from skyrun.tasks import TASKS, spec_of
+from skyrun.tasks import TASKS
 from skyrun.units import GIB, duration, size, table
 
 _MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe another machine
@@ -77,7 +77,7 @@ def _use_pulled_model(arguments: Namespace) -> Name | None:
         arguments.model, arguments.quant = folder, None
         return None
     arguments.model, arguments.quant = None, name.quant or None
-    arguments.variant = spec_of(name.task, name.source).model or None
+    arguments.variant = name.variant
     return name
 
 
