@@ -76,7 +76,7 @@ def denoise_bytes(
     keys, of_keys = _key_bytes(dim // workload.devices, size, attention if way not in ("", "plain") else "exact")
     passing, matrix = _block_values(workload, size, way)
     held = own * (0 if parked else workload.contexts * dim * size) + tokens * HEAD_DIM * 4
-    context = (1 + workload.contexts) * workload.context_tokens * dim * size
+    context = ((1 + workload.contexts) * workload.context_tokens + 3 * workload.avoided_tokens) * dim * size
     part = min(rows or own, own)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     if workload.devices > 1:

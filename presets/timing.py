@@ -29,6 +29,7 @@ _TEXT_TOKENS = 512
 # Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
 # activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
 _ELEMENTWISE, _ELEMENTWISE_FAST = 100, 52
+_GUIDING = 20  # the same for normalized attention guidance
 # Seconds until the first stage: Python and torch are read, and on a GPU the context is made (assumed).
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
 # Pixels per second that become H.264: a core was measured to take 0.13 s for a frame of 720P; of four.
@@ -196,8 +197,9 @@ def block_weights(workload: Workload) -> int:
 
 
 def step_operations(workload: Workload) -> tuple[float, float]:
-    """Operations of a step: (in linear layers, in attention)."""
-    dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
+    """Operations of a step with each of its contexts, on average: (in linear layers, in attention)."""
+    dim, tokens = workload.dim, workload.tokens
+    context = workload.context_tokens + workload.avoided_tokens / workload.contexts
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
     linear = 2 * (tokens * (per_token + workload.adapter_weights) + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
@@ -237,7 +239,8 @@ def _computing(
     parts = -(-workload.own_tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
-        moved += workload.own_tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
+        guiding = _GUIDING / workload.contexts if workload.avoided_tokens else 0
+        moved += int(workload.own_tokens * workload.dim * ((_ELEMENTWISE_FAST if fast else _ELEMENTWISE) + guiding))
     seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts

@@ -127,6 +127,7 @@ def request_for(four_heads, wan, converted, goldens, adapter, tmp_path_factory):
             "int8": lambda: small("Q4_K", precision="fast"),
             "int8 attention": lambda: small(attention="full-int8"),
             "bfloat16": lambda: small(dtype="bfloat16"),
+            "nag": lambda: small(nag=4.0, negative_prompt="a blue sea"),
         }[name]()
 
     return make
@@ -168,6 +169,7 @@ CASES = [
     ("int8 attention", 4, 10, 1e-5),
     ("bfloat16", 2, 10, 1e-1),
     ("adapter", 2, 10, 1e-5),
+    ("nag", 2, 10, 1e-5),
     ("t2v", 4, 7, 2e-5),
     ("i2v", 4, None, 2e-5),
     ("forcing", 4, 20, 2e-5),
