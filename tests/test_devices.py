@@ -170,11 +170,11 @@ CASES = [
     ("bfloat16", 2, 10, 1e-1),
     ("adapter", 2, 10, 1e-5),
     ("nag", 2, 10, 1e-5),
-    ("t2v", 4, 7, 2e-5),
-    ("i2v", 4, None, 2e-5),
-    ("forcing", 4, 20, 2e-5),
+    ("t2v", 4, 7, 1e-5),
+    ("i2v", 4, None, 1e-5),
+    ("forcing", 4, 20, 1e-5),
     ("shot", 2, 10, 1e-5),
-    ("v2v", 2, 10, 2e-5),
+    ("v2v", 2, 10, 1e-5),
     ("a2v", 2, 7, 5e-5),  # four windows, each of which goes on from the frames of the one before
 ]
 
@@ -184,7 +184,7 @@ def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
     job, expected = alone(name)
     result, events = together(teams(size), job, rows)
     assert float((result.latents - expected.latents).abs().max()) <= limit
-    assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 2e-5 else 255)
+    assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 5e-5 else 255)
     assert {type(event) for event in events} >= {Preview, StageStarted, StageEnded, BlockDone}
 
 

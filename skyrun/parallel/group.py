@@ -88,12 +88,13 @@ class Group:
         """
         if self.size == 1:
             return Arriving(None, parts, parts)
-        received = parts.new_empty(sum(receiving))
         self.sent += sum(sending) - sending[self.rank]
+        return self._send(parts, list(sending), list(receiving))
+
+    def _send(self, parts: Tensor, sending: list[int], receiving: list[int]) -> Arriving:
+        received = parts.new_empty(sum(receiving))
         with _peers_named():
-            work = dist.all_to_all_single(
-                received, parts, list(receiving), list(sending), group=self._tensors, async_op=True
-            )
+            work = dist.all_to_all_single(received, parts, receiving, sending, group=self._tensors, async_op=True)
         return Arriving(work, received, parts)
 
     def gathered(self, rows: Tensor, counts: Sequence[int], to: int | None = None) -> Tensor:
