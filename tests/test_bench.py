@@ -159,9 +159,11 @@ def test_a_synthetic_model_runs_and_is_deleted(tiny_model, tmp_path, capsys, qua
 
 
 def test_the_figures_are_printed(tiny_model, capsys):
-    assert main(tiny_model) == 0
+    """With those of two devices."""
+    assert main([*tiny_model, "--devices", "2"]) == 0
     text = capsys.readouterr().out
     assert "streamed" in text and "ratio" in text and "a plain read" in text
+    assert "on 2 devices, streamed: " in text and "devices send each other " in text
 
 
 def test_a_model_has_the_announced_size(tiny_model, tmp_path):

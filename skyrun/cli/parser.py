@@ -346,6 +346,7 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument("--blocks", type=int, default=4, metavar="N", help="blocks of the transformer (4)")
     _add_precision(parser)
     _add_clip(parser, "5 s")
+    _add_devices(parser)
     parser.set_defaults(steps=4)
 
 

@@ -2,16 +2,22 @@
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
+
+import torch
 
 from skyrun.cli.console import display, emit, say
 from skyrun.cli.progress import shown
+from skyrun.engine.run import run_job
+from skyrun.engine.together import workers
 from skyrun.errors import FAILED
+from skyrun.parallel.team import Done
 from skyrun.streaming.device import choose_device
 from skyrun.tools.bench.checks import Check, check_kernels
 from skyrun.tools.bench.kernels import measure_kernels, plan_bench
 from skyrun.tools.bench.measurement import Measurement, environment
-from skyrun.tools.bench.step import StepFigures, measure_step
+from skyrun.tools.bench.step import StepFigures, measure_exchange, measure_step
 from skyrun.units import duration, table
 
 _SETTINGS = ("size", "frames", "seconds", "steps", "device", "dtype", "precision", "attention", "max_vram", "max_ram")
@@ -46,12 +52,30 @@ def _step(arguments: Namespace) -> int:
     surroundings = environment(choose_device(arguments.device))
     say(_lines(surroundings))
     quant = arguments.quant.upper()
-    figures = shown(measure_step(Path.cwd(), arguments.model, quant, arguments.blocks, settings), False)
+    devices = arguments.devices or 1
+    measuring = measure_step(
+        Path.cwd(), arguments.model, quant, arguments.blocks, settings, devices, lambda job: run_job(job, False)
+    )
+    figures, rate = shown(measuring, False), None
+    if devices > 1:
+        rate = exchange_rate(devices, choose_device(arguments.device, devices))
     if arguments.json:
-        emit({"event": "result", "environment": surroundings, **figures.as_json()})
+        emit({"event": "result", "environment": surroundings, "exchange_rate": rate, **figures.as_json()})
     else:
         display(step_text(figures))
+        if rate is not None:
+            display(f"devices send each other {rate / 1e9:.2f} GB/s each")
     return 0
+
+
+def exchange_rate(devices: int, device: torch.device) -> float:
+    """Bytes per second that each of several devices sends to the others, as measured."""
+    with closing(workers(devices, device)) as team:
+        team.send(measure_exchange)
+        for rank, message in team.messages():
+            if rank == 0 and isinstance(message, Done):
+                return float(message.value)
+    raise AssertionError("the messages of a team have no end")
 
 
 def _lines(values: dict[str, str]) -> str:
@@ -83,11 +107,16 @@ def step_text(figures: StepFigures) -> str:
         rows.append((stage.stage, duration(stage.seconds), f"{stage.peak_bytes / 1e9:.2f}", planned))
     read, plain = figures.read_rate, figures.plain_rate
     beside = f"a plain read {plain / 1e9:.2f} GB/s, ratio {read / plain:.2f}" if plain else "no plain read to compare"
+    together = []
+    if figures.together is not None:
+        ratio = figures.together / figures.streamed
+        together = [f"on {figures.devices} devices, streamed: {figures.together:.3f} s, ratio {ratio:.3f}"]
     return "\n".join(
         [
             table(rows),
             f"a step of {figures.blocks} blocks, {figures.tokens} tokens: streamed {figures.streamed:.3f} s, "
             f"from memory {figures.resident:.3f} s, ratio {figures.streamed / figures.resident:.3f}",
+            *together,
             f"read at {read / 1e9:.2f} GB/s, {beside}; waited for weights {figures.stalled:.1%} of the time",
         ]
     )

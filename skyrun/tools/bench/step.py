@@ -4,7 +4,7 @@ The pipeline is the one that makes clips. The weights are random, and the transf
 The files are deleted at the end.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels.formats import FORMATS
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.models.vae import LATENT_CHANNELS
+from skyrun.parallel.group import Group
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.reference import reference_to_video
 from skyrun.pipelines.samplers import UniPC
@@ -28,13 +29,14 @@ from skyrun.planning.request import Request
 from skyrun.presets import Plan
 from skyrun.presets.host import forget, free_space, read_rate
 from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.streaming.device import out_of_memory_explained, vram_limited
+from skyrun.streaming.device import finish, out_of_memory_explained, vram_limited
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 from skyrun.tools.bench.synthetic_model import model_bytes, write_model
 from skyrun.tools.calibration_prompts import draw_images
 from skyrun.units import GIB
 
 _SPARE = GIB  # bytes that stay free on the disk
+_EXCHANGED, _EXCHANGES = 64 << 20, 8  # bytes that a device sends at a time, and how many times
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class StepFigures:
 
     stages: of the streamed run. streamed, resident: the median time of a step after the first. read_rate: of the stream
     while it was reading. plain_rate: of reading the same file with plain threads; 0 if the system cannot measure it.
-    stalled: share of the time of the steps in which the model waited for weights.
+    stalled: share of the time of the steps in which the model waited for weights. devices: how many made a clip
+    together in a third run; together: the time of its steps.
     """
 
     tokens: int
@@ -55,20 +58,29 @@ class StepFigures:
     read_rate: float
     plain_rate: float
     stalled: float
+    devices: int = 1
+    together: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the two ratios."""
+        """Plain values, with the ratios."""
         ratios = {
             "streamed_over_resident": self.streamed / self.resident,
             "read_over_plain": self.read_rate / self.plain_rate if self.plain_rate else None,
+            "together_over_streamed": self.together / self.streamed if self.together is not None else None,
         }
         return asdict(self) | ratios
 
 
 def measure_step(
-    folder: Path, model: str, quant: str, blocks: int, settings: dict[str, Any]
+    folder: Path,
+    model: str,
+    quant: str,
+    blocks: int,
+    settings: dict[str, Any],
+    devices: int,
+    make: Callable[[Job], Iterator[Event]],
 ) -> Generator[Event, None, StepFigures]:
-    """Write a model below a folder, run it streamed and from memory, and delete it.
+    """Write a model below a folder, run it streamed and from memory, then on several devices, and delete it.
 
     SkyrunError if the disk is too small or the plan does not fit.
 
@@ -78,6 +90,8 @@ def measure_step(
         quant: The type of the transformer's blocks.
         blocks: How many blocks the transformer has.
         settings: Other arguments of the Request.
+        devices: How many make a clip together in a third run; 1 does without it.
+        make: Makes the clip of a job on several devices.
     """
     if settings.get("steps", 8) < 2 or blocks < 1:
         raise SkyrunError("one step cannot be compared with another", "use --steps 2 or more, and at least one block")
@@ -92,8 +106,14 @@ def measure_step(
         yield from _written(Path(place), model, quant, blocks, total)
         images = draw_images(Path(place))[:1]
         task = model.split("-")[0]
-        job = prepare(Request(task, "a person at the sea", images, model=Path(place), seed=0, **settings))
-        return (yield from _both_runs(job, blocks))
+        request = Request(task, "a person at the sea", images, model=Path(place), seed=0, **settings)
+        several = prepare(replace(request, devices=devices))
+        figures = yield from _both_runs(prepare(request), blocks)
+        if devices == 1:
+            return figures
+        streaming = replace(several, plan=replace(several.plan, resident_blocks=0))
+        _, together = yield from _timed(make(streaming))
+        return replace(figures, devices=devices, together=together)
 
 
 def _written(folder: Path, model: str, quant: str, blocks: int, total: int) -> Generator[Event, None, None]:
@@ -120,6 +140,19 @@ def _both_runs(job: Job, blocks: int) -> Generator[Event, None, StepFigures]:
     return StepFigures(
         job.workload.tokens, blocks, streaming.plan, tuple(stages), streamed, resident, rate, plain, stalled
     )
+
+
+def measure_exchange(group: Group, send: Callable[[Any], None]) -> float:
+    """On every worker: bytes per second that a device sends to the others while it receives as many."""
+    parts = torch.empty(group.size * (_EXCHANGED // group.size), dtype=torch.uint8, device=group.device)
+    counts = [len(parts) // group.size] * group.size
+    group.exchange(parts, counts, counts).wait()
+    finish(group.device)
+    start = now()
+    for _ in range(_EXCHANGES):
+        group.exchange(parts, counts, counts).wait()
+    finish(group.device)
+    return _EXCHANGES * (len(parts) - counts[0]) / (now() - start)
 
 
 def _timed(events: Iterator[Event]) -> Generator[Event, None, tuple[list[StageEnded], float]]:
