@@ -8,6 +8,7 @@ from skyrun.presets.memory import (
     CONTEXT_BYTES,
     FRAGMENTS,
     GIB,
+    NCCL_BYTES,
     PROCESS_BYTES,
     RESERVE_BYTES,
     RESERVE_SHARE,
@@ -70,4 +71,5 @@ def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None,
     free = hardware.vram_free + (not several) * CONTEXT_BYTES  # which the starting process keeps
     limit = free if max_vram is None else min(int(max_vram * GIB), free)
     usable = limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit))
-    return Budget(True, limit, usable, host, CONTEXT_BYTES, FRAGMENTS if hardware.system == "Windows" else 0.0)
+    base = CONTEXT_BYTES + several * NCCL_BYTES
+    return Budget(True, limit, usable, host, base, FRAGMENTS if hardware.system == "Windows" else 0.0)

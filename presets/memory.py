@@ -9,6 +9,9 @@ GIB = 1 << 30
 PROCESS_BYTES = int(0.45 * GIB)
 CONTEXT_BYTES = int(0.6 * GIB)
 
+# Taken by NCCL for its buffers and code, where several GPUs make a clip together (assumed).
+NCCL_BYTES = int(0.3 * GIB)
+
 # Taken on a GPU besides tensors: pages of the allocator that are used in part, and workspaces of libraries.
 ALLOCATOR_BYTES = 160 << 20
 

@@ -58,7 +58,9 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
 
 def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_path, capsys):
     command = [*run_command, "--model", str(converted("Q8_0")), "--devices", "2", "--json", "--seed", "1", "2"]
-    assert main(command) == 0
+    preview = tmp_path / "preview.png"
+    assert main([*command, "--sheet", "--preview", str(preview)]) == 0
+    assert preview.exists() and (tmp_path / "clip-1.png").exists() and (tmp_path / "clip-2.png").exists()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     results = [line for line in lines if line["event"] == "result"]
     assert {line["clip"] for line in results} == {1, 2} and {line["device"] for line in results} <= {0, 1}

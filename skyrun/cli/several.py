@@ -1,7 +1,7 @@
 """Show clips that several devices make at the same time, line by line."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from skyrun.cli.console import emit, say, show_error
 from skyrun.engine.checkpoint import kept
@@ -9,29 +9,37 @@ from skyrun.engine.clip import Result
 from skyrun.engine.run import run_job
 from skyrun.engine.side_by_side import Prepare, SideBySide, Told
 from skyrun.errors import SkyrunError
-from skyrun.events import Notice, Progress, StageEnded, as_json
+from skyrun.events import Notice, Preview, Progress, StageEnded, as_json
+from skyrun.media.image import write_image
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
 from skyrun.units import duration
 
 
-def make_side_by_side(requests: Sequence[Request], prepare: Prepare, arguments: Namespace) -> list[Request]:
+def make_side_by_side(
+    requests: Sequence[Request], prepare: Prepare, finish: Callable[[Job], None], arguments: Namespace
+) -> list[Request]:
     """Make clips, as many at a time as there are devices. Returns those that failed.
 
     Args:
         requests: The clips.
         prepare: Makes the job of a request and the state of an earlier run; None if the clip is there already.
-        arguments: json is used.
+        finish: Called with the job of each clip that is made.
+        arguments: json and preview are used.
     """
     device = choose_device(requests[0].device, requests[0].devices)
     failed = []
     jobs: dict[int, Job] = {}
-    with SideBySide(run_job, prepare, requests, device) as devices:
+    with SideBySide(run_job, prepare, requests, device, arguments.preview is not None) as devices:
         for told in devices.told():
             _show(told, len(requests), jobs, arguments.json)
             if isinstance(told.what, SkyrunError):
                 failed.append(requests[told.clip])
+            elif isinstance(told.what, Result):
+                finish(jobs[told.clip])
+            elif isinstance(told.what, Preview) and told.what.image is not None:
+                write_image(arguments.preview, told.what.image)
     return failed
 
 

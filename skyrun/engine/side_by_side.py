@@ -38,9 +38,17 @@ class Told:
 class SideBySide:
     """Devices that make the clips of a list. They end with the block in which they are used."""
 
-    def __init__(self, run_job: RunJob, prepare: Prepare, requests: Sequence[Request], device: torch.device) -> None:
-        """prepare: makes a job and the state of an earlier run; None if there is nothing to do."""
-        self._run_job, self._prepare, self._device = run_job, prepare, device
+    def __init__(
+        self,
+        run_job: RunJob,
+        prepare: Prepare,
+        requests: Sequence[Request],
+        device: torch.device,
+        previews: bool = False,
+    ) -> None:
+        """prepare: makes a job and the state of an earlier run; None if there is nothing to do. previews: whether an
+        image is drawn after every step."""
+        self._run_job, self._prepare, self._device, self._previews = run_job, prepare, device, previews
         self._devices = requests[0].devices
         self._waiting: SimpleQueue[tuple[int, Request]] = SimpleQueue()
         for entry in enumerate(requests):
@@ -106,7 +114,8 @@ class SideBySide:
             self._told.put(Told(clip, device, event))
 
         try:
-            return listen(run_together(self._run_job, job, False, state, False, self._teams[device]), tell)
+            making = run_together(self._run_job, job, False, state, self._previews, self._teams[device])
+            return listen(making, tell)
         except BaseException:
             self._teams.pop(device)  # it has been stopped
             raise

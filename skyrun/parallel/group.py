@@ -56,6 +56,10 @@ class Group:
     def open(self) -> None:
         """Meet the others, where the environment says: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.device.type == "cuda" and not dist.is_nccl_available():
+            raise SkyrunError(
+                "this torch has no NCCL, through which GPUs exchange tensors", "it comes with torch on Linux"
+            )
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=_LONG)
             self._tensors = dist.new_group(timeout=_ANSWER)

@@ -105,7 +105,6 @@ class Team:
     def _read(self, rank: int, channel: Channel) -> None:
         """Put what a worker says into the queue. Its end is None; where it is silent for too long, it is ended."""
         silent = 0
-        self._messages.put((rank, Beat()))
         try:
             while True:
                 if not channel.is_ready(BEAT):
@@ -132,16 +131,24 @@ class Team:
                 self._messages.put((rank, None))
 
     def _meet(self) -> None:
-        """Wait until all workers are there."""
-        for _ in range(int(_MEET * 10)):
-            if len(self._channels) == self.size:
-                return
-            with suppress(queue.Empty):
-                self._messages.get(timeout=0.1)
-            ended = [rank for rank, pid in self._pids.items() if not _runs(pid)]
-            if ended:
-                raise self._failure(ended[0], None)
-        raise SkyrunError(f"the workers did not start within {_MEET:.0f} s", "see their messages above", FAILED)
+        """Wait until all workers are there. Raises SkyrunError if one has ended before."""
+        until = time.monotonic() + _MEET
+        while len(self._channels) < self.size:
+            for rank, pid in self._pids.items():
+                if not _runs(pid):
+                    raise self._failure(rank, self._last_words(rank))
+            if time.monotonic() > until:
+                raise SkyrunError(f"the workers did not start within {_MEET:.0f} s", "see what they print", FAILED)
+            time.sleep(0.02)
+
+    def _last_words(self, rank: int) -> Failure | None:
+        """What a worker that has ended has said of its end."""
+        with suppress(queue.Empty):
+            while True:
+                speaker, message = self._messages.get(timeout=1.0)
+                if speaker == rank and (message is None or isinstance(message, Failure)):
+                    return message
+        return None
 
     def messages(self) -> Iterator[tuple[int, Any]]:
         """What the workers say, in order, with the rank of each. Raises SkyrunError for what ends them.

@@ -59,7 +59,12 @@ def _execute(arguments: Namespace) -> int:
     model, quant, loras = first.model, first.quant, first.loras
     requests = [replace(request, model=model, quant=quant, loras=loras) for request in requests]
     if here().size == 1 < first.devices <= len(requests) and not arguments.dry_run:
-        failed = make_side_by_side(requests, lambda request: _prepared(request, arguments), arguments)
+        failed = make_side_by_side(
+            requests,
+            lambda request: _prepared(request, arguments),
+            lambda job: draw_sheet(job) if arguments.sheet else None,
+            arguments,
+        )
     else:
         failed = _one_by_one(requests, arguments)
     if failed:
@@ -89,10 +94,19 @@ def _one_by_one(requests: Sequence[Request], arguments: Namespace) -> list[Reque
 def _prepared(request: Request, arguments: Namespace) -> tuple[Job, RunState | None] | None:
     """The job of a request and the state of an earlier run; None if the clip is there already."""
     job, state = continue_or_start(request)
-    if is_made(job.request) and not job.request.overwrite:
-        _say_it_is_there(job.request, arguments)
-        return None
-    return job, state
+    if not _is_there(job, arguments):
+        return job, state
+    return None
+
+
+def _is_there(job: Job, arguments: Namespace) -> bool:
+    """Whether the clip was made before and is to be kept. Draws the contact sheet that it may lack, and says so."""
+    if not is_made(job.request) or job.request.overwrite:
+        return False
+    _say_it_is_there(job.request, arguments)
+    if arguments.sheet and not arguments.dry_run and not sheet_path(job).exists():
+        draw_sheet(job)
+    return True
 
 
 def _force_preset(arguments: Namespace) -> None:
@@ -141,11 +155,7 @@ def run_clip(request: Request, arguments: Namespace) -> None:
         job = replace(job, request=replace(job.request, output=output))
         check_outputs(job.request, pictures_of(output, arguments))
     announce(job, state, arguments.json)
-    if is_made(job.request) and not job.request.overwrite:
-        _say_it_is_there(job.request, arguments)
-        if arguments.sheet and not arguments.dry_run and not sheet_path(job).exists():
-            draw_sheet(job)
-    elif not arguments.dry_run:
+    if not _is_there(job, arguments) and not arguments.dry_run:
         make(job, state, arguments)
 
 
