@@ -9,10 +9,9 @@ from skyrun.presets.memory import (
     FRAGMENTS,
     GIB,
     PROCESS_BYTES,
-    RESERVE_BYTES,
-    RESERVE_SHARE,
     RING_SLOTS,
     staging_bytes,
+    without_reserve,
 )
 
 
@@ -20,7 +19,7 @@ from skyrun.presets.memory import (
 class Budget:
     """Memory that a plan may use, in bytes.
 
-    cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: the limit minus a reserve.
+    cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: what the VAE may take.
     host: bytes of host memory that may be used. base: bytes that are in use before the first tensor. fragments: share
     of activations that free memory which cannot be joined takes on top.
     """
@@ -64,5 +63,11 @@ def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None)
         return Budget(False, host, host, host, PROCESS_BYTES)
     free = hardware.vram_free + CONTEXT_BYTES
     limit = free if max_vram is None else min(int(max_vram * GIB), free)
-    usable = limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit))
-    return Budget(True, limit, usable, host, CONTEXT_BYTES, FRAGMENTS if hardware.system == "Windows" else 0.0)
+    return Budget(
+        True,
+        limit,
+        without_reserve(limit, "vae"),
+        host,
+        CONTEXT_BYTES,
+        FRAGMENTS if hardware.system == "Windows" else 0.0,
+    )

@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, parked_bytes
+from skyrun.presets.memory import BYTES, parked_bytes, way_of
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ _GROUP = 4  # frames that the autoencoder decodes at a time
 _ENCODE, _DECODE = 550, 880
 _ENCODE_STILL = 270  # of a frame before which there is none
 _TEXT_TOKENS = 512
-# Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
-# activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
-_ELEMENTWISE, _ELEMENTWISE_FAST = 100, 52
+# Bytes that norms, GELU, residuals, copies and checks of a block read and write for a token's value, by how it is
+# computed, and what quantizing queries, keys and values adds (tests/test_timing.py counts them).
+_ELEMENTWISE = {"plain": 310, "exact": 65, "float16 sums": 71, "int8": 46}
+_QUANTIZING = {"int8": 21, "full-int8": 18, "fp8": 18}
+FEW_KEYS = {"full-int8": "int8", "fp8": "int8"}  # the precision of attention to text and image
 # Seconds until the first stage: Python and torch are read, and on a GPU the context is made (assumed).
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
 # Pixels per second that become H.264: a core was measured to take 0.13 s for a frame of 720P; of four.
@@ -206,12 +208,18 @@ def _computing(
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
     linear, scores = step_operations(workload)
     linear_rate = (fast and rates.fast_linear) or rates.linear / slower
-    attention_rate = (attention != "exact" and rates.attention_in(attention)) or rates.attention / slower
+    cross = scores * workload.context_tokens / (workload.tokens + workload.context_tokens)
+    seconds = linear / linear_rate
+    for operations, precision in ((scores - cross, attention), (cross, FEW_KEYS.get(attention, attention))):
+        quick = precision != "exact" and rates.attention_in(precision)
+        seconds += operations / (quick or rates.attention / slower)
     parts = -(-workload.tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
-        moved += workload.tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
-    seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
+        way = way_of(True, hardware.capability, dtype, fast)
+        passes = _ELEMENTWISE[way] + (0 if way == "plain" else _QUANTIZING.get(attention, 0))
+        moved += workload.tokens * workload.dim * passes
+    seconds += workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
         seconds += workload.layers * crossing / hardware.link_rate

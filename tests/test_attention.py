@@ -311,7 +311,7 @@ def attend_variant(precision, archs=ARCHS, float16_sums=False):
     return Variant(
         f"attend, {precision}" + ", float16 sums" * float16_sums,
         f"{MODULE}:attend_kernel",
-        TENSORS | SIZES | {"v": VALUES[precision]} | sums,
+        TENSORS | SIZES | {"v": VALUES[precision], "out": "*fp16" if float16_sums else "*bf16"} | sums,
         TILE
         | {"FLOAT16_SUMS": float16_sums, "LARGEST": triton_attention.LARGEST_WEIGHT.get(precision)}
         | ({} if sums else {"sums": None}),

@@ -6,6 +6,7 @@ Weights have original Wan names. A block is a function of activations and of str
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.float16_sums import within_range
 from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.quantized_keys import for_few_keys
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
@@ -210,7 +212,12 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
             None if context.audio is None else _audio_keys(context.audio, w, dims),
         )
 
-    keys, text_keys, image_keys, audio_keys = within_range(all_keys)
+    def plain(found: tuple[Keys, Keys, Keys | None, list[Keys] | None]) -> Iterator[Tensor]:
+        mixed, text, image, audio = found
+        for one in (mixed, text, *filter(None, (image, *(audio or ())))):
+            yield from one.plain
+
+    keys, text_keys, image_keys, audio_keys = within_range(w.owner, all_keys, plain)
 
     def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
@@ -228,20 +235,20 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
     for span in spans:
-        x.store(span.rows, within_range(span_through_block, span))
+        x.store(span.rows, within_range(w.owner, partial(span_through_block, span), lambda h: [h]))
 
 
 def _self_attention(
     h: Tensor, gain: Tensor, shift: Tensor, keys: Keys, w: Weights, rope: Rope, dims: DiTDims
 ) -> Tensor:
-    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
+    q = w.linear("self_attn.q", _norm(h, gain, shift, w, dims, "self_attn.q"))
     return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
 
 
 def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
     """Cross-attention to text and image, with a softmax for each."""
     norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
-    q = w.linear("cross_attn.q", layer_norm(h, norm, bias, dims.eps, w.rotated("cross_attn.q")))
+    q = w.linear("cross_attn.q", _norm(h, norm, bias, w, dims, "cross_attn.q"))
     q = rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps)
     mixed = attend(q, text)
     return mixed if image is None else mixed.add_(attend(q, image))
@@ -250,9 +257,7 @@ def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims
 def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
     """Cross-attention of each frame of `tokens` tokens to its own audio. h: the tokens in `rows`."""
     norm, bias = w.dense("norm_x.weight"), w.dense("norm_x.bias")
-    q = w.linear(
-        "audio_cross_attn.q_linear", layer_norm(h, norm, bias, dims.eps, w.rotated("audio_cross_attn.q_linear"))
-    )
+    q = w.linear("audio_cross_attn.q_linear", _norm(h, norm, bias, w, dims, "audio_cross_attn.q_linear"))
     for frame in range(rows.start // tokens, -(-rows.stop // tokens)):
         part = slice(max(0, frame * tokens - rows.start), (frame + 1) * tokens - rows.start)
         q[part] = attend(q[part], keys[frame])
@@ -260,33 +265,41 @@ def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], 
 
 
 def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -> Tensor | RotatedInt8:
-    wide = w.linear("ffn.0", layer_norm(h, gain, shift, dims.eps, w.rotated("ffn.0")))
-    return gelu(wide, w.rotated("ffn.2"))
+    wide = w.linear("ffn.0", _norm(h, gain, shift, w, dims, "ffn.0"))
+    rotated = w.rotated("ffn.2")
+    return gelu(wide, rotated, out=None if rotated else wide)
+
+
+def _norm(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims, *layers: str) -> Tensor | RotatedInt8:
+    """Tokens as the layers take them."""
+    return layer_norm(h, gain, shift, dims.eps, w.rotated(*layers), w.handed_on(h.dtype, h.device))
 
 
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
     """Keys and values of the text, or of the image if `kind` is "_img"."""
+    context = context.to(w.handed_on(context.dtype, context.device))
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
-    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention)
+    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, for_few_keys(w.attention))
 
 
 def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     """Keys and values of each latent frame's audio. They are too few to gain from int8."""
+    audio = audio.to(w.handed_on(audio.dtype, audio.device))
     pairs = w.linear("audio_cross_attn.kv_linear", audio).unflatten(2, (2, -1))
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
 def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
     """Keys and values of all tokens. The keys' norm runs over the full width, before the split into heads."""
-    k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
+    device, gain = modulation.device, w.dense("self_attn.norm_k.weight")
+    k, v = (torch.empty(x.shape, dtype=w.handed_on(x.dtype, device), device=device) for _ in range(2))
     for span in spans:
         shift, scale = modulation[:2] + span.time[1][:2]
-        h, rotated = x.fetch(span.rows), w.rotated("self_attn.k", "self_attn.v")
-        normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
+        normed = _norm(x.fetch(span.rows), 1 + scale, shift, w, dims, "self_attn.k", "self_attn.v")
         v[span.rows] = w.linear("self_attn.v", normed)
         projected = w.linear("self_attn.k", normed)
         del normed
-        k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
+        rms_norm(projected, gain, dims.eps, _rows(rope, span.rows), out=k[span.rows])
     return Keys(k, v, dims.heads, w.attention)
 
 
