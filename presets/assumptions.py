@@ -20,7 +20,8 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         plan: says which rates count.
     """
     rates, cuda = rates_of(hardware), hardware.device == "cuda"
-    slow = " at half of that in float32" if cuda and "float32" in (plan.encoding.dtype, plan.decoding.dtype) else ""
+    single = cuda and rates.float32 and "float32" in (plan.encoding.dtype, plan.decoding.dtype)
+    slow = f" and {_tera(rates.float32)} in float32" if single else ""
     linear, attention = rates.linear, rates.attention_in(plan.attention) or rates.attention
     if plan.precision == "fast" and rates.fast_linear:
         linear = rates.fast_linear

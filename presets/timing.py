@@ -205,14 +205,13 @@ def _computing(
     hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
 ) -> float:
     rates = rates_of(hardware)
-    slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
     linear, scores = step_operations(workload)
-    linear_rate = (fast and rates.fast_linear) or rates.linear / slower
+    linear_rate = (fast and rates.fast_linear) or _in_dtype(hardware, rates.linear, dtype)
     cross = scores * workload.context_tokens / (workload.tokens + workload.context_tokens)
     seconds = linear / linear_rate
     for operations, precision in ((scores - cross, attention), (cross, FEW_KEYS.get(attention, attention))):
         quick = precision != "exact" and rates.attention_in(precision)
-        seconds += operations / (quick or rates.attention / slower)
+        seconds += operations / (quick or _in_dtype(hardware, rates.attention, dtype))
     parts = -(-workload.tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
@@ -249,9 +248,16 @@ def _one_after_the_other(hardware: Hardware, time: Time, reading: int) -> Time:
     return replace(time, seconds=time.seconds + loading, bound=bound)
 
 
+def _in_dtype(hardware: Hardware, rate: float, dtype: str) -> float:
+    """A rate in 16 bits, or a GPU's in float32. Rates that were measured before that was one of them have none."""
+    if dtype != "float32" or hardware.device != "cuda":
+        return rate
+    return rates_of(hardware).float32 or rate / 2
+
+
 def _convolving(hardware: Hardware, workload: Workload, vae: Autoencoder, operations: int, frames: int) -> Time:
-    slower = 2.0 if vae.dtype == "float32" and hardware.device == "cuda" else 1.0
     pixels = workload.height * workload.width * frames
-    seconds = slower * operations * workload.vae_base_dim**2 * pixels / rates_of(hardware).convolution
+    rate = _in_dtype(hardware, rates_of(hardware).convolution, vae.dtype)
+    seconds = operations * workload.vae_base_dim**2 * pixels / rate
     travelling = 2 * vae.parked_bytes / hardware.link_rate * -(-frames // _GROUP)
     return Time(seconds + travelling, seconds, "link" if travelling > seconds else "compute", 1.0)
