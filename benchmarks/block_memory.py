@@ -120,12 +120,23 @@ def pretended_card(way: str) -> Iterator[None]:
 
 @cache
 def recorded(
-    task: str, way: str, attention: str, tokens: int, frames: int, rows: int | None, parked: bool, rank: int = 0
+    task: str,
+    way: str,
+    attention: str,
+    tokens: int,
+    frames: int,
+    rows: int | None,
+    parked: bool,
+    rank: int = 0,
+    nag: bool = False,
 ) -> tuple[int, ...]:
-    """The log of a block, flattened: the first chunks of all tokens, and the last one. rank: of adapters."""
+    """The log of a block, flattened: the first chunks of all tokens, and the last one.
+
+    rank: of adapters. nag: whether there is normalized attention guidance.
+    """
     seen = Recorder()
     with torch.inference_mode(), pretended_card(way):
-        block = one_block(task, way, attention, tokens, frames, rows, parked, rank)
+        block = one_block(task, way, attention, tokens, frames, rows, parked, rank, nag)
         with seen:
             block()
     return tuple(number for entry in seen.log for number in entry)
@@ -140,6 +151,7 @@ def one_block(
     rows: int | None = None,
     parked: bool = False,
     rank: int = 0,
+    nag: bool = False,
 ) -> Callable[[], None]:
     """What computes a block of a task with tokens that have no data. It is made and called on a `pretended_card`."""
     spec = TASKS[task]
@@ -150,6 +162,7 @@ def one_block(
         _empty(512, dims.dim),
         _empty(_IMAGE_TOKENS, dims.dim) if spec.sees_image else None,
         _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if "audio_dim" in spec.dims else None,
+        _empty(512, dims.dim) if nag else None,
     )
     time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
     parts = chunks(0, tokens, rows)
@@ -226,8 +239,9 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
 
 def _log(planned: Planned, way: str) -> tuple[int, ...]:
     plan, work = planned.plan, planned.workload
-    rows, parked = plan.token_rows, plan.parked_tokens
-    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked, work.adapter_rank)
+    rows, parked, nag = plan.token_rows, plan.parked_tokens, work.avoided_tokens > 0
+    tokens, frames = work.tokens, work.latent_frames
+    return recorded(work.task, way, plan.attention, tokens, frames, rows, parked, work.adapter_rank, nag)
 
 
 def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
@@ -240,6 +254,8 @@ def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
         yield from [2 * work.tokens * work.dim] * work.contexts
     yield from (4 * work.tokens * HEAD_DIM // 2,) * 2
     yield from [2 * work.context_tokens * work.dim] * work.contexts
+    if work.avoided_tokens:
+        yield 2 * work.avoided_tokens * work.dim
 
 
 def _replay_block(log: tuple[int, ...], allocator: Allocator) -> None:

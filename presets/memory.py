@@ -79,7 +79,7 @@ def denoise_bytes(
     keys, of_keys = _key_bytes(dim, size, attention if way not in ("", "plain") else "exact")
     passing, matrix = _block_values(workload, size, way)
     held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
-    context = (1 + workload.contexts) * workload.context_tokens * dim * size
+    context = ((1 + workload.contexts) * workload.context_tokens + 3 * workload.avoided_tokens) * dim * size
     part = min(rows or tokens, tokens)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)

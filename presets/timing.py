@@ -29,6 +29,7 @@ _TEXT_TOKENS = 512
 # computed, and what quantizing queries, keys and values adds (tests/test_timing.py counts them).
 _ELEMENTWISE = {"plain": 310, "exact": 65, "float16 sums": 71, "int8": 46}
 _QUANTIZING = {"int8": 21, "full-int8": 18, "fp8": 18}
+_GUIDING = 20  # and normalized attention guidance
 FEW_KEYS = {"full-int8": "int8", "fp8": "int8"}  # the precision of attention to text and image
 # Seconds until the first stage: Python and torch are read, and on a GPU the context is made (assumed).
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
@@ -194,11 +195,16 @@ def block_weights(workload: Workload) -> int:
 
 
 def step_operations(workload: Workload) -> tuple[float, float]:
-    """Operations of a step: (in linear layers, in attention)."""
-    dim, tokens, context = workload.dim, workload.tokens, workload.context_tokens
+    """Operations of a step with each of its contexts, on average: (in linear layers, in attention)."""
+    dim, tokens, context = workload.dim, workload.tokens, _context(workload)
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
     linear = 2 * (tokens * (per_token + workload.adapter_weights) + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
+
+
+def _context(workload: Workload) -> float:
+    """How many tokens of text and image a token sees, on average."""
+    return workload.context_tokens + workload.avoided_tokens / workload.contexts
 
 
 def _computing(
@@ -207,7 +213,7 @@ def _computing(
     rates = rates_of(hardware)
     linear, scores = step_operations(workload)
     linear_rate = (fast and rates.fast_linear) or _in_dtype(hardware, rates.linear, dtype)
-    cross = scores * workload.context_tokens / (workload.tokens + workload.context_tokens)
+    cross = scores * _context(workload) / (workload.tokens + _context(workload))
     seconds = linear / linear_rate
     for operations, precision in ((scores - cross, attention), (cross, FEW_KEYS.get(attention, attention))):
         quick = precision != "exact" and rates.attention_in(precision)
@@ -217,7 +223,8 @@ def _computing(
     if hardware.device == "cuda":  # a CPU takes next to no time for them
         way = way_of(True, hardware.capability, dtype, fast)
         passes = _ELEMENTWISE[way] + (0 if way == "plain" else _QUANTIZING.get(attention, 0))
-        moved += workload.tokens * workload.dim * passes
+        guiding = _GUIDING / workload.contexts if workload.avoided_tokens else 0
+        moved += int(workload.tokens * workload.dim * (passes + guiding))
     seconds += workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts

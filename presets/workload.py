@@ -31,6 +31,7 @@ class Workload:
     token_matrices, context_matrices: matrices [dim, dim] of a block, beside two attentions and the feed-forward, that
     are applied to all tokens or to the context only. context_tokens: that every token attends to by cross-attention.
     contexts: how many of these a step has, each with tokens of its own: two with classifier-free guidance.
+    avoided_tokens: of a further text that the tokens of the first context see too, with normalized attention guidance.
     windowed: whether a longer clip takes more windows instead of larger ones. areas: smaller resolutions that could be
     made instead. encoded_frames: that the VAE encodes in all. stills: whether it encodes them one by one, as images.
     decoded_frames: that it decodes; 0 stands for `frames`.
@@ -62,6 +63,7 @@ class Workload:
     context_matrices: int = 0
     context_tokens: int = 512
     contexts: int = 1
+    avoided_tokens: int = 0
     windowed: bool = False
     areas: tuple[tuple[str, int], ...] = AREAS
     encoded_frames: int = 4

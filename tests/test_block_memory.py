@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_plans_with_an_adapter_stay_within_their_limit(tmp_path, precision):
         assert planned.workload.block_bytes > without.workload.block_bytes and not planned.plan.problem
         assert one.reserved is not None and one.reserved <= one.limit
         assert live_bytes(one) <= 1.02 * (one.counted - memory.ALLOCATOR_BYTES)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_plans_with_normalized_attention_guidance_stay_within_their_limit(precision):
+    for task, name in product(("r2v", "a2v", "i2v"), ("RTX 3060", "RTX 4060", "RTX 4090")):
+        request = Request(task, "", resolution="720P" if task != "i2v" else None, nag=11.0)
+        planned = plan_request(request, stated(find_card(name), 64, 2.0), precision=precision)
+        one = replay(planned)
+        assert one.reserved is not None and one.reserved <= one.limit
+        assert 0.985 * live_bytes(one) <= one.counted - memory.ALLOCATOR_BYTES <= 1.03 * live_bytes(one), planned
+        assert live_bytes(one) != live_bytes(replay(plan_request(replace(request, nag=None), planned.hardware)))
 
 
 def test_a_block_frees_everything():

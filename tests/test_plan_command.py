@@ -35,6 +35,9 @@ MISTAKES = [
     (["r2v", "--size", "100x200"], "is not on the grid of 16 pixels"),
     (["r2v", "--steps", "0"], "got 0 steps"),
     (["r2v", "--frames", "10"], "10 frames are not 4 k + 1"),
+    (["r2v", "--guidance", "5"], "r2v has no --guidance: its model is distilled"),
+    (["t2v", "--guidance", "0.5"], "--guidance 0.5 is not a scale"),
+    (["a2v", "--nag", "1"], "--nag 1 is not a scale"),
     (["r2v", "--gpu", "RX 7900 XTX"], "is made by AMD"),
     (["r2v", "--gpu", "RTX 3060", "--like", "RTX 3090"], "--gpu and --like both name a card"),
     (["r2v", "--like", "RTX 3090"], "--like needs --vram"),
@@ -52,6 +55,33 @@ def test_what_cannot_be_planned(arguments, message, capsys):
     assert "is not here" not in said  # what is missing is said of plans, not beside mistakes
 
 
-def test_the_size_of_the_file_is_a_value_too(capsys):
-    assert main(["plan", "r2v", "--gpu", "RTX 3060", "--json"]) == 0
-    assert 15.3e9 < json.loads(capsys.readouterr().out)["transformer_bytes"] < 15.5e9
+@pytest.mark.parametrize("model", ["wan2.1-t2v-1.3b", "city96/Wan2.1-T2V-14B-gguf:Q8_0"])
+def test_a_plan_is_that_of_the_model_that_is_named(model, capsys):
+    assert main(["plan", "t2v", "--model", model, "--gpu", "RTX 4090"]) == 0
+    assert "480x832 (height x width), 81 frames, 50 steps" in capsys.readouterr().out
+
+
+def test_the_sizes_of_the_files_are_values_too(capsys):
+    assert main(["plan", "a2v", "--gpu", "RTX 3060", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = {"text encoder": 6.04, "autoencoder": 0.508, "image encoder": 0.675, "audio encoder": 0.377}
+    assert said["model_bytes"].pop("transformer") == said["transformer_bytes"]
+    assert {role: nbytes / 1e9 for role, nbytes in said["model_bytes"].items()} == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts", "sources"),
+    [
+        (
+            ["r2v"],
+            "transformer 15.4 GB, text encoder 6.0 GB, autoencoder 507.6 MB: 22.0 GB in all",
+            "Skywork/SkyReels-V3-",
+        ),
+        (["i2v", "--model", "wan2.1-i2v-480p:Q4_K"], "image encoder 675.4 MB: 16.8 GB in all", "city96/Wan2.1-I2V-14B"),
+        (["i2v", "--model", "df-1.3b:Q8_0"], "autoencoder 507.6 MB: 8.1 GB in all", "Skywork/SkyReels-V2-DF-1.3B"),
+    ],
+)
+def test_what_would_be_fetched_counts_every_part(arguments, parts, sources, capsys):
+    assert main(["plan", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "is not here" in said and parts in said and sources in said

@@ -217,7 +217,8 @@ def test_a_model_without_a_name_is_taken_for_the_usual_one_and_that_is_said(file
     ("request_", "reason"),
     [
         (Request("r2v", PROMPT, ("x.png",), guidance=5.0), "r2v has no --guidance: its model is distilled"),
-        (Request("a2v", PROMPT, negative_prompt="x"), "a2v has no --negative-prompt: its model is distilled"),
+        (Request("a2v", PROMPT, negative_prompt="x"), "a2v takes --negative-prompt only with --nag: its model is dist"),
+        (Request("a2v", PROMPT, nag=1.0), "--nag 1 is not a scale, expected more than 1"),
         (Request("shot", PROMPT, shift=5.0), "shot has no --shift: its model is distilled"),
         (Request("t2v", PROMPT, guidance=0.5), "--guidance 0.5 is not a scale, expected 1"),
         (Request("t2v", PROMPT, shift=-1.0), "--shift -1, expected a number above 0"),

@@ -309,3 +309,11 @@ def test_the_form_asks_for_every_field_of_a_request(picture):
     assert asked["max_vram"]["hint"] == "Limits in GiB" and "quality" in asked["prefer"]["choices"]
     assert asked["join"]["tasks"] == ["v2v", "shot"]
     assert [name for name, field in FIELDS.items() if field.default is MISSING] == ["task", "prompt"]
+
+
+def test_the_plan_of_a_model_that_is_not_here_is_its_own_and_counts_all_of_it(tmp_path):
+    from skyrun.web.helper import plan
+
+    said = plan(str(tmp_path), {"task": "i2v", "prompt": "x", "model": "wan2.1-i2v-480p"}, None)
+    assert (said["frames"], said["fps"], said["fetch"]["model"]) == (81, 16, "wan2.1-i2v-480p")
+    assert [*said["model_bytes"]] == ["transformer", "text encoder", "autoencoder", "image encoder"]

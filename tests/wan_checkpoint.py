@@ -164,10 +164,10 @@ def clip_tokens(encoder, pixels):
 
 
 @torch.inference_mode()
-def reference_latents(family, parts, request):
+def reference_latents(family, parts, request, change=lambda pipe: None):
     """What diffusers makes of a request, with sigmas and the image as in the models' own code.
 
-    The image must have the shape of the clip: that code crops it in ways of its own.
+    The image must have the shape of the clip: that code crops it in ways of its own. change: of the pipeline.
     """
     given, more = {}, {}
     if request.images:
@@ -185,6 +185,7 @@ def reference_latents(family, parts, request):
         pipe.encode_image = lambda image, device=None: clip_tokens(parts["image_encoder"], pixels)
         pipe.video_processor.preprocess = lambda image, **_: image
     pipe.set_progress_bar_config(disable=True)
+    change(pipe)
     height, width = request.size
     shape = 1, 16, (request.frames + 3) // 4, height // 8, width // 8
     noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed))

@@ -11,6 +11,7 @@ from skyrun.presets.options import ATTENTIONS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS
+from skyrun.tasks.spec import NAG
 from skyrun.version import __version__
 
 Commands: TypeAlias = "argparse._SubParsersAction[Command]"
@@ -83,7 +84,9 @@ def _add_run(commands: Commands) -> None:
     )
     _add_clip(parser, "5 s; a2v: the speech; t2v, i2v: by model")
     _add_guidance(parser)
-    parser.add_argument("--negative-prompt", metavar="P", help="t2v, i2v: what the clip shall not show (by model)")
+    parser.add_argument(
+        "--negative-prompt", metavar="P", help="what the clip shall not show (t2v, i2v: by model; others: with --nag)"
+    )
     parser.add_argument("--shift", type=float, metavar="S", help="t2v, i2v: shift of the noise levels (by model)")
     parser.add_argument(
         "--ar-step", type=int, metavar="N", help="df models: steps that blocks of frames lag behind (0)"
@@ -172,6 +175,14 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 def _add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, metavar="G", help="t2v, i2v: scale of classifier-free guidance (by model); 1: none"
+    )
+    parser.add_argument(
+        "--nag",
+        type=float,
+        nargs="?",
+        const=NAG,
+        metavar="S",
+        help=f"guide attention away from the negative prompt, by this scale ({NAG:g}); for models without guidance",
     )
 
 

@@ -20,8 +20,7 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.quant.recipes import default_encoder_quant
-from skyrun.tasks import spec_of
-from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, pinned
+from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, model_beside, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16
 _MOST_ENCODER = "F16"
@@ -128,7 +127,8 @@ class Chooser:
         elif self.name.repo:
             parts += convert(main.repository)
         task = main.task or _task_of(parts)
-        source, lacking = SOURCES[self.name.key or task or next(iter(SOURCES))], _lacking(task, parts)
+        model = self.name.source or model_beside(self.name.repo, self.name.task or task)
+        source, lacking = SOURCES[model], _lacking(task, parts)
         if "text_encoder" in lacking and (encoder := self._text_encoder(source.text_encoder, main.quant)):
             parts.append(Ready("text_encoder", encoder.file, folder))
             lacking.discard("text_encoder")
@@ -203,8 +203,7 @@ def planned_quant(name: Name) -> str:
 def _planned(name: Name, quant: str | None = None) -> tuple[str, bool]:
     """The type that a plan for a typical clip on this machine chooses, and whether the clip can be made."""
     machine = this_machine(model=existing_folder(models_folder()))
-    spec = spec_of(name.task, name.source)
-    plan = plan_request(Request(name.task, "", quant=quant).of(spec), machine).plan
+    plan = plan_request(Request(name.task, "", quant=quant, variant=name.variant), machine).plan
     return plan.weight_type, not plan.problem
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
 from skyrun.hub.manifest import Manifest, forget, last_use
 from skyrun.kernels.cache import home_folder
 from skyrun.kernels.disk import allocated
-from skyrun.tasks.sources import BUILT_IN, SOURCES, tasks_of
+from skyrun.tasks import spec_of
+from skyrun.tasks.sources import BUILT_IN, SOURCES, model_beside, tasks_of
+from skyrun.units import size
 
 MODELS_VARIABLE = "SKYRUN_MODELS"  # of the environment
 LOCK = ".lock"  # in the folder of a model
@@ -61,6 +63,11 @@ class Name:
     def key(self) -> str:
         """The name in the table of sources of this model, or of one whose other files it can use."""
         return self.source or self.task
+
+    @property
+    def variant(self) -> str | None:
+        """Which of the models that do the task it is, as far as its name or its repository says."""
+        return spec_of(self.task, self.source or model_beside(self.repo, self.task)).model or None
 
     @property
     def stem(self) -> str:
@@ -107,9 +114,17 @@ def sources_of(name: Name) -> list[str]:
     return [name.repo] if name.repo else [*source.gguf, source.checkpoint] if source else []
 
 
-def sources_text(name: Name) -> str:
-    """A sentence about where a missing model can be downloaded from."""
-    return f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(sources_of(name))}"
+def sources_text(name: Name, sizes: Mapping[str, int]) -> str:
+    """Sentences about where a missing model can be downloaded from, and how large its files are.
+
+    sizes: what they take on the disk, by role.
+    """
+    parts = ", ".join(f"{role} {size(nbytes)}" for role, nbytes in sizes.items())
+    return (
+        f"{name} is not here: skyrun pull {name}, or a run, fetches it from {' or '.join(sources_of(name))}\n"
+        f"{parts}: {size(sum(sizes.values()))} in all; what is converted while it arrives is larger before, "
+        f"skyrun pull {name} --dry-run says by how much"
+    )
 
 
 def folder_of(name: Name, quant: str, root: Path | None = None) -> Path:

@@ -30,6 +30,7 @@ from skyrun.streaming.weights import Weights, load_additions, load_weights
 
 _SLOW = 16  # frames per second that the first of two embeddings of frame rates stands for; the other: 24
 _IMAGE_EPS = 1e-5  # of the norms around the image projection
+_MOST_GROWTH, _GUIDED_SHARE = 2.5, 0.25  # of normalized attention guidance: the values published for Wan
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
 TimeEmbedding = tuple[Tensor, Tensor]  # float32: [D] for the head, and its projection [6, D] for the blocks
@@ -40,12 +41,14 @@ class Context:
     """What the tokens of a clip attend to by cross-attention, on the device.
 
     text: [512, D]. image: tokens of an image [257, D]. audio: tokens of speech [F, n, audio_dim]; each latent frame
-    attends to its own only.
+    attends to its own only. avoided: text [512, D] that attention is guided away from, by `nag` times the difference.
     """
 
     text: Tensor
     image: Tensor | None = None
     audio: Tensor | None = None
+    avoided: Tensor | None = None
+    nag: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -204,20 +207,24 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
     """
     modulation = w.dense("modulation").view(6, -1)
 
-    def all_keys() -> tuple[Keys, Keys, Keys | None, list[Keys] | None]:
+    def all_keys() -> tuple[Keys, _Crossed, list[Keys] | None]:
         return (
             _keys(x, modulation, w, spans, rope, dims),
-            _text_keys(context.text, w, dims),
-            None if context.image is None else _text_keys(context.image, w, dims, "_img"),
+            _Crossed(
+                _text_keys(context.text, w, dims),
+                None if context.image is None else _text_keys(context.image, w, dims, "_img"),
+                None if context.avoided is None else _text_keys(context.avoided, w, dims),
+                context.nag,
+            ),
             None if context.audio is None else _audio_keys(context.audio, w, dims),
         )
 
-    def plain(found: tuple[Keys, Keys, Keys | None, list[Keys] | None]) -> Iterator[Tensor]:
-        mixed, text, image, audio = found
-        for one in (mixed, text, *filter(None, (image, *(audio or ())))):
+    def plain(found: tuple[Keys, _Crossed, list[Keys] | None]) -> Iterator[Tensor]:
+        mixed, crossed, audio = found
+        for one in (mixed, crossed.text, *filter(None, (crossed.image, crossed.avoided, *(audio or ())))):
             yield from one.plain
 
-    keys, text_keys, image_keys, audio_keys = within_range(w.owner, all_keys, plain)
+    keys, crossed, audio_keys = within_range(w.owner, all_keys, plain)
 
     def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
@@ -226,7 +233,7 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
         h = w.linear(
             "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims), gate, h
         )
-        h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
+        h = w.linear("cross_attn.o", _cross_attention(h, crossed, w, dims), residual=h)
         if audio_keys is not None:
             tokens = x.shape[0] // len(audio_keys)
             spoken = _audio_attention(h, span.rows, tokens, audio_keys, w, dims)
@@ -245,13 +252,37 @@ def _self_attention(
     return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
 
 
-def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
-    """Cross-attention to text and image, with a softmax for each."""
+@dataclass(frozen=True)
+class _Crossed:
+    """Keys and values of text, image and the text to avoid, with the scale of guidance away from it."""
+
+    text: Keys
+    image: Keys | None
+    avoided: Keys | None
+    nag: float
+
+
+def _cross_attention(h: Tensor, keys: _Crossed, w: Weights, dims: DiTDims) -> Tensor:
+    """Cross-attention to text and image, with a softmax for each. Only that to the text is guided."""
     norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
     q = w.linear("cross_attn.q", _norm(h, norm, bias, w, dims, "cross_attn.q"))
     q = rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps)
-    mixed = attend(q, text)
-    return mixed if image is None else mixed.add_(attend(q, image))
+    mixed = attend(q, keys.text)
+    if keys.avoided is not None:
+        mixed = guided_away(mixed, attend(q, keys.avoided), keys.nag)
+    return mixed if keys.image is None else mixed.add_(attend(q, keys.image))
+
+
+def guided_away(wanted: Tensor, avoided: Tensor, scale: float) -> Tensor:
+    """Normalized attention guidance (Chen et al. 2025, arXiv:2505.21179) of what tokens [L, D] read from two texts.
+
+    The difference is stretched by the scale, each token's sum of magnitudes held below 2.5 times that of `wanted`, and
+    a quarter of the result blended in. Both arguments are written over; the first one is returned.
+    """
+    guided = avoided.lerp_(wanted, scale)
+    before, after = (torch.linalg.vector_norm(x, 1, -1, True, dtype=torch.float32) for x in (wanted, guided))
+    guided.mul_((_MOST_GROWTH * before / after.clamp_min(1e-7)).clamp_max(1))
+    return wanted.lerp_(guided, _GUIDED_SHARE)
 
 
 def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:

@@ -18,9 +18,9 @@ from skyrun.media.pixels import Frames, crop_portrait, to_pixels, truncated
 from skyrun.models.audio_projection import windows as audio_windows
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
-from skyrun.pipelines.conditioning import Condition, Motion
+from skyrun.pipelines.conditioning import Motion, condition_of
 from skyrun.pipelines.samplers import new_sampler
-from skyrun.pipelines.stages import Stage, decode, denoise, embed_image, encode_clip, encode_text
+from skyrun.pipelines.stages import Stage, decode, denoise, embed_image, encode_clip, encode_prompts, encode_text
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
@@ -36,9 +36,9 @@ Events = Generator[Event, None, None]
 @torch.inference_mode()
 def talking_avatar(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages, from "text" to "decode" of the last window."""
-    for name, prompt in (("text", job.request.prompt), ("connection", CONNECTION)):
-        if name not in state.encoded and (name == "text" or len(job.windows) > 1):
-            state.encoded[name] = (yield from encode_text(job, prompt)).cpu()
+    yield from encode_prompts(job, state)
+    if "connection" not in state.encoded and len(job.windows) > 1:
+        state.encoded["connection"] = (yield from encode_text(job, CONNECTION)).cpu()
     if state.window >= len(job.windows):
         return
     speech = yield from _encode_speech(job)
@@ -145,8 +145,10 @@ class _Pass:
         if state.sampler is None:
             state.sampler = new_sampler(job.request.spec, job.request.steps)
             state.latents = start if motion is None else motion.held(start, 0, state.sampler.sigmas[0])
-        condition = Condition(
-            state.encoded["text" if window.guide is None else "connection"],
+        condition = condition_of(
+            job,
+            state,
+            text="text" if window.guide is None else "connection",
             channels=channels,
             image=tokens,
             audio=audio_windows(self.speech, window.start, job.request.window_frames),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from skyrun.models.dit import Context, DiT, Rope, TimeEmbedding
+from skyrun.pipelines.state import RunState
+from skyrun.planning.job import Job
 
 HISTORY_TIME = 20.0  # timestep that frames of an earlier window are noised to by diffusion forcing
 
@@ -38,7 +40,8 @@ class Condition:
     time axis; None puts it directly after the noisy frames. channels: [C, F, h, w], concatenated to the latents of
     every frame. image: tokens [n, image_dim]. audio: windows of speech features [frames, 5, layers, channels].
     motion: frames that the window begins with. fps: the frame rate, for a transformer that is told. negative: embedding
-    of the negative prompt, with the scale of classifier-free guidance; None where there is no guidance.
+    of the negative prompt, where there is guidance. guidance: scale of classifier-free guidance; 1 does without. nag:
+    scale of normalized attention guidance, or None.
     """
 
     text: Tensor
@@ -54,6 +57,7 @@ class Condition:
     fps: int | None = None
     negative: Tensor | None = None
     guidance: float = 1.0
+    nag: float | None = None
 
     def on(self, device: torch.device) -> "Condition":
         """The same condition, with the tensors that every step reads on the device."""
@@ -63,13 +67,20 @@ class Condition:
         return replace(self, before=before, after=after, channels=channels)
 
     def contexts(self, dit: DiT) -> list[Context]:
-        """What every token attends to by cross-attention: with the prompt, and with the negative one if there is."""
+        """What every token attends to by cross-attention: with the prompt, and without it for classifier-free guidance.
+
+        Normalized attention guidance is for the former alone, as in the code of its authors.
+        """
         context = Context(
             dit.embed_text(self.text),
             None if self.image is None else dit.embed_image(self.image),
             None if self.audio is None else dit.embed_audio(self.audio),
         )
-        return [context, *([] if self.negative is None else [replace(context, text=dit.embed_text(self.negative))])]
+        if self.negative is None:
+            return [context]
+        negative = dit.embed_text(self.negative)
+        first = context if self.nag is None else replace(context, avoided=negative, nag=self.nag)
+        return [first, *([] if self.guidance == 1 else [replace(context, text=negative)])]
 
     def guided(self, velocities: list[Tensor]) -> Tensor:
         """The velocity with classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598)."""
@@ -120,6 +131,13 @@ class Condition:
         distinct = sorted({given, *(time for row in timesteps for time in row)})
         known = dict(zip(distinct, dit.embed_times(distinct, self.fps), strict=True))
         return [[*[known[given]] * before, *(known[time] for time in row)] for row in timesteps]
+
+
+def condition_of(job: Job, state: RunState, *, text: str = "text", **given: Any) -> Condition:
+    """The condition on the encoded prompt of that name, on the negative one, and on what else is given."""
+    request, negative = job.request, state.encoded.get("negative")
+    guidance = 1.0 if request.guidance is None else request.guidance
+    return Condition(state.encoded[text], negative=negative, guidance=guidance, nag=request.nag, **given)
 
 
 def _frames(latents: Tensor | None) -> int:

@@ -14,9 +14,9 @@ from skyrun.events import Event, LatentsReady, WindowDone
 from skyrun.media.pixels import Frames, from_uint8, truncated
 from skyrun.media.video_reader import nearest
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
-from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.conditioning import condition_of
 from skyrun.pipelines.samplers import new_sampler
-from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_text
+from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_prompts
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
@@ -27,8 +27,7 @@ _POSITION = 1024  # of the frames before the cut on the time axis, where the new
 @torch.inference_mode()
 def video_extension(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages, from "text" to "decode" of the last window."""
-    if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job, job.request.prompt)).cpu()
+    yield from encode_prompts(job, state)
     for index in range(state.window, len(job.windows)):
         last = yield from _window(job, state, index, observe)
         if len(job.windows) > 1:
@@ -47,7 +46,7 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
     groups = (from_uint8(before[group]) for group in groups_of(len(before)))
     prefix = (yield from encode_clip(files.vae, groups, plan, device, part)).cpu()
     begin(job, state, index)
-    condition = Condition(state.encoded["text"], before=prefix, clean=True)
+    condition = condition_of(job, state, before=prefix, clean=True)
     yield from denoise(files, plan, state, condition, device, observe, part)
     assert state.latents is not None
     if not state.groups:
@@ -66,16 +65,15 @@ def _window(job: Job, state: RunState, index: int, observe: ObserveBlock | None)
 @torch.inference_mode()
 def shot_switching(job: Job, state: RunState, observe: ObserveBlock | None = None) -> Iterator[Event]:
     """Run the stages. Frames before the cut follow the new ones in the sequence, without noise, far away in time."""
-    request, plan, files, device = job.request, job.plan, job.files, job.device
+    plan, files, device = job.plan, job.files, job.device
     assert job.inputs.footage is not None
-    if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
+    yield from encode_prompts(job, state)
     if "video" not in state.encoded:
         frames = nearest(job.inputs.footage.frames, job.height, job.width)
         groups = (from_uint8(frames[group]) for group in groups_of(len(frames)))
         state.encoded["video"] = (yield from encode_clip(files.vae, groups, plan, device)).cpu()
     begin(job, state, 0)
-    condition = Condition(state.encoded["text"], after=state.encoded["video"], clean=True, after_position=_POSITION)
+    condition = condition_of(job, state, after=state.encoded["video"], clean=True, after_position=_POSITION)
     yield from denoise(files, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:

@@ -12,9 +12,9 @@ from torch import Tensor
 from skyrun.events import Event, LatentsReady, WindowDone
 from skyrun.media.pixels import Frames, first_frame, truncated
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
-from skyrun.pipelines.generation import condition_of, encode_prompts
+from skyrun.pipelines.conditioning import condition_of
 from skyrun.pipelines.samplers import Staggered, new_sampler
-from skyrun.pipelines.stages import decode, denoise, encode_clip
+from skyrun.pipelines.stages import decode, denoise, encode_clip, encode_prompts
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock

@@ -4,14 +4,13 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from skyrun.events import Event, LatentsReady
 from skyrun.media.pixels import first_frame, truncated
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
-from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.conditioning import condition_of
 from skyrun.pipelines.samplers import new_sampler
-from skyrun.pipelines.stages import decode, denoise, embed_image, encode_clip, encode_text
+from skyrun.pipelines.stages import decode, denoise, embed_image, encode_clip, encode_prompts
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.streaming.stream import ObserveBlock
@@ -47,18 +46,7 @@ def image_to_video(job: Job, state: RunState, observe: ObserveBlock | None = Non
     yield from _make(job, state, observe, channels=state.encoded["image"], image=state.encoded["picture"])
 
 
-def encode_prompts(job: Job, state: RunState) -> Generator[Event, None, None]:
-    """Encode the prompt, and the negative one if there is guidance."""
-    request = job.request
-    prompts = {"text": request.prompt}
-    if request.contexts > 1:
-        prompts["negative"] = request.negative_prompt or ""
-    for name, prompt in prompts.items():
-        if name not in state.encoded:
-            state.encoded[name] = (yield from encode_text(job, prompt)).cpu()
-
-
-def _make(job: Job, state: RunState, observe: ObserveBlock | None, **given: Tensor) -> Generator[Event, None, None]:
+def _make(job: Job, state: RunState, observe: ObserveBlock | None, **given: Any) -> Generator[Event, None, None]:
     """Denoise and decode. given: fields of the Condition."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
     if state.sampler is None:
@@ -72,11 +60,3 @@ def _make(job: Job, state: RunState, observe: ObserveBlock | None, **given: Tens
     if not state.groups:
         yield LatentsReady(state.latents)
     yield from decode(files.vae, state.latents, state, plan, device, lambda pixels, _: truncated(pixels))
-
-
-def condition_of(job: Job, state: RunState, **given: Any) -> Condition:
-    """The condition on the prompts and on what else is given."""
-    assert job.request.guidance is not None
-    return Condition(
-        state.encoded["text"], negative=state.encoded.get("negative"), guidance=job.request.guidance, **given
-    )

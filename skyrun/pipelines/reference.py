@@ -8,9 +8,9 @@ from torch import Tensor
 from skyrun.events import Event, LatentsReady
 from skyrun.media.pixels import letterbox, to_pixels
 from skyrun.models.vae import LATENT_CHANNELS
-from skyrun.pipelines.conditioning import Condition
+from skyrun.pipelines.conditioning import condition_of
 from skyrun.pipelines.samplers import new_sampler
-from skyrun.pipelines.stages import decode, denoise, encode_images, encode_text
+from skyrun.pipelines.stages import decode, denoise, encode_images, encode_prompts
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
@@ -32,8 +32,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
     """Run the stages. Four references always follow the clip in the sequence; missing ones are zeros."""
     request, plan, files, device = job.request, job.plan, job.files, job.device
     noise, image_noise = draw_noise(request)
-    if "text" not in state.encoded:
-        state.encoded["text"] = (yield from encode_text(job, request.prompt)).cpu()
+    yield from encode_prompts(job, state)
     if "pictures" not in state.encoded:
         pixels = [to_pixels(letterbox(image, job.height, job.width)) for image in job.inputs.images]
         references = yield from encode_images(files.vae, pixels, image_noise, plan, device)
@@ -41,7 +40,7 @@ def reference_to_video(job: Job, state: RunState, observe: ObserveBlock | None =
         state.encoded["pictures"] = torch.cat((*references, *missing), 1).cpu()
     if state.sampler is None:
         state.sampler, state.latents = new_sampler(request.spec, request.steps), noise
-    condition = Condition(state.encoded["text"], after=state.encoded["pictures"])
+    condition = condition_of(job, state, after=state.encoded["pictures"])
     yield from denoise(files, plan, state, condition, device, observe)
     assert state.latents is not None
     if not state.groups:

@@ -73,6 +73,16 @@ def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
     return embedding.to(device)
 
 
+def encode_prompts(job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Encode the prompt, and the negative one if there is guidance of either kind, as far as the state has not."""
+    prompts = {"text": job.request.prompt}
+    if job.request.is_guided:
+        prompts["negative"] = job.request.negative_prompt or ""
+    for name, prompt in prompts.items():
+        if name not in state.encoded:
+            state.encoded[name] = (yield from encode_text(job, prompt)).cpu()
+
+
 def _open_vae(path: Path, how: Autoencoder, device: torch.device) -> WanVAE:
     return WanVAE(path, device, getattr(torch, how.dtype), how.tile, how.room)
 

@@ -64,7 +64,7 @@ class Job:
         if self.inputs.footage is None:  # windows that go on from a video have the length of training
             advice += too_long(len(self.windows), self.frames / self.fps)
         adapted = (notice for adapter in self.files.adapters for notice in adapter.notices)
-        return (*self.inputs.notices, *passed, *adapted, *advice, *self.plan.notes)
+        return (*self.inputs.notices, *passed, *adapted, *_unused(self.request), *advice, *self.plan.notes)
 
     @property
     def fps(self) -> int:
@@ -112,13 +112,13 @@ def prepare(request: Request) -> Job:
         request = replace(request, frames=request.frame_count, seconds=None)
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
-    workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+    workload = with_clip(model_workload(spec, model), request, size, windows)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), spec, size, request.passes, windows, request.contexts)
+            workload = with_clip(model_workload(spec, model), request, size, windows)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(
@@ -191,6 +191,12 @@ def _check_outputs(request: Request, files: ModelFiles) -> None:
     for place in (request.output, request.save_latents):
         if place is not None and place.resolve() in parts:
             raise SkyrunError(f"{place} is a file of the model, it would be lost", "choose another name")
+
+
+def _unused(request: Request) -> Iterator[str]:
+    """A negative prompt of one's own that nothing uses."""
+    if not request.is_guided and request.negative_prompt not in (None, "", request.spec.negative):
+        yield "the negative prompt has no effect with --guidance 1; --nag makes use of it"
 
 
 def _turned(height: int, width: int, shape: tuple[int, int]) -> Iterator[str]:

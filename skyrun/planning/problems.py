@@ -24,7 +24,7 @@ PRECISIONS = ("exact", "fast")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 _MAX_SEED = (1 << 63) - 1
 _MAX_STEPS = 1000
-_MOST_GUIDANCE, _MOST_SHIFT = 30, 100
+_MOST_GUIDANCE, _MOST_NAG, _MOST_SHIFT = 30, 100, 100
 _DISTILLED = "its model is distilled, guidance and shift are built in"
 _TRAINED_SECONDS = 5.1  # of a window, with a frame to spare; the position of a later frame was never seen in training
 _TAG = re.compile(r"\s*(\[[A-Z_ -]+\])")
@@ -67,7 +67,7 @@ def _problems_with_model(request: Request) -> list[str]:
     return [
         *_input_problems(request, spec),
         *_transition_problems(request, spec),
-        *_guidance_problems(request, spec),
+        *guidance_problems(request, spec),
         *shape_problems(request),
         *_resolution_problems(request, spec),
         *length_problems(spec, request.frames, request.seconds),
@@ -136,10 +136,15 @@ def _transition_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield f"unknown tag {found[1]} in the prompt, expected {', '.join(tags)}"
 
 
-def _guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
-    for name in ("guidance", "negative_prompt", "shift"):
+def guidance_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
+    """Guidance, shift, rates and lags that the task's model does not have."""
+    for name in ("guidance", "shift"):
         if getattr(request, name) is not None and name not in spec.options:
-            yield f"{spec.name} has no --{name.replace('_', '-')}: {_DISTILLED}"
+            yield f"{spec.name} has no --{name}: {_DISTILLED}"
+    if request.negative_prompt is not None and spec.guidance is None and request.nag is None:
+        yield f"{spec.name} takes --negative-prompt only with --nag: {_DISTILLED}"
+    if request.nag is not None and not 1 < request.nag <= _MOST_NAG:
+        yield f"--nag {request.nag:g} is not a scale, expected more than 1, which would do nothing, to {_MOST_NAG}"
     if request.guidance is not None and not 1 <= request.guidance <= _MOST_GUIDANCE:
         yield f"--guidance {request.guidance:g} is not a scale, expected 1, which does without, to {_MOST_GUIDANCE}"
     if request.shift is not None and not 0 < request.shift <= _MOST_SHIFT:

@@ -7,15 +7,18 @@ from math import prod
 
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import (
+    CLIP_VISION,
     UMT5_ENCODER,
     WAN_AUDIO_TRANSFORMER,
     WAN_IMAGE_TRANSFORMER,
     WAN_RATE_TRANSFORMER,
     WAN_TRANSFORMER,
     WAN_VAE,
+    WAV2VEC2,
 )
 from skyrun.kernels.names import Table
 from skyrun.kernels.recipes import RECIPES, recipe_types
+from skyrun.planning.request import Request
 from skyrun.presets import Candidate, Workload
 from skyrun.presets.workload import AREAS
 from skyrun.tasks import TaskSpec, spec_of
@@ -27,29 +30,30 @@ LAYERS, TEXT_LAYERS = 40, 24
 OFFERED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # types that a plan chooses from, best first
 _TEXT_LENGTH = 512  # tokens of a prompt that the models read
 _CLIP_LAYERS, _CLIP_DIM, _CLIP_TOKENS = 32, 1280, 257
+_CLIP = {"dim": _CLIP_DIM, "ffn": 5120, "patch": 14, "positions": _CLIP_TOKENS, "projection": 1024, "layers": 32}
+_WAV2VEC2 = {f"kernel{layer}": width for layer, width in enumerate((10, 3, 3, 3, 3, 2, 2))} | {
+    **{"conv": 512, "dim": 768, "ffn": 3072, "group": 48, "position_kernel": 128, "layers": 12}
+}
 
 
-def with_clip(
-    workload: Workload, spec: TaskSpec, size: tuple[int, int], steps: int, windows: Sequence[Window], contexts: int = 1
-) -> Workload:
+def with_clip(workload: Workload, request: Request, size: tuple[int, int], windows: Sequence[Window]) -> Workload:
     """A model's workload with the size and length of a clip.
 
     Args:
         workload: of the model.
-        spec: the task.
+        request: the clip, with the values of its model.
         size: (height, width) in pixels.
-        steps: denoising steps of a window.
         windows: the windows of the clip.
-        contexts: how many contexts a step has.
     """
     return replace(
         workload,
-        contexts=contexts,
+        contexts=request.contexts,
+        avoided_tokens=_TEXT_LENGTH if request.nag is not None else 0,
         height=size[0],
         width=size[1],
-        steps=steps,
-        windowed=spec.windowed,
-        areas=tuple(area for area in AREAS if area[0] in spec.resolutions),
+        steps=request.passes,
+        windowed=request.spec.windowed,
+        areas=tuple(area for area in AREAS if area[0] in request.spec.resolutions),
         **amounts(windows),  # type: ignore[arg-type]
     )
 
@@ -97,6 +101,22 @@ def published_workload(task: str, quant: str | None = None, model: str | None = 
         context_tokens=_TEXT_LENGTH + (_CLIP_TOKENS if spec.sees_image else 0),
         candidates=() if quant else tuple(Candidate(name, block_bytes(task, name, model)) for name in OFFERED),
     )
+
+
+@cache
+def part_bytes(task: str, model: str | None = None) -> dict[str, int]:
+    """What the files besides the transformer take on a disk, by role, in the types that they are fetched or kept in."""
+    sizes = {
+        "text encoder": (UMT5_ENCODER, "gguf", {**UMT5_XXL, "layers": TEXT_LAYERS}, "Q8_0"),
+        "autoencoder": (WAN_VAE, "original", VAE, "F32"),
+        "image encoder": (CLIP_VISION, "gguf", _CLIP, "Q8_0"),
+        "audio encoder": (WAV2VEC2, "transformers", _WAV2VEC2, "F32"),
+    }
+    found = {}
+    for role in spec_of(task, model).parts:
+        table, naming, dims, type = sizes[role]
+        found[role] = sum(_stored(shape, type) for shape in table.shapes(naming, dims).values())
+    return found
 
 
 def transformer_table(spec: TaskSpec) -> Table:

@@ -26,7 +26,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
         ("frames", "seed", "steps", "condition_frames", "latent_rate", "window_frames", "fps", "ar_step"), _WHOLE
     ),
-    **dict.fromkeys(("seconds", "max_vram", "max_ram", "guidance", "shift"), _NUMBER),
+    **dict.fromkeys(("seconds", "max_vram", "max_ram", "guidance", "nag", "shift"), _NUMBER),
     **dict.fromkeys(("quant", "device", "dtype", "precision", "attention", "prefer", "transition"), _TEXT),
     **dict.fromkeys(("task", "prompt", "resolution", "negative_prompt", "variant"), _TEXT),
     **dict.fromkeys(("join", "overwrite"), _FLAG),
@@ -53,9 +53,10 @@ class Request:
     max_vram, max_ram: limits in GiB. save_latents: a file for the latents. overwrite: whether existing files may be
     replaced.
     loras: adapters, each a path, "PATH:STRENGTH", (path, strength) or a Lora.
-    negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it, and
-    without the negative prompt. shift: of the sigmas. fps: frames per second, where a model has several. Without them
-    the model's own values count. variant: the name of the model, found from its files. ar_step: by how many steps each
+    negative_prompt: what the clip shall not show. guidance: scale of classifier-free guidance; 1 does without it.
+    shift: of the sigmas. fps: frames per second, where a model has several. Without them the model's own values count.
+    nag: scale of normalized attention guidance, above 1, such as 11; it makes use of the negative prompt where guidance
+    is 1 or built into the model. variant: the name of the model, found from its files. ar_step: by how many steps each
     block of frames of a window lags behind the one before, where the model was trained with diffusion forcing.
     transition: name of one of the task's transitions, which puts its tag before the prompt. join: whether the clip
     begins with the video.
@@ -94,6 +95,7 @@ class Request:
     loras: tuple[Lora, ...] = ()
     negative_prompt: str | None = None
     guidance: float | None = None
+    nag: float | None = None
     shift: float | None = None
     fps: int | None = None
     variant: str | None = None
@@ -165,6 +167,11 @@ class Request:
     def contexts(self) -> int:
         """How many contexts a step has: with guidance, the negative prompt too."""
         return 1 if self.guidance in (None, 1) else 2
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is used."""
+        return self.contexts > 1 or self.nag is not None
 
     @property
     def passes(self) -> int:

@@ -12,12 +12,13 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import (
     check_attention,
     choice_problems,
+    guidance_problems,
     length_problems,
     of_some_model,
     shape_problems,
     too_long,
 )
-from skyrun.planning.published import published_shapes, published_workload, with_clip
+from skyrun.planning.published import part_bytes, published_shapes, published_workload, with_clip
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.assumptions import assumptions
@@ -51,12 +52,19 @@ class Planned:
         """What the file of the transformer takes on a disk, but for its header."""
         return self.workload.layers * self.workload.block_bytes + self.workload.outer_bytes
 
+    @property
+    def model_bytes(self) -> dict[str, int]:
+        """What the files of the model take on a disk, by role; the other parts are those that are published."""
+        others = part_bytes(self.request.task, self.request.variant) if self.request.model is None else {}
+        return {"transformer": self.transformer_bytes, **others}
+
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values."""
         return {"task": self.request.task, "size": [self.workload.height, self.workload.width]} | {
             "frames": self.workload.frames,
             "tokens": self.workload.tokens,
             "transformer_bytes": self.transformer_bytes,
+            "model_bytes": self.model_bytes,
             "hardware": hardware_json(self.hardware),
             "assumptions": list(self.assumptions),
             "plan": self.plan.as_json(),
@@ -89,7 +97,7 @@ def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workloa
     size = request.size or spec.size(request.resolution, *shape)
     assert not isinstance(size, str)
     windows = request.windows(speech_frame_count(round(request.length * SPEECH_RATE)))
-    return with_clip(work, spec, size, request.passes, windows, request.contexts)
+    return with_clip(work, request, size, windows)
 
 
 def _with_model(request: Request, shape: tuple[int, int]) -> tuple[Request, Workload]:
@@ -111,6 +119,7 @@ def _problems(request: Request) -> Iterator[str]:
     yield from shape_problems(request)
     yield from length_problems(spec, request.frames, request.seconds)
     yield from choice_problems(request)
+    yield from guidance_problems(request, spec)
     if request.size is None and request.resolution is not None and request.resolution not in spec.resolutions:
         yield f"{spec.name} has no resolution {request.resolution!r}, it has {', '.join(spec.resolutions)}"
     if request.quant is not None and request.model is None and request.quant not in RECIPES:

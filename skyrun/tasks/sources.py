@@ -63,6 +63,18 @@ def tasks_of(model: str) -> tuple[str, ...]:
     return SOURCES[model].tasks or (model,)
 
 
+def model_beside(repository: str, task: str) -> str:
+    """The model of the table that a repository belongs to, whose other files go with it; else that of the task.
+
+    task: that it is for, or "".
+    """
+    for name, source in SOURCES.items():
+        there = {pinned(one)[0] for one in (source.checkpoint, *source.gguf)}
+        if repository in there and task in ("", *tasks_of(name)):
+            return name
+    return task or next(iter(SOURCES))
+
+
 def pinned(source: str) -> tuple[str, str | None]:
     """The name of a repository, and the commit of it that is to be used, if one is given."""
     name, _, commit = source.partition("@")

@@ -7,6 +7,7 @@ from skyrun.tasks.sizes import Buckets, nearest_bucket
 from skyrun.tasks.windows import FRAMES_PER_LATENT, Length, Window
 
 ENCODERS = ("text encoder", "autoencoder")
+NAG = 11.0  # the usual scale of normalized attention guidance with Wan's transformer, as its users have it
 _SMALL_AREA = 480 * 854  # pixels of 480P
 
 

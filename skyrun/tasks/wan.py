@@ -84,7 +84,7 @@ TEXT_TO_VIDEO = TaskSpec(
     condition_frames=_no_condition,
     takes_frames=True,
     most_frames=_MOST_FRAMES,
-    options=frozenset({"negative_prompt", "guidance", "shift"}),
+    options=frozenset({"guidance", "shift"}),
 )
 IMAGE_TO_VIDEO = replace(
     TEXT_TO_VIDEO,

@@ -75,6 +75,7 @@ def plan(root: str, values: dict[str, Any], free: dict[str, int] | None) -> dict
     folder = whole_folder(name) if name is not None else request.model
     if name is not None:
         request = replace(request, model=folder, quant=None if folder else name.quant or None)
+        request = request if folder else replace(request, variant=name.variant)
     hardware = _machine(request.device, folder, free)
     limits = {"dtype": request.dtype, "max_vram": request.max_vram, "max_ram": request.max_ram}
     planned = plan_request(request, hardware, shape, **limits)

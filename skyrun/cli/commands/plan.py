@@ -7,7 +7,7 @@ from skyrun.cli.progress import shown
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.hub.adapters import fetch_adapters
 from skyrun.hub.local import wanted_name, whole_folder
-from skyrun.hub.store import sources_text
+from skyrun.hub.store import Name, sources_text
 from skyrun.planning.lora import parse_lora
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request, stated_hardware
@@ -15,7 +15,7 @@ from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
 from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.cards import card_rows
-from skyrun.tasks import TASKS, spec_of
+from skyrun.tasks import TASKS
 from skyrun.units import GIB, duration, size, table
 
 _MACHINE = ("gpu", "like", "vram", "ram", "disk")  # options that describe another machine
@@ -40,6 +40,7 @@ def execute(arguments: Namespace) -> int:
         seconds=arguments.seconds,
         steps=arguments.steps,
         guidance=arguments.guidance,
+        nag=arguments.nag,
         variant=arguments.variant,
         precision=arguments.precision,
         attention=arguments.attention,
@@ -48,8 +49,8 @@ def execute(arguments: Namespace) -> int:
     )
     parts = {name: getattr(arguments, name) for name in _MACHINE}
     planned = plan_request(request, stated_hardware(arguments.preset, arguments.model, **parts))
-    if missing:
-        say(missing)
+    if missing is not None:
+        say(sources_text(missing, planned.model_bytes))
     if arguments.plot:
         from skyrun.cli.plan_chart import write_plan_chart
 
@@ -62,22 +63,22 @@ def execute(arguments: Namespace) -> int:
     return WILL_NOT_FIT if planned.plan.problem else 0
 
 
-def _use_pulled_model(arguments: Namespace) -> str:
+def _use_pulled_model(arguments: Namespace) -> Name | None:
     """Plan with the model that is named, or on this machine with the one that a run would use.
 
-    Returns what to say if it is not there.
+    Returns its name if it is not there.
     """
     arguments.variant = None
     elsewhere = [getattr(arguments, name) for name in ("preset", *_MACHINE)]
     name = wanted_name(str(arguments.model) if arguments.model else None, arguments.task, arguments.quant)
     if name is None or (arguments.model is None and any(value is not None for value in elsewhere)):
-        return ""
+        return None
     if folder := whole_folder(name):
         arguments.model, arguments.quant = folder, None
-        return ""
+        return None
     arguments.model, arguments.quant = None, name.quant or None
-    arguments.variant = spec_of(name.task, name.source).model or None
-    return sources_text(name)
+    arguments.variant = name.variant
+    return name
 
 
 def planned_text(planned: Planned) -> str:

@@ -3,6 +3,7 @@
 import { Failure, get, query } from "./api.js";
 import { $, duration, el, gib, sentence, svg } from "./dom.js";
 
+const EMPTY = ["start", "write"]; // stages with nothing but the program in memory: no bars
 const WIDTH = 440, HEIGHT = 150, LEFT = 34, TOP = 14, BOTTOM = 34;
 let running = null;
 let timer = 0;
@@ -57,12 +58,14 @@ function show(said, count) {
     fits ? el("p", {}, `It fits: ${(peak(plan) / 2 ** 30).toFixed(1)} of ${gib(plan.limit_bytes)} of ${plan.device === "cuda" ? "video memory" : "memory"}.`) : el("p", {}, `${sentence(plan.problem)}. ${plan.remedy ? `This would: ${plan.remedy}.` : ""}`),
     chart(plan),
     el("p", { className: "quiet" }, about.join(" · ")),
-    ...(said.fetch ? [el("p", { className: "note" }, `The model ${said.fetch.model} is not here yet and is fetched first, from ${said.fetch.from.join(" or ")}. Its transformer has ${(said.transformer_bytes / 1e9).toFixed(1)} GB, its encoders come on top.`)] : []),
+    ...(said.fetch ? [el("p", { className: "note" }, `The model ${said.fetch.model} is not here yet and is fetched first, from ${said.fetch.from.join(" or ")}: ${parts(said.model_bytes)}. What is converted while it arrives is larger before.`)] : []),
     ...plan.notes.map((note) => el("p", { className: "note" }, sentence(note))),
   );
   $("make").textContent = count > 1 ? `Make ${count} clips` : "Make the clip";
 }
 
+const gb = (bytes) => `${(bytes / 1e9).toFixed(1)} GB`;
+const parts = (sizes) => `${Object.entries(sizes).map(([role, bytes]) => `${role} ${gb(bytes)}`).join(", ")}, ${gb(Object.values(sizes).reduce((sum, bytes) => sum + bytes, 0))} in all`;
 const takes = (plan, stage) => (plan.device === "cuda" ? stage.device_bytes : stage.host_bytes);
 const peak = (plan) => Math.max(...plan.stages.map((stage) => takes(plan, stage)));
 
@@ -71,10 +74,11 @@ function chart(plan) {
   const most = Math.max(peak(plan), Math.min(plan.limit_bytes, 1.6 * peak(plan))) * 1.08;
   const y = (count) => HEIGHT - BOTTOM - (count / most) * (HEIGHT - BOTTOM - TOP);
   const room = WIDTH - LEFT - 4, least = 62;
-  const total = plan.seconds || 1;
-  const free = room - least * plan.stages.length;
+  const stages = plan.stages.filter(({ name }) => !EMPTY.includes(name));
+  const total = stages.reduce((sum, stage) => sum + stage.seconds, 0) || 1;
+  const free = room - least * stages.length;
   let x = LEFT;
-  const bars = plan.stages.flatMap((stage) => {
+  const bars = stages.flatMap((stage) => {
     const width = least + (free * stage.seconds) / total, count = takes(plan, stage), here = x;
     x += width;
     const over = count > plan.limit_bytes ? " over" : "";
