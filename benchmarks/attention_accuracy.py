@@ -2,9 +2,13 @@
 
 Errors of the torch twins, which round as the kernels do, relative to attention in float64 with the same random tensors.
 Scores spread as much as the name of a row says: "peaked" is where the largest of 512 probabilities is 0.13 on average,
-"found" where every query resembles one key. The last columns have values that share a part with all others of their
-channel, as large as they spread.
+"found" where every query resembles one key. In the last columns of the first table values share a part with all others
+of their channel, as large as they spread. The second table has the errors of the parts: only the scores in int8, only
+the probabilities in 8 bits, only the values.
 """
+
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from environment import environment
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.kernels import torch_attention
-from skyrun.kernels.quantized_keys import HEAD_DIM, PRECISIONS, QuantizedKeys
+from skyrun.kernels.quantized_keys import HEAD_DIM, LARGEST, PRECISIONS, QuantizedKeys
 
 SPREAD = {"flat": 0.1, "random": 1.0, "found": 1.0, "peaked": 2.0, "3 times": 3.0, "6 times": 6.0}
 HEADS, QUERIES, KEYS = 2, 256, 4096
@@ -28,25 +32,51 @@ def inputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _split(t: Tensor) -> Tensor:
+    return t.double().unflatten(1, (HEADS, -1)).transpose(0, 1)
+
+
+def _keys(precision: str, k: Tensor, v: Tensor) -> QuantizedKeys:
+    return QuantizedKeys(precision, *torch_attention.quantize_keys(k), *torch_attention.quantize_values(v, precision))
+
+
 def error(precision: str, q: Tensor, k: Tensor, v: Tensor) -> float:
     """The relative error of a precision."""
-    split = [t.double().unflatten(1, (HEADS, -1)).transpose(0, 1) for t in (q, k, v)]
-    exact = F.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
-    codes, scales = torch_attention.quantize_keys(k)
-    keys = QuantizedKeys(precision, codes, scales, *torch_attention.quantize_values(v, precision))
-    return float((torch_attention.attend(q, keys) - exact).norm() / exact.norm())
+    exact = F.scaled_dot_product_attention(*map(_split, (q, k, v))).transpose(0, 1).flatten(1)
+    return float((torch_attention.attend(q, _keys(precision, k, v)) - exact).norm() / exact.norm())
+
+
+def parts(precision: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[float]:
+    """The relative errors of probabilities, and of values, in 8 bits, with all else exact."""
+    scores = _split(q) @ _split(k).mT / math.sqrt(HEAD_DIM)
+    exact = scores.softmax(2) @ _split(v)
+    rounded = torch_attention._in_8_bits(scores.float(), precision).double() @ _split(v)
+    values = scores.softmax(2) @ torch_attention._values(_keys(precision, k, v)).double()
+    for result in (rounded, values):
+        yield float((result - exact).norm() / exact.norm())
+
+
+def _table(columns: list[str], cells: Callable[[str], list[float]]) -> None:
+    print("\n| softmax | " + " | ".join(columns) + " |")
+    print("|" + " --- |" * (1 + len(columns)))
+    for kind in SPREAD:
+        print(f"| {kind} | " + " | ".join(f"{cell:.2%}" for cell in cells(kind)) + " |")
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     quick = PRECISIONS[1:]
     print(environment())
-    print("| softmax | " + " | ".join([*quick, *(f"{name}, shared part" for name in quick)]) + " |")
-    print("|" + " --- |" * (1 + 2 * len(quick)))
-    for kind in SPREAD:
+
+    def whole(kind: str) -> list[float]:
         q, k, v = inputs(kind)
-        cells = [f"{error(name, q, k, values):.2%}" for values in (v, v + 1) for name in quick]
-        print(f"| {kind} | " + " | ".join(cells) + " |")
+        return [error(name, q, k, values) for values in (v, v + 1) for name in quick]
+
+    def apart(kind: str) -> list[float]:
+        return [error("int8", *inputs(kind)), *(one for name in LARGEST for one in parts(name, *inputs(kind)))]
+
+    _table([*quick, *(f"{name}, shared part" for name in quick)], whole)
+    _table(["scores", *(f"{name}: {part}" for name in LARGEST for part in ("probabilities", "values"))], apart)
 
 
 if __name__ == "__main__":

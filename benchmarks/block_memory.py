@@ -11,7 +11,7 @@ memory: the ring with the blocks that are kept, what lies outside of blocks, the
 import argparse
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -106,11 +106,11 @@ def pretended_card(way: str) -> Iterator[None]:
         return out
 
     with ExitStack() as stack:
-        for module in (attention_kernels, decode, elementwise, float16_sums, matmul):
+        for module in (attention_kernels, decode, elementwise, matmul):
             stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
         for module in (attention_kernels, matmul):
             stack.enter_context(patch.object(module, "fastest", fastest))
-        stack.enter_context(patch.object(matmul, "float16_sums_are_quick", lambda device: way == "float16 sums"))
+        stack.enter_context(patch.object(float16_sums, "float16_sums_are_quick", lambda device: way == "float16 sums"))
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(kind, "run", lambda self, *args, **kwargs: None))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", flash))
@@ -134,25 +134,41 @@ def recorded(
 
     rank: of adapters. nag: whether there is normalized attention guidance.
     """
-    spec, seen = TASKS[task], Recorder()
-    dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
+    seen = Recorder()
     with torch.inference_mode(), pretended_card(way):
-        x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
-        rope = (_empty(tokens, HEAD_DIM // 2, dtype=torch.float32),) * 2
-        speaks = "audio_dim" in spec.dims
-        context = Context(
-            _empty(512, dims.dim),
-            _empty(_IMAGE_TOKENS, dims.dim) if spec.sees_image else None,
-            _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if speaks else None,
-            _empty(512, dims.dim) if nag else None,
-        )
-        time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
-        parts = chunks(0, tokens, rows)
-        spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
-        weights = _weights(task, way, attention, rank)
+        block = one_block(task, way, attention, tokens, frames, rows, parked, rank, nag)
         with seen:
-            dit_block(x, weights, spans, context, rope, dims)
+            block()
     return tuple(number for entry in seen.log for number in entry)
+
+
+def one_block(
+    task: str,
+    way: str,
+    attention: str,
+    tokens: int,
+    frames: int = 1,
+    rows: int | None = None,
+    parked: bool = False,
+    rank: int = 0,
+    nag: bool = False,
+) -> Callable[[], None]:
+    """What computes a block of a task with tokens that have no data. It is made and called on a `pretended_card`."""
+    spec = TASKS[task]
+    dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
+    x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
+    rope = (_empty(tokens, HEAD_DIM // 2, dtype=torch.float32),) * 2
+    context = Context(
+        _empty(512, dims.dim),
+        _empty(_IMAGE_TOKENS, dims.dim) if spec.sees_image else None,
+        _empty(frames, spec.dims["context_tokens"], spec.dims["audio_dim"]) if "audio_dim" in spec.dims else None,
+        _empty(512, dims.dim) if nag else None,
+    )
+    time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
+    parts = chunks(0, tokens, rows)
+    spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
+    weights = _weights(task, way, attention, rank)
+    return lambda: dit_block(x, weights, spans, context, rope, dims)
 
 
 class _Waiting:

@@ -83,7 +83,7 @@ def quick_precisions(device: torch.device) -> tuple[str, ...]:
 
 
 def attend(q: Tensor, keys: Keys) -> Tensor:
-    """Attend from q [L, heads * d] to all keys -> [L, heads * d]."""
+    """Attend from q [L, heads * d] to all keys -> [L, heads * d] in q's dtype, which may be another than the keys'."""
     if keys.is_quantized:
         return _quantized(q, keys)
     if q.device.type != "cuda" and not (keys.precision != "exact" and uses_triton(q.device)):
@@ -128,13 +128,14 @@ def _choose(q: Tensor, keys: Keys) -> str:
 
 
 def _sdpa(q: Tensor, keys: Keys, backend: SDPBackend | None = None) -> Tensor:
-    split = [t.unflatten(1, (keys.heads, -1)).transpose(0, 1).unsqueeze(0) for t in (q, *keys.plain)]
+    k, v = keys.plain
+    split = [t.to(k.dtype).unflatten(1, (keys.heads, -1)).transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
     if backend is None:
         mixed = F.scaled_dot_product_attention(*split)
     else:
         with sdpa_kernel(backend):
             mixed = F.scaled_dot_product_attention(*split)
-    return mixed.squeeze(0).transpose(0, 1).flatten(1)
+    return mixed.squeeze(0).transpose(0, 1).flatten(1).to(q.dtype)
 
 
 def _quantized(q: Tensor, keys: Keys) -> Tensor:

@@ -1,68 +1,102 @@
 """Matmuls that accumulate in float16: twice as fast on GeForce cards, but values beyond 65504 overflow.
 
-A value that overflows becomes infinite or NaN and stays so. Checking after every matmul would make the host wait for
-the device each time, so the device keeps a flag for each matmul and the host reads all flags together.
+A value that overflows becomes infinite or NaN, and so does what is computed from it: no norm, softmax or gate makes it
+finite again. So only what a computation ends with is looked at. If that is not finite, it is computed anew without
+float16, then and whenever it comes again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels.device import float16_accumulation, uses_triton
+from skyrun.kernels.device import float16_accumulation, float16_sums_are_quick
 from skyrun.kernels.weight import QuantizedWeight
 
-P = ParamSpec("P")
 R = TypeVar("R")
-_Flags = list[tuple[str, Tensor]]  # name of the weight, and bool []: whether the whole result is finite
-
-_gathered: ContextVar[_Flags | None] = ContextVar("gathered", default=None)
-_overflowed: set[str] = set()  # names of weights whose matmul would overflow again in the next step
 
 
-def may_overflow(weight: QuantizedWeight) -> bool:
-    """Whether a matmul with this weight has overflowed float16 before."""
-    return weight.name in _overflowed
+@dataclass
+class _Attempt:
+    """A computation under way: whether it may use float16, and whether it does."""
+
+    allowed: bool
+    used: bool = False
+
+
+_attempt: ContextVar[_Attempt | None] = ContextVar("attempt", default=None)
+_overflowed: set[str] = set()  # names of computations that would overflow again in the next step
+
+
+def are_used(device: torch.device) -> bool:
+    """Whether what runs `within_range` now sums products in float16 on the device."""
+    attempt = _attempt.get()
+    return attempt is not None and attempt.allowed and float16_sums_are_quick(device)
+
+
+def handed_on(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of what layers hand to each other for tokens of a dtype: float16 if it is as short and they sum in it.
+
+    The caller will have products in it: their results are looked at.
+    """
+    if dtype != torch.bfloat16 or not are_used(device):
+        return dtype
+    _use()
+    return torch.float16
 
 
 def multiply(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x [L, cols] @ weight^T -> [L, rows] in x's dtype. The result may have overflowed: call it in `within_range`."""
+    _use()
     with float16_accumulation():
         bias16 = None if bias is None else bias.to(torch.float16)
         y = F.linear(x.to(torch.float16), weight.dense(torch.float16), bias16)
-    if uses_triton(x.device):
-        from skyrun.kernels.triton_cast import cast_checked
-    else:
-        from skyrun.kernels.torch_cast import cast_checked
-    result, finite = cast_checked(y, x.dtype)
-    flags = _gathered.get()
-    assert flags is not None, "outside of within_range nobody reads the flag"
-    flags.append((weight.name, finite))
+    return y.to(x.dtype)
+
+
+def within_range(name: str, compute: Callable[[], R], tensors: Callable[[R], Iterable[Tensor]]) -> R:
+    """What `compute` returns, computed without float16 if it would overflow.
+
+    A nested call leaves the check to the outer one. The host waits for the device once, if float16 was used.
+
+    Args:
+        name: of what is computed, by which it is known in later steps.
+        compute: runs again after an overflow, so it must leave its inputs as they are.
+        tensors: those of a result that are not finite if anything has overflowed.
+    """
+    if _attempt.get() is not None:
+        return compute()
+    if name not in _overflowed:
+        attempt = _Attempt(True)
+        result = _run(attempt, compute)
+        if not attempt.used or _are_finite(tensors(result)):
+            return result
+        del result
+    result = _run(_Attempt(False), compute)
+    if name not in _overflowed and _are_finite(tensors(result)):  # otherwise it was broken before
+        _overflowed.add(name)
     return result
 
 
-def within_range(compute: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `compute` until no matmul in it overflows float16, and return its result.
+def _use() -> None:
+    attempt = _attempt.get()
+    assert attempt is not None, "outside of within_range nobody looks at what has overflowed"
+    attempt.used = True
 
-    After an overflow, the first weight that caused it is remembered and not multiplied in float16 again. Everything
-    after it depends on the bad values, so `compute` runs anew. A nested call leaves the check to the outer one.
-    """
-    if _gathered.get() is not None:
-        return compute(*args, **kwargs)
-    while True:
-        flags: _Flags = []
-        token = _gathered.set(flags)
-        try:
-            result = compute(*args, **kwargs)
-        finally:
-            _gathered.reset(token)
-        if not flags:
-            return result
-        finite = torch.stack([flag for _, flag in flags]).tolist()  # the host waits for the device here only
-        if all(finite):
-            return result
-        _overflowed.add(flags[finite.index(False)][0])
-        del result
+
+def _run(attempt: _Attempt, compute: Callable[[], R]) -> R:
+    token = _attempt.set(attempt)
+    try:
+        return compute()
+    finally:
+        _attempt.reset(token)
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite, in one pass without another tensor of their size."""
+    ends = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors if tensor.numel()]
+    return all(torch.stack(ends).tolist()) if ends else True

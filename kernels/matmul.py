@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from skyrun.kernels import elementwise, float16_sums, torch_int8
 from skyrun.kernels.choice import bucket, fastest
-from skyrun.kernels.device import float16_sums_are_quick, uses_triton
+from skyrun.kernels.device import uses_triton
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.weight import QuantizedWeight
@@ -32,7 +32,7 @@ def linear(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer, y = x @ weight^T + bias, or residual + gate * y with a residual -> [..., rows] in x's dtype.
+    """A linear layer, y = x @ weight^T + bias -> [..., rows] in x's dtype; with a residual, residual + gate * y in its.
 
     Args:
         x: [..., cols]. Rows in rotated int8 need a weight that is `fast`; plain rows are rotated for such a weight.
@@ -48,10 +48,13 @@ def linear(
         return y.view(*x.shape[:-1], -1)
     assert isinstance(x, Tensor), "rotated rows need a fast weight"
     if isinstance(weight, QuantizedWeight):
-        y = float16_sums.within_range(_exact, x, weight, bias)
+        y = float16_sums.within_range(weight.name, lambda: _exact(x, weight, bias), lambda product: [product])
     else:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y if residual is None else elementwise.add_gated(residual, y, gate)
+    if residual is None:
+        return y
+    out = y.view(residual.dtype) if y.dtype.itemsize == residual.dtype.itemsize else None  # the sum takes its memory
+    return elementwise.add_gated(residual, y, gate, out)
 
 
 def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -59,7 +62,7 @@ def _exact(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     backends: dict[str, Backend] = {"decode": lambda part: _decoded(flat[part], weight, bias)}
     if x.device.type != "cpu" and x.dtype != torch.float32:
         if len(flat) > FEW_ROWS:
-            if float16_sums_are_quick(x.device) and not float16_sums.may_overflow(weight):
+            if float16_sums.are_used(x.device):
                 backends["decode, float16 sums"] = lambda part: float16_sums.multiply(flat[part], weight, bias)
         elif uses_triton(x.device):
             backends["fused"] = lambda part: _fused(flat[part], weight, bias)

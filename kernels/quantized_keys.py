@@ -14,6 +14,15 @@ BLOCK = 64  # keys whose probabilities in 8 bits share a scale, which makes the 
 LARGEST = {"full-int8": (255.0, 127.0), "fp8": (448.0, 2.25)}
 
 
+def for_few_keys(precision: str) -> str:
+    """The precision for keys of a text or an image beside one for many: with values in 16 bits, which takes no time.
+
+    The rows after a text are all alike. So are their errors, which do not average out, and a few large values of the
+    text make a channel's scale too coarse for all others.
+    """
+    return "int8" if precision in LARGEST else precision
+
+
 @dataclass(frozen=True)
 class QuantizedKeys:
     """M keys and values of H heads of dimension 128.

@@ -10,22 +10,26 @@ from skyrun.kernels.torch_int8 import quantize_rows
 _CACHED = 1 << 19  # values
 
 
-def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False) -> Tensor | RotatedInt8:
+def layer_norm(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False, dtype: torch.dtype | None = None
+) -> Tensor | RotatedInt8:
     """(x - mean) / sqrt(variance + eps) * gain + shift over the last axis."""
     normed = F.layer_norm(x.float(), (x.shape[-1],), None, None, eps) * gain + shift
-    return _as(quantize_rows(normed), x.dtype) if rotated else normed.to(x.dtype)
+    return _as(quantize_rows(normed), dtype or x.dtype) if rotated else normed.to(dtype or x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None
+) -> Tensor:
     """x / sqrt(mean square + eps) * weight over the last axis, then neighbouring pairs rotated by the token's angle."""
     normed = F.rms_norm(x.float(), (x.shape[-1],), weight, eps)
     if rope is None:
-        return normed.to(x.dtype)
+        return normed.to(x.dtype) if out is None else out.copy_(normed)
     cos, sin = (table.unsqueeze(1) for table in rope)
     half = cos.shape[-1]
     pairs = (len(x), x.shape[-1] // (2 * half), half, 2)
     a, b = normed.view(pairs).unbind(3)
-    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     real, imaginary = rotated.view(pairs).unbind(3)
     real.copy_(a * cos - b * sin)
     imaginary.copy_(a * sin + b * cos)
@@ -50,18 +54,20 @@ def _parts(frame: Tensor) -> tuple[Tensor, ...]:
     return rows.split(max(1, _CACHED // rows.shape[1])) if rows.device.type == "cpu" else (rows,)
 
 
-def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x + gate * y."""
-    if gate is None:
-        return (x + y).to(x.dtype)
-    return torch.mul(y, gate).add_(x).to(x.dtype)
+    total = x + y if gate is None else torch.mul(y, gate).add_(x)
+    return total.to(x.dtype) if out is None else out.copy_(total)
 
 
-def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
+def gelu(x: Tensor, rotated: bool = False, out: Tensor | None = None) -> Tensor | RotatedInt8:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     if rotated:
         return _as(quantize_rows(F.gelu(x.float(), approximate="tanh")), x.dtype)
-    return F.gelu(x, approximate="tanh")
+    if out is None:
+        return F.gelu(x, approximate="tanh")
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    return out
 
 
 def _as(rows: RotatedInt8, dtype: torch.dtype) -> RotatedInt8:

@@ -145,10 +145,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False) -> Tensor | RotatedInt8:
+def layer_norm(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool = False, dtype: torch.dtype | None = None
+) -> Tensor | RotatedInt8:
     """As `torch_elementwise.layer_norm`."""
     x, (rows, cols) = _rows(x), x.shape
-    out, scales, result = _result(x, rotated)
+    out, scales, result = _result(x, rotated, dtype or x.dtype)
     if rows:
         layer_norm_kernel[(rows,)](
             *(x, gain.float().contiguous(), shift.float().contiguous(), out, scales, x.stride(0), eps),
@@ -158,10 +160,12 @@ def layer_norm(x: Tensor, gain: Tensor, shift: Tensor, eps: float, rotated: bool
     return result
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, rope: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None
+) -> Tensor:
     """As `torch_elementwise.rms_norm`. The head dimension must be a power of two and at most 256."""
     x, (rows, cols) = _rows(x), x.shape
-    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    out = _place(x, out)
     cos, sin = (x, x) if rope is None else (table.contiguous() for table in rope)
     half = 0 if rope is None else cos.shape[1]
     if half and GROUP % (2 * half):
@@ -186,31 +190,34 @@ def norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     )
 
 
-def gelu(x: Tensor, rotated: bool = False) -> Tensor | RotatedInt8:
+def gelu(x: Tensor, rotated: bool = False, out: Tensor | None = None) -> Tensor | RotatedInt8:
     """As `torch_elementwise.gelu`."""
     x, (rows, cols) = _rows(x), x.shape
-    out, scales, result = _result(x, rotated)
-    if rows and rotated:
-        gelu_rotated_kernel[(rows,)](x, out, scales, x.stride(0), cols, row_tile(cols), num_warps=row_warps(cols))
-    elif rows:
+    if rotated:
+        codes, scales, result = _result(x, True, x.dtype)
+        if rows:
+            gelu_rotated_kernel[(rows,)](x, codes, scales, x.stride(0), cols, row_tile(cols), num_warps=row_warps(cols))
+        return result
+    out = _place(x, out)
+    if rows:
         gelu_kernel[_grid(rows, cols)](x, out, x.stride(0), rows, cols, _ROWS, _COLS, num_warps=_WARPS)
-    return result
+    return out
 
 
 def quantize_rows(x: Tensor) -> RotatedInt8:
     """As `torch_int8.quantize_rows`."""
     flat = _rows(x.reshape(-1, x.shape[-1]))
     rows, cols = flat.shape
-    out, scales, _ = _result(flat, True)
+    out, scales, _ = _result(flat, True, x.dtype)
     if rows:
         quantize_kernel[(rows,)](flat, out, scales, flat.stride(0), cols, row_tile(cols), num_warps=row_warps(cols))
     return RotatedInt8(out.view(x.shape), scales.view(x.shape[:-1]), x.dtype)
 
 
-def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """As `torch_elementwise.add_gated`."""
     x, y, (rows, cols) = _rows(x), _rows(y), x.shape
-    out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+    out = _place(x, out)
     gate = None if gate is None else gate.float().contiguous()
     if rows:
         add_gated_kernel[_grid(rows, cols)](
@@ -223,13 +230,21 @@ def _grid(rows: int, cols: int) -> tuple[int, int]:
     return triton.cdiv(rows, _ROWS), triton.cdiv(cols, _COLS)
 
 
-def _result(x: Tensor, rotated: bool) -> tuple[Tensor, Tensor, Tensor | RotatedInt8]:
+def _place(x: Tensor, out: Tensor | None) -> Tensor:
+    """Where a result of x's shape is written: `out`, whose rows lie one after the other, or new memory."""
+    if out is None:
+        return torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+    assert out.shape == x.shape and out.is_contiguous(), "kernels write rows without gaps"
+    return out
+
+
+def _result(x: Tensor, rotated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | RotatedInt8]:
     """The output and scale buffers that a kernel writes, and the result that the caller returns."""
     rows, cols = x.shape
     if not rotated:
-        out = torch.empty((rows, cols), dtype=x.dtype, device=x.device)
+        out = torch.empty((rows, cols), dtype=dtype, device=x.device)
         return out, out, out
     check_width(cols)
     codes = torch.empty((rows, cols), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    return codes, scales, RotatedInt8(codes, scales, x.dtype)
+    return codes, scales, RotatedInt8(codes, scales, dtype)

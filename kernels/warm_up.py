@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from skyrun.kernels.device import float16_sums_are_quick
 from skyrun.kernels.formats import block_format
 from skyrun.kernels.planes import needs_planes
-from skyrun.kernels.quantized_keys import HEAD_DIM
+from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys, for_few_keys
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.weight import QuantizedWeight
 
@@ -46,19 +45,20 @@ def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]
 def _elementwise(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
     from skyrun.kernels import triton_elementwise as kernels
 
-    x, wide = _zeros(_ROWS, blocks.dim, blocks, device), _zeros(_ROWS, blocks.ffn, blocks, device)
-    gain = torch.zeros(blocks.dim, device=device)
+    inner = _inner(blocks, device)
+    x, gain = torch.zeros(_ROWS, blocks.dim, dtype=blocks.dtype, device=device), torch.zeros(blocks.dim, device=device)
+    y, wide = (torch.zeros(_ROWS, cols, dtype=inner, device=device) for cols in (blocks.dim, blocks.ffn))
     table = torch.zeros(_ROWS, HEAD_DIM // 2, device=device)
-    for rotated in {False, blocks.fast}:  # the last norm is not before an int8 product
-        yield partial(kernels.layer_norm, x, gain, gain, 1e-6, rotated)
-    yield partial(kernels.rms_norm, x, gain, 1e-6)
-    yield partial(kernels.rms_norm, x, gain, 1e-6, (table, table))
+    for rotated, dtype in {(False, blocks.dtype), (blocks.fast, inner)}:  # the last norm is not before such a product
+        yield partial(kernels.layer_norm, x, gain, gain, 1e-6, rotated, dtype)
+    yield partial(kernels.rms_norm, y, gain, 1e-6)
+    yield partial(kernels.rms_norm, y, gain, 1e-6, (table, table))
     yield partial(kernels.gelu, wide, blocks.fast)
     if blocks.fast:
         yield partial(kernels.quantize_rows, x)
     else:  # the product of int8 rows adds the residual itself
-        yield partial(kernels.add_gated, x, x)
-        yield partial(kernels.add_gated, x, x, gain)
+        yield partial(kernels.add_gated, x, y)
+        yield partial(kernels.add_gated, x, y, gain)
 
 
 def _frames(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -73,18 +73,14 @@ def _frames(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], objec
 
 
 def _decoding(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
-    """Exact products decode to the dtype of the tokens, or to float16 where that sums quicker."""
-    from skyrun.kernels import triton_cast, triton_decode
+    """Exact products decode to the dtype of what they multiply."""
+    from skyrun.kernels import triton_decode
 
     if blocks.fast:
         return
-    quick = float16_sums_are_quick(device)
     for type in _types(blocks.weights):
         data = _weight(type, block_format(type).block_size, False, device).data
-        for dtype in {blocks.dtype, torch.float16} if quick else {blocks.dtype}:
-            yield partial(triton_decode.dequantize, data, type, dtype, needs_planes(type))
-    if quick:
-        yield partial(triton_cast.cast_checked, torch.zeros(_ROWS, HEAD_DIM, device=device).half(), blocks.dtype)
+        yield partial(triton_decode.dequantize, data, type, _inner(blocks, device), needs_planes(type))
 
 
 def _int8(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -92,7 +88,8 @@ def _int8(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]
 
     for type, cols in sorted(blocks.weights):
         yield partial(triton_encode.encode_weight, _weight(type, cols, True, device))
-    residual, vector = _zeros(_ROWS, _OUT, blocks, device), torch.zeros(_OUT, device=device)
+    residual = torch.zeros(_ROWS, _OUT, dtype=blocks.dtype, device=device)
+    vector = torch.zeros(_OUT, device=device)
     alone, added, gated = (), (None, residual), (vector, residual)  # gate and residual
     forms = {blocks.dim: (alone, added, gated), blocks.ffn: (gated,)}
     for cols in sorted({cols for _, cols in blocks.weights}):
@@ -103,14 +100,13 @@ def _int8(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]
 
 def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
     from skyrun.kernels import triton_attention as kernels
-    from skyrun.kernels.quantized_keys import QuantizedKeys
 
-    def attend() -> Tensor:
+    def attend() -> None:
         codes, scales = kernels.quantize_keys(x)
-        keys = QuantizedKeys(blocks.attention, codes, scales, *kernels.quantize_values(x, blocks.attention))
-        return kernels.attend(x, keys)
+        for precision in {blocks.attention, for_few_keys(blocks.attention)}:
+            kernels.attend(x, QuantizedKeys(precision, codes, scales, *kernels.quantize_values(x, precision)))
 
-    x = _zeros(_ROWS, blocks.dim, blocks, device)
+    x = torch.zeros(_ROWS, blocks.dim, dtype=_inner(blocks, device), device=device)
     yield attend
 
 
@@ -118,8 +114,10 @@ def _types(weights: Iterable[tuple[str, int]]) -> list[str]:
     return sorted({type for type, _ in weights})
 
 
-def _zeros(rows: int, cols: int, blocks: Blocks, device: torch.device) -> Tensor:
-    return torch.zeros(rows, cols, dtype=blocks.dtype, device=device)
+def _inner(blocks: Blocks, device: torch.device) -> torch.dtype:
+    """The dtype of what layers hand to each other: float16 where they sum in it (`float16_sums.handed_on`)."""
+    short = blocks.dtype == torch.bfloat16 and not blocks.fast
+    return torch.float16 if short and float16_sums_are_quick(device) else blocks.dtype
 
 
 def _rotated(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> RotatedInt8:

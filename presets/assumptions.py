@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from skyrun.presets.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, STATED, Hardware
-from skyrun.presets.timing import START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
+from skyrun.presets.timing import FEW_KEYS, START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -20,15 +20,18 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         plan: says which rates count.
     """
     rates, cuda = rates_of(hardware), hardware.device == "cuda"
-    slow = " at half of that in float32" if cuda and "float32" in (plan.encoding.dtype, plan.decoding.dtype) else ""
+    single = cuda and rates.float32 and "float32" in (plan.encoding.dtype, plan.decoding.dtype)
+    slow = f" and {_tera(rates.float32)} in float32" if single else ""
     linear, attention = rates.linear, rates.attention_in(plan.attention) or rates.attention
     if plan.precision == "fast" and rates.fast_linear:
         linear = rates.fast_linear
+    few = FEW_KEYS.get(plan.attention, "")
+    to_text = f" ({_tera(rates.attention_in(few))} {_kind(few)} to the text)" if few and rates.attention_in(few) else ""
     origin = hardware.origin("rates")
     where = "from the table of cards" if origin == ASSUMED and cuda else "from the number of cores"
     yield (
         f"rates ({where if origin == ASSUMED else origin}): linear layers {_tera(linear)} {_kind(plan.precision)}, "
-        f"attention {_tera(attention)} {_kind(plan.attention)}, autoencoder {_tera(rates.convolution)}{slow}, "
+        f"attention {_tera(attention)} {_kind(plan.attention)}{to_text}, autoencoder {_tera(rates.convolution)}{slow}, "
         f"decoding and elementwise work {rates.decode / 1e9:.0f} GB/s"
     )
     yield f"the disk reads {hardware.disk_rate / 1e9:.2f} GB/s ({hardware.origin('disk_rate')})" + (

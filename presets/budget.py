@@ -10,10 +10,9 @@ from skyrun.presets.memory import (
     GIB,
     NCCL_BYTES,
     PROCESS_BYTES,
-    RESERVE_BYTES,
-    RESERVE_SHARE,
     RING_SLOTS,
     staging_bytes,
+    without_reserve,
 )
 
 
@@ -21,7 +20,7 @@ from skyrun.presets.memory import (
 class Budget:
     """Memory that a plan may use, in bytes.
 
-    cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: the limit minus a reserve.
+    cuda: whether the device is a GPU. limit: bytes of the device that may be used. usable: what the VAE may take.
     host: bytes of host memory that may be used. base: bytes that are in use before the first tensor. fragments: share
     of activations that free memory which cannot be joined takes on top.
     """
@@ -70,6 +69,6 @@ def budget_of(hardware: Hardware, max_vram: float | None, max_ram: float | None,
         return Budget(False, host, host, host, PROCESS_BYTES)
     free = hardware.vram_free + (not several) * CONTEXT_BYTES  # which the starting process keeps
     limit = free if max_vram is None else min(int(max_vram * GIB), free)
-    usable = limit - max(RESERVE_BYTES, int(RESERVE_SHARE * limit))
     base = CONTEXT_BYTES + several * NCCL_BYTES
-    return Budget(True, limit, usable, host, base, FRAGMENTS if hardware.system == "Windows" else 0.0)
+    fragments = FRAGMENTS if hardware.system == "Windows" else 0.0
+    return Budget(True, limit, without_reserve(limit, "vae"), host, base, fragments)

@@ -24,6 +24,9 @@ _ATTENTION = {
 _OTHER_ATTENTION = (0.60, 0.60, 0.60)
 # Convolutions of the autoencoder in a 16-bit dtype: 0.40 on an RTX 4090, half of that on an H100.
 _CONVOLUTION, _SERVER_CONVOLUTION = 0.40, 0.20
+# Anything in float32, outside of tensor cores: torch uses no TF32 in matmuls, and since 2.9.1 none in 3-D convolutions
+# (pytorch pull request 167024). Assumed is the share of 16 bits on an RTX 4090.
+_FLOAT32 = 0.40
 _LANE = {3: 0.77, 4: 1.53, 5: 3.1}  # GB/s that one lane of a PCIe generation transfers from page-locked memory
 _GENERATIONS = {(7, 0): "Volta", (7, 5): "Turing", (8, 0): "Ampere", (8, 6): "Ampere", (8, 9): "Ada", (9, 0): "Hopper"}
 
@@ -34,8 +37,8 @@ class Rates:
 
     linear, attention: operations of exact matmuls and attention. fast_linear: of matmuls in int8. int8_attention,
     full_int8_attention, fp8_attention: of attention in its other precisions. What the machine has no kernels for is 0.
-    convolution: operations of the VAE in a 16-bit dtype; in float32 a GPU takes twice as long. decode: bytes that are
-    read and written when weights are decoded.
+    convolution: operations of the VAE in a 16-bit dtype, on a CPU in float32. decode: bytes that are read and written
+    when weights are decoded. float32: operations of anything in float32 on a GPU.
     """
 
     linear: float
@@ -46,6 +49,7 @@ class Rates:
     decode: float
     full_int8_attention: float = 0.0
     fp8_attention: float = 0.0
+    float32: float = 0.0
 
     def attention_in(self, precision: str) -> float:
         """Operations of attention in a precision, 0 if the machine has no kernel for it."""
@@ -58,8 +62,8 @@ class Card:
     """A graphics card.
 
     capability: its CUDA compute capability. vram: GiB. memory: its bandwidth in GB/s. pcie: generation and lanes.
-    float16, float16_sums, int8: dense peaks in 10^12 operations per second, of float16 with float32 accumulation, of
-    float16 with float16 accumulation, and of int8.
+    float16, float16_sums, int8, float32: dense peaks in 10^12 operations per second, of float16 with float32
+    accumulation, of float16 with float16 accumulation, of int8, and of float32 outside of tensor cores.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Card:
     float16: int
     float16_sums: int
     int8: int
+    float32: int
 
     @property
     def bfloat16(self) -> bool:
@@ -96,6 +101,7 @@ class Card:
             decode=_MEMORY * self.memory * GIGA,
             full_int8_attention=bits8 * self.float16 * TERA if triton else 0.0,
             fp8_attention=bits8 * self.float16 * TERA if self.capability >= FLOAT8 else 0.0,
+            float32=_FLOAT32 * self.float32 * TERA,
         )
 
     @property

@@ -17,28 +17,35 @@ class Chip:
     """Dense operations of a multiprocessor per clock.
 
     float16: with float32 accumulation. float16_sums: float16 with float16 accumulation. int8: with int32 accumulation.
+    float32: outside of tensor cores.
     """
 
     capability: tuple[int, int]
     float16: int = 512
     float16_sums: int = 1024
     int8: int = 2048
+    float32: int = 256
 
-    def peaks(self, processors: int, megahertz: float) -> tuple[int, int, int]:
+    def peaks(self, processors: int, megahertz: float) -> tuple[int, int, int, int]:
         """The peaks of a card with that many multiprocessors, in 10^12 operations per second."""
-        rates = (self.float16, self.float16_sums, self.int8)
-        sums, sums16, int8 = (round(processors * megahertz * rate / 1e6) for rate in rates)
-        return sums, sums16, int8
+        rates = (self.float16, self.float16_sums, self.int8, self.float32)
+        sums, sums16, int8, single = (round(processors * megahertz * rate / 1e6) for rate in rates)
+        return sums, sums16, int8, single
 
 
 # GeForce cards accumulate float16 in float32 at half the rate, professional cards with the same chips at full rate.
-TURING, AMPERE, ADA, BLACKWELL = Chip((7, 5)), Chip((8, 6)), Chip((8, 9)), Chip((12, 0))
-_TURING_PRO, _AMPERE_PRO, _ADA_PRO, _BLACKWELL_PRO, _GB10 = (
-    Chip(capability, 1024) for capability in ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
+TURING, AMPERE, ADA, BLACKWELL = Chip((7, 5), float32=128), Chip((8, 6)), Chip((8, 9)), Chip((12, 0))
+_TURING_PRO = Chip((7, 5), 1024, float32=128)
+_AMPERE_PRO, _ADA_PRO, _BLACKWELL_PRO, _GB10 = (
+    Chip(capability, 1024) for capability in ((8, 6), (8, 9), (12, 0), (12, 1))
 )
 _A10G, _L40 = Chip((8, 6), 512, 512, 1024), Chip((8, 9), 512, 512, 1024)
-VOLTA = Chip((7, 0), 1024, 1024, 1024)  # its tensor cores have no int8, but no plan uses int8 there
-GA100, HOPPER, B200 = Chip((8, 0), 2048, 2048, 4096), Chip((9, 0), 4096, 4096, 8192), Chip((10, 0), 8192, 8192, 16384)
+VOLTA = Chip((7, 0), 1024, 1024, 1024, 128)  # its tensor cores have no int8, but no plan uses int8 there
+GA100, HOPPER, B200 = (
+    Chip((8, 0), 2048, 2048, 4096, 128),
+    Chip((9, 0), 4096, 4096, 8192),
+    Chip((10, 0), 8192, 8192, 16384),
+)
 _H20 = Chip((9, 0), 1024, 1024, 2048)
 
 _Row = tuple[str, int, int, int, int]

@@ -20,8 +20,10 @@ ALLOCATOR_BYTES = 160 << 20
 # which holes are left even where free memory can be joined.
 FRAGMENTS, GUIDED_FRAGMENTS = 0.3, 0.15
 
-# Left free on a GPU before blocks are kept there.
-RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.08
+# Left free on a GPU before blocks are kept there, and by the VAE: bytes at least, and a share of the limit. So a replay
+# finds no plan out of memory (benchmarks/block_memory.py); a block in int8 leaves more holes.
+_RESERVES = {"vae": (GIB // 2, 0.08), "int8": (3 * GIB // 8, 0.06)}
+_RESERVE = (5 * GIB // 16, 0.05)
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -54,6 +56,12 @@ def way_of(cuda: bool, capability: tuple[int, int], dtype: str, fast: bool) -> s
     if fast:
         return "int8"
     return "float16 sums" if capability in FLOAT16_SUMS and dtype != "float32" else "exact"
+
+
+def without_reserve(limit: int, way: str) -> int:
+    """Bytes of a limit that may be filled. way: as `way_of` has it, or "vae"."""
+    least, share = _RESERVES.get(way, _RESERVE)
+    return limit - max(least, int(share * limit))
 
 
 def denoise_bytes(
@@ -115,20 +123,16 @@ def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int]:
     """What a block takes besides its tokens and keys: bytes of a token that passes through, where most is held; and of
     a value of a decoded matrix.
 
-    A token that passes holds its activations and a hidden layer, and one thing more: the hidden layer before GELU, the
-    norm before the first projection, or the results of the second one (tests/test_memory.py counts them).
+    A token that passes holds its activations and a hidden layer, which GELU changes in place, and one thing more: the
+    norm before the first projection, or the results of the second one (tests/test_memory.py counts them). Without
+    Triton's kernels these are summed in float32; in int8 GELU writes other memory.
     """
     dim, ffn = workload.dim, workload.ffn_dim
     if way == "int8":
         codes, hidden = 1, ffn * size
         return max(dim * size + hidden + ffn, dim * (size + codes) + hidden), 1
-    if way == "float16 sums":  # a product's float16 result is there beside that in the activations' dtype
-        first, second = 2 * dim * size + 2 * dim + 2 * ffn, dim * size + ffn * size + 2 * ffn + 2 * dim
-        return max(first + ffn * size - 2 * dim, second), size
-    if way == "exact":
-        return max(dim + 2 * ffn, 3 * dim + ffn) * size, size
-    summing = (2 * dim + ffn) * size + dim * (4 if size == 4 else 4 + size)
-    return max((dim + 2 * ffn) * size, summing), size
+    passing = (2 * dim + ffn) * size
+    return passing if way in ("exact", "float16 sums") else passing + 4 * dim, size
 
 
 def parked_bytes(workload: Workload, dtype: str) -> int:

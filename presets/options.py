@@ -7,7 +7,15 @@ from functools import cached_property
 from skyrun.kernels.capability import FLOAT8
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
-from skyrun.presets.memory import GUIDED_FRAGMENTS, PARKING_PIECE, PARKING_PIECES, denoise_bytes, parked_bytes, way_of
+from skyrun.presets.memory import (
+    GUIDED_FRAGMENTS,
+    PARKING_PIECE,
+    PARKING_PIECES,
+    denoise_bytes,
+    parked_bytes,
+    way_of,
+    without_reserve,
+)
 from skyrun.presets.timing import Time, denoise_time, rates_of, step_time
 from skyrun.presets.workload import Workload
 
@@ -99,7 +107,7 @@ def options(
             device, host = budget.taken(
                 work.block_bytes, working, parked_bytes(work, dtype) + PARKING_PIECES * PARKING_PIECE if parked else 0
             )
-            spare = max(0, budget.usable - device) if budget.cuda and keep else 0
+            spare = max(0, without_reserve(budget.limit, way) - device) if budget.cuda and keep else 0
             resident = min(work.layers, spare // max(1, work.block_bytes))
             step = step_time(
                 hardware,

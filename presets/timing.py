@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, own_rows, parked_bytes
+from skyrun.presets.memory import BYTES, own_rows, parked_bytes, way_of
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ _GROUP = 4  # frames that the autoencoder decodes at a time
 _ENCODE, _DECODE = 550, 880
 _ENCODE_STILL = 270  # of a frame before which there is none
 _TEXT_TOKENS = 512
-# Bytes that norms, GELU, residuals and conversions of a block read and write for a token's value, exact and in int8:
-# activations in int8 take one byte, and their conversions are part of other passes (docs/kernels.md).
-_ELEMENTWISE, _ELEMENTWISE_FAST = 100, 52
-_GUIDING = 20  # the same for normalized attention guidance
+# Bytes that norms, GELU, residuals, copies and checks of a block read and write for a token's value, by how it is
+# computed, and what quantizing queries, keys and values adds (tests/test_timing.py counts them).
+_ELEMENTWISE = {"plain": 310, "exact": 65, "float16 sums": 71, "int8": 46}
+_QUANTIZING = {"int8": 21, "full-int8": 18, "fp8": 18}
+_GUIDING = 20  # and normalized attention guidance
+FEW_KEYS = {"full-int8": "int8", "fp8": "int8"}  # the precision of attention to text and image
 # Seconds until the first stage: Python and torch are read, and on a GPU the context is made (assumed).
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
 # Pixels per second that become H.264: a core was measured to take 0.13 s for a frame of 720P; of four.
@@ -198,8 +200,7 @@ def block_weights(workload: Workload) -> int:
 
 def step_operations(workload: Workload) -> tuple[float, float]:
     """Operations of a step with each of its contexts, on average: (in linear layers, in attention)."""
-    dim, tokens = workload.dim, workload.tokens
-    context = workload.context_tokens + workload.avoided_tokens / workload.contexts
+    dim, tokens, context = workload.dim, workload.tokens, _context(workload)
     per_token = (6 + workload.token_matrices) * dim**2 + 2 * dim * workload.ffn_dim
     linear = 2 * (tokens * (per_token + workload.adapter_weights) + context * 2 * dim**2)
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
@@ -227,21 +228,31 @@ def _disk_rate(hardware: Hardware, workload: Workload) -> float:
     return hardware.disk_rate / workload.devices
 
 
+def _context(workload: Workload) -> float:
+    """How many tokens of text and image a token sees, on average."""
+    return workload.context_tokens + workload.avoided_tokens / workload.contexts
+
+
 def _computing(
     hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
 ) -> float:
     """Seconds of a step of one context, of one device among several."""
     rates = rates_of(hardware)
-    slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
     linear, scores = (operations / workload.devices for operations in step_operations(workload))
-    linear_rate = (fast and rates.fast_linear) or rates.linear / slower
-    attention_rate = (attention != "exact" and rates.attention_in(attention)) or rates.attention / slower
+    linear_rate = (fast and rates.fast_linear) or _in_dtype(hardware, rates.linear, dtype)
+    cross = scores * _context(workload) / (workload.tokens + _context(workload))
+    seconds = linear / linear_rate
+    for operations, precision in ((scores - cross, attention), (cross, FEW_KEYS.get(attention, attention))):
+        quick = precision != "exact" and rates.attention_in(precision)
+        seconds += operations / (quick or _in_dtype(hardware, rates.attention, dtype))
     parts = -(-workload.own_tokens // rows) if rows else 1
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
+        way = way_of(True, hardware.capability, dtype, fast)
+        passes = _ELEMENTWISE[way] + (0 if way == "plain" else _QUANTIZING.get(attention, 0))
         guiding = _GUIDING / workload.contexts if workload.avoided_tokens else 0
-        moved += int(workload.own_tokens * workload.dim * ((_ELEMENTWISE_FAST if fast else _ELEMENTWISE) + guiding))
-    seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
+        moved += int(workload.own_tokens * workload.dim * (passes + guiding))
+    seconds += workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
         seconds += workload.layers * crossing / hardware.link_rate
@@ -271,9 +282,16 @@ def _one_after_the_other(hardware: Hardware, time: Time, reading: int) -> Time:
     return replace(time, seconds=time.seconds + loading, bound=bound)
 
 
+def _in_dtype(hardware: Hardware, rate: float, dtype: str) -> float:
+    """A rate in 16 bits, or a GPU's in float32. Rates that were measured before that was one of them have none."""
+    if dtype != "float32" or hardware.device != "cuda":
+        return rate
+    return rates_of(hardware).float32 or rate / 2
+
+
 def _convolving(hardware: Hardware, workload: Workload, vae: Autoencoder, operations: float, frames: int) -> Time:
-    slower = 2.0 if vae.dtype == "float32" and hardware.device == "cuda" else 1.0
     pixels = workload.height * workload.width * frames
-    seconds = slower * operations * workload.vae_base_dim**2 * pixels / rates_of(hardware).convolution
+    rate = _in_dtype(hardware, rates_of(hardware).convolution, vae.dtype)
+    seconds = operations * workload.vae_base_dim**2 * pixels / rate
     travelling = 2 * vae.parked_bytes / hardware.link_rate * -(-frames // _GROUP)
     return Time(seconds + travelling, seconds, "link" if travelling > seconds else "compute", 1.0)

@@ -18,7 +18,9 @@ def said(hardware=CARD, prefer="quality", **changes):
 
 
 @pytest.mark.parametrize("prefer", ["quality", "speed"])
-@pytest.mark.parametrize("field", ["linear", "attention", "fast_linear", "int8_attention", "convolution", "decode"])
+@pytest.mark.parametrize(
+    "field", ["linear", "attention", "fast_linear", "int8_attention", "convolution", "decode", "float32"]
+)
 def test_a_rate_that_changes_the_time_is_said(prefer, field):
     """And none that does not."""
     text, planned = said(prefer=prefer)

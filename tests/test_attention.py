@@ -85,6 +85,15 @@ def test_it_is_its_definition(queries, keys, width):
     assert relative(attend(q, Keys(k, v, 3)), definition(q, k, v, 3)) < 1e-6
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_queries_may_have_another_dtype(precision):
+    """As where a block's keys stay within float16 and its tokens do not."""
+    q, k, v = inputs(5, 70, 2, "random")
+    mixed = attend(q.bfloat16(), Keys(k.half(), v.half(), 2, precision))
+    assert mixed.dtype == torch.bfloat16
+    assert relative(mixed, definition(q, k, v, 2)) < 0.05
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64, 99])
 def test_queries_may_come_in_parts(rows):
     q, k, v = inputs(99, 50, 2)
@@ -311,7 +320,7 @@ def attend_variant(precision, archs=ARCHS, float16_sums=False):
     return Variant(
         f"attend, {precision}" + ", float16 sums" * float16_sums,
         f"{MODULE}:attend_kernel",
-        TENSORS | SIZES | {"v": VALUES[precision]} | sums,
+        TENSORS | SIZES | {"v": VALUES[precision], "out": "*fp16" if float16_sums else "*bf16"} | sums,
         TILE
         | {"FLOAT16_SUMS": float16_sums, "LARGEST": triton_attention.LARGEST_WEIGHT.get(precision)}
         | ({} if sums else {"sums": None}),

@@ -64,7 +64,8 @@ class Recorder:
 
     def __init__(self, weights, seen):
         self._weights, self._seen = weights, seen
-        self.dense, self.rotated, self.attention = weights.dense, weights.rotated, weights.attention
+        self.owner, self.dense, self.attention = weights.owner, weights.dense, weights.attention
+        self.rotated, self.handed_on = weights.rotated, weights.handed_on
 
     def linear(self, name, x, *rest, **sum_up):
         self._seen.setdefault(name, []).append(x.clone())

@@ -292,6 +292,34 @@ def test_sums_have_the_type_of_the_first(module):
 
 
 @pytest.mark.parametrize("module", [twin, triton_elementwise])
+@pytest.mark.parametrize("rope", [None, angles(5, 64)])
+def test_results_may_take_the_memory_of_what_they_are_made_from(module, rope):
+    """And are then in its dtype, or that of a view of it."""
+    x, y, gain = numbers(5, 512), numbers(5, 512, seed=1), numbers(512, seed=2)
+    wide, tall = torch.full((9, 512), 7.0), x.clone()
+    normed = module.rms_norm(x, gain, 1e-6, rope, out=wide[2:7])
+    assert torch.equal(normed, module.rms_norm(x, gain, 1e-6, rope)) and (wide[:2] == 7).all() and (wide[7:] == 7).all()
+    for name, other in (("rms_norm", (gain, 1e-6, rope)), ("gelu", (False,)), ("add_gated", (y, gain))):
+        result = getattr(module, name)(tall, *other, out=tall)
+        assert result.data_ptr() == tall.data_ptr()
+        assert torch.equal(result, getattr(module, name)(x, *other)), name
+        tall.copy_(x)
+    for gate in (gain, None):
+        short = y.half()
+        total = module.add_gated(x.bfloat16(), short, gate, out=short.view(torch.bfloat16))
+        assert total.data_ptr() == short.data_ptr()
+        same(total, x.bfloat16().float() + y.half() * (1 if gate is None else gate), torch.bfloat16)
+
+
+@pytest.mark.parametrize("module", [twin, triton_elementwise])
+def test_a_norm_may_have_another_dtype(module):
+    x, gain, shift = numbers(5, 512, dtype=torch.bfloat16), numbers(512, seed=1), numbers(512, seed=2)
+    expected = twin.layer_norm(x.float(), gain, shift, 1e-6)
+    same(module.layer_norm(x, gain, shift, 1e-6, dtype=torch.float16), expected, torch.float16)
+    assert module.layer_norm(x, gain, shift, 1e-6, True, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("module", [twin, triton_elementwise])
 def test_rows_that_are_not_whole_groups_cannot_be_rotated(module):
     with pytest.raises(ValueError, match="rows of 300 are not whole groups of 256"):
         module.gelu(torch.zeros(2, 300), rotated=True)

@@ -57,6 +57,7 @@ def frames_kernel(channels):
 # not: 1.6 lanes per number at 5120, 1.2 at 13824.
 VARIANTS = [
     (row_kernel("layer norm", "layer_norm_kernel", NORM | {"out": "*bf16"}, DIM, ROTATED=False), 17),
+    (row_kernel("layer norm, float16", "layer_norm_kernel", NORM | {"out": "*fp16"}, DIM, ROTATED=False), 17),
     (row_kernel("layer norm, rotated", "layer_norm_kernel", NORM | ROTATED, DIM, ROTATED=True), 54),
     (row_kernel("RMS norm", "rms_norm_kernel", ROPE, DIM, HALF=0), 12.5),
     (row_kernel("RMS norm, rope", "rms_norm_kernel", ROPE, DIM, HALF=ROPE_HALF), 15.5),
@@ -64,6 +65,7 @@ VARIANTS = [
     (row_kernel("rows", "quantize_kernel", ROTATED, DIM), 38.5),
     (tile_kernel("GELU", "gelu_kernel", {"stride": "i32"}, FFN), 21),
     (tile_kernel("gated sum", "add_gated_kernel", SUM, DIM), 9.2),
+    (tile_kernel("gated sum of float16", "add_gated_kernel", SUM | {"y": "*fp16"}, DIM), 9.2),
     *((frames_kernel(channels), 26) for channels in (96, 192, 384)),
 ]
 

@@ -154,6 +154,17 @@ def test_int8_rows_meet_rotated_matrices(monkeypatch):
         assert off(made, expected) < 1e-5
 
 
+@pytest.mark.parametrize("thin", [True, False])
+def test_inputs_in_another_dtype(monkeypatch, thin):
+    """Inside a block tokens may be in float16 while those that a layer adds to are in bfloat16."""
+    monkeypatch.setattr(low_rank, "ADAPTER_ROWS", 4)  # in several parts
+    generator = torch.Generator().manual_seed(7)
+    x, down, up = (torch.randn(*size, generator=generator) / 5 for size in ((9, 512), (512, 512), (6, 512)))
+    made = add_products(torch.ones(9, 6).bfloat16(), x.half(), [Addition(up, down if thin else None, 0.5)])
+    expected = 1 + 0.5 * x @ (up @ down if thin else up).T
+    assert made.dtype == torch.bfloat16 and off(made, expected) < 0.01
+
+
 def test_int8_layers(converted, pairs, request_of, tmp_path):
     """In int8 a clip with an adapter is about as far from the exact one as a clip without."""
     path = write_adapter(tmp_path / "a.safetensors", pairs, "comfyui")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from moved_bytes import bytes_moved
 from plans import clip_of, plan_clip
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +12,8 @@ from skyrun.planning.what_if import request_workload
 from skyrun.presets.cards import Rates, find_card
 from skyrun.presets.hardware import stated, stated_cpu
 from skyrun.presets.timing import (
+    _ELEMENTWISE,
+    _QUANTIZING,
     START_SECONDS,
     WRITTEN_PIXELS,
     break_even_tokens,
@@ -107,6 +110,20 @@ def test_the_autoencoder_counts_as_many_operations(published_vae):
     assert decoding.get_total_flops() / (21 * squares) == pytest.approx(_DECODE, rel=0.05)
     assert encoding.get_total_flops() / (21 * squares) == pytest.approx(_ENCODE, rel=0.05)
     assert still.get_total_flops() / squares == pytest.approx(_ENCODE_STILL, rel=0.05)
+
+
+@pytest.mark.parametrize(("prefer", "minutes"), [("balanced", 4.6), ("speed", 4.0)])
+def test_four_seconds_at_720p_on_a_large_card(prefer, minutes):
+    plan = plan_clip(clip_of("r2v", "720P", 4.0), stated(find_card("RTX 4090"), 32, 0.5), prefer).plan
+    assert 0.8 < next(stage.seconds for stage in plan.stages if stage.name == "denoise") / 60 / minutes <= 1
+
+
+@pytest.mark.parametrize("way", ["exact", "float16 sums", "int8"])
+def test_passes_between_products_move_as_many_bytes(way):
+    plain = sum(bytes_moved(way, "exact").values())
+    assert plain == pytest.approx(_ELEMENTWISE[way], rel=0.02)
+    for attention, quantizing in _QUANTIZING.items():
+        assert sum(bytes_moved(way, attention).values()) - plain == pytest.approx(quantizing, rel=0.02)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

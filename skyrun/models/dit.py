@@ -3,9 +3,10 @@
 Weights have original Wan names. A block is a function of activations and of streamed weights.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.float16_sums import within_range
 from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.quantized_keys import for_few_keys
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
@@ -201,21 +203,25 @@ def dit_block(
     modulation = w.dense("modulation").view(6, -1)
 
     def project(span: Span, k: Tensor, v: Tensor) -> None:
-        _project(x.fetch(span.rows), span, modulation, w, rope, dims, k, v)
+        compute = partial(_project, x.fetch(span.rows), span, modulation, w, rope, dims, k, v)
+        within_range(w.owner, compute, lambda _: (k, v))
 
     def query(span: Span) -> Tensor:
-        shift, scale = modulation[:2] + span.time[1][:2]
-        return _query(x.fetch(span.rows), 1 + scale, shift, w, _rows(rope, span.rows), dims)
+        compute = partial(_query, x.fetch(span.rows), span, modulation, w, rope, dims)
+        return within_range(w.owner, compute, lambda q: [q])
 
     def all_keys() -> tuple[Keys, tuple["_Crossed", list[Keys] | None]]:
-        return _keys(x, project, w, spans, like, dims), _context_keys(context, w, dims)
+        return _keys(x, project, w, spans, modulation.device, dims), _context_keys(context, w, dims)
 
+    # What travels between devices has one dtype, whatever each of them computes in.
     like = torch.empty(0, dtype=x.dtype, device=modulation.device)
     if shared is None:
-        keys, (crossed, audio_keys) = within_range(all_keys)
+        keys, (crossed, audio_keys) = within_range(
+            w.owner, all_keys, lambda found: (*found[0].plain, *_plain(found[1]))
+        )
     else:
         keys = shared.keys(project, like, w.attention)
-        crossed, audio_keys = within_range(_context_keys, context, w, dims)
+        crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
 
     def span_through_block(span: Span, mixed: Tensor | None = None) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
@@ -235,24 +241,23 @@ def dit_block(
             del spoken
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
-    if shared is None:
-        for span in spans:
-            x.store(span.rows, within_range(span_through_block, span))
-    else:
-        for span, mixed in shared.attended(query, keys, like):
-            x.store(span.rows, within_range(span_through_block, span, mixed))
+    mixing: Iterable[tuple[Span, Tensor | None]] = ((span, None) for span in spans)
+    for span, mixed in mixing if shared is None else shared.attended(query, keys, like):
+        x.store(span.rows, within_range(w.owner, partial(span_through_block, span, mixed), lambda h: [h]))
 
 
 def _self_attention(
     h: Tensor, gain: Tensor, shift: Tensor, keys: Keys, w: Weights, rope: Rope, dims: DiTDims
 ) -> Tensor:
-    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
+    q = w.linear("self_attn.q", _norm(h, gain, shift, w, dims, "self_attn.q"))
     return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
 
 
-def _query(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
-    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
-    return rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope)
+def _query(h: Tensor, span: Span, modulation: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
+    """The queries of a span."""
+    shift, scale = modulation[:2] + span.time[1][:2]
+    q = w.linear("self_attn.q", _norm(h, 1 + scale, shift, w, dims, "self_attn.q"))
+    return rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, _rows(rope, span.rows))
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ class _Crossed:
 def _cross_attention(h: Tensor, keys: _Crossed, w: Weights, dims: DiTDims) -> Tensor:
     """Cross-attention to text and image, with a softmax for each. Only that to the text is guided."""
     norm, bias = w.dense("norm3.weight"), w.dense("norm3.bias")
-    q = w.linear("cross_attn.q", layer_norm(h, norm, bias, dims.eps, w.rotated("cross_attn.q")))
+    q = w.linear("cross_attn.q", _norm(h, norm, bias, w, dims, "cross_attn.q"))
     q = rms_norm(q, w.dense("cross_attn.norm_q.weight"), dims.eps)
     mixed = attend(q, keys.text)
     if keys.avoided is not None:
@@ -291,9 +296,7 @@ def guided_away(wanted: Tensor, avoided: Tensor, scale: float) -> Tensor:
 def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
     """Cross-attention of each frame of `tokens` tokens to its own audio. h: the tokens in `rows`."""
     norm, bias = w.dense("norm_x.weight"), w.dense("norm_x.bias")
-    q = w.linear(
-        "audio_cross_attn.q_linear", layer_norm(h, norm, bias, dims.eps, w.rotated("audio_cross_attn.q_linear"))
-    )
+    q = w.linear("audio_cross_attn.q_linear", _norm(h, norm, bias, w, dims, "audio_cross_attn.q_linear"))
     for frame in range(rows.start // tokens, -(-rows.stop // tokens)):
         part = slice(max(0, frame * tokens - rows.start), (frame + 1) * tokens - rows.start)
         q[part] = attend(q[part], keys[frame])
@@ -301,8 +304,14 @@ def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], 
 
 
 def _hidden(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims) -> Tensor | RotatedInt8:
-    wide = w.linear("ffn.0", layer_norm(h, gain, shift, dims.eps, w.rotated("ffn.0")))
-    return gelu(wide, w.rotated("ffn.2"))
+    wide = w.linear("ffn.0", _norm(h, gain, shift, w, dims, "ffn.0"))
+    rotated = w.rotated("ffn.2")
+    return gelu(wide, rotated, out=None if rotated else wide)
+
+
+def _norm(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, dims: DiTDims, *layers: str) -> Tensor | RotatedInt8:
+    """Tokens as the layers take them."""
+    return layer_norm(h, gain, shift, dims.eps, w.rotated(*layers), w.handed_on(h.dtype, h.device))
 
 
 def _context_keys(context: Context, w: Weights, dims: DiTDims) -> tuple[_Crossed, list[Keys] | None]:
@@ -315,14 +324,23 @@ def _context_keys(context: Context, w: Weights, dims: DiTDims) -> tuple[_Crossed
     return crossed, None if context.audio is None else _audio_keys(context.audio, w, dims)
 
 
+def _plain(found: tuple[_Crossed, list[Keys] | None]) -> Iterator[Tensor]:
+    """The keys and values of a context, before they are quantized."""
+    crossed, audio = found
+    for one in (crossed.text, *filter(None, (crossed.image, crossed.avoided, *(audio or ())))):
+        yield from one.plain
+
+
 def _text_keys(context: Tensor, w: Weights, dims: DiTDims, kind: str = "") -> Keys:
     """Keys and values of the text, or of the image if `kind` is "_img"."""
+    context = context.to(w.handed_on(context.dtype, context.device))
     k = rms_norm(w.linear(f"cross_attn.k{kind}", context), w.dense(f"cross_attn.norm_k{kind}.weight"), dims.eps)
-    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, w.attention)
+    return Keys(k, w.linear(f"cross_attn.v{kind}", context), dims.heads, for_few_keys(w.attention))
 
 
 def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     """Keys and values of each latent frame's audio. They are too few to gain from int8."""
+    audio = audio.to(w.handed_on(audio.dtype, audio.device))
     pairs = w.linear("audio_cross_attn.kv_linear", audio).unflatten(2, (2, -1))
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
@@ -332,11 +350,11 @@ def _keys(
     project: Callable[[Span, Tensor, Tensor], None],
     w: Weights,
     spans: Sequence[Span],
-    like: Tensor,
+    device: torch.device,
     dims: DiTDims,
 ) -> Keys:
     """Keys and values of all tokens."""
-    k, v = (like.new_empty(x.shape) for _ in range(2))
+    k, v = (torch.empty(x.shape, dtype=w.handed_on(x.dtype, device), device=device) for _ in range(2))
     for span in spans:
         project(span, k[span.rows], v[span.rows])
     return Keys(k, v, dims.heads, w.attention)
@@ -347,12 +365,15 @@ def _project(
 ) -> None:
     """Write keys and values of a span. The keys' norm runs over the full width, before the split into heads."""
     shift, scale = modulation[:2] + span.time[1][:2]
-    rotated = w.rotated("self_attn.k", "self_attn.v")
-    normed = layer_norm(h, 1 + scale, shift, dims.eps, rotated)
+    normed = _norm(h, 1 + scale, shift, w, dims, "self_attn.k", "self_attn.v")
     v.copy_(w.linear("self_attn.v", normed))
     projected = w.linear("self_attn.k", normed)
     del normed
-    k.copy_(rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows)))
+    gain, rope = w.dense("self_attn.norm_k.weight"), _rows(rope, span.rows)
+    if k.dtype == projected.dtype:
+        rms_norm(projected, gain, dims.eps, rope, out=k)
+    else:
+        k.copy_(rms_norm(projected, gain, dims.eps, rope))
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

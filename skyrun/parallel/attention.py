@@ -12,7 +12,6 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from skyrun.kernels.attention import Keys, attend
-from skyrun.kernels.float16_sums import within_range
 from skyrun.parallel.group import Arriving, Group, as_bytes
 
 
@@ -52,7 +51,7 @@ class SharedAttention(Generic[Span]):
             count = 0 if span is None else span.rows.stop - span.rows.start
             pair = like.new_empty(2, count, self._group.size * self._dim)
             if span is not None:
-                within_range(project, span, *pair)
+                project(span, *pair)
             parts = pair.unflatten(2, (self._group.size, -1)).permute(2, 0, 1, 3).contiguous()
             return self._exchange(number, parts, 2)
 
@@ -79,14 +78,14 @@ class SharedAttention(Generic[Span]):
 
         def send(number: int) -> Arriving:
             span = self._rounds[number][self._group.rank]
-            q = within_range(query, span) if span is not None else like.new_empty(0, self._group.size * self._dim)
+            q = query(span).to(like.dtype) if span is not None else like.new_empty(0, self._group.size * self._dim)
             parts = q.unflatten(1, (self._group.size, -1)).transpose(0, 1).contiguous()
             return self._exchange(number, parts, 1)
 
         arriving, back = send(0), None
         for number in range(len(self._rounds)):
             later = send(number + 1) if number + 1 < len(self._rounds) else None
-            mixed = attend(arriving.wait().view(like.dtype).view(-1, self._dim), keys)
+            mixed = attend(arriving.wait().view(like.dtype).view(-1, self._dim), keys).to(like.dtype)
             before, back = back, self._send_back(number, mixed)
             del mixed
             if before is not None:

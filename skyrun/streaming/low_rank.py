@@ -48,14 +48,15 @@ def add_products(
 
     Args:
         y: the layer's output [..., rows].
-        x: the layer's input [..., cols].
+        x: the layer's input [..., cols], in a dtype of its own.
         additions: to the layer's weight.
         gate: float32 [rows]; None stands for ones.
     """
     flat = y.view(-1, y.shape[-1])
     for down, up in _stacked(additions, isinstance(x, RotatedInt8), gate, y.dtype):
-        for part, rows in _plain_rows(x, y.dtype):
-            flat[part].addmm_(rows if down is None else F.linear(rows, down), up.T)
+        for part, rows in _plain_rows(x, y.dtype, whole=down is not None):
+            thin = rows if down is None else F.linear(rows, down.to(rows.dtype))
+            flat[part].addmm_(thin.to(y.dtype), up.T)
     return y
 
 
@@ -79,12 +80,16 @@ def _stacked(
             yield None, turned(scaled(one))
 
 
-def _plain_rows(x: Tensor | RotatedInt8, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of x as a matrix; those in int8 some at a time, so that they are never whole in memory."""
-    if isinstance(x, Tensor):
+def _plain_rows(x: Tensor | RotatedInt8, dtype: torch.dtype, whole: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of x as a matrix; those that are converted some at a time, so that they are never whole in memory.
+
+    whole: whether rows may stay in a dtype of their own.
+    """
+    if isinstance(x, Tensor) and (whole or x.dtype == dtype):
         yield slice(None), x.reshape(-1, x.shape[-1])
         return
-    codes, scales = x.codes.view(-1, x.shape[-1]), x.scales.view(-1, 1)
-    for start in range(0, len(codes), ADAPTER_ROWS):
+    codes = x if isinstance(x, Tensor) else x.codes
+    flat, scales = codes.reshape(-1, x.shape[-1]), None if isinstance(x, Tensor) else x.scales.view(-1, 1)
+    for start in range(0, len(flat), ADAPTER_ROWS):
         part = slice(start, start + ADAPTER_ROWS)
-        yield part, (codes[part] * scales[part]).to(dtype)
+        yield part, (flat[part] if scales is None else flat[part] * scales[part]).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels import QuantizedWeight, dequantize, linear
+from skyrun.kernels import QuantizedWeight, dequantize, float16_sums, linear
 from skyrun.kernels.adapter import DTYPES, Fitted
 from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
 from skyrun.kernels.planes import needs_planes
@@ -64,13 +64,13 @@ class Weights:
         attention: str = "exact",
         additions: Additions | None = None,
     ) -> None:
-        self._owner, self._weights, self._observe = owner, weights, observe
+        self.owner, self._weights, self._observe = owner, weights, observe
         self._additions = additions or {}
         self.attention = attention
 
     def __getitem__(self, name: str) -> Weight:
         if name not in self._weights:
-            raise SkyrunError(f"{self._owner} has no tensor {name}", "convert the checkpoint again")
+            raise SkyrunError(f"{self.owner} has no tensor {name}", "convert the checkpoint again")
         return self._weights[name]
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,12 +85,18 @@ class Weights:
         fast = all(isinstance(weight, QuantizedWeight) and weight.fast for weight in weights)
         return fast and self._observe is None
 
+    def handed_on(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype of what the block's layers hand to each other for tokens of a dtype, which they stay in."""
+        quantized = [weight for weight in self._weights.values() if isinstance(weight, QuantizedWeight)]
+        plain = self._observe is not None or not quantized or any(weight.fast for weight in quantized)
+        return dtype if plain else float16_sums.handed_on(dtype, device)
+
     def linear(
         self, name: str, x: Tensor | RotatedInt8, gate: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """Apply the linear layer `name`, with its bias if it has one, to x [..., cols] -> [..., rows].
 
-        With a residual the result is residual + gate * output, or residual + output without a gate.
+        With a residual the result is residual + gate * output, or residual + output without a gate, in its dtype.
         """
         if self._observe is not None:
             assert isinstance(x, Tensor)

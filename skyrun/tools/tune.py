@@ -54,7 +54,7 @@ class _Sizes:
 
 _SIZES = {"cuda": _Sizes(8192, 4096, 16384, 40, 192, 240, 424), "cpu": _Sizes(1024, 512, 8192, 8, 96, 60, 104)}
 _ATTENTION = {"int8": "int8_attention", "full-int8": "full_int8_attention", "fp8": "fp8_attention"}
-STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", *_ATTENTION.values(), "convolution")
+STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", *_ATTENTION.values(), "convolution", "float32")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, fl
     for precision, name in _ATTENTION.items():
         yield name, _attention(device, dtype, sizes, precision) if precision in there else 0.0
     yield "convolution", _convolution(device, dtype, sizes)
+    yield "float32", _convolution(device, torch.float32, sizes) if cuda else 0.0
 
 
 def _disk(model: Path | None) -> float:

@@ -18,6 +18,7 @@ _NAMES = {
     "full_int8_attention": "attention in full-int8, TOP/s",
     "fp8_attention": "attention in fp8, TOP/s",
     "convolution": "convolutions, TFLOP/s",
+    "float32": "convolutions in float32, TFLOP/s",
 }
 
 
