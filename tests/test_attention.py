@@ -298,7 +298,8 @@ def test_cudnn_is_left_out_where_it_is_wrong(monkeypatch, cudnn, offered):
 
 VALUES = {"int8": "*fp16", "full-int8": "*i8", "fp8": "*fp8e4nv"}
 TENSORS = {"q": "*i8", "q_scales": "*fp32", "k": "*i8", "k_scales": "*fp32", "v_scales": "*fp32"}
-SIZES = {"out": "*bf16", "L": "i32", "M": "i32", "stride": "i32"}
+SIZES = {"out": "*bf16", "L": "i32", "M": "i32", "stride": "i32", "width": "i32", "factor": "fp32"}
+LISTS = {"lists": "*i16", "counts": "*i32", "heads": "*i32"}
 TILE = {"HEADS": 40, "QUERIES": triton_attention.QUERIES, "KEYS": triton_attention.KEYS}
 ROWS = {"HEADS": 40, "ROWS": triton_attention.ROWS}
 MODULE = "skyrun.kernels.triton_attention"
@@ -306,18 +307,25 @@ GEFORCE = (86, 89, 120)
 FLOAT8 = tuple(arch for arch in ARCHS if arch >= 89)
 
 
-def attend_variant(precision, archs=ARCHS, float16_sums=False):
-    sums = {"sums": "*i32"} if precision == "full-int8" else {}
+def attend_variant(precision, archs=ARCHS, float16_sums=False, listed=False):
+    """Of queries with a list of keys, or without. "exact" has lists alone; others are torch's."""
+    signature = TENSORS | SIZES | {"v": VALUES.get(precision, "*bf16")}
+    signature |= {"sums": "*i32"} if precision == "full-int8" else {}
+    signature |= LISTS if listed else {}
+    if precision == "exact":
+        plain = dict.fromkeys(("q", "k"), "*bf16")
+        signature = {name: kind for name, kind in (signature | plain).items() if "scales" not in name}
+    pointers = (*TENSORS, "v", "sums", *LISTS)
     return Variant(
-        f"attend, {precision}" + ", float16 sums" * float16_sums,
+        f"attend, {precision}" + ", float16 sums" * float16_sums + ", lists" * listed,
         f"{MODULE}:attend_kernel",
-        TENSORS | SIZES | {"v": VALUES[precision]} | sums,
+        signature,
         TILE
         | {"FLOAT16_SUMS": float16_sums, "LARGEST": triton_attention.LARGEST_WEIGHT.get(precision)}
-        | ({} if sums else {"sums": None}),
+        | {name: None for name in pointers if name not in signature},
         warps=triton_attention.WARPS,
         stages=triton_attention.STAGES,
-        unaligned=("L", "M"),
+        unaligned=("L", "M", "width"),
         archs=archs,
     )
 
@@ -336,6 +344,12 @@ VARIANTS = [
     attend_variant("full-int8"),
     attend_variant("fp8", FLOAT8),
     attend_variant("fp8", (89, 120), True),
+    attend_variant("exact", listed=True),
+    attend_variant("int8", listed=True),
+    attend_variant("int8", GEFORCE, True, listed=True),
+    attend_variant("full-int8", listed=True),
+    attend_variant("fp8", FLOAT8, listed=True),
+    attend_variant("fp8", (89, 120), True, listed=True),
     row_variant(
         "quantize",
         "quantize_kernel",

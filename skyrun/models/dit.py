@@ -5,7 +5,7 @@ Weights have original Wan names. A block is a function of activations and of str
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from skyrun.kernels.rotated import RotatedInt8
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
+from skyrun.models.tile_order import TileOrder
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.tokens import HeldTokens, ParkedTokens, Tokens
@@ -48,10 +49,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Span:
-    """A range of tokens that pass through a block together and share a timestep."""
+    """A range of tokens that pass through a block together and share a timestep.
+
+    frames: for a model that hears, the frames that they are of, each with where its tokens are in the range.
+    """
 
     rows: slice
     time: TimeEmbedding
+    frames: tuple[tuple[int, Tensor | slice], ...] = ()
 
 
 class DiT:
@@ -124,7 +129,13 @@ class DiT:
         return rope_table(positions or range(frames), height // 2, width // 2, HEAD_DIM, self.device)
 
     def forward(
-        self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], context: Context, rope: Rope
+        self,
+        stream: BlockStream,
+        latents: Tensor,
+        times: Sequence[TimeEmbedding],
+        context: Context,
+        rope: Rope,
+        order: TileOrder | None = None,
     ) -> Generator[Event, None, Tensor]:
         """Predict the velocity, float32 [out, F, h, w]. Yields an event after every block.
 
@@ -133,13 +144,20 @@ class DiT:
             latents: [C, F, h, w].
             times: a time embedding for each of the F frames.
             context: what the tokens attend to by cross-attention.
-            rope: the rotary table of the latents.
+            rope: the rotary table of the latents, in the order of the tokens.
+            order: of the tokens; None leaves them in frame, row, column order.
         """
-        (velocity,) = yield from self.velocities(stream, latents, times, [context], rope)
+        (velocity,) = yield from self.velocities(stream, latents, times, [context], rope, order)
         return velocity
 
     def velocities(
-        self, stream: BlockStream, latents: Tensor, times: Sequence[TimeEmbedding], contexts: list[Context], rope: Rope
+        self,
+        stream: BlockStream,
+        latents: Tensor,
+        times: Sequence[TimeEmbedding],
+        contexts: list[Context],
+        rope: Rope,
+        order: TileOrder | None = None,
     ) -> Generator[Event, None, list[Tensor]]:
         """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them."""
         _, frames, height, width = latents.shape
@@ -148,34 +166,38 @@ class DiT:
         with ExitStack() as stack:
             held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device))) for _ in contexts]
             for x in held:
-                self._patchify(latents, x)
+                self._patchify(latents, x, order)
             spans = list(divide(times, shape[0] // frames, self._rows))
+            if contexts[0].audio is not None:
+                spans = [_hearing(span, shape[0] // frames, order, self.device) for span in spans]
             for weights, clock in stream.blocks():
                 for x, context in zip(held, contexts, strict=True):
                     dit_block(x, weights, spans, context, rope, self.dims)
                 yield clock.done()
-            patches = [self._head(x, spans).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
+            patches = [self._head(x, spans, order).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
         return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in patches]
 
-    def _patchify(self, latents: Tensor, x: Tokens) -> None:
+    def _patchify(self, latents: Tensor, x: Tokens, order: TileOrder | None) -> None:
         """Latents [C, F, h, w] -> tokens [F * h/2 * w/2, D]. The patch convolution is computed as one matmul."""
         channels, frames, height, width = latents.shape
         patches = latents.view(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
         patches = patches.reshape(-1, channels * 4).to(self.device, self.dtype)
+        patches = patches if order is None else order.arranged(patches)
         weight = self._outer.dense("patch_embedding.weight", self.dtype).flatten(1)
         bias = self._outer.dense("patch_embedding.bias", self.dtype)
         for part in chunks(0, len(patches), self._rows):
             x.store(part, F.linear(patches[part], weight, bias))
 
-    def _head(self, x: Tokens, spans: Sequence[Span]) -> Tensor:
-        """Tokens [L, D] -> patches, float32 [L, 4 * out_channels]."""
+    def _head(self, x: Tokens, spans: Sequence[Span], order: TileOrder | None) -> Tensor:
+        """Tokens [L, D] -> patches, float32 [L, 4 * out_channels], in frame, row, column order."""
         modulation = self._outer.dense("head.modulation").view(2, -1)
         patches = []
         for span in spans:
             shift, scale = modulation + span.time[0]
             normed = layer_norm(x.fetch(span.rows), 1 + scale, shift, self.dims.eps)
             patches.append(self._outer.linear("head.head", normed).float())
-        return torch.cat(patches)
+        joined = torch.cat(patches)
+        return joined if order is None else order.restored(joined)
 
 
 def divide(times: Sequence[TimeEmbedding], tokens: int, rows: int | None) -> Iterator[Span]:
@@ -186,6 +208,16 @@ def divide(times: Sequence[TimeEmbedding], tokens: int, rows: int | None) -> Ite
             for part in chunks(start, (frame + 1) * tokens, rows):
                 yield Span(part, time)
             start = (frame + 1) * tokens
+
+
+def _hearing(span: Span, tokens: int, order: TileOrder | None, device: torch.device) -> Span:
+    """The span with the frames of `tokens` tokens that it has tokens of."""
+    rows = span.rows
+    if order is not None:
+        return replace(span, frames=tuple(order.by_frame(rows, device)))
+    frames = range(rows.start // tokens, -(-rows.stop // tokens))
+    parts = (slice(max(0, n * tokens - rows.start), (n + 1) * tokens - rows.start) for n in frames)
+    return replace(span, frames=tuple(zip(frames, parts, strict=True)))
 
 
 def chunks(start: int, end: int, rows: int | None) -> list[slice]:
@@ -221,8 +253,7 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
         )
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
-            tokens = x.shape[0] // len(audio_keys)
-            spoken = _audio_attention(h, span.rows, tokens, audio_keys, w, dims)
+            spoken = _audio_attention(h, span, audio_keys, w, dims)
             h = w.linear("audio_cross_attn.proj", spoken, residual=h)
             del spoken
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
@@ -247,14 +278,13 @@ def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims
     return mixed if image is None else mixed.add_(attend(q, image))
 
 
-def _audio_attention(h: Tensor, rows: slice, tokens: int, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
-    """Cross-attention of each frame of `tokens` tokens to its own audio. h: the tokens in `rows`."""
+def _audio_attention(h: Tensor, span: Span, keys: Sequence[Keys], w: Weights, dims: DiTDims) -> Tensor:
+    """Cross-attention of each frame to its own audio. h: the tokens of the span."""
     norm, bias = w.dense("norm_x.weight"), w.dense("norm_x.bias")
     q = w.linear(
         "audio_cross_attn.q_linear", layer_norm(h, norm, bias, dims.eps, w.rotated("audio_cross_attn.q_linear"))
     )
-    for frame in range(rows.start // tokens, -(-rows.stop // tokens)):
-        part = slice(max(0, frame * tokens - rows.start), (frame + 1) * tokens - rows.start)
+    for frame, part in span.frames:
         q[part] = attend(q[part], keys[frame])
     return q
 

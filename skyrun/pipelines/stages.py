@@ -192,11 +192,13 @@ def denoise(
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
         stage = Stage("denoise", total, "steps", device, part)
         yield stage.started(finished)
-        contexts, rope = condition.contexts(dit), condition.rope(dit, latents)
-        noisy = condition.noisy(latents)
-        for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
+        contexts, noisy = condition.contexts(dit), condition.noisy(latents)
+        times_of_steps = condition.times(dit, sampler.timesteps, latents)
+        order = condition.order(dit, latents, times_of_steps)
+        rope = condition.rope(dit, latents, order)
+        for times in times_of_steps[finished:]:
             velocities = yield from dit.velocities(
-                stream, condition.sequence(latents, sampler.index), times, contexts, rope
+                stream, condition.sequence(latents, sampler.index), times, contexts, rope, order
             )
             velocity = condition.guided(velocities)
             x0 = sampler.clean(velocity[:, noisy], latents)
