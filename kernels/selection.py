@@ -37,7 +37,7 @@ def tiles_at_once(keys: int, heads: int, tiles: Tiles) -> int:
 
 @dataclass(frozen=True)
 class Read:
-    """What was attended to. out: [L, heads * 128]. read, all: int64 [heads], tiles that were read and that there are."""
+    """What was attended to. out: [L, heads * 128]. read: int64 [heads], tiles that were read, of `all` in a head."""
 
     out: Tensor
     read: Tensor

@@ -154,6 +154,24 @@ def _add_block(
     return higher, near, total, mixed * shift[:, None] + added
 
 
+@triton.jit
+def _add(
+    q, q_scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
+):  # fmt: skip
+    """Add KEYS more keys, whose values are in 8 bits if there is a LARGEST."""
+    if LARGEST is None:
+        peak, total, mixed = _add_keys(
+            q, q_scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, MASKED, FLOAT16_SUMS
+        )
+    else:
+        peak, unit, total, mixed = _add_block(
+            q, q_scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, MASKED,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
+    return peak, unit, total, mixed
+
+
 @triton.jit(do_not_specialize=["L", "M", "width"])
 def attend_kernel(
     q, q_scales, k, k_scales, v, v_scales, sums, out, lists, counts, heads, L, M, stride, width, factor,
@@ -190,42 +208,29 @@ def attend_kernel(
     unit = peak
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, 128), tl.float32)
+    v += head * 128 if LARGEST is None else head.to(tl.int64) * 128 * stride
+    if sums is not None:
+        sums += head * 128
+    for step in tl.range(0, steps):
+        start = step * KEYS
+        if lists is not None:  # the next one is on its way while this one is worked on
+            start = listed * KEYS
+            listed = tl.load(lists + step + 1).to(tl.int32)
+        peak, unit, total, mixed = _add(
+            codes, scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, False,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
+    if whole < M:
+        peak, unit, total, mixed = _add(
+            codes, scale, k, k_scales, v, sums, whole, M, stride, peak, unit, total, mixed, HEADS, KEYS, True,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
     if LARGEST is not None:
-        v += head.to(tl.int64) * 128 * stride
-        if sums is not None:
-            sums += head * 128
-        for step in tl.range(0, steps):
-            start = step * KEYS
-            if lists is not None:  # the next one is on its way while this one is worked on
-                start = listed * KEYS
-                listed = tl.load(lists + step + 1).to(tl.int32)
-            peak, unit, total, mixed = _add_block(
-                codes, scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, False,
-                FLOAT16_SUMS, LARGEST
-            )  # fmt: skip
-        if whole < M:
-            peak, unit, total, mixed = _add_block(
-                codes, scale, k, k_scales, v, sums, whole, M, stride, peak, unit, total, mixed, HEADS, KEYS, True,
-                FLOAT16_SUMS, LARGEST
-            )  # fmt: skip
         result = mixed * (1 / total)[:, None] * tl.load(v_scales + lane)[None, :]
+    elif v_scales is not None:
+        result = mixed * (tl.load(v_scales + head) / total)[:, None]
     else:
-        v += head * 128
-        for step in tl.range(0, steps):
-            start = step * KEYS
-            if lists is not None:
-                start = listed * KEYS
-                listed = tl.load(lists + step + 1).to(tl.int32)
-            peak, total, mixed = _add_keys(
-                codes, scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, False, FLOAT16_SUMS
-            )
-        if whole < M:
-            peak, total, mixed = _add_keys(
-                codes, scale, k, k_scales, v, whole, M, peak, total, mixed, HEADS, KEYS, True, FLOAT16_SUMS
-            )
         result = mixed * (1 / total)[:, None]
-        if v_scales is not None:
-            result = mixed * (tl.load(v_scales + head) / total)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
