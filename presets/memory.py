@@ -32,6 +32,11 @@ ALIGNMENT = 32  # of what is read from different places, in a block's buffer
 ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
 
 _HEAD_DIM = 128  # values per token in the rotary table
+# Attention that skips tiles: queries and keys of a tile, what lists may take of keys and values in 16 bits, and tiles
+# of queries that are looked at (kernels/tiles.py, kernels/selection.py, models/sparse.py).
+QUERY_TILE, KEY_TILE = 128, 64
+LISTS_SHARE = 0.005
+LEARNED, CHECKED = 12, 6
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
@@ -56,6 +61,7 @@ def denoise_bytes(
     parked: bool = False,
     way: str = "",
     attention: str = "exact",
+    sparse: bool = False,
 ) -> int:
     """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
 
@@ -66,6 +72,7 @@ def denoise_bytes(
         parked: whether the activations of the other tokens wait on the host.
         way: as `way_of` has it; "" stands for "plain".
         attention: its precision.
+        sparse: whether it skips tiles.
     """
     size, tokens, dim = BYTES[dtype], workload.tokens, workload.dim
     keys, of_keys = _key_bytes(dim, size, attention if way not in ("", "plain") else "exact")
@@ -74,8 +81,22 @@ def denoise_bytes(
     context = (1 + workload.contexts) * workload.context_tokens * dim * size
     part = min(rows or tokens, tokens)
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
-    peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
-    return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
+    passes = max(part * passing + workload.ffn_dim * dim * matrix, checking_bytes(workload, size) if sparse else 0)
+    peak = max(tokens * keys + passes, tokens * of_keys + queries)
+    lists = list_bytes(workload) if sparse else 0
+    return workload.outer_bytes + held + context + peak + lists + adapter_bytes(workload, part, size, way)
+
+
+def list_bytes(workload: Workload) -> int:
+    """What means of tiles take, and the lists of those that are read."""
+    tokens, dim = workload.tokens, workload.dim
+    pools = -(-tokens // KEY_TILE) * (dim + 5 * dim // _HEAD_DIM)
+    return pools + int(LISTS_SHARE * 4 * tokens * dim)
+
+
+def checking_bytes(workload: Workload, size: int) -> int:
+    """What the sample takes that attention measures its error on: queries, their codes, and results in float32."""
+    return LEARNED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:

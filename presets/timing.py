@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, parked_bytes
+from skyrun.presets.memory import BYTES, CHECKED, KEY_TILE, LEARNED, QUERY_TILE, parked_bytes
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ _ELEMENTWISE, _ELEMENTWISE_FAST = 100, 52
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
 # Pixels per second that become H.264: a core was measured to take 0.13 s for a frame of 720P; of four.
 WRITTEN_PIXELS = 4 * 1280 * 720 / 0.13
+# Operations for a head, a tile of queries and a tile of keys: their score, and the list (tests count them).
+_SCORED, _LISTED = 2 * 128, 100
+_POOLED = 8  # for each value of queries and keys
+_HALVED = 4  # how often the first step computes the sample anew, besides once with all keys
 _TEXT_SQUARES = 11.5  # weights of a block of the text encoder in squares of its width
 
 
@@ -76,6 +80,8 @@ def step_time(
     rows: int | None = None,
     parked: bool = False,
     resident: int = 0,
+    density: float | None = None,
+    learns: bool = False,
 ) -> Time:
     """The time of a denoising step after the first.
 
@@ -88,8 +94,11 @@ def step_time(
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the other tokens wait on the host.
         resident: how many blocks stay on the device.
+        density: the share of tiles that attention reads; None: it skips nothing, and chooses nothing.
+        learns: whether it is dense, and learns what later steps may skip.
     """
-    computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked)
+    work = 1.0 if density is None else _attention_work(hardware, workload, density, learns)
+    computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked, work)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else hardware.disk_rate
     return _overlapped(hardware, computing, reading, rate)
@@ -112,18 +121,19 @@ def write_time(workload: Workload) -> Time:
     return Time(seconds, seconds, "compute", 1.0)
 
 
-def first_step_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
-    """The time of a window's first step, in which every block is read from disk, given that of a later one."""
-    return _overlapped(hardware, step.compute, workload.layers * workload.block_bytes, hardware.disk_rate)
+def first_step_time(hardware: Hardware, workload: Workload, first: Time) -> Time:
+    """The time of a window's first step, in which every block is read from disk, given what it computes."""
+    return _overlapped(hardware, first.compute, workload.layers * workload.block_bytes, hardware.disk_rate)
 
 
-def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
-    """The time of all steps, given that of one after the first."""
-    first = first_step_time(hardware, workload, step)
+def denoise_time(hardware: Hardware, workload: Workload, step: Time, first: Time | None = None) -> Time:
+    """The time of all steps, given that of one after the first, and of a first one with all blocks at hand."""
+    first = first or step
     cold = 1 if is_cached(hardware, workload) else workload.windows
-    steps = workload.windows * workload.steps
-    seconds = steps * step.seconds + cold * (first.seconds - step.seconds)
-    return replace(step, seconds=seconds, compute=steps * step.compute)
+    firsts, later = workload.windows, workload.windows * (workload.steps - 1)
+    reading = first_step_time(hardware, workload, first).seconds - first.seconds
+    seconds = later * step.seconds + firsts * first.seconds + cold * reading
+    return replace(step, seconds=seconds, compute=later * step.compute + firsts * first.compute)
 
 
 def text_time(hardware: Hardware, workload: Workload) -> Time:
@@ -199,8 +209,31 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 
+def _attention_work(hardware: Hardware, workload: Workload, density: float, learns: bool) -> float:
+    """The operations of attention to chosen tiles, in shares of those of attention to all; a CPU computes all."""
+    tokens, context = workload.tokens, workload.context_tokens
+    sampled, read = (LEARNED, 1 + _HALVED * density) if learns else (CHECKED, 1 + density)
+    own = (1.0 if learns or hardware.device != "cuda" else density) + QUERY_TILE * sampled * read / tokens
+    own += selection_operations(workload) / (4.0 * tokens**2 * workload.dim)
+    return (own * tokens + context) / (tokens + context)
+
+
+def selection_operations(workload: Workload) -> float:
+    """Operations of a block to choose the tiles that all queries read."""
+    tokens, dim = workload.tokens, workload.dim
+    pairs = -(-tokens // QUERY_TILE) * -(-tokens // KEY_TILE) * (dim // 128)
+    return pairs * (_SCORED + _LISTED) + 2 * _POOLED * tokens * dim
+
+
 def _computing(
-    hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
+    hardware: Hardware,
+    workload: Workload,
+    fast: bool,
+    attention: str,
+    dtype: str,
+    rows: int | None,
+    parked: bool,
+    work: float,
 ) -> float:
     rates = rates_of(hardware)
     slower = 2.0 if dtype == "float32" and hardware.device == "cuda" else 1.0
@@ -211,7 +244,7 @@ def _computing(
     moved = parts * (workload.block_bytes + block_weights(workload) * (1 if fast else BYTES[dtype]))
     if hardware.device == "cuda":  # a CPU takes next to no time for them
         moved += workload.tokens * workload.dim * (_ELEMENTWISE_FAST if fast else _ELEMENTWISE)
-    seconds = linear / linear_rate + scores / attention_rate + workload.layers * moved / rates.decode
+    seconds = linear / linear_rate + work * scores / attention_rate + workload.layers * moved / rates.decode
     if parked:
         crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
         seconds += workload.layers * crossing / hardware.link_rate

@@ -36,6 +36,7 @@ class Workload:
     decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
     adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
+    density: the share of its tiles that self-attention read in an earlier run of this kind; 0: not known.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Workload:
     candidates: tuple[Candidate, ...] = ()
     adapter_weights: int = 0
     adapter_rank: int = 0
+    density: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from skyrun.kernels import attention, torch_attention, triton_attention
 from skyrun.kernels.attention import Keys, attend, ways
 from skyrun.kernels.device import has_float8
 from skyrun.kernels.quantized_keys import PRECISIONS, QuantizedKeys
-from skyrun.presets.options import ATTENTION_ERRORS
+from skyrun.presets.attention import ATTENTION_ERRORS
 
 CPU = torch.device("cpu")
 # Triton 3.6's interpreter cannot loop up to an argument with NumPy 2.4.

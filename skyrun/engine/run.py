@@ -202,7 +202,7 @@ def _choose(job: Job, limit: float) -> Plan:
         probe(job.plan.device),
         job.workload,
         precision=job.plan.precision,
-        attention=job.plan.attention,
+        attention=job.plan.asked,
         dtype=job.plan.dtype,
         max_vram=limit / GIB if cuda else request.max_vram,
         max_ram=request.max_ram if cuda else limit / GIB,

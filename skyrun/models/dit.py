@@ -6,6 +6,7 @@ Weights have original Wan names. A block is a function of activations and of str
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.float16_sums import within_range
 from skyrun.kernels.gguf_file import GGUFFile
 from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.selection import TiledKeys
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit_header import HEAD_DIM, DiTDims, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
+from skyrun.models.sparse import BlockCheck, SelfCheck
 from skyrun.models.tile_order import TileOrder
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.streaming.stream import BlockStream
@@ -158,8 +161,12 @@ class DiT:
         contexts: list[Context],
         rope: Rope,
         order: TileOrder | None = None,
+        check: SelfCheck | None = None,
     ) -> Generator[Event, None, list[Tensor]]:
-        """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them."""
+        """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them.
+
+        check: decides what self-attention skips; None skips nothing.
+        """
         _, frames, height, width = latents.shape
         shape = frames * (height // 2) * (width // 2), self.dims.dim
         tokens = ParkedTokens if self._parked else HeldTokens
@@ -167,12 +174,14 @@ class DiT:
             held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device))) for _ in contexts]
             for x in held:
                 self._patchify(latents, x, order)
-            spans = list(divide(times, shape[0] // frames, self._rows))
+            rows = check.whole_tiles(self._rows) if check else self._rows
+            spans = list(divide(times, shape[0] // frames, rows))
             if contexts[0].audio is not None:
                 spans = [_hearing(span, shape[0] // frames, order, self.device) for span in spans]
             for weights, clock in stream.blocks():
-                for x, context in zip(held, contexts, strict=True):
-                    dit_block(x, weights, spans, context, rope, self.dims)
+                for number, (x, context) in enumerate(zip(held, contexts, strict=True)):
+                    block_check = check and check.block(number, clock.index)
+                    dit_block(x, weights, spans, context, rope, self.dims, block_check)
                 yield clock.done()
             patches = [self._head(x, spans, order).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]
         return [part.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, height, width) for part in patches]
@@ -226,30 +235,40 @@ def chunks(start: int, end: int, rows: int | None) -> list[slice]:
     return [slice(first, min(first + rows, end)) for first in range(start, end, rows)]
 
 
-def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, rope: Rope, dims: DiTDims) -> None:
+def dit_block(
+    x: Tokens,
+    w: Weights,
+    spans: Sequence[Span],
+    context: Context,
+    rope: Rope,
+    dims: DiTDims,
+    check: BlockCheck | None = None,
+) -> None:
     """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 
     Only keys and values of all tokens are in memory at once; everything else is computed span by span. Times and
-    context are on the device.
+    context are on the device. check: decides what self-attention skips; None skips nothing.
     """
     modulation = w.dense("modulation").view(6, -1)
 
-    def all_keys() -> tuple[Keys, Keys, Keys | None, list[Keys] | None]:
+    def all_keys() -> tuple[Keys | TiledKeys, Keys, Keys | None, list[Keys] | None]:
         return (
-            _keys(x, modulation, w, spans, rope, dims),
+            _keys(x, modulation, w, spans, rope, dims, check),
             _text_keys(context.text, w, dims),
             None if context.image is None else _text_keys(context.image, w, dims, "_img"),
             None if context.audio is None else _audio_keys(context.audio, w, dims),
         )
 
     keys, text_keys, image_keys, audio_keys = within_range(all_keys)
+    if check is not None:
+        within_range(_look, check, keys, x, modulation, w, spans, rope, dims)
 
     def span_through_block(span: Span) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
         h = x.fetch(span.rows)
         # Arguments, not names: what a layer has read is let go when it returns.
         h = w.linear(
-            "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, _rows(rope, span.rows), dims), gate, h
+            "self_attn.o", _self_attention(h, 1 + scale, shift, keys, w, rope, dims, span.rows, check), gate, h
         )
         h = w.linear("cross_attn.o", _cross_attention(h, text_keys, image_keys, w, dims), residual=h)
         if audio_keys is not None:
@@ -263,10 +282,49 @@ def dit_block(x: Tokens, w: Weights, spans: Sequence[Span], context: Context, ro
 
 
 def _self_attention(
-    h: Tensor, gain: Tensor, shift: Tensor, keys: Keys, w: Weights, rope: Rope, dims: DiTDims
+    h: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    keys: Keys | TiledKeys,
+    w: Weights,
+    rope: Rope,
+    dims: DiTDims,
+    rows: slice,
+    check: BlockCheck | None,
 ) -> Tensor:
+    q = _queries(h, gain, shift, w, _rows(rope, rows), dims)
+    if isinstance(keys, TiledKeys):
+        assert check is not None
+        return check.attend(q, keys, rows)
+    return attend(q, keys)
+
+
+def _queries(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
     q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
-    return attend(rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope), keys)
+    return rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, rope)
+
+
+def _look(
+    check: BlockCheck,
+    keys: Keys | TiledKeys,
+    x: Tokens,
+    modulation: Tensor,
+    w: Weights,
+    spans: Sequence[Span],
+    rope: Rope,
+    dims: DiTDims,
+) -> None:
+    """Let the check look at queries, whatever spans they are in."""
+    assert isinstance(keys, TiledKeys)
+    runs = [list(run) for _, run in groupby(spans, key=lambda span: id(span.time))]
+    times = [(slice(run[0].rows.start, run[-1].rows.stop), run[0].time) for run in runs]
+
+    def queries(rows: slice) -> Tensor:
+        time = next(time for run, time in times if run.start <= rows.start < run.stop)
+        shift, scale = modulation[:2] + time[1][:2]
+        return _queries(x.fetch(rows), 1 + scale, shift, w, _rows(rope, rows), dims)
+
+    check.look(keys, queries, [run for run, _ in times])
 
 
 def _cross_attention(h: Tensor, text: Keys, image: Keys | None, w: Weights, dims: DiTDims) -> Tensor:
@@ -306,7 +364,15 @@ def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
-def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope: Rope, dims: DiTDims) -> Keys:
+def _keys(
+    x: Tokens,
+    modulation: Tensor,
+    w: Weights,
+    spans: Sequence[Span],
+    rope: Rope,
+    dims: DiTDims,
+    check: BlockCheck | None,
+) -> Keys | TiledKeys:
     """Keys and values of all tokens. The keys' norm runs over the full width, before the split into heads."""
     k, v = (torch.empty(x.shape, dtype=x.dtype, device=modulation.device) for _ in range(2))
     for span in spans:
@@ -317,7 +383,7 @@ def _keys(x: Tokens, modulation: Tensor, w: Weights, spans: Sequence[Span], rope
         projected = w.linear("self_attn.k", normed)
         del normed
         k[span.rows] = rms_norm(projected, w.dense("self_attn.norm_k.weight"), dims.eps, _rows(rope, span.rows))
-    return Keys(k, v, dims.heads, w.attention)
+    return (check.keys if check is not None else Keys)(k, v, dims.heads, w.attention)
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

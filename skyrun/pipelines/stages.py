@@ -12,6 +12,7 @@ from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.folder import ModelFiles
+from skyrun.models.sparse import SelfCheck
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
@@ -195,18 +196,22 @@ def denoise(
         contexts, noisy = condition.contexts(dit), condition.noisy(latents)
         times_of_steps = condition.times(dit, sampler.timesteps, latents)
         order = condition.order(dit, latents, times_of_steps)
-        rope = condition.rope(dit, latents, order)
+        rope, check = condition.rope(dit, latents, order), None
+        if plan.sparse:
+            check = SelfCheck(plan.sparse, order, (len(contexts), dit.dims.layers, dit.dims.heads), state.learned)
         for times in times_of_steps[finished:]:
             velocities = yield from dit.velocities(
-                stream, condition.sequence(latents, sampler.index), times, contexts, rope, order
+                stream, condition.sequence(latents, sampler.index), times, contexts, rope, order, check
             )
             velocity = condition.guided(velocities)
             x0 = sampler.clean(velocity[:, noisy], latents)
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
-            state.finish_step(latents, sampler)
+            learned, attended = check.finish_step() if check else (None, None)
+            state.finish_step(latents, sampler, learned)
             yield stage.done(state.steps)
+            yield from [attended] if attended else []
             yield Preview(x0)
             refuse_to_spill(device)
     yield stage.ended(stream.stats)

@@ -13,7 +13,8 @@ from skyrun.kernels.capability import FLOAT8
 from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware
-from skyrun.presets.options import ATTENTIONS, lacks_float8
+from skyrun.presets.attention import ATTENTIONS, parse_attention
+from skyrun.presets.options import lacks_float8
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
@@ -196,11 +197,14 @@ def choice_problems(request: Request) -> Iterator[str]:
     for name, value, known in (
         ("dtype", request.dtype, DTYPES),
         ("precision", request.precision, PRECISIONS),
-        ("attention", request.attention, ATTENTIONS),
         ("preference", request.prefer, PREFERENCES),
     ):
         if value is not None and value not in known:
             yield f"unknown {name} {value!r}, expected {', '.join(known[:-1])} or {known[-1]}"
+    try:
+        parse_attention(request.attention or ATTENTIONS[0])
+    except ValueError as error:
+        yield str(error)
     yield from (problem for lora in request.loras if (problem := lora.problem))
     for option, limit in (("--max-vram", request.max_vram), ("--max-ram", request.max_ram)):
         if limit is not None and not 0 < limit < math.inf:
@@ -234,7 +238,7 @@ def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]
 
 def check_attention(hardware: Hardware, attention: str | None) -> None:
     """Raise SkyrunError if attention is asked for in a precision that the card does not have."""
-    if lacks_float8(hardware, attention):
+    if attention and lacks_float8(hardware, parse_attention(attention).precision):
         raise SkyrunError(
             f"--attention fp8 needs a card of the RTX 4000 series or later (compute capability "
             f"{FLOAT8[0]}.{FLOAT8[1]}), {hardware.name} has {hardware.capability[0]}.{hardware.capability[1]}",

@@ -13,7 +13,7 @@ from skyrun.kernels.matmul import FEW_ROWS
 from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.kernels.torch_int8 import rotate
 from skyrun.models.dit_header import HEAD_DIM
-from skyrun.presets.options import ATTENTION_ERRORS
+from skyrun.presets.attention import ATTENTION_ERRORS
 from skyrun.tools.bench.kernels import Bench, attention_way, attention_ways
 
 _ROWS, _COLS = 205, 1024  # of weights; not multiples of a tile

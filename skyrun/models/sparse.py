@@ -1,0 +1,196 @@
+"""Attention that skips what does not matter, as far as an error allows that is measured on the run at hand.
+
+The first step of a window is dense. On a sample of query tiles it learns, for each block and head, what keeping less of
+the probability would have cost: the relative error of the output, against all keys in the same precision. A head keeps
+the least whose error stays under the bound, or all if nothing does. Every later step looks at a smaller sample before
+it attends, and heads that are off by more than the bound keep more from then on.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from skyrun.events import Attended
+from skyrun.kernels.attention import attend
+from skyrun.kernels.selection import TiledKeys
+from skyrun.models.tile_order import TileOrder
+
+# Of the probability that means of tiles promise, what is kept; the first keeps all.
+SHARES = (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45, 0.3)
+LEARNED, CHECKED = 12, 6  # tiles of queries that are looked at in the first step, and in later ones
+_MARGIN = 0.8  # of the bound, what a sample may reach: others of the head may be worse
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+Queries = Callable[[slice], Tensor]  # the queries of a range of tokens
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is known of the attention of a run, on the host.
+
+    levels: int8 [contexts, blocks, heads], indexes of SHARES, of the current window; None before its first step. steps:
+    float32 [n, blocks, 3], for every step so far the density, the largest error of a head (-1 in a first step, which is
+    dense), and the share of heads that are dense.
+    """
+
+    levels: Tensor | None = None
+    steps: Tensor | None = None
+
+    def anew(self) -> "Learned":
+        """For the next window, which learns anew."""
+        return replace(self, levels=None)
+
+    def sparse_steps(self) -> Tensor | None:
+        """Those of `steps` that were not the first of a window; None if there are none."""
+        steps = None if self.steps is None else self.steps[self.steps[:, 0, 1] >= 0]
+        return steps if steps is not None and len(steps) else None
+
+
+class SelfCheck:
+    """The attention of a window's blocks, and what it may skip.
+
+    Args:
+        bound: relative error that the output of a head may have.
+        order: of the tokens.
+        shape: contexts, blocks and heads of the model.
+        learned: what earlier steps have learned.
+    """
+
+    def __init__(self, bound: float, order: TileOrder, shape: tuple[int, int, int], learned: Learned) -> None:
+        self.bound, self.order = bound, order
+        self._shape, self._learned = shape, learned
+        self._begin()
+
+    def _begin(self) -> None:
+        before = self._learned.levels
+        self.levels = torch.zeros(self._shape, dtype=torch.int8) if before is None else before.clone()
+        self.learns = before is None
+        self.errors = torch.zeros(self._shape)
+        self.read: dict[tuple[int, int], dict[int, tuple[Tensor, int]]] = {}
+
+    @property
+    def step(self) -> int:
+        """How many steps of the run are done."""
+        return 0 if self._learned.steps is None else len(self._learned.steps)
+
+    def whole_tiles(self, rows: int | None) -> int | None:
+        """At least so many tokens that pass through a block at a time, so that tiles of queries are whole."""
+        size = self.order.tiles.queries
+        return rows and -(-rows // size) * size
+
+    def block(self, context: int, index: int) -> "BlockCheck":
+        """The attention of a block with one of the contexts."""
+        return BlockCheck(self, context, index)
+
+    def finish_step(self) -> tuple[Learned, Attended]:
+        """What is known after a step, and the event that says so."""
+        contexts, blocks, heads = self._shape
+        density = torch.ones(contexts, blocks)
+        for (context, index), parts in self.read.items():
+            tiles = sum(int(read.sum()) for read, _ in parts.values())
+            density[context, index] = tiles / (heads * sum(whole for _, whole in parts.values()))
+        dense = torch.ones(blocks) if self.learns else (self.levels == 0).float().mean((0, 2))
+        error = torch.full((blocks,), -1.0) if self.learns else self.errors.amax((0, 2))
+        row = torch.stack((density.mean(0), error, dense), 1).unsqueeze(0)
+        before = self._learned.steps
+        self._learned = Learned(self.levels, row if before is None else torch.cat((before, row)))
+        event = Attended(
+            density=float(density.mean()),
+            error=float(error.max().clamp_min(0)),
+            dense_heads=int((self.levels == 0).sum()) if not self.learns else contexts * blocks * heads,
+            heads=contexts * blocks * heads,
+            densities=tuple(density.mean(0).tolist()),
+            errors=tuple(error.clamp_min(0).tolist()),
+        )
+        self._begin()
+        return self._learned, event
+
+
+class BlockCheck:
+    """The attention of one block in one step."""
+
+    def __init__(self, check: SelfCheck, context: int, index: int) -> None:
+        self._check, self._place = check, (context, index)
+
+    @property
+    def _levels(self) -> Tensor:
+        return self._check.levels[self._place]
+
+    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> TiledKeys:
+        """Keys and values [L, heads * 128], which are handed over, prepared."""
+        return TiledKeys(k, v, heads, precision, self._check.order.tiles, self._check.order.always)
+
+    def look(self, keys: TiledKeys, queries: Queries, runs: Sequence[slice]) -> None:
+        """Measure the errors of a sample, and choose what each head keeps.
+
+        Args:
+            keys: of all tokens.
+            queries: makes the queries of a range of tokens.
+            runs: ranges of tokens that have a time each.
+        """
+        check = self._check
+        sample = self._sample(runs, LEARNED if check.learns else CHECKED)
+        q = torch.cat([queries(rows) for rows in sample])
+        starts = [rows.start for rows in sample]
+        wanted = _by_head(keys.attend(q, starts, _shares(torch.zeros_like(self._levels), q), torch.float32).out, keys)
+        measure = _Measure(keys, q, starts, wanted)
+        if check.learns:
+            high = torch.full_like(self._levels, len(SHARES) - 1)
+            while (self._levels < high).any():  # each head halves the range of its own
+                middle = (self._levels + high + 1) // 2
+                good = measure.errors(middle) <= _MARGIN * check.bound
+                self._levels.copy_(torch.where(good, middle, self._levels))
+                high = torch.where(good, high, middle - 1).maximum(self._levels)
+            return
+        while True:
+            errors = measure.errors(self._levels)
+            over = (errors > _MARGIN * check.bound) & (self._levels > 0)
+            if not over.any():
+                break
+            self._levels.sub_(over.to(torch.int8))
+        check.errors[self._place] = errors
+
+    def attend(self, q: Tensor, keys: TiledKeys, rows: slice) -> Tensor:
+        """Attend from the queries [n, heads * 128] of the tokens in `rows`."""
+        if self._check.learns or not self._levels.any():
+            return attend(q, keys.keys)
+        starts = list(range(rows.start, rows.stop, keys.tiles.queries))
+        result = keys.attend(q, starts, _shares(self._levels, q))
+        self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
+        return result.out
+
+    def _sample(self, runs: Sequence[slice], count: int) -> list[slice]:
+        """Whole tiles of queries, evenly spread. Every step and block looks elsewhere."""
+        size = self._check.order.tiles.queries
+        whole = [slice(n, n + size) for run in runs for n in range(run.start, run.stop - size + 1, size)]
+        if not whole:
+            return [max(runs, key=lambda run: run.stop - run.start)]
+        count, (context, index) = min(count, len(whole)), self._place
+        shift = (self._check.step + _GOLDEN * (index + context)) * _GOLDEN % 1
+        return [whole[int((n + shift) * len(whole) / count)] for n in range(count)]
+
+
+class _Measure:
+    """Errors of a sample of queries at given levels, against what all keys make of them."""
+
+    def __init__(self, keys: TiledKeys, q: Tensor, starts: list[int], wanted: Tensor) -> None:
+        self._keys, self._q, self._starts, self._wanted = keys, q, starts, wanted
+        self._size = wanted.square().sum((0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def errors(self, levels: Tensor) -> Tensor:
+        """The relative error of each head, float32 [heads], on the host. A head that is dense has none."""
+        made = self._keys.attend(self._q, self._starts, _shares(levels, self._q), torch.float32).out
+        off = (_by_head(made, self._keys) - self._wanted).square().sum((0, 2))
+        return torch.where(levels == 0, 0.0, (off / self._size).sqrt().cpu())
+
+
+def _shares(levels: Tensor, q: Tensor) -> Tensor:
+    return torch.tensor(SHARES)[levels.long()].to(q.device)
+
+
+def _by_head(x: Tensor, keys: TiledKeys) -> Tensor:
+    split: Tensor = x.unflatten(1, (keys.heads, -1))
+    return split
