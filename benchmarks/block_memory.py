@@ -27,9 +27,13 @@ from triton.runtime.jit import JITFunction
 
 from skyrun.kernels import FORMATS, QuantizedWeight, decode, elementwise, float16_sums, matmul
 from skyrun.kernels import attention as attention_kernels
+from skyrun.kernels import selection as selection_kernels
 from skyrun.kernels.quantized_keys import PRECISIONS
+from skyrun.kernels.tiles import USUAL
 from skyrun.models.dit import Context, Span, chunks, dit_block
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
+from skyrun.models.sparse import Learned, SelfCheck
+from skyrun.models.tile_order import Frames, tile_order
 from skyrun.planning.published import transformer_table
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request
@@ -45,6 +49,7 @@ from skyrun.tasks import TASKS
 META = torch.device("meta")
 # Of linear layers and attention. Float8 takes as much as int8.
 _PRECISIONS = (("exact", "exact"), ("exact", "int8"), ("exact", "full-int8"), ("fast", "int8"), ("fast", "full-int8"))
+_PRECISIONS += (("exact", "exact,sparse"), ("exact", "full-int8,sparse"), ("fast", "int8,sparse"))
 RAM, DISK = 64, 2.0
 _TYPE = "Q8_0"  # of the recorded weights; what a block allocates does not depend on it
 _PASSES = 3  # of the recording: memory that one leaves cut up is met by the next
@@ -106,7 +111,7 @@ def pretended_card(way: str) -> Iterator[None]:
         return out
 
     with ExitStack() as stack:
-        for module in (attention_kernels, decode, elementwise, float16_sums, matmul):
+        for module in (attention_kernels, selection_kernels, decode, elementwise, float16_sums, matmul):
             stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
         for module in (attention_kernels, matmul):
             stack.enter_context(patch.object(module, "fastest", fastest))
@@ -115,14 +120,26 @@ def pretended_card(way: str) -> Iterator[None]:
             stack.enter_context(patch.object(kind, "run", lambda self, *args, **kwargs: None))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", flash))
         stack.enter_context(patch.object(torch.Tensor, "tolist", lambda self: [True] * self.numel()))
+        stack.enter_context(patch.object(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape)))
         yield
 
 
 @cache
 def recorded(
-    task: str, way: str, attention: str, tokens: int, frames: int, rows: int | None, parked: bool, rank: int = 0
+    task: str,
+    way: str,
+    attention: str,
+    tokens: int,
+    frames: int,
+    rows: int | None,
+    parked: bool,
+    rank: int = 0,
+    sparse: bool = False,
 ) -> tuple[int, ...]:
-    """The log of a block, flattened: the first chunks of all tokens, and the last one. rank: of adapters."""
+    """The log of a block, flattened: the first chunks of all tokens, and the last one. rank: of adapters.
+
+    sparse: whether attention skips tiles; then there is a block of the first step, and one of a later step.
+    """
     spec, seen = TASKS[task], Recorder()
     dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
     with torch.inference_mode(), pretended_card(way):
@@ -136,11 +153,29 @@ def recorded(
         )
         time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
         parts = chunks(0, tokens, rows)
-        spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
+        spans = [
+            Span(part, time, _frames_of(part, tokens // frames)) for part in (*parts[:3][: len(parts) - 1], parts[-1])
+        ]
         weights = _weights(task, way, attention, rank)
         with seen:
-            dit_block(x, weights, spans, context, rope, dims)
+            for check in _checks(tokens, dims) if sparse else [None]:
+                dit_block(x, weights, spans, context, rope, dims, check and check.block(0, 0))
     return tuple(number for entry in seen.log for number in entry)
+
+
+def _checks(tokens: int, dims: DiTDims) -> list[SelfCheck]:
+    """Of a first step and of a later one."""
+    order, shape = tile_order([Frames(1, True)], 1, tokens, USUAL), (1, 1, dims.heads)
+    levels = torch.full(shape, 5, dtype=torch.int8)
+    return [SelfCheck(0.01, order, shape, known) for known in (Learned(), Learned(levels))]
+
+
+def _frames_of(part: slice, tokens: int) -> tuple[tuple[int, slice], ...]:
+    """The frames of `tokens` tokens in a range, each with its place there."""
+    frames = range(part.start // tokens, -(-part.stop // tokens))
+    return tuple(
+        (n, slice(max(0, n * tokens - part.start), min(part.stop, (n + 1) * tokens) - part.start)) for n in frames
+    )
 
 
 class _Waiting:
@@ -212,7 +247,8 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
 def _log(planned: Planned, way: str) -> tuple[int, ...]:
     plan, work = planned.plan, planned.workload
     rows, parked = plan.token_rows, plan.parked_tokens
-    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked, work.adapter_rank)
+    how = work.adapter_rank, bool(plan.sparse)
+    return recorded(work.task, way, plan.attention, work.tokens, work.latent_frames, rows, parked, *how)
 
 
 def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
@@ -279,7 +315,7 @@ def main() -> None:
         rows = "all" if plan.token_rows is None else f"{plan.token_rows:,}" + ", parked" * plan.parked_tokens
         taken = "out of memory" if one.reserved is None else f"{one.reserved / GIB:.2f}"
         share = "" if one.reserved is None else f"{one.reserved / one.limit:.0%}"
-        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, plan.attention]
+        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, plan.asked]
         cells += [rows, str(plan.resident_blocks), f"{one.limit / GIB:.2f}", f"{one.counted / GIB:.2f}", taken, share]
         print("| " + " | ".join(cells) + " |")
 

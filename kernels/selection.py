@@ -65,8 +65,11 @@ class TiledKeys:
             flags[start // tiles.keys : -(-stop // tiles.keys)] = True
         self._always = flags.to(k.device)
         self.keys = Keys(k, v, heads, precision)
-        if self.keys.may_be_quantized(k):
-            _ = self.keys.quantized  # now, so that all queries meet the same numbers
+
+    def prepare(self) -> None:
+        """Quantize the keys, so that all queries meet the same numbers. The caller must have let the originals go."""
+        if self.keys.precision != "exact":
+            _ = self.keys.quantized
 
     def attend(self, q: Tensor, starts: list[int], shares: Tensor, dtype: torch.dtype | None = None) -> Read:
         """Attend from q [L, heads * 128] to the keys that each of its tiles needs.

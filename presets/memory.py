@@ -80,23 +80,22 @@ def denoise_bytes(
     held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
     context = (1 + workload.contexts) * workload.context_tokens * dim * size
     part = min(rows or tokens, tokens)
-    queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
-    passes = max(part * passing + workload.ffn_dim * dim * matrix, checking_bytes(workload, size) if sparse else 0)
+    queries = part * (1 + parked) * dim * size  # while the keys are quantized
+    passes = part * passing + workload.ffn_dim * dim * matrix
+    if sparse:
+        held += -(-tokens // KEY_TILE) * (dim + 5 * dim // _HEAD_DIM)  # means of tiles of keys
+        passes = max(passes, checking_bytes(workload, size))
     peak = max(tokens * keys + passes, tokens * of_keys + queries)
-    lists = list_bytes(workload) if sparse else 0
-    return workload.outer_bytes + held + context + peak + lists + adapter_bytes(workload, part, size, way)
-
-
-def list_bytes(workload: Workload) -> int:
-    """What means of tiles take, and the lists of those that are read."""
-    tokens, dim = workload.tokens, workload.dim
-    pools = -(-tokens // KEY_TILE) * (dim + 5 * dim // _HEAD_DIM)
-    return pools + int(LISTS_SHARE * 4 * tokens * dim)
+    return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
 
 
 def checking_bytes(workload: Workload, size: int) -> int:
-    """What the sample takes that attention measures its error on: queries, their codes, and results in float32."""
-    return LEARNED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
+    """What attention takes to measure its error: lists, sampled queries, their codes, and results in float32.
+
+    When tokens pass, lists take less than the hidden layer that comes after.
+    """
+    lists = int(LISTS_SHARE * 4 * workload.tokens * workload.dim)
+    return lists + LEARNED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:

@@ -151,7 +151,8 @@ def choose(
         workload: the clip and its models.
         precision: "exact" or "fast"; None chooses what suits the file's type and the card.
         attention: as `parse_attention` reads it. What it leaves open is what is faster on the card, and exact if
-            `precision` is; tiles are skipped unasked only where that saves 15 % of the time.
+            `precision` is; tiles are skipped unasked only where that saves 15 % of the time, and where
+            neither quality nor memory is preferred.
         dtype: of activations; None chooses one for the device.
         max_vram: a limit in GiB; None allows all that is free.
         max_ram: a limit in GiB; None allows all that is free.
@@ -177,14 +178,16 @@ def choose(
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
         dense = decided(work, prefer, type, None)
         sparse = decided(work, prefer, type, USUAL_BOUND if asked.bound is None else asked.bound)
-        open_ = asked == Attention() and precision != "exact" and prefer != "quality"
+        open_ = asked == Attention() and precision != "exact" and prefer in ("balanced", "speed")
         gains = gains_by_skipping(hardware, kind) and sparse.seconds <= SKIPPING_GAIN * dense.seconds
         takes = asked.bound is not None or (open_ and gains and not sparse.problem)
         return replace(sparse if takes else dense, beside=(_beside(dense, work), _beside(sparse, work)))
 
     plan = decide(workload)
     if plan.problem:
-        return replace(plan, remedy=what_fits(workload, lambda smaller: not decide(smaller).problem))
+        return replace(
+            plan, remedy=what_fits(workload, lambda smaller: not decided(smaller, prefer, None, plan.sparse).problem)
+        )
     return replace(plan, notes=tuple(_notes(plan, workload, prefer, decide)))
 
 

@@ -213,9 +213,10 @@ def _attention_work(hardware: Hardware, workload: Workload, density: float, lear
     """The operations of attention to chosen tiles, in shares of those of attention to all; a CPU computes all."""
     tokens, context = workload.tokens, workload.context_tokens
     sampled, read = (LEARNED, 1 + _HALVED * density) if learns else (CHECKED, 1 + density)
-    own = (1.0 if learns or hardware.device != "cuda" else density) + QUERY_TILE * sampled * read / tokens
-    own += selection_operations(workload) / (4.0 * tokens**2 * workload.dim)
-    return (own * tokens + context) / (tokens + context)
+    own = 1.0 if learns or hardware.device != "cuda" else density
+    own += min(1.0, QUERY_TILE * sampled / max(1, tokens)) * read
+    chosen = selection_operations(workload) / (4.0 * max(1, tokens) * (tokens + context) * workload.dim)
+    return (own * tokens + context) / (tokens + context) + chosen
 
 
 def selection_operations(workload: Workload) -> float:

@@ -224,6 +224,7 @@ def test_on_smooth_fields_half_is_skipped_at_one_percent(precision):
     (q, k, v), always = video()
     keys = TiledKeys(k.clone(), v.clone(), 2, precision, USUAL, always)
     first = starts(len(q), USUAL)
+    keys.prepare()
     dense = keys.attend(q, first, torch.ones(2))
     assert dense.read.tolist() == [dense.all] * 2
     best = 1.0
@@ -237,6 +238,7 @@ def test_on_smooth_fields_half_is_skipped_at_one_percent(precision):
 def test_lists_are_made_for_a_few_tiles_at_a_time_without_any_difference(monkeypatch):
     (q, k, v), always = video()
     keys = TiledKeys(k, v, 2, "int8", USUAL, always)
+    keys.prepare()
     whole = keys.attend(q, starts(len(q), USUAL), torch.full((2,), 0.9))
     monkeypatch.setattr(selection, "tiles_at_once", lambda *_: 3)
     parts = keys.attend(q, starts(len(q), USUAL), torch.full((2,), 0.9))

@@ -6,7 +6,6 @@ from typing import TypeAlias
 
 from skyrun.cli.command import Command
 from skyrun.demo.words import PROMPT, words_text
-from skyrun.presets.attention import ATTENTIONS
 from skyrun.presets.named import PRESETS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
@@ -144,11 +143,11 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--attention",
-        metavar="P[,sparse[:E%%]]",
-        help=f"{', '.join(ATTENTIONS)}: int8: scores, up to 1.9%% off; full-int8: values too, 2.2%%; fp8: values in "
-        "float8, 3.4%%, from RTX 4000 on (default: the quickest that is at most 2.5%% off, 2%% with --prefer quality); "
-        "sparse skips what costs a measured error of at most E percent, 1 where none is given (default: where that "
-        "saves 15%% of the time, without --exact)",
+        metavar="HOW",
+        help="exact; int8: scores, up to 1.9%% off; full-int8: values too, 2.2%%; fp8: values in float8, 3.4%%, from "
+        "RTX 4000 on (default: the quickest that is at most 2.5%% off, 2%% with --prefer quality). sparse, sparse:P or "
+        "int8,sparse:P skips what costs at most P percent, 1 if left out, as the run measures (default: where a plan "
+        "saves 15%% by it; never with --exact)",
     )
 
 

@@ -21,6 +21,7 @@ from skyrun.kernels.device import triton_problem
 from skyrun.kernels.failures import is_out_of_memory, refused_allocations
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
+from skyrun.planning.densities import remember_density
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan, Workload, choose, probe
@@ -81,17 +82,20 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
                 yield event
                 if (left := forecast.after(event)) is not None:
                     yield left
+            clip.note(state.learned)
             if clip.video is not None:
                 start = now()
                 yield StageStarted("write", 1, "file")
                 stack.close()
                 yield StageEnded("write", now() - start, peak_bytes(job.device))
         clip.save_latents()
-        result = clip.result(plan)
+        result = clip.result(plan, state.learned)
     except BaseException as error:
         keeper.save_last(error)
         raise
     keeper.remove()
+    if result.skipped is not None and plan.sparse:
+        remember_density(job.workload, plan.sparse, result.skipped.density)
     return result
 
 

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
+from skyrun.kernels.device import uses_triton
 from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.folder import ModelFiles
-from skyrun.models.sparse import SelfCheck
+from skyrun.models.sparse import Learned, SelfCheck
+from skyrun.models.tile_order import TileOrder
 from skyrun.models.vae import WanVAE
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
@@ -196,9 +198,7 @@ def denoise(
         contexts, noisy = condition.contexts(dit), condition.noisy(latents)
         times_of_steps = condition.times(dit, sampler.timesteps, latents)
         order = condition.order(dit, latents, times_of_steps)
-        rope, check = condition.rope(dit, latents, order), None
-        if plan.sparse:
-            check = SelfCheck(plan.sparse, order, (len(contexts), dit.dims.layers, dit.dims.heads), state.learned)
+        rope, check = condition.rope(dit, latents, order), _check(plan, dit, order, len(contexts), state.learned)
         for times in times_of_steps[finished:]:
             velocities = yield from dit.velocities(
                 stream, condition.sequence(latents, sampler.index), times, contexts, rope, order, check
@@ -215,6 +215,13 @@ def denoise(
             yield Preview(x0)
             refuse_to_spill(device)
     yield stage.ended(stream.stats)
+
+
+def _check(plan: Plan, dit: DiT, order: TileOrder, contexts: int, learned: Learned) -> SelfCheck | None:
+    """What decides how much self-attention skips; None if it skips nothing. The torch twin would be slow on a card."""
+    if not plan.sparse or not (dit.device.type == "cpu" or uses_triton(dit.device)):
+        return None
+    return SelfCheck(plan.sparse, order, (contexts, dit.dims.layers, dit.dims.heads), learned)
 
 
 def decode(

@@ -14,7 +14,7 @@ from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware
 from skyrun.presets.attention import ATTENTIONS, parse_attention
-from skyrun.presets.options import lacks_float8
+from skyrun.presets.options import gains_by_skipping, lacks_float8
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
@@ -236,13 +236,23 @@ def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]
             yield f"{place} is what the clip is made from, it would be lost"
 
 
-def check_attention(hardware: Hardware, attention: str | None) -> None:
-    """Raise SkyrunError if attention is asked for in a precision that the card does not have."""
-    if attention and lacks_float8(hardware, parse_attention(attention).precision):
+def check_attention(hardware: Hardware, attention: str | None, dtype: str | None = None) -> None:
+    """Raise SkyrunError if attention is asked for in a way that the card does not have. dtype: that is asked for."""
+    if not attention:
+        return
+    asked = parse_attention(attention)
+    if lacks_float8(hardware, asked.precision):
         raise SkyrunError(
             f"--attention fp8 needs a card of the RTX 4000 series or later (compute capability "
             f"{FLOAT8[0]}.{FLOAT8[1]}), {hardware.name} has {hardware.capability[0]}.{hardware.capability[1]}",
             "use --attention full-int8, which is more accurate, or leave it to the plan",
+        )
+    kind = dtype or ("bfloat16" if hardware.bfloat16 else "float16")
+    if asked.bound and hardware.device == "cuda" and not gains_by_skipping(hardware, kind):
+        raise SkyrunError(
+            f"--attention sparse needs a card of the RTX 3000 series or later, Triton, and activations in 16 bits; "
+            f"this is {hardware.name} with {kind}",
+            "leave out sparse; `skyrun doctor` says whether Triton is there",
         )
 
 
