@@ -94,9 +94,7 @@ def measured(model: Path, clips: list[tuple[Request, Made]], bound: float, atten
 
 def print_bounds(found: dict[float, tuple[Seen, list[float]]]) -> None:
     """The table of bounds."""
-    print(
-        "| bound | density | dense heads | error: median | 95 % | largest | within the bound | PSNR to dense, dB |"
-    )
+    print("| bound | density | dense heads | error: median | 95 % | largest | within the bound | PSNR to dense, dB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for bound, (seen, ratios) in found.items():
         true = 100 * torch.cat(seen.true)

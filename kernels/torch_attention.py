@@ -88,9 +88,10 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, dtype: torc
 
 def read_keys(chosen: Selection, rows: range) -> Tensor:
     """Whether queries read keys, bool [H, rows, M]."""
-    heads, queries, count = chosen.lists.shape
+    heads, queries, width = chosen.lists.shape
     device, tiles = chosen.lists.device, chosen.tiles
-    listed = torch.arange(count, device=device) < chosen.counts.unsqueeze(2)
+    count = tiles.count_keys(chosen.keys)
+    listed = torch.arange(width, device=device) < chosen.counts.unsqueeze(2)
     lists = torch.where(listed, chosen.lists.long(), count)
     read = torch.zeros(heads, queries, count + 1, dtype=torch.bool, device=device).scatter_(2, lists, True)
     read[:, :, chosen.keys // tiles.keys :] = True  # keys after the last whole tile

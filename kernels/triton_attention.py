@@ -261,16 +261,22 @@ def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor |
 
 def attend(q: Tensor, keys: QuantizedKeys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """As `torch_attention.attend`. Tiles are those of the kernel."""
-    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     if not len(q):
-        return out
-    heads, rows = len(keys.scales), len(q)
-    codes, scales = _quantize(q, None, FACTOR)
+        return torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    return attend_codes(*_quantize(q, None, FACTOR), keys, chosen, dtype or q.dtype)
+
+
+def attend_codes(
+    codes: Tensor, scales: Tensor, keys: QuantizedKeys, chosen: Selection | None, dtype: torch.dtype
+) -> Tensor:
+    """Attend from queries that are quantized: int8 [L, H * 128] and float32 [H, L]."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    heads, rows = scales.shape
     lists, counts, turns, width = _listed(chosen)
     attend_kernel[(triton.cdiv(rows, QUERIES), heads)](
         *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, keys.block_sums, out, lists, counts),
         *(turns, rows, len(keys.codes), keys.values.shape[1], width, 0.0, heads, QUERIES, KEYS),
-        *(float16_sums_are_quick(q.device), LARGEST_WEIGHT.get(keys.precision)),
+        *(float16_sums_are_quick(codes.device), LARGEST_WEIGHT.get(keys.precision)),
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -1,12 +1,16 @@
 """Attention to chosen tiles: what is chosen, kernels against their twins, and that all tiles are the dense result."""
 
+import heapq
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from float8 import rounded_as_on_a_card
 from guards import guarded
 from test_attention import definition, inputs, interpreted, quantized, relative
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from skyrun.kernels import selection, torch_attention, torch_selection, triton_attention, triton_selection
 from skyrun.kernels.attention import Keys, attend
@@ -14,6 +18,8 @@ from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.selection import TiledKeys, tiles_at_once, tiles_for
 from skyrun.kernels.tiles import SMALL, USUAL, Selection, Tiles
 from skyrun.models.tile_order import Frames, tile_order
+from skyrun.planning.published import published_workload
+from skyrun.presets.timing import selection_operations
 
 CPU = torch.device("cpu")
 MODULES = [torch_selection, pytest.param(triton_selection, marks=interpreted)]
@@ -264,3 +270,52 @@ def test_lists_and_pools_take_a_hundredth_of_keys_and_values(tokens):
 def test_a_dense_call_knows_nothing_of_lists():
     q, k, v = inputs(70, 90, 2)
     assert torch.equal(attend(q, Keys(k, v, 2)), attend(q, Keys(k.clone(), v.clone(), 2), None))
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations: two for each product of a matmul, one for each value that anything else makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                inner = args[0].shape[-1] if "mm" in function.__name__ else 0
+                self.operations += tensor.numel() * (2 * inner or 1)
+        return result
+
+
+def test_choosing_takes_a_hundredth_of_the_operations_of_dense_attention():
+    tokens, heads = 126000, 40
+    x = torch.empty(tokens, heads * 128, dtype=torch.bfloat16, device="meta")
+    with Counter() as counted:
+        pools = torch_selection.pool(x, 128, None), torch_selection.pool(x, 64, x.mean(0, dtype=torch.float32))
+        first, flags = torch.empty(985, dtype=torch.int32, device="meta"), torch.empty(1969, device="meta").bool()
+        torch_selection.choose(*pools, torch.empty(heads, device="meta"), first, flags, tokens, USUAL)
+    dense = 4 * tokens**2 * heads * 128
+    assert counted.operations < 0.01 * dense  # 0.03 would do
+    work = replace(published_workload("r2v"), latent_frames=1, height=16, width=16 * tokens)
+    assert counted.operations / 3 < selection_operations(work) < 3 * counted.operations
+
+
+def test_heads_with_much_to_do_come_first_so_that_none_is_waited_for():
+    """Launched in order on 128 multiprocessors, unequal heads end at about the same time."""
+    g = torch.Generator().manual_seed(0)
+    shares = torch.rand(40, generator=g) ** 3
+    counts = (1968 * shares.view(-1, 1) * (0.5 + torch.rand(40, 97, generator=g)).clamp_max(1)).int()
+    chosen = Selection(torch.empty(40, 97, 1984, dtype=torch.int16), counts, 126000, USUAL)
+
+    def end(turns):
+        free = [0] * 128
+        for head in turns:
+            for work in counts[head].tolist():
+                heapq.heapreplace(free, free[0] + work)
+        return max(free)
+
+    turns = triton_attention._listed(chosen)[2].tolist()
+    assert sorted(turns) == list(range(40))
+    ideal = int(counts.sum()) / 128
+    assert end(turns) < 1.02 * ideal < end(turns[::-1])
