@@ -25,7 +25,7 @@ from skyrun.kernels import selection
 from skyrun.kernels.attention import attend
 from skyrun.kernels.selection import TiledKeys
 from skyrun.kernels.tiles import Selection, Tiles
-from skyrun.models.sparse import BlockCheck, SelfCheck
+from skyrun.models.sparse import BlockCheck, SelfCheck, shares_at
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets.cards import find_card
@@ -60,13 +60,8 @@ def watching(seen: Seen) -> Iterator[None]:
             dense = attend(q, keys.keys).unflatten(1, (keys.heads, -1))
             off = out.unflatten(1, (keys.heads, -1)) - dense
             seen.true.append((off.square().sum((0, 2)) / dense.square().sum((0, 2))).sqrt())
-            shares = torch.tensor([0.0 if level else 1.0 for level in self._levels.tolist()])
-            if self._levels.any():
-                from skyrun.models.sparse import _shares
-
-                shares = _shares(self._levels, q)
             starts = list(range(rows.start, rows.stop, keys.tiles.queries))
-            seen.lists[check.step, self._place[1]] = rows, keys.choose(q, starts, shares)
+            seen.lists[check.step, self._place[1]] = rows, keys.choose(q, starts, shares_at(self._levels, q))
             seen.order = check.order
         return out
 
@@ -153,12 +148,12 @@ def draw_steps(seen: Seen) -> Image.Image:
 
 
 def draw_tiles(seen: Seen, clip_frames: int) -> Image.Image:
-    """The tokens that one tile of queries reads, frame by frame: of the head and tile that read least."""
+    """The tokens that a tile of queries of the clip reads, frame by frame: of the head and tile that read least."""
     counted = [
         (int(chosen.counts[head, tile]), key, head, tile)
         for key, (_, chosen) in seen.lists.items()
         for head in range(chosen.counts.shape[0])
-        for tile in range(1, chosen.counts.shape[1] - 1)
+        for tile in range(1, clip_frames * seen.order.tokens // chosen.tiles.queries)
     ]
     _, key, head, tile = min(counted)
     (rows, chosen), order = seen.lists[key], seen.order

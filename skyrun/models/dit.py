@@ -260,7 +260,7 @@ def dit_block(
         )
 
     keys, text_keys, image_keys, audio_keys = within_range(all_keys)
-    if check is not None:
+    if check is not None and isinstance(keys, TiledKeys):
         within_range(_look, check, keys, x, modulation, w, spans, rope, dims)
 
     def span_through_block(span: Span) -> Tensor:
@@ -306,7 +306,7 @@ def _queries(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dim
 
 def _look(
     check: BlockCheck,
-    keys: Keys | TiledKeys,
+    keys: TiledKeys,
     x: Tokens,
     modulation: Tensor,
     w: Weights,
@@ -315,7 +315,6 @@ def _look(
     dims: DiTDims,
 ) -> None:
     """Let the check look at queries, whatever spans they are in."""
-    assert isinstance(keys, TiledKeys)
     runs = [list(run) for _, run in groupby(spans, key=lambda span: id(span.time))]
     times = [(slice(run[0].rows.start, run[-1].rows.stop), run[0].time) for run in runs]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Attended
-from skyrun.kernels.attention import attend
+from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.tile_order import TileOrder
 
@@ -142,8 +142,10 @@ class BlockCheck:
     def _levels(self) -> Tensor:
         return self._check.levels[self._place]
 
-    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> TiledKeys:
-        """Keys and values [L, heads * 128], which are handed over, prepared."""
+    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
+        """Keys and values [L, heads * 128], which are handed over. Where no head skips anything, they are as ever."""
+        if not self._check.learns and not self._levels.any():
+            return Keys(k, v, heads, precision)
         return TiledKeys(k, v, heads, precision, self._check.order.tiles, self._check.order.always)
 
     def look(self, keys: TiledKeys, queries: Queries, runs: Sequence[slice]) -> None:
@@ -159,18 +161,13 @@ class BlockCheck:
         sample = self._sample(runs, LEARNED if check.learns else CHECKED)
         q = torch.cat([queries(rows) for rows in sample])
         starts = [rows.start for rows in sample]
-        wanted = _by_head(keys.attend(q, starts, _shares(torch.zeros_like(self._levels), q), torch.float32).out, keys)
+        wanted = _by_head(keys.attend(q, starts, shares_at(torch.zeros_like(self._levels), q), torch.float32).out, keys)
         measure = _Measure(keys, q, starts, wanted)
         if check.learns:
-            high = torch.full_like(self._levels, len(SHARES) - 1)
-            while (self._levels < high).any():  # each head halves the range of its own
-                middle = (self._levels + high + 1) // 2
-                good = measure.errors(middle) <= _MARGIN * check.bound
-                self._levels.copy_(torch.where(good, middle, self._levels))
-                high = torch.where(good, high, middle - 1).maximum(self._levels)
+            self._levels.copy_(measure.sparsest(_MARGIN * check.bound))
             return
         while True:
-            errors = measure.errors(self._levels)
+            errors, _ = measure.errors(self._levels)
             over = (errors > _MARGIN * check.bound) & (self._levels > 0)
             if not over.any():
                 break
@@ -182,7 +179,7 @@ class BlockCheck:
         if self._check.learns or not self._levels.any():
             return attend(q, keys.keys)
         starts = list(range(rows.start, rows.stop, keys.tiles.queries))
-        result = keys.attend(q, starts, _shares(self._levels, q))
+        result = keys.attend(q, starts, shares_at(self._levels, q))
         self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
         return result.out
 
@@ -204,14 +201,28 @@ class _Measure:
         self._keys, self._q, self._starts, self._wanted = keys, q, starts, wanted
         self._size = wanted.square().sum((0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
 
-    def errors(self, levels: Tensor) -> Tensor:
-        """The relative error of each head, float32 [heads], on the host. A head that is dense has none."""
-        made = self._keys.attend(self._q, self._starts, _shares(levels, self._q), torch.float32).out
-        off = (_by_head(made, self._keys) - self._wanted).square().sum((0, 2))
-        return torch.where(levels == 0, 0.0, (off / self._size).sqrt().cpu())
+    def sparsest(self, bound: float) -> Tensor:
+        """The level of each head that keeps least within the bound, int8 [heads]; 0 if it skips nothing there."""
+        low = torch.zeros(self._keys.heads, dtype=torch.int8)
+        high, skips = torch.full_like(low, len(SHARES) - 1), torch.zeros_like(low, dtype=torch.bool)
+        while (low < high).any():  # each head halves the range of its own
+            middle = (low + high + 1) // 2
+            errors, reads_all = self.errors(middle)
+            good = errors <= bound
+            skips = torch.where(good & (middle > low), ~reads_all, skips)
+            low = torch.where(good, middle, low)
+            high = torch.where(good, high, middle - 1).maximum(low)
+        return low * skips
+
+    def errors(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The relative error of each head, float32 [heads], and whether it reads all keys, on the host."""
+        made = self._keys.attend(self._q, self._starts, shares_at(levels, self._q), torch.float32)
+        off = (_by_head(made.out, self._keys) - self._wanted).square().sum((0, 2))
+        return torch.where(levels == 0, 0.0, (off / self._size).sqrt().cpu()), made.read.cpu() >= made.all
 
 
-def _shares(levels: Tensor, q: Tensor) -> Tensor:
+def shares_at(levels: Tensor, q: Tensor) -> Tensor:
+    """The share of probability that each head keeps at its level, float32 [heads], where q is."""
     return torch.tensor(SHARES)[levels.long()].to(q.device)
 
 
