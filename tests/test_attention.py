@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from cubins import ARCHS, SHARED_LIMIT, Variant, compile_all
+from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, cases
 from float8 import rounded_as_on_a_card
 from guards import guarded
 from torch.nn import functional as F
@@ -376,10 +376,10 @@ MIXING = {
 
 @pytest.fixture(scope="module")
 def cubins():
-    return compile_all(VARIANTS)
+    return Cubins(VARIANTS)
 
 
-@pytest.mark.parametrize(("name", "arch"), [(one.name, arch) for one in VARIANTS for arch in one.archs])
+@pytest.mark.parametrize(("name", "arch"), cases(VARIANTS))
 def test_cubin(cubins, name, arch):
     cubin = cubins[name, arch]
     assert cubin.stack == 0

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from blocks import BLOCK_TYPES, random_blocks
-from cubins import ARCHS, SHARED_LIMIT, Variant, compile_all
+from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, cases
 
 from skyrun.kernels import QuantizedWeight, torch_int8, triton_encode, triton_few_rows
 from skyrun.kernels.matmul import FEW_ROWS
@@ -149,10 +149,10 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def cubins():
-    return compile_all(VARIANTS)
+    return Cubins(VARIANTS)
 
 
-@pytest.mark.parametrize(("name", "arch"), [(one.name, arch) for one in VARIANTS for arch in one.archs])
+@pytest.mark.parametrize(("name", "arch"), cases(VARIANTS))
 def test_cubin(cubins, name, arch):
     cubin = cubins[name, arch]
     assert cubin.stack == 0

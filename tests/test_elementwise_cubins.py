@@ -1,7 +1,7 @@
 """What the compiler makes of the elementwise kernels, for every architecture: no spills, wide loads and stores."""
 
 import pytest
-from cubins import ARCHS, SHARED_LIMIT, Variant, compile_all
+from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, arch_param
 
 from skyrun.kernels import triton_elementwise as kernels
 
@@ -70,10 +70,10 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def cubins():
-    return compile_all([variant for variant, _ in VARIANTS])
+    return Cubins([variant for variant, _ in VARIANTS])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [arch_param(arch) for arch in ARCHS])
 @pytest.mark.parametrize(("variant", "bound"), VARIANTS, ids=[variant.name for variant, _ in VARIANTS])
 def test_cubin(cubins, variant, bound, arch):
     cubin = cubins[variant.name, arch]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cubins import ARCHS, SHARED_LIMIT, Variant, compile_all
+from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, cases
 from guards import guarded
 
 from skyrun.kernels import torch_int8, triton_int8
@@ -143,10 +143,10 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def cubins():
-    return compile_all(VARIANTS)
+    return Cubins(VARIANTS)
 
 
-@pytest.mark.parametrize(("name", "arch"), [(one.name, arch) for one in VARIANTS for arch in one.archs])
+@pytest.mark.parametrize(("name", "arch"), cases(VARIANTS))
 def test_cubin(cubins, name, arch):
     cubin = cubins[name, arch]
     assert cubin.stack == 0

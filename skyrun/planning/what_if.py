@@ -82,7 +82,8 @@ def request_workload(request: Request, shape: tuple[int, int] = WIDE) -> Workloa
     if request.model is None:
         request = request.of(request.spec)
         work = published_workload(request.task, request.quant, request.variant)
-        work = with_adapters(work, open_adapters(request.loras, published_shapes(request.spec)))
+        if request.loras:
+            work = with_adapters(work, open_adapters(request.loras, published_shapes(request.spec)))
     else:
         request, work = _with_model(request, shape)
     spec = request.spec
