@@ -368,6 +368,7 @@ VARIANTS = [
 # Instructions of tensor cores by architecture: those of Hopper, of Blackwell's server chips, and of all others.
 SCORES = {90: "IGMMA", 100: "UTCIMMA"}
 MIXING = {
+    "exact": ("HMMA", {90: "HGMMA", 100: "UTCHMMA"}),
     "int8": ("HMMA", {90: "HGMMA", 100: "UTCHMMA"}),
     "full-int8": ("IMMA", SCORES),
     "fp8": ("QMMA", {90: "QGMMA", 100: "UTCQMMA"}),
@@ -390,6 +391,7 @@ def test_cubin(cubins, name, arch):
         return
     usual, others = MIXING[name.split(", ")[1]]
     scores, values = SCORES.get(arch, "IMMA"), others.get(arch, usual)
+    scores = values if "exact" in name else scores
     assert cubin.count(scores) and cubin.count(values)
     if values == "QMMA":
         assert cubin.count("QMMA.16832.F16" if "float16" in name else "QMMA.16832.F32")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cubins import SHARED_LIMIT, Cubins, Variant, cases
 from float8 import rounded_as_on_a_card
 from guards import guarded
 from test_attention import definition, inputs, interpreted, quantized, relative
@@ -16,7 +17,7 @@ from skyrun.kernels import selection, torch_attention, torch_selection, triton_a
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.selection import TiledKeys, tiles_at_once, tiles_for
-from skyrun.kernels.tiles import SMALL, USUAL, Selection, Tiles
+from skyrun.kernels.tiles import HALVINGS, SMALL, USUAL, Selection, Tiles
 from skyrun.models.tile_order import Frames, tile_order
 from skyrun.planning.published import published_workload
 from skyrun.presets.timing import selection_operations
@@ -319,3 +320,44 @@ def test_heads_with_much_to_do_come_first_so_that_none_is_waited_for():
     assert sorted(turns) == list(range(40))
     ideal = int(counts.sum()) / 128
     assert end(turns) < 1.02 * ideal < end(turns[::-1])
+
+
+MODULE = "skyrun.kernels.triton_selection"
+POOL = {"x": "*bf16", "codes": "*i8", "scales": "*fp32", "alike": "*i8", "count": "i32", "least": "fp32"}
+SCORE = {"q": "*i8", "q_scales": "*fp32", "k": "*i8", "k_scales": "*fp32", "scores": "*fp16", "factor": "fp32"}
+LIST = {"scores": "*fp16", "lists": "*i16", "counts": "*i32", "starts": "*i32", "shares": "*fp32"}
+LIST |= dict.fromkeys(("q_alike", "k_alike", "always"), "*i8")
+COUNTS = dict.fromkeys(("T", "K", "stride"), "i32")
+RAGGED = ("count", "T", "K", "whole")
+VARIANTS = [
+    Variant("pool keys", f"{MODULE}:pool_kernel", POOL | {"mean": "*fp32"}, {"HEADS": 40, "ROWS": 64}, 4),
+    Variant("pool queries", f"{MODULE}:pool_kernel", POOL, {"HEADS": 40, "ROWS": 128, "mean": None}, 4),
+    Variant(
+        "score",
+        f"{MODULE}:score_kernel",
+        SCORE | COUNTS,
+        {"HEADS": 40, "SIDE": triton_selection.SIDE, "LARGEST": torch_selection.LARGEST},
+        triton_selection.SCORE_WARPS,
+    ),
+    Variant(
+        "list",
+        f"{MODULE}:list_kernel",
+        LIST | COUNTS | dict.fromkeys(("whole", "queries", "keys"), "i32"),
+        {"HALVINGS": HALVINGS, "WIDTH": 2048},
+        triton_selection.LIST_WARPS,
+    ),
+]
+VARIANTS = [replace(one, unaligned=tuple(name for name in RAGGED if name in one.signature)) for one in VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def cubins():
+    return Cubins(VARIANTS)
+
+
+@pytest.mark.parametrize(("name", "arch"), cases(VARIANTS))
+def test_cubin(cubins, name, arch):
+    cubin = cubins[name, arch]
+    assert cubin.stack == 0 and cubin.shared <= SHARED_LIMIT[arch]
+    if name == "score":
+        assert cubin.count({90: "IGMMA", 100: "UTCIMMA"}.get(arch, "IMMA"))
