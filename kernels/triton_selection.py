@@ -128,4 +128,4 @@ def choose(q: Pools, k: Pools, shares: Tensor, starts: Tensor, always: Tensor, k
 
 def list_width(count: int) -> int:
     """How many values a program holds that makes a list of `count` tiles: a power of two, of which there are few."""
-    return max(512, triton.next_power_of_2(count))
+    return max(512, int(triton.next_power_of_2(count)))

@@ -36,7 +36,7 @@ _HEAD_DIM = 128  # values per token in the rotary table
 # of queries that are looked at (kernels/tiles.py, kernels/selection.py, models/sparse.py).
 QUERY_TILE, KEY_TILE = 128, 64
 LISTS_SHARE = 0.005
-LEARNED, CHECKED = 12, 6
+SAMPLED = 12
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
@@ -95,7 +95,7 @@ def checking_bytes(workload: Workload, size: int) -> int:
     When tokens pass, lists take less than the hidden layer that comes after.
     """
     lists = int(LISTS_SHARE * 4 * workload.tokens * workload.dim)
-    return lists + LEARNED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
+    return lists + SAMPLED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:

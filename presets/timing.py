@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, CHECKED, KEY_TILE, LEARNED, QUERY_TILE, parked_bytes
+from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, parked_bytes
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -212,9 +212,9 @@ def step_operations(workload: Workload) -> tuple[float, float]:
 def _attention_work(hardware: Hardware, workload: Workload, density: float, learns: bool) -> float:
     """The operations of attention to chosen tiles, in shares of those of attention to all; a CPU computes all."""
     tokens, context = workload.tokens, workload.context_tokens
-    sampled, read = (LEARNED, 1 + _HALVED * density) if learns else (CHECKED, 1 + density)
+    read = 1 + (_HALVED if learns else 1) * density
     own = 1.0 if learns or hardware.device != "cuda" else density
-    own += min(1.0, QUERY_TILE * sampled / max(1, tokens)) * read
+    own += min(1.0, QUERY_TILE * SAMPLED / max(1, tokens)) * read
     chosen = selection_operations(workload) / (4.0 * max(1, tokens) * (tokens + context) * workload.dim)
     return (own * tokens + context) / (tokens + context) + chosen
 

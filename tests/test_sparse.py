@@ -163,6 +163,8 @@ def test_what_a_run_reads_is_said_and_remembered_for_plans(tmp_path, model, monk
     said = [json.loads(line) for line in out.splitlines()]
     assert sum(line["event"] == "attended" for line in said) == 4
     density = said[-1]["attention"]["density"]
+    assert main(["info", str(tmp_path / "clip.mp4")]) == 0
+    assert f"density: {density:.4f}" in capsys.readouterr().out
     assert density < 1 and f"attention read {density:.0%} of its tiles after the first step" in err
     plan = [*("plan", "r2v", "--model", str(model), "--size", "64x64", "--frames", "5", "--steps", "4")]
     assert main([*plan, "--attention", "sparse:20"]) == 0

@@ -180,7 +180,7 @@ class DiT:
                 spans = [_hearing(span, shape[0] // frames, order, self.device) for span in spans]
             for weights, clock in stream.blocks():
                 for number, (x, context) in enumerate(zip(held, contexts, strict=True)):
-                    block_check = check and check.block(number, clock.index)
+                    block_check = None if check is None else check.block(number, clock.index)
                     dit_block(x, weights, spans, context, rope, self.dims, block_check)
                 yield clock.done()
             patches = [self._head(x, spans, order).view(frames, height // 2, width // 2, 2, 2, -1) for x in held]

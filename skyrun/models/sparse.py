@@ -2,8 +2,8 @@
 
 The first step of a window is dense. On a sample of query tiles it learns, for each block and head, what keeping less of
 the probability would have cost: the relative error of the output, against all keys in the same precision. A head keeps
-the least whose error stays under the bound, or all if nothing does. Every later step looks at a smaller sample before
-it attends, and heads that are off by more than the bound keep more from then on.
+the least whose error stays under the bound, or all if nothing does. Every later step looks at other queries before it
+attends, and heads that are off by more than the bound keep more from then on.
 """
 
 import math
@@ -20,7 +20,7 @@ from skyrun.models.tile_order import TileOrder
 
 # Of the probability that means of tiles promise, what is kept; the first keeps all.
 SHARES = (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45, 0.3)
-LEARNED, CHECKED = 12, 6  # tiles of queries that are looked at in the first step, and in later ones
+SAMPLED = 12  # tiles of queries that are looked at in a step
 _MARGIN = 0.8  # of the bound, what a sample may reach: others of the head may be worse
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -158,7 +158,7 @@ class BlockCheck:
         """
         check = self._check
         keys.prepare()
-        sample = self._sample(runs, LEARNED if check.learns else CHECKED)
+        sample = self._sample(runs)
         q = torch.cat([queries(rows) for rows in sample])
         starts = [rows.start for rows in sample]
         wanted = _by_head(keys.attend(q, starts, shares_at(torch.zeros_like(self._levels), q), torch.float32).out, keys)
@@ -183,13 +183,13 @@ class BlockCheck:
         self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
         return result.out
 
-    def _sample(self, runs: Sequence[slice], count: int) -> list[slice]:
+    def _sample(self, runs: Sequence[slice]) -> list[slice]:
         """Tiles of queries, evenly spread. Every step and block looks elsewhere. Only the last may be ragged."""
         size = self._check.order.tiles.queries
         tiles = [slice(n, min(n + size, run.stop)) for run in runs for n in range(run.start, run.stop, size)]
         last = tiles[-1:] if tiles[-1].stop - tiles[-1].start < size else []
         tiles = [tile for tile in tiles if tile.stop - tile.start == size] + last
-        count, (context, index) = min(count, len(tiles)), self._place
+        count, (context, index) = min(SAMPLED, len(tiles)), self._place
         shift = (self._check.step + _GOLDEN * (index + context)) * _GOLDEN % 1
         return [tiles[int((n + shift) * len(tiles) / count)] for n in range(count)]
 

@@ -70,7 +70,8 @@ def tile_order(frames: Sequence[Frames], rows: int, cols: int, tiles: Tiles) -> 
         cols: columns of tokens of a frame.
         tiles: the sizes of attention's tiles.
     """
-    places, always = [], []
+    places: list[Tensor] = []
+    always = []
     first = 0
     for part in frames:
         walked = torch.arange(first * rows * cols, (first + part.count) * rows * cols).view(part.count, rows, cols)
