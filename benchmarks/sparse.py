@@ -67,11 +67,12 @@ def watching(seen: Seen) -> Iterator[None]:
 
     def finished(self: SelfCheck) -> Any:
         step, learns = self.step, self.learns
-        learned, event = finish(self)
+        learned, events = finish(self)
         if not learns:
+            (event,) = events
             dense = event.dense_heads / event.heads
             seen.steps.append((step, event.density, dense, event.densities, event.errors))
-        return learned, event
+        return learned, events
 
     with patch.object(BlockCheck, "attend", watched), patch.object(SelfCheck, "finish_step", finished):
         yield
@@ -139,7 +140,7 @@ def draw_steps(seen: Seen) -> Image.Image:
             draw.text((6, y + height / 2), f"step {step + 1}", "black", font, anchor="lm")
             for block in range(blocks):
                 value, x = float(values[step][block]), _LABEL + block * width
-                light = round(255 * (1 - 0.8 * value / most))
+                light = round(255 * (1 - 0.6 * value / most))
                 fill = (light, light, 255) if color == "blue" else (255, light, light)
                 draw.rectangle((x, y, x + width - 2, y + height - 2), fill)
                 text = f"{value:.2f}" if column == 3 else f"{value:.2%}"

@@ -289,7 +289,7 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def test_choosing_takes_a_hundredth_of_the_operations_of_dense_attention():
+def test_choosing_takes_next_to_nothing_of_the_operations_of_dense_attention():
     tokens, heads = 126000, 40
     x = torch.empty(tokens, heads * 128, dtype=torch.bfloat16, device="meta")
     with Counter() as counted:
@@ -297,7 +297,7 @@ def test_choosing_takes_a_hundredth_of_the_operations_of_dense_attention():
         first, flags = torch.empty(985, dtype=torch.int32, device="meta"), torch.empty(1969, device="meta").bool()
         torch_selection.choose(*pools, torch.empty(heads, device="meta"), first, flags, tokens, USUAL)
     dense = 4 * tokens**2 * heads * 128
-    assert counted.operations < 0.01 * dense  # 0.03 would do
+    assert counted.operations < 0.0002 * dense  # 0.03 would do
     work = replace(published_workload("r2v"), latent_frames=1, height=16, width=16 * tokens)
     assert counted.operations / 3 < selection_operations(work) < 3 * counted.operations
 

@@ -33,11 +33,20 @@ class Learned:
 
     levels: int8 [contexts, blocks, heads], indexes of SHARES, of the current window; None before its first step. steps:
     float32 [n, blocks, 3], for every step so far the density, the largest error of a head (-1 in a first step, which is
-    dense), and the share of heads that are dense.
+    dense), and the share of heads that are dense. ValueError for tensors that are something else.
     """
 
     levels: Tensor | None = None
     steps: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        levels, steps = self.levels, self.steps
+        if levels is not None and (
+            levels.dtype != torch.int8 or levels.dim() != 3 or not ((levels >= 0) & (levels < len(SHARES))).all()
+        ):
+            raise ValueError("what its attention keeps is not known as levels of heads")
+        if steps is not None and (steps.dtype != torch.float32 or steps.shape[2:] != (3,)):
+            raise ValueError("what its attention read is not known by steps and blocks")
 
     def anew(self) -> "Learned":
         """For the next window, which learns anew."""
@@ -88,7 +97,7 @@ class SelfCheck:
         self._begin()
 
     def _begin(self) -> None:
-        before = self._learned.levels
+        before = self.before = self._learned.levels
         self.levels = torch.zeros(self._shape, dtype=torch.int8) if before is None else before.clone()
         self.learns = before is None
         self.errors = torch.zeros(self._shape)
@@ -108,8 +117,8 @@ class SelfCheck:
         """The attention of a block with one of the contexts."""
         return BlockCheck(self, context, index)
 
-    def finish_step(self) -> tuple[Learned, Attended]:
-        """What is known after a step, and the event that says so."""
+    def finish_step(self) -> tuple[Learned, tuple[Attended, ...]]:
+        """What is known after a step, and the events that say so."""
         contexts, blocks, heads = self._shape
         density = torch.ones(contexts, blocks)
         for (context, index), parts in self.read.items():
@@ -129,7 +138,7 @@ class SelfCheck:
             errors=tuple(error.clamp_min(0).tolist()),
         )
         self._begin()
-        return self._learned, event
+        return self._learned, (event,)
 
 
 class BlockCheck:
@@ -166,12 +175,15 @@ class BlockCheck:
         if check.learns:
             self._levels.copy_(measure.sparsest(_MARGIN * check.bound))
             return
+        assert check.before is not None
+        levels = check.before[self._place].clone()  # it may have looked already, at numbers that overflowed
         while True:
-            errors, _ = measure.errors(self._levels)
-            over = (errors > _MARGIN * check.bound) & (self._levels > 0)
+            errors, _ = measure.errors(levels)
+            over = (errors > _MARGIN * check.bound) & (levels > 0)
             if not over.any():
                 break
-            self._levels.sub_(over.to(torch.int8))
+            levels -= over.to(torch.int8)
+        self._levels.copy_(levels)
         check.errors[self._place] = errors
 
     def attend(self, q: Tensor, keys: TiledKeys, rows: slice) -> Tensor:

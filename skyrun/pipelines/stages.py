@@ -208,11 +208,9 @@ def denoise(
             latents = sampler.step(velocity[:, noisy], latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
-            learned, attended = check.finish_step() if check else (None, None)
+            learned, events = check.finish_step() if check else (state.learned, ())
             state.finish_step(latents, sampler, learned)
-            yield stage.done(state.steps)
-            yield from [attended] if attended else []
-            yield Preview(x0)
+            yield from (stage.done(state.steps), *events, Preview(x0))
             refuse_to_spill(device)
     yield stage.ended(stream.stats)
 

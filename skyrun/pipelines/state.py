@@ -39,10 +39,9 @@ class RunState:
         """A tuple that grows whenever anything is finished."""
         return len(self.encoded), self.window, self.steps, self.groups
 
-    def finish_step(self, latents: Tensor, sampler: Sampler, learned: Learned | None = None) -> None:
+    def finish_step(self, latents: Tensor, sampler: Sampler, learned: Learned) -> None:
         """Store copies of a step's results, so that a step that fails midway changes nothing here."""
-        self.latents, self.sampler = latents.to(_CPU), sampler.on(_CPU)
-        self.learned = learned or self.learned
+        self.latents, self.sampler, self.learned = latents.to(_CPU), sampler.on(_CPU), learned
 
     def finish_window(self, **carried: Tensor) -> None:
         """Record that all frames of the window were yielded. carried: what the next window begins with."""
