@@ -49,7 +49,7 @@ from skyrun.tasks import TASKS
 META = torch.device("meta")
 # Of linear layers and attention. Float8 takes as much as int8.
 _PRECISIONS = (("exact", "exact"), ("exact", "int8"), ("exact", "full-int8"), ("fast", "int8"), ("fast", "full-int8"))
-_PRECISIONS += (("exact", "exact,sparse"), ("exact", "full-int8,sparse"), ("fast", "int8,sparse"))
+_PRECISIONS += (("exact", "exact,sparse"), ("fast", "full-int8,sparse"))
 RAM, DISK = 64, 2.0
 _TYPE = "Q8_0"  # of the recorded weights; what a block allocates does not depend on it
 _PASSES = 3  # of the recording: memory that one leaves cut up is met by the next

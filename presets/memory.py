@@ -80,7 +80,7 @@ def denoise_bytes(
     held = tokens * ((0 if parked else workload.contexts * dim * size) + _HEAD_DIM * 4)
     context = (1 + workload.contexts) * workload.context_tokens * dim * size
     part = min(rows or tokens, tokens)
-    queries = part * (1 + parked) * dim * size  # while the keys are quantized
+    queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     passes = part * passing + workload.ffn_dim * dim * matrix
     if sparse:
         held += -(-tokens // KEY_TILE) * (dim + 5 * dim // _HEAD_DIM)  # means of tiles of keys

@@ -6,6 +6,7 @@ Weights have original Wan names. A block is a function of activations and of str
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -292,11 +293,12 @@ def _self_attention(
     rows: slice,
     check: BlockCheck | None,
 ) -> Tensor:
-    q = _queries(h, gain, shift, w, _rows(rope, rows), dims)
+    q = w.linear("self_attn.q", layer_norm(h, gain, shift, dims.eps, w.rotated("self_attn.q")))
+    normed = partial(rms_norm, q, w.dense("self_attn.norm_q.weight"), dims.eps, _rows(rope, rows))
     if isinstance(keys, TiledKeys):
         assert check is not None
-        return check.attend(q, keys, rows)
-    return attend(q, keys)
+        return check.attend(normed(), keys, rows)
+    return attend(normed(), keys)
 
 
 def _queries(h: Tensor, gain: Tensor, shift: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:

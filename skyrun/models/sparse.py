@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from skyrun.events import Attended
 from skyrun.kernels.attention import Keys, attend
@@ -21,7 +22,8 @@ from skyrun.models.tile_order import TileOrder
 # Of the probability that means of tiles promise, what is kept; the first keeps all.
 SHARES = (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45, 0.3)
 SAMPLED = 12  # tiles of queries that are looked at in a step
-_MARGIN = 0.8  # of the bound, what a sample may reach: others of the head may be worse
+_MARGIN = 0.95  # of the bound, what a sample may reach
+_DOUBT = 2.0  # standard errors of a sample that count as error
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 Queries = Callable[[slice], Tensor]  # the queries of a range of tokens
@@ -167,11 +169,11 @@ class BlockCheck:
         """
         check = self._check
         keys.prepare()
-        sample = self._sample(runs)
+        sample, count = self._sample(runs)
         q = torch.cat([queries(rows) for rows in sample])
         starts = [rows.start for rows in sample]
         wanted = _by_head(keys.attend(q, starts, shares_at(torch.zeros_like(self._levels), q), torch.float32).out, keys)
-        measure = _Measure(keys, q, starts, wanted)
+        measure = _Measure(keys, q, starts, wanted, count)
         if check.learns:
             self._levels.copy_(measure.sparsest(_MARGIN * check.bound))
             return
@@ -195,23 +197,30 @@ class BlockCheck:
         self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
         return result.out
 
-    def _sample(self, runs: Sequence[slice]) -> list[slice]:
-        """Tiles of queries, evenly spread. Every step and block looks elsewhere. Only the last may be ragged."""
+    def _sample(self, runs: Sequence[slice]) -> tuple[list[slice], int]:
+        """Tiles of queries, evenly spread, and how many there are in all. Every step and block looks elsewhere.
+
+        Only the last may be ragged.
+        """
         size = self._check.order.tiles.queries
         tiles = [slice(n, min(n + size, run.stop)) for run in runs for n in range(run.start, run.stop, size)]
-        last = tiles[-1:] if tiles[-1].stop - tiles[-1].start < size else []
+        last, total = tiles[-1:] if tiles[-1].stop - tiles[-1].start < size else [], len(tiles)
         tiles = [tile for tile in tiles if tile.stop - tile.start == size] + last
         count, (context, index) = min(SAMPLED, len(tiles)), self._place
         shift = (self._check.step + _GOLDEN * (index + context)) * _GOLDEN % 1
-        return [tiles[int((n + shift) * len(tiles) / count)] for n in range(count)]
+        return [tiles[int((n + shift) * len(tiles) / count)] for n in range(count)], total
 
 
 class _Measure:
-    """Errors of a sample of queries at given levels, against what all keys make of them."""
+    """Errors of a sample of queries at given levels, against what all keys make of them.
 
-    def __init__(self, keys: TiledKeys, q: Tensor, starts: list[int], wanted: Tensor) -> None:
-        self._keys, self._q, self._starts, self._wanted = keys, q, starts, wanted
-        self._size = wanted.square().sum((0, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    count: of all tiles, of which the sample is a part.
+    """
+
+    def __init__(self, keys: TiledKeys, q: Tensor, starts: list[int], wanted: Tensor, count: int) -> None:
+        self._keys, self._q, self._starts, self._wanted, self._count = keys, q, starts, wanted, count
+        self._sizes = self._squares(wanted)
+        self._size = self._sizes.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
 
     def sparsest(self, bound: float) -> Tensor:
         """The level of each head that keeps least within the bound, int8 [heads]; 0 if it skips nothing there."""
@@ -227,10 +236,24 @@ class _Measure:
         return low * skips
 
     def errors(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The relative error of each head, float32 [heads], and whether it reads all keys, on the host."""
+        """How large the relative error of each head may be, float32 [heads], and whether it reads all keys.
+
+        On the host. The more tiles differ and the fewer of them are in the sample, the larger it may be: the standard
+        error of a ratio counts (Cochran, Sampling Techniques, 6.4), twice.
+        """
         made = self._keys.attend(self._q, self._starts, shares_at(levels, self._q), torch.float32)
-        off = (_by_head(made.out, self._keys) - self._wanted).square().sum((0, 2))
-        return torch.where(levels == 0, 0.0, (off / self._size).sqrt().cpu()), made.read.cpu() >= made.all
+        off = self._squares(_by_head(made.out, self._keys) - self._wanted)
+        error, seen = off.sum(0) / self._size, len(self._starts)
+        if 1 < seen < self._count:
+            rest = (off - error * self._sizes).square().sum(0) * seen / (seen - 1) * (1 - seen / self._count)
+            error = error + _DOUBT * rest.sqrt() / self._size
+        return torch.where(levels == 0, 0.0, error.sqrt().cpu()), made.read.cpu() >= made.all
+
+    def _squares(self, x: Tensor) -> Tensor:
+        """Sums of the squares of [rows, heads, 128] for each tile and head, [tiles, heads]."""
+        sums = x.square().sum(2)
+        whole = len(self._starts) * self._keys.tiles.queries
+        return pad(sums, (0, 0, 0, whole - len(sums))).view(len(self._starts), -1, sums.shape[1]).sum(1)
 
 
 def shares_at(levels: Tensor, q: Tensor) -> Tensor:
