@@ -168,7 +168,7 @@ def denoise(
     Args:
         files: the transformer and its adapters.
         plan: dtype, precisions, ring slots, resident blocks and token rows.
-        state: holds the latents and the sampler.
+        state: holds the latents, the sampler, and what attention has learned.
         condition: what the window is conditioned on.
         device: where the transformer runs.
         observe: called with the input of every linear layer in the blocks.
@@ -203,14 +203,15 @@ def denoise(
             velocities = yield from dit.velocities(
                 stream, condition.sequence(latents, sampler.index), times, contexts, rope, order, check
             )
-            velocity = condition.guided(velocities)
-            x0 = sampler.clean(velocity[:, noisy], latents)
-            latents = sampler.step(velocity[:, noisy], latents)
+            velocity = condition.guided(velocities)[:, noisy]
+            x0, latents = sampler.clean(velocity, latents), sampler.step(velocity, latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
             learned, events = check.finish_step() if check else (state.learned, ())
             state.finish_step(latents, sampler, learned)
-            yield from (stage.done(state.steps), *events, Preview(x0))
+            yield stage.done(state.steps)
+            yield from events
+            yield Preview(x0)
             refuse_to_spill(device)
     yield stage.ended(stream.stats)
 
