@@ -27,8 +27,13 @@ from triton.runtime.jit import JITFunction
 
 from skyrun.kernels import FORMATS, QuantizedWeight, decode, elementwise, float16_sums, matmul
 from skyrun.kernels import attention as attention_kernels
+from skyrun.kernels import selection as selection_kernels
 from skyrun.kernels.quantized_keys import PRECISIONS
-from skyrun.models.dit import Context, Span, chunks, dit_block
+from skyrun.kernels.tiles import USUAL
+from skyrun.models.dit import Context, dit_block
+from skyrun.models.dit.spans import Span, chunks, hearing
+from skyrun.models.dit.sparse import Learned, SelfCheck
+from skyrun.models.dit.tile_order import Frames, tile_order
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.planning.published import transformer_table
 from skyrun.planning.request import Request
@@ -45,6 +50,7 @@ from skyrun.tasks import TASKS
 META = torch.device("meta")
 # Of linear layers and attention. Float8 takes as much as int8.
 _PRECISIONS = (("exact", "exact"), ("exact", "int8"), ("exact", "full-int8"), ("fast", "int8"), ("fast", "full-int8"))
+_PRECISIONS += (("exact", "exact,sparse"), ("fast", "full-int8,sparse"))
 RAM, DISK = 64, 2.0
 _TYPE = "Q8_0"  # of the recorded weights; what a block allocates does not depend on it
 _PASSES = 3  # of the recording: memory that one leaves cut up is met by the next
@@ -106,7 +112,7 @@ def pretended_card(way: str) -> Iterator[None]:
         return out
 
     with ExitStack() as stack:
-        for module in (attention_kernels, decode, elementwise, matmul):
+        for module in (attention_kernels, selection_kernels, decode, elementwise, matmul):
             stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
         for module in (attention_kernels, matmul):
             stack.enter_context(patch.object(module, "fastest", fastest))
@@ -115,6 +121,7 @@ def pretended_card(way: str) -> Iterator[None]:
             stack.enter_context(patch.object(kind, "run", lambda self, *args, **kwargs: None))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", flash))
         stack.enter_context(patch.object(torch.Tensor, "tolist", lambda self: [True] * self.numel()))
+        stack.enter_context(patch.object(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape)))
         yield
 
 
@@ -129,17 +136,27 @@ def recorded(
     parked: bool,
     rank: int = 0,
     nag: bool = False,
+    sparse: bool = False,
 ) -> tuple[int, ...]:
     """The log of a block, flattened: the first chunks of all tokens, and the last one.
 
-    rank: of adapters. nag: whether there is normalized attention guidance.
+    rank: of adapters. nag: whether there is normalized attention guidance. sparse: whether attention skips tiles; then
+    there is a block of the first step, and one of a later step.
     """
     seen = Recorder()
     with torch.inference_mode(), pretended_card(way):
         block = one_block(task, way, attention, tokens, frames, rows, parked, rank, nag)
         with seen:
-            block()
+            for check in _checks(tokens, TASKS[task].dims["dim"] // HEAD_DIM) if sparse else [None]:
+                block(check and check.block(0, 0))
     return tuple(number for entry in seen.log for number in entry)
+
+
+def _checks(tokens: int, heads: int) -> list[SelfCheck]:
+    """Of a first step and of a later one."""
+    order, shape = tile_order([Frames(1, True)], 1, tokens, USUAL), (1, 1, heads)
+    levels = torch.full(shape, 5, dtype=torch.int8)
+    return [SelfCheck(0.01, order, shape, known) for known in (Learned(), Learned(levels))]
 
 
 def one_block(
@@ -152,8 +169,11 @@ def one_block(
     parked: bool = False,
     rank: int = 0,
     nag: bool = False,
-) -> Callable[[], None]:
-    """What computes a block of a task with tokens that have no data. It is made and called on a `pretended_card`."""
+) -> Callable[..., None]:
+    """What computes a block of a task with tokens that have no data, given what its self-attention skips, or nothing.
+
+    It is made and called on a `pretended_card`.
+    """
     spec = TASKS[task]
     dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
     x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
@@ -166,9 +186,12 @@ def one_block(
     )
     time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
     parts = chunks(0, tokens, rows)
-    spans = [Span(part, time) for part in (*parts[: min(3, len(parts) - 1)], parts[-1])]
+    spans = [
+        hearing(Span(part, time), tokens // frames, None, META)
+        for part in (*parts[: min(3, len(parts) - 1)], parts[-1])
+    ]
     weights = _weights(task, way, attention, rank)
-    return lambda: dit_block(x, weights, spans, context, rope, dims)
+    return lambda check=None: dit_block(x, weights, spans, context, rope, dims, check)
 
 
 class _Waiting:
@@ -240,8 +263,8 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
 def _log(planned: Planned, way: str) -> tuple[int, ...]:
     plan, work = planned.plan, planned.workload
     rows, parked, nag = plan.token_rows, plan.parked_tokens, work.avoided_tokens > 0
-    tokens, frames = work.tokens, work.latent_frames
-    return recorded(work.task, way, plan.attention, tokens, frames, rows, parked, work.adapter_rank, nag)
+    tokens, frames, how = work.tokens, work.latent_frames, (work.adapter_rank, nag, bool(plan.sparse))
+    return recorded(work.task, way, plan.attention, tokens, frames, rows, parked, *how)
 
 
 def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
@@ -310,7 +333,7 @@ def main() -> None:
         rows = "all" if plan.token_rows is None else f"{plan.token_rows:,}" + ", parked" * plan.parked_tokens
         taken = "out of memory" if one.reserved is None else f"{one.reserved / GIB:.2f}"
         share = "" if one.reserved is None else f"{one.reserved / one.limit:.0%}"
-        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, plan.attention]
+        cells = [planned.hardware.name, planned.workload.task, str(planned.request.resolution), one.way, plan.asked]
         cells += [rows, str(plan.resident_blocks), f"{one.limit / GIB:.2f}", f"{one.counted / GIB:.2f}", taken, share]
         print("| " + " | ".join(cells) + " |")
 

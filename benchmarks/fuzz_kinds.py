@@ -283,7 +283,7 @@ class Samples:
         request = Request("r2v", "a sea", size=(32, 48), frames=5, steps=4, seed=1, device="cpu", **places)
         sampler, latents = new_sampler(TASKS["r2v"], 4), torch.rand(16, 2, 4, 6)
         state = RunState({name: torch.rand(2, 8) for name in TASKS["r2v"].encoded})
-        state.finish_step(sampler.step(torch.rand(16, 2, 4, 6), latents), sampler)
+        state.finish_step(sampler.step(torch.rand(16, 2, 4, 6), latents), sampler, state.learned)
         path, files = state_path(request.output), choose_model(open_folder(self._model), TASKS["r2v"]).files
         save_state(path, state, Origin(request, model_identity(files), "cpu", "float32", "exact", "exact"))
         return [Sample(path, path.read_bytes(), either(mutated, safetensors_file, _resealed, _resealed))]

@@ -35,7 +35,7 @@ def main() -> None:
                 size,
                 plan.weight_type,
                 f"{plan.precision}, {plan.dtype}",
-                plan.attention,
+                plan.asked,
                 rows,
             ]
             cells += [str(plan.resident_blocks), f"{plan.peak_bytes / GIB:.1f}", f"{host / GIB:.1f}"]

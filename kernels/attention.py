@@ -17,6 +17,7 @@ from skyrun.kernels.choice import bucket, fastest
 from skyrun.kernels.device import has_float8, uses_triton
 from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.quantized_keys import HEAD_DIM, PRECISIONS, QuantizedKeys
+from skyrun.kernels.tiles import Selection
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -82,8 +83,18 @@ def quick_precisions(device: torch.device) -> tuple[str, ...]:
     return tuple(name for name in PRECISIONS if name != "exact" and (name != "fp8" or has_float8(device)))
 
 
-def attend(q: Tensor, keys: Keys) -> Tensor:
-    """Attend from q [L, heads * d] to all keys -> [L, heads * d] in q's dtype, which may be another than the keys'."""
+def attend(q: Tensor, keys: Keys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Attend from q [L, heads * d] to all keys, or to those that are chosen -> [L, heads * d].
+
+    The result has q's dtype, which may be another than the keys'. chosen: for heads of 128 dims. dtype: of the result,
+    in place of q's, where keys are chosen.
+    """
+    if chosen is not None:
+        kernels = _kernels(q.device)
+        if keys.is_quantized:
+            return kernels.attend(q, keys.quantized, chosen, dtype)  # type: ignore[no-any-return]
+        k, v = keys.plain
+        return kernels.attend_plain(q.to(k.dtype), k, v, chosen, dtype or q.dtype)  # type: ignore[no-any-return]
     if keys.is_quantized:
         return _quantized(q, keys)
     if q.device.type != "cuda" and not (keys.precision != "exact" and uses_triton(q.device)):

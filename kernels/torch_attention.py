@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
+from skyrun.kernels.tiles import Selection
 
 _LEVELS = 127
 _LARGEST_VALUE = 512.0  # 64 of these, weighted by probabilities, add up without overflowing float16
@@ -52,9 +53,12 @@ def channel_scales(v: Tensor, precision: str) -> Tensor:
     return largest.clamp_min(_SMALLEST) / LARGEST[precision][1]
 
 
-def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
-    """softmax(q k^T / sqrt(128)) v. q [L, H * 128] -> [L, H * 128] in q's dtype."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def attend(q: Tensor, keys: QuantizedKeys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(128)) v. q [L, H * 128] -> [L, H * 128] in q's dtype.
+
+    chosen: the keys that queries read; None stands for all. dtype: of the result, in place of q's.
+    """
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     heads = len(keys.scales)
     rows = max(1, _CHUNK // max(1, heads * len(keys.codes)))
     k, v = _heads(keys.codes).transpose(0, 1).float(), _values(keys)
@@ -62,9 +66,37 @@ def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
         codes, scales = _quantize(q[start : start + rows].float(), 1 / math.sqrt(HEAD_DIM))
         scores = _heads(codes).transpose(0, 1).float() @ k.mT
         scores *= scales.unsqueeze(2) * keys.scales.unsqueeze(1)
+        if chosen is not None:
+            scores.masked_fill_(~read_keys(chosen, range(start, min(start + rows, len(q)))), -math.inf)
         weights = scores.softmax(2) if keys.precision == "int8" else _in_8_bits(scores, keys.precision)
         out[start : start + rows] = (weights @ v).transpose(0, 1).flatten(1)
     return out
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, dtype: torch.dtype | None = None) -> Tensor:
+    """As `attend`, with keys and values [M, H * 128] as they are."""
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    rows = max(1, _CHUNK // max(1, len(chosen.counts) * len(k)))
+    keys, values = (_heads(t).transpose(0, 1).float() for t in (k, v))
+    for start in range(0, len(q), rows):
+        some = range(start, min(start + rows, len(q)))
+        scores = _heads(q[start : some.stop]).transpose(0, 1).float() @ keys.mT / math.sqrt(HEAD_DIM)
+        weights = scores.masked_fill_(~read_keys(chosen, some), -math.inf).softmax(2)
+        out[start : some.stop] = (weights @ values).transpose(0, 1).flatten(1)
+    return out
+
+
+def read_keys(chosen: Selection, rows: range) -> Tensor:
+    """Whether queries read keys, bool [H, rows, M]."""
+    heads, queries, width = chosen.lists.shape
+    device, tiles = chosen.lists.device, chosen.tiles
+    count = tiles.count_keys(chosen.keys)
+    listed = torch.arange(width, device=device) < chosen.counts.unsqueeze(2)
+    lists = torch.where(listed, chosen.lists.long(), count)
+    read = torch.zeros(heads, queries, count + 1, dtype=torch.bool, device=device).scatter_(2, lists, True)
+    read[:, :, chosen.keys // tiles.keys :] = True  # keys after the last whole tile
+    query = torch.arange(rows.start, rows.stop, device=device) // tiles.queries
+    return read[:, query][:, :, torch.arange(chosen.keys, device=device) // tiles.keys]
 
 
 def _values(keys: QuantizedKeys) -> Tensor:
@@ -79,7 +111,7 @@ def _in_8_bits(scores: Tensor, precision: str) -> Tensor:
     """softmax(scores), its numerators rounded to 8 bits in blocks of keys; scores [H, L, M]."""
     largest = LARGEST[precision][0]
     blocks = pad(scores, (0, -scores.shape[2] % BLOCK), value=-math.inf).unflatten(2, (-1, BLOCK))
-    peaks = blocks.amax(3, keepdim=True)
+    peaks = blocks.amax(3, keepdim=True).clamp_min(torch.finfo(torch.float32).min)  # of blocks that are not read
     shares = (peaks - peaks.amax(2, keepdim=True)).exp() / largest
     weights = (blocks - peaks).exp() * largest
     total = (weights * shares).sum((2, 3)).unsqueeze(2)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from skyrun.kernels.device import float16_sums_are_quick
 from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
+from skyrun.kernels.tiles import Selection
 from skyrun.kernels.torch_attention import channel_scales, value_scales
 from skyrun.kernels.triton_rotation import to_codes
 
 QUERIES, KEYS, WARPS, STAGES = 128, BLOCK, 8, 3
 ROWS, ROW_WARPS = 64, 4  # of the kernels that quantize queries, keys and values
-_LOG2_E = math.log2(math.e)
+FACTOR = math.log2(math.e) / math.sqrt(HEAD_DIM)  # of scores, so that exp2 makes probabilities of them
 LARGEST_WEIGHT = {name: math.log2(probability) for name, (probability, _) in LARGEST.items()}
 # A float32 at 1.5 * 2^23 has an integer in its low bits: adding it rounds, half to even, and its low byte is a code;
 # an integer matmul that starts from its bits ends as a float.
@@ -77,19 +78,21 @@ def channels_kernel(v, inverse, out, sums, count, stride, HEADS: tl.constexpr, R
 
 
 @triton.jit
-def _scores(q, k, k_scales, key, M, HEADS: tl.constexpr, MASKED: tl.constexpr):
+def _scores(q, k, k_scales, start, M, HEADS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
     """Scores of queries and KEYS keys, but for the scales of the queries, and the largest ones of keys that are there.
 
     Query scales are not negative, so the maximum may be taken before scaling; one multiply-add per score remains.
+    Keys without scales are in 16 bits.
     """
-    at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
-    if MASKED:
-        there = key < M
-        codes = tl.load(k + at, mask=there[:, None], other=0)
-        scale = tl.load(k_scales + key, mask=there, other=0.0)
+    key = start + tl.arange(0, KEYS)
+    k += start.to(tl.int64) * (HEADS * 128)
+    at = tl.arange(0, KEYS)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
+    codes = tl.load(k + at, mask=(key < M)[:, None], other=0) if MASKED else tl.load(k + at)
+    if k_scales is not None:
+        scale = tl.load(k_scales + key, mask=key < M, other=0.0) if MASKED else tl.load(k_scales + key)
+        scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
     else:
-        codes, scale = tl.load(k + at), tl.load(k_scales + key)
-    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
+        scores = tl.dot(q, tl.trans(codes))
     seen = tl.where((key < M)[None, :], scores, float("-inf")) if MASKED else scores
     return scores, tl.max(seen, 1)
 
@@ -101,8 +104,9 @@ def _add_keys(
 ):  # fmt: skip
     """Add KEYS more keys: their weights to `total`, their weighted values to `mixed`, both relative to the peak."""
     key = start + tl.arange(0, KEYS)
-    scores, largest = _scores(q, k, k_scales, key, M, HEADS, MASKED)
-    at = key.to(tl.int64)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
+    scores, largest = _scores(q, k, k_scales, start, M, HEADS, KEYS, MASKED)
+    v += start.to(tl.int64) * (HEADS * 128)
+    at = tl.arange(0, KEYS)[:, None] * (HEADS * 128) + tl.arange(0, 128)[None, :]
     values = tl.load(v + at, mask=(key < M)[:, None], other=0.0) if MASKED else tl.load(v + at)
     higher = tl.maximum(peak, largest * q_scale)
     shrink = tl.exp2(peak - higher)
@@ -114,7 +118,7 @@ def _add_keys(
         added = tl.dot(weights.to(tl.float16), values, out_dtype=tl.float16).to(tl.float32)
         mixed = mixed * shrink[:, None] + added
     else:
-        mixed = tl.dot(weights.to(tl.float16), values, mixed * shrink[:, None])
+        mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None])
     return higher, total, mixed
 
 
@@ -128,7 +132,7 @@ def _add_block(
     """
     key = start + tl.arange(0, KEYS)
     lane = tl.arange(0, 128)
-    scores, largest = _scores(q, k, k_scales, key, M, HEADS, MASKED)
+    scores, largest = _scores(q, k, k_scales, start, M, HEADS, KEYS, MASKED)
     values = tl.load(v + lane.to(tl.int64)[:, None] * stride + key[None, :])
     here = largest * q_scale
     higher = tl.maximum(peak, here)
@@ -150,54 +154,83 @@ def _add_block(
     return higher, near, total, mixed * shift[:, None] + added
 
 
-@triton.jit(do_not_specialize=["L", "M"])
-def attend_kernel(
-    q, q_scales, k, k_scales, v, v_scales, sums, out, L, M, stride, HEADS: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
+@triton.jit
+def _add(
+    q, q_scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
 ):  # fmt: skip
-    """Attend from QUERIES queries of one head to all M keys. q_scales include log2(e) / sqrt(128): exp2 is used.
+    """Add KEYS more keys, whose values are in 8 bits if there is a LARGEST."""
+    if LARGEST is None:
+        peak, total, mixed = _add_keys(
+            q, q_scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, MASKED, FLOAT16_SUMS
+        )
+    else:
+        peak, unit, total, mixed = _add_block(
+            q, q_scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, MASKED,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
+    return peak, unit, total, mixed
 
-    stride: of a channel's values in 8 bits. LARGEST: the logarithm of their largest weight, None in float16.
+
+@triton.jit(do_not_specialize=["L", "M", "width"])
+def attend_kernel(
+    q, q_scales, k, k_scales, v, v_scales, sums, out, lists, counts, heads, L, M, stride, width, factor,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FLOAT16_SUMS: tl.constexpr, LARGEST: tl.constexpr
+):  # fmt: skip
+    """Attend from QUERIES queries of one head to all M keys, or to the tiles in its list. exp2 is used.
+
+    q_scales: with log2(e) / sqrt(128) in them; where there are none, `factor` is that, and all is in 16 bits.
+    stride: of a channel's values in 8 bits. LARGEST: the logarithm of their largest weight, None in 16 bits.
+    lists, counts: numbers of whole tiles of KEYS keys, `width` for each program, and how many of them count. heads:
+    which head is whose turn, so that those with much to do come first.
     """
     row = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     head = tl.program_id(1)
+    whole = M // KEYS * KEYS
+    steps = M // KEYS
+    listed = 0
+    if lists is not None:
+        head = tl.load(heads + head)
+        at_list = head * tl.num_programs(0) + tl.program_id(0)
+        lists += at_list.to(tl.int64) * width
+        steps = tl.load(counts + at_list)
+        listed = tl.load(lists).to(tl.int32)
     lane = head * 128 + tl.arange(0, 128)
     at = row[:, None] * (HEADS * 128) + lane[None, :]
     inside = row < L
     codes = tl.load(q + at, mask=inside[:, None], other=0)
-    scale = tl.load(q_scales + head * L + row, mask=inside, other=0.0)
-    k, k_scales = k + head * 128, k_scales + head * M
+    scale = tl.full((QUERIES,), factor, tl.float32)
+    k += head * 128
+    if k_scales is not None:
+        scale = tl.load(q_scales + head * L + row, mask=inside, other=0.0)
+        k_scales += head * M
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     unit = peak
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES, 128), tl.float32)
-    whole = M // KEYS * KEYS
+    v += head * 128 if LARGEST is None else head.to(tl.int64) * 128 * stride
+    if sums is not None:
+        sums += head * 128
+    for step in tl.range(0, steps):
+        start = step * KEYS
+        if lists is not None:  # the next one is on its way while this one is worked on
+            start = listed * KEYS
+            listed = tl.load(lists + step + 1).to(tl.int32)
+        peak, unit, total, mixed = _add(
+            codes, scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, False,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
+    if whole < M:
+        peak, unit, total, mixed = _add(
+            codes, scale, k, k_scales, v, sums, whole, M, stride, peak, unit, total, mixed, HEADS, KEYS, True,
+            FLOAT16_SUMS, LARGEST
+        )  # fmt: skip
     if LARGEST is not None:
-        v += head.to(tl.int64) * 128 * stride
-        if sums is not None:
-            sums += head * 128
-        for start in tl.range(0, whole, KEYS):
-            peak, unit, total, mixed = _add_block(
-                codes, scale, k, k_scales, v, sums, start, M, stride, peak, unit, total, mixed, HEADS, KEYS, False,
-                FLOAT16_SUMS, LARGEST
-            )  # fmt: skip
-        if whole < M:
-            peak, unit, total, mixed = _add_block(
-                codes, scale, k, k_scales, v, sums, whole, M, stride, peak, unit, total, mixed, HEADS, KEYS, True,
-                FLOAT16_SUMS, LARGEST
-            )  # fmt: skip
         result = mixed * (1 / total)[:, None] * tl.load(v_scales + lane)[None, :]
-    else:
-        v += head * 128
-        for start in tl.range(0, whole, KEYS):
-            peak, total, mixed = _add_keys(
-                codes, scale, k, k_scales, v, start, M, peak, total, mixed, HEADS, KEYS, False, FLOAT16_SUMS
-            )
-        if whole < M:
-            peak, total, mixed = _add_keys(
-                codes, scale, k, k_scales, v, whole, M, peak, total, mixed, HEADS, KEYS, True, FLOAT16_SUMS
-            )
+    elif v_scales is not None:
         result = mixed * (tl.load(v_scales + head) / total)[:, None]
+    else:
+        result = mixed * (1 / total)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
@@ -226,21 +259,51 @@ def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor |
     return out, scales, sums
 
 
-def attend(q: Tensor, keys: QuantizedKeys) -> Tensor:
-    """As `torch_attention.attend`."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def attend(q: Tensor, keys: QuantizedKeys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """As `torch_attention.attend`. Tiles are those of the kernel."""
     if not len(q):
-        return out
-    heads, rows = len(keys.scales), len(q)
-    codes, scales = _quantize(q, None, _LOG2_E / math.sqrt(HEAD_DIM))
+        return torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    return attend_codes(*_quantize(q, None, FACTOR), keys, chosen, dtype or q.dtype)
+
+
+def attend_codes(
+    codes: Tensor, scales: Tensor, keys: QuantizedKeys, chosen: Selection | None, dtype: torch.dtype
+) -> Tensor:
+    """Attend from queries that are quantized: int8 [L, H * 128] and float32 [H, L]."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    heads, rows = scales.shape
+    lists, counts, turns, width = _listed(chosen)
     attend_kernel[(triton.cdiv(rows, QUERIES), heads)](
-        *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, keys.block_sums, out, rows),
-        *(len(keys.codes), keys.values.shape[1], heads, QUERIES, KEYS, float16_sums_are_quick(q.device)),
-        LARGEST_WEIGHT.get(keys.precision),
+        *(codes, scales, keys.codes, keys.scales, keys.values, keys.value_scales, keys.block_sums, out, lists, counts),
+        *(turns, rows, len(keys.codes), keys.values.shape[1], width, 0.0, heads, QUERIES, KEYS),
+        *(float16_sums_are_quick(codes.device), LARGEST_WEIGHT.get(keys.precision)),
         num_warps=WARPS,
         num_stages=STAGES,
     )
     return out
+
+
+def attend_plain(q: Tensor, k: Tensor, v: Tensor, chosen: Selection, dtype: torch.dtype | None = None) -> Tensor:
+    """As `torch_attention.attend_plain`, for values in 16 bits."""
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    heads, rows = q.shape[1] // HEAD_DIM, len(q)
+    lists, counts, turns, width = _listed(chosen)
+    attend_kernel[(triton.cdiv(rows, QUERIES), heads)](
+        *(q, None, k, None, v, None, None, out, lists, counts, turns, rows, len(k), 0, width, FACTOR),
+        *(heads, QUERIES, KEYS, False, None),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out
+
+
+def _listed(chosen: Selection | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """Lists, their lengths, the heads in the order of their work, and the width of a row of the lists."""
+    if chosen is None:
+        return None, None, None, 0
+    turns = chosen.counts.sum(1).argsort(descending=True).int()
+    return chosen.lists, chosen.counts, turns, chosen.lists.shape[2]
 
 
 def _quantize(x: Tensor, mean: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from skyrun.kernels import torch_attention
 from skyrun.kernels.device import float16_sums_are_quick
 from skyrun.kernels.formats import block_format
 from skyrun.kernels.planes import needs_planes
 from skyrun.kernels.quantized_keys import HEAD_DIM, QuantizedKeys, for_few_keys
 from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.tiles import USUAL, Pools, Selection
 from skyrun.kernels.weight import QuantizedWeight
 
 _ROWS = 512  # more than the kernels for few rows take
@@ -23,7 +26,7 @@ class Blocks:
 
     weights: the quantized types of their weights with the columns that these have. fast: whether their
     products are in int8. attention: its precision. frames: the numbers of channels that an autoencoder has at its
-    resolutions, with each dtype that it works in.
+    resolutions, with each dtype that it works in. sparse_tokens: how many tokens attend to chosen tiles; 0: none do.
     """
 
     weights: frozenset[tuple[str, int]]
@@ -33,12 +36,14 @@ class Blocks:
     fast: bool
     attention: str
     frames: frozenset[tuple[int, torch.dtype]] = frozenset()
+    sparse_tokens: int = 0
 
 
 def launches(blocks: Blocks, device: torch.device) -> list[Callable[[], object]]:
     """Functions without arguments. Each launches kernels on the device that no other one launches."""
     found = [*_elementwise(blocks, device), *_decoding(blocks, device), *_frames(blocks, device)]
     found += _int8(blocks, device) if blocks.fast else []
+    found += _sparse(blocks, device) if blocks.sparse_tokens else []
     return found + [*_attention(blocks, device)] if blocks.attention != "exact" else found
 
 
@@ -108,6 +113,36 @@ def _attention(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], ob
 
     x = torch.zeros(_ROWS, blocks.dim, dtype=_inner(blocks, device), device=device)
     yield attend
+
+
+def _sparse(blocks: Blocks, device: torch.device) -> Iterator[Callable[[], object]]:
+    """The choice of tiles, and attention to them: in the tokens' dtype, and in float32 to measure errors."""
+    from skyrun.kernels import triton_attention, triton_selection
+
+    def choose() -> Selection:
+        pools = Pools(codes[:1], scales[:, :1], flags[:, :1]), Pools(codes[:count], scales[:, :count], flags[:, :count])
+        starts, shares = numbers[0, :1], torch.zeros(heads, device=device)
+        return triton_selection.choose(*pools, shares, starts, flags[0], blocks.sparse_tokens, USUAL)
+
+    def attend(dtype: torch.dtype) -> Tensor:
+        chosen = Selection(numbers.short().view(heads, 1, -1), numbers[:, :1], _ROWS, USUAL)
+        if blocks.attention == "exact":
+            return triton_attention.attend_plain(x[:1], x, x, chosen, dtype)
+        values = torch_attention.quantize_values(x, blocks.attention)
+        keys = QuantizedKeys(blocks.attention, codes[:_ROWS], scales[:, :_ROWS].contiguous(), *values)
+        return triton_attention.attend_codes(codes[:1], scales[:, :1].contiguous(), keys, chosen, dtype)
+
+    count, heads = USUAL.count_keys(blocks.sparse_tokens), blocks.dim // HEAD_DIM
+    inner, most = _inner(blocks, device), max(_ROWS, count)
+    x = torch.zeros(_ROWS, blocks.dim, dtype=inner, device=device)
+    codes = torch.zeros(most, blocks.dim, dtype=torch.int8, device=device)
+    scales, flags = torch.zeros(heads, most, device=device), torch.zeros(heads, most, dtype=torch.bool, device=device)
+    numbers = torch.zeros(heads, most, dtype=torch.int32, device=device)
+    yield partial(triton_selection.pool, x, USUAL.keys, torch.zeros(blocks.dim, device=device))
+    yield partial(triton_selection.pool, x, USUAL.queries, None)
+    yield choose
+    for dtype in {inner, torch.float32}:
+        yield partial(attend, dtype)
 
 
 def _types(weights: Iterable[tuple[str, int]]) -> list[str]:

@@ -44,15 +44,18 @@ def cost(plan: "Plan", best: "Plan") -> str:
 
 
 def _quality(plan: "Plan") -> tuple[str, ...]:
-    return plan.weight_type, plan.dtype, plan.precision, plan.attention, plan.decoding.dtype
+    return plan.weight_type, plan.dtype, plan.precision, plan.asked, plan.decoding.dtype
 
 
 def precisions(plan: "Plan") -> str:
     """What a plan computes in other precisions, to follow the dtype of its activations; empty if nothing."""
     linear, attention = plan.precision == "fast", plan.attention
-    if linear and attention == "int8":
+    if linear and attention == "int8" and plan.sparse is None:
         return " and int8"
-    parts = ["int8 linear layers"] * linear + [f"{attention} attention"] * (attention != "exact")
+    parts = ["int8 linear layers"] * linear
+    if attention != "exact" or plan.sparse is not None:
+        skips = "" if plan.sparse is None else f", sparse at {100 * plan.sparse:g} %"
+        parts.append(f"{attention} attention{skips}")
     return f" and {' and '.join(parts)}" if parts else ""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from skyrun.presets.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, STATED, Hardware
+from skyrun.presets.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, MEASURED, STATED, Hardware
 from skyrun.presets.timing import FEW_KEYS, START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
 from skyrun.presets.workload import Workload
 
@@ -34,6 +34,10 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         f"attention {_tera(attention)} {_kind(plan.attention)}{to_text}, autoencoder {_tera(rates.convolution)}{slow}, "
         f"decoding and elementwise work {rates.decode / 1e9:.0f} GB/s"
     )
+    for one in plan.beside:
+        if one.attention == plan.asked and plan.sparse:
+            origin = MEASURED if one.density_measured else ASSUMED
+            yield f"attention reads {one.density:.0%} of its tiles ({origin}), and all in the first step of a window"
     yield f"the disk reads {hardware.disk_rate / 1e9:.2f} GB/s ({hardware.origin('disk_rate')})" + (
         f", the link to the card carries {hardware.link_rate / 1e9:.0f} GB/s ({hardware.origin('link_rate')})"
         if cuda

@@ -40,6 +40,11 @@ ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at
 # received; what this one found, here and there; and what the one before has found.
 _TRAVELLING = 5
 HEAD_DIM = 128  # values per token in the rotary table
+# Attention that skips tiles: queries and keys of a tile, what lists may take of keys and values in 16 bits, and tiles
+# of queries that are looked at (kernels/tiles.py, kernels/selection.py, models/dit/sparse.py).
+QUERY_TILE, KEY_TILE = 128, 64
+LISTS_SHARE = 0.005
+SAMPLED = 12
 # Memory of the VAE, in units of the activations of four frames at full resolution: the cache of earlier frames, the
 # input and output of the current convolution, and a tile's input with cached frames and its output.
 _VAE_FRAMES = 4
@@ -71,6 +76,7 @@ def denoise_bytes(
     parked: bool = False,
     way: str = "",
     attention: str = "exact",
+    sparse: bool = False,
 ) -> int:
     """Bytes for activations, one decoded matrix, and the transformer's weights outside of its blocks.
 
@@ -81,6 +87,7 @@ def denoise_bytes(
         parked: whether the activations of the other tokens wait on the host.
         way: as `way_of` has it; "" stands for "plain".
         attention: its precision.
+        sparse: whether it skips tiles.
     """
     size, tokens, own, dim = BYTES[dtype], workload.tokens, workload.own_tokens, workload.dim
     # With the heads of this device only.
@@ -92,8 +99,21 @@ def denoise_bytes(
     queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
     if workload.devices > 1:
         passing, queries = passing + _TRAVELLING * dim * size, queries + _TRAVELLING * part * dim * size
-    peak = max(tokens * keys + part * passing + workload.ffn_dim * dim * matrix, tokens * of_keys + queries)
+    passes = part * passing + workload.ffn_dim * dim * matrix
+    if sparse:
+        held += -(-tokens // KEY_TILE) * (dim + 5 * dim // HEAD_DIM)  # means of tiles of keys
+        passes = max(passes, checking_bytes(workload, size))
+    peak = max(tokens * keys + passes, tokens * of_keys + queries)
     return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
+
+
+def checking_bytes(workload: Workload, size: int) -> int:
+    """What attention takes to measure its error: lists, sampled queries, their codes, and results in float32.
+
+    When tokens pass, lists take less than the hidden layer that comes after.
+    """
+    lists = int(LISTS_SHARE * 4 * workload.tokens * workload.dim)
+    return lists + SAMPLED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:

@@ -1,16 +1,19 @@
 """List the options for the denoising steps of a clip, and choose one."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from skyrun.kernels.capability import FLOAT8
+from skyrun.presets.attention import ATTENTION_ERRORS, USUAL_DENSITY
 from skyrun.presets.budget import Budget
 from skyrun.presets.hardware import Hardware
 from skyrun.presets.memory import (
     GUIDED_FRAGMENTS,
     PARKING_PIECE,
     PARKING_PIECES,
+    QUERY_TILE,
     denoise_bytes,
     parked_bytes,
     way_of,
@@ -20,9 +23,6 @@ from skyrun.presets.timing import Time, denoise_time, rates_of, step_time
 from skyrun.presets.workload import Workload
 
 EXACT_TYPES = ("F32", "F16", "BF16", "Q8_0")  # int8 matmuls would visibly add to the small error of these types
-# Relative error of attention on a peaked softmax, by its precision (docs/kernels.md).
-ATTENTION_ERRORS = {"exact": 0.0, "int8": 0.019, "full-int8": 0.022, "fp8": 0.034}
-ATTENTIONS = tuple(ATTENTION_ERRORS)
 POOR_TYPES = ("Q3_K", "Q2_K")  # clips look visibly worse: chosen only if nothing better fits or the user asks
 _ALLOWED_ERROR, _ALLOWED_ERROR_FOR_QUALITY = 0.025, 0.02  # of attention, where none is asked for
 PREFERENCES = ("balanced", "quality", "speed", "memory")
@@ -31,6 +31,9 @@ WORTH_GAIN = 1.1  # times faster than exact matmuls that int8 must be
 # plan for speed may be that much slower than the fastest option, and another plan that much slower than the plan for
 # speed without a note: 3 % in all.
 NEARLY = 1.03**0.5
+SKIPPING_GAIN = (
+    0.85  # of the time of the dense plan that one which skips may take, to be chosen where none is asked for
+)
 _FEWEST_ROWS = 512  # tokens of a chunk
 
 # How many tokens pass through a block at a time, None: all; and whether the others wait on the host.
@@ -41,25 +44,28 @@ Chunking = tuple[int | None, bool]
 class Option:
     """A transformer file with a precision and a chunking of the tokens, and the memory and time that it takes.
 
-    work: the workload with this file. precision: "exact" or "fast". attention: of ATTENTIONS. resident: how many blocks
-    stay on the device. fits: whether it stays within the budget. step: the time of a denoising step.
+    work: the workload with this file. precision: "exact" or "fast". attention: of ATTENTIONS. bound: the error that
+    skipping may cost; None skips nothing. resident: how many blocks stay on the device. fits: whether it stays within
+    the budget. step: the time of a denoising step. first: of a window's first one, with all blocks at hand.
     """
 
     hardware: Hardware
     work: Workload
     precision: str
     attention: str
+    bound: float | None
     chunking: Chunking
     resident: int
     device_bytes: int
     host_bytes: int
     fits: bool
     step: Time
+    first: Time
 
     @cached_property
     def denoise(self) -> Time:
         """The time of all steps."""
-        return denoise_time(self.hardware, self.work, self.step)
+        return denoise_time(self.hardware, self.work, self.step, self.first)
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -84,6 +90,7 @@ def options(
     budget: Budget,
     precision: str | None,
     attention: str,
+    bound: float | None,
     dtype: str,
     keep: bool,
 ) -> Iterator[Option]:
@@ -95,21 +102,24 @@ def options(
         budget: the memory that may be used; options that exceed it are listed too, with `fits` False.
         precision: "exact" or "fast"; None chooses what suits the type of each file.
         attention: of ATTENTIONS.
+        bound: the error that skipping may cost; None skips nothing.
         dtype: of activations.
         keep: whether as many blocks stay on the GPU as fit.
     """
     for work in workload.offers():
         how = precision or _precision(hardware, work)
         way = way_of(budget.cuda, hardware.capability, dtype, how == "fast")
+        skips = bool(bound)
         for chunking in _chunkings(work, budget.cuda):
             rows, parked = chunking
-            working = denoise_bytes(work, dtype, rows, parked, way, attention)
+            working = denoise_bytes(work, dtype, rows, parked, way, attention, skips)
             device, host = budget.taken(
                 work.block_bytes, working, parked_bytes(work, dtype) + PARKING_PIECES * PARKING_PIECE if parked else 0
             )
             spare = max(0, without_reserve(budget.limit, way) - device) if budget.cuda and keep else 0
             resident = min(work.layers, spare // max(1, work.block_bytes))
-            step = step_time(
+            timed = partial(
+                step_time,
                 hardware,
                 work,
                 fast=how == "fast",
@@ -118,14 +128,23 @@ def options(
                 rows=rows,
                 parked=parked,
                 resident=resident,
+                density=density_of(work) if skips else None,
             )
             holes = int(GUIDED_FRAGMENTS * working) if work.contexts > 1 and budget.cuda else 0
             fits, kept = budget.fits(device + holes, host), resident * work.block_bytes
-            yield Option(hardware, work, how, attention, chunking, resident, device + kept, host, fits, step)
+            times = timed(), timed(learns=skips)
+            yield Option(hardware, work, how, attention, bound, chunking, resident, device + kept, host, fits, *times)
+
+
+def density_of(workload: Workload) -> float:
+    """The share of its tiles that attention is expected to read, where it skips some."""
+    return workload.density or USUAL_DENSITY
 
 
 def _chunkings(workload: Workload, cuda: bool) -> list[Chunking]:
-    counts = [-(-workload.own_tokens // parts) for parts in (2, 4, 8, 16, 32, 64, 128)]
+    """Parts are whole tiles of queries, so that lists of keys do not depend on them."""
+    tiles = -(-workload.own_tokens // QUERY_TILE)
+    counts = [-(-tiles // parts) * QUERY_TILE for parts in (2, 4, 8, 16, 32, 64, 128)]
     rows = [count for count in counts if count >= _FEWEST_ROWS]
     return [(None, False), *((count, parked) for parked in ((False, True) if cuda else (False,)) for count in rows)]
 
@@ -148,6 +167,12 @@ def usual_attention(hardware: Hardware, precision: str | None, prefer: str) -> s
         if error < limit and rates.attention_in(name) >= WORTH_GAIN * rates.attention_in(chosen):
             chosen = name
     return chosen
+
+
+def gains_by_skipping(hardware: Hardware, dtype: str) -> bool:
+    """Whether there are kernels that skip tiles: without them all is computed, and then left out."""
+    cuda = hardware.device == "cuda"
+    return hardware.fast_gain > 0 and way_of(cuda, hardware.capability, dtype, True) != "plain" and dtype != "float32"
 
 
 def lacks_float8(hardware: Hardware, attention: str | None) -> bool:
@@ -173,8 +198,15 @@ def _quick(options: list[Option]) -> list[Option]:
 
 
 def _hidden(options: list[Option]) -> list[Option]:
-    """The options of the best file whose reading is hidden behind computing, or of the smallest file if none is."""
-    hidden = [option for option in options if option.step.is_hidden]
+    """The options of the best file whose reading is hidden behind computing, or of the smallest file if none is.
+
+    Passing few tokens at a time computes longer, which hides nothing.
+    """
+    computing: dict[int, float] = {}
+    for option in options:
+        nbytes = option.work.block_bytes
+        computing[nbytes] = min(option.step.compute, computing.get(nbytes, math.inf))
+    hidden = [option for option in options if option.step.is_hidden_by(computing[option.work.block_bytes])]
     return _largest(hidden) if hidden else _largest(options, smallest=True)
 
 

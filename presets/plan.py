@@ -8,12 +8,24 @@ from typing import Any
 
 from skyrun.presets.advice import PATIENCE, USUAL_CARD, cost, gain, without_card
 from skyrun.presets.alternatives import smallest, what_fits
+from skyrun.presets.attention import USUAL_BOUND, Attention, parse_attention
 from skyrun.presets.autoencoder import WAYS, Autoencoder, autoencoder
 from skyrun.presets.budget import Budget, budget_of
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, stated
 from skyrun.presets.memory import GIB, RING_SLOTS, text_bytes
-from skyrun.presets.options import EXACT_TYPES, POOR_TYPES, PREFERENCES, Option, best, options, usual_attention
+from skyrun.presets.options import (
+    EXACT_TYPES,
+    POOR_TYPES,
+    PREFERENCES,
+    SKIPPING_GAIN,
+    Option,
+    best,
+    density_of,
+    gains_by_skipping,
+    options,
+    usual_attention,
+)
 from skyrun.presets.timing import (
     Time,
     decode_time,
@@ -47,13 +59,28 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """What a way of attention takes: `attention` as --attention has it; the density of its tiles, 1 if all are read.
+
+    density_measured: whether an earlier run has measured it. step_seconds: of a step after the first. seconds: in all.
+    """
+
+    attention: str
+    density: float
+    density_measured: bool
+    step_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a clip will be made. It is frozen: the run does exactly what was printed.
 
     weight_type: type of the chosen transformer file. precision: of linear layers, "exact" or "fast" for int8.
-    attention: its precision, of ATTENTIONS. dtype: of activations. ring_slots: streaming
-    buffers, one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through
-    a block at a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
+    attention: its precision, of ATTENTIONS. sparse: the relative error that self-attention may cost by skipping tiles;
+    None: it skips nothing. beside: it with and without skipping. dtype: of activations. ring_slots: streaming buffers,
+    one block each. resident_blocks: blocks that stay on the device. token_rows: how many tokens pass through a block at
+    a time; None stands for all. parked_tokens: whether the other tokens wait on the host.
     encoding, decoding: how the VAE works. step_seconds, first_step_seconds: expected for a denoising step after the
     first, and for the first, which reads every block from disk.
     problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
@@ -81,6 +108,13 @@ class Plan:
     first_step_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     devices: int = 1
+    sparse: float | None = None
+    beside: tuple[AttentionPlan, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """The attention as --attention has it."""
+        return str(Attention(self.attention, self.sparse))
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -118,7 +152,8 @@ def choose(
         hardware: the machine.
         workload: the clip and its models.
         precision: "exact" or "fast"; None chooses what suits the file's type and the card.
-        attention: of ATTENTIONS; None chooses what is faster on the card, and exact if `precision` is.
+        attention: as `parse_attention` reads it. What it leaves open is what is faster, and exact if `precision` is;
+            tiles are skipped unasked only where that saves 15 % and neither quality nor memory is preferred.
         dtype: of activations; None chooses one for the device.
         max_vram: a limit in GiB; None allows all that is free.
         max_ram: a limit in GiB; None allows all that is free.
@@ -127,20 +162,34 @@ def choose(
     """
     budget = budget_of(hardware, max_vram, max_ram, workload.devices)
     kind = dtype or (("bfloat16" if hardware.bfloat16 else "float16") if budget.cuda else "float32")
+    asked = parse_attention(attention) if attention else Attention()
 
     @cache
-    def found(work: Workload, attention: str, keep: bool) -> list[Option]:
-        return [*options(hardware, work, budget, precision, attention, kind, keep)]
+    def found(work: Workload, attention: str, bound: float | None, keep: bool) -> list[Option]:
+        return [*options(hardware, work, budget, precision, attention, bound, kind, keep)]
 
-    def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
-        chosen = attention or usual_attention(hardware, precision, prefer)
-        listed = found(work, chosen, prefer != "memory")
+    @cache
+    def decided(work: Workload, prefer: str, type: str | None, bound: float | None) -> Plan:
+        chosen = asked.precision or usual_attention(hardware, precision, prefer)
+        listed = found(work, chosen, bound, prefer != "memory")
         allowed = [option for option in listed if type in (None, option.work.weight_type)]
         return _plan(hardware, best(allowed, prefer), budget, kind, prefer)
 
+    def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
+        dense = decided(work, prefer, type, None)
+        if work.devices > 1:  # tokens that are divided all attend to all
+            return replace(dense, beside=(_beside(dense, work),))
+        sparse = decided(work, prefer, type, USUAL_BOUND if asked.bound is None else asked.bound)
+        open_ = asked == Attention() and precision != "exact" and prefer in ("balanced", "speed")
+        gains = gains_by_skipping(hardware, kind) and sparse.seconds <= SKIPPING_GAIN * dense.seconds
+        takes = asked.bound is not None or (open_ and gains and not sparse.problem)
+        return replace(sparse if takes else dense, beside=(_beside(dense, work), _beside(sparse, work)))
+
     plan = decide(workload)
     if plan.problem:
-        return replace(plan, remedy=what_fits(workload, lambda smaller: not decide(smaller).problem))
+        return replace(
+            plan, remedy=what_fits(workload, lambda smaller: not decided(smaller, prefer, None, plan.sparse).problem)
+        )
     return replace(plan, notes=tuple(_notes(plan, workload, prefer, decide)))
 
 
@@ -161,6 +210,11 @@ def _notes(plan: Plan, workload: Workload, prefer: str, decide: Callable[..., Pl
         smaller = smallest(workload)
         there = choose(stated(card, _USUAL_RAM, _USUAL_DISK), workload, prefer=prefer)
         yield without_card(plan, there, smaller, decide(smaller))
+
+
+def _beside(plan: Plan, work: Workload) -> AttentionPlan:
+    density = density_of(work) if plan.sparse else 1.0
+    return AttentionPlan(plan.asked, density, work.density > 0, plan.step_seconds, plan.seconds)
 
 
 def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer: str) -> Plan:
@@ -197,8 +251,9 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         limit_bytes=budget.limit,
         weight_type=work.weight_type,
         step_seconds=option.step.seconds,
-        first_step_seconds=first_step_time(hardware, work, option.step).seconds,
+        first_step_seconds=first_step_time(hardware, work, option.first).seconds,
         devices=work.devices,
+        sparse=option.bound,
     )
     return replace(plan, problem=_problem(plan, budget))
 

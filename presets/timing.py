@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, own_rows, parked_bytes, way_of
+from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, way_of
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ FEW_KEYS = {"full-int8": "int8", "fp8": "int8"}  # the precision of attention to
 START_SECONDS = {"cpu": 2.0, "cuda": 5.0}
 # Pixels per second that become H.264: a core was measured to take 0.13 s for a frame of 720P; of four.
 WRITTEN_PIXELS = 4 * 1280 * 720 / 0.13
+# Operations for a head, a tile of queries and a tile of keys: their score, and the list (tests count them).
+_SCORED, _LISTED = 2 * 128, 100
+_POOLED = 8  # for each value of queries and keys
+_HALVED = 4  # how often the first step computes the sample anew, besides once with all keys
 _TEXT_SQUARES = 11.5  # weights of a block of the text encoder in squares of its width
 
 
@@ -52,10 +56,9 @@ class Time:
     bound: str
     hidden: float
 
-    @property
-    def is_hidden(self) -> bool:
-        """Whether reading adds no noticeable time."""
-        return self.seconds <= max(HIDDEN * self.compute, self.compute + _UNNOTICED)
+    def is_hidden_by(self, computing: float) -> bool:
+        """Whether all of it takes not noticeably longer than so many seconds of computing."""
+        return self.seconds <= max(HIDDEN * computing, computing + _UNNOTICED)
 
 
 def rates_of(hardware: Hardware) -> Rates:
@@ -80,6 +83,8 @@ def step_time(
     rows: int | None = None,
     parked: bool = False,
     resident: int = 0,
+    density: float | None = None,
+    learns: bool = False,
 ) -> Time:
     """The time of a denoising step after the first.
 
@@ -92,8 +97,11 @@ def step_time(
         rows: how many tokens pass through a block at a time; None stands for all.
         parked: whether the other tokens wait on the host.
         resident: how many blocks stay on the device.
+        density: the share of tiles that attention reads; None: it skips nothing, and chooses nothing.
+        learns: whether it is dense, and learns what later steps may skip.
     """
-    computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked)
+    work = 1.0 if density is None else _attention_work(hardware, workload, density, learns)
+    computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked, work)
     computing += _waiting(hardware, workload, computing, dtype, rows)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else _disk_rate(hardware, workload)
@@ -117,19 +125,20 @@ def write_time(workload: Workload) -> Time:
     return Time(seconds, seconds, "compute", 1.0)
 
 
-def first_step_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
-    """The time of a window's first step, in which every block is read from disk, given that of a later one."""
+def first_step_time(hardware: Hardware, workload: Workload, first: Time) -> Time:
+    """The time of a window's first step, in which every block is read from disk, given what it computes."""
     reading = workload.layers * workload.block_bytes
-    return _overlapped(hardware, step.compute, reading, _disk_rate(hardware, workload))
+    return _overlapped(hardware, first.compute, reading, _disk_rate(hardware, workload))
 
 
-def denoise_time(hardware: Hardware, workload: Workload, step: Time) -> Time:
-    """The time of all steps, given that of one after the first."""
-    first = first_step_time(hardware, workload, step)
+def denoise_time(hardware: Hardware, workload: Workload, step: Time, first: Time | None = None) -> Time:
+    """The time of all steps, given that of one after the first, and of a first one with all blocks at hand."""
+    first = first or step
     cold = 1 if is_cached(hardware, workload) else workload.windows
-    steps = workload.windows * workload.steps
-    seconds = steps * step.seconds + cold * (first.seconds - step.seconds)
-    return replace(step, seconds=seconds, compute=steps * step.compute)
+    firsts, later = workload.windows, workload.windows * (workload.steps - 1)
+    reading = first_step_time(hardware, workload, first).seconds - first.seconds
+    seconds = later * step.seconds + firsts * first.seconds + cold * reading
+    return replace(step, seconds=seconds, compute=later * step.compute + firsts * first.compute)
 
 
 def text_time(hardware: Hardware, workload: Workload) -> Time:
@@ -206,6 +215,22 @@ def step_operations(workload: Workload) -> tuple[float, float]:
     return workload.layers * linear, workload.layers * 4.0 * tokens * (tokens + context) * dim
 
 
+def _attention_work(hardware: Hardware, workload: Workload, density: float, learns: bool) -> float:
+    """The operations of self-attention to chosen tiles, in shares of those to all; a CPU computes all."""
+    tokens = max(1, workload.tokens)
+    read = 1 + (_HALVED if learns else 1) * density
+    own = 1.0 if learns or hardware.device != "cuda" else density
+    own += min(1.0, QUERY_TILE * SAMPLED / tokens) * read
+    return own + selection_operations(workload) / (4.0 * tokens**2 * workload.dim)
+
+
+def selection_operations(workload: Workload) -> float:
+    """Operations of a block to choose the tiles that all queries read."""
+    tokens, dim = workload.tokens, workload.dim
+    pairs = -(-tokens // QUERY_TILE) * -(-tokens // KEY_TILE) * (dim // 128)
+    return pairs * (_SCORED + _LISTED) + 2 * _POOLED * tokens * dim
+
+
 def sent_bytes(workload: Workload, dtype: str) -> float:
     """Bytes that a device sends to the others in a step: docs/devices.md has the formula."""
     devices, own = workload.devices, workload.tokens / workload.devices
@@ -234,7 +259,14 @@ def _context(workload: Workload) -> float:
 
 
 def _computing(
-    hardware: Hardware, workload: Workload, fast: bool, attention: str, dtype: str, rows: int | None, parked: bool
+    hardware: Hardware,
+    workload: Workload,
+    fast: bool,
+    attention: str,
+    dtype: str,
+    rows: int | None,
+    parked: bool,
+    work: float,
 ) -> float:
     """Seconds of a step of one context, of one device among several."""
     rates = rates_of(hardware)
@@ -242,7 +274,7 @@ def _computing(
     linear_rate = (fast and rates.fast_linear) or _in_dtype(hardware, rates.linear, dtype)
     cross = scores * _context(workload) / (workload.tokens + _context(workload))
     seconds = linear / linear_rate
-    for operations, precision in ((scores - cross, attention), (cross, FEW_KEYS.get(attention, attention))):
+    for operations, precision in ((work * (scores - cross), attention), (cross, FEW_KEYS.get(attention, attention))):
         quick = precision != "exact" and rates.attention_in(precision)
         seconds += operations / (quick or _in_dtype(hardware, rates.attention, dtype))
     parts = -(-workload.own_tokens // rows) if rows else 1

@@ -38,6 +38,7 @@ class Workload:
     candidates: transformer files to choose from; without any, it is the one described here.
     adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
     devices: among how many devices the tokens are divided.
+    density: the share of its tiles that self-attention read in an earlier run of this kind; 0: not known.
     """
 
     task: str
@@ -74,6 +75,7 @@ class Workload:
     adapter_weights: int = 0
     adapter_rank: int = 0
     devices: int = 1
+    density: float = 0.0
 
     @property
     def tokens(self) -> int:

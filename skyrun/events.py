@@ -104,6 +104,23 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What self-attention has skipped in a step, and what that cost, where it may skip something.
+
+    density: the share of tiles that were read, 1 in a first step, which is dense. error: the largest relative error of
+    a head's output, as measured on a sample. dense_heads: how many of all `heads`, of all blocks, skip nothing.
+    densities, errors: of each block.
+    """
+
+    density: float
+    error: float
+    dense_heads: int
+    heads: int
+    densities: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class WindowDone:
     """All frames of a window are handed out, and the run's state says so. index: from 0 on, of `total`."""
 
@@ -147,6 +164,7 @@ Event = (
     | LatentsReady
     | FramesReady
     | Preview
+    | Attended
     | WindowDone
     | TimeLeft
     | Kept

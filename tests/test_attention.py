@@ -14,7 +14,7 @@ from skyrun.kernels import attention, torch_attention, triton_attention
 from skyrun.kernels.attention import Keys, attend, ways
 from skyrun.kernels.device import has_float8
 from skyrun.kernels.quantized_keys import PRECISIONS, QuantizedKeys
-from skyrun.presets.options import ATTENTION_ERRORS
+from skyrun.presets.attention import ATTENTION_ERRORS
 
 CPU = torch.device("cpu")
 # Triton 3.6's interpreter cannot loop up to an argument with NumPy 2.4.
@@ -307,7 +307,8 @@ def test_cudnn_is_left_out_where_it_is_wrong(monkeypatch, cudnn, offered):
 
 VALUES = {"int8": "*fp16", "full-int8": "*i8", "fp8": "*fp8e4nv"}
 TENSORS = {"q": "*i8", "q_scales": "*fp32", "k": "*i8", "k_scales": "*fp32", "v_scales": "*fp32"}
-SIZES = {"out": "*bf16", "L": "i32", "M": "i32", "stride": "i32"}
+SIZES = {"out": "*bf16", "L": "i32", "M": "i32", "stride": "i32", "width": "i32", "factor": "fp32"}
+LISTS = {"lists": "*i16", "counts": "*i32", "heads": "*i32"}
 TILE = {"HEADS": 40, "QUERIES": triton_attention.QUERIES, "KEYS": triton_attention.KEYS}
 ROWS = {"HEADS": 40, "ROWS": triton_attention.ROWS}
 MODULE = "skyrun.kernels.triton_attention"
@@ -315,18 +316,25 @@ GEFORCE = (86, 89, 120)
 FLOAT8 = tuple(arch for arch in ARCHS if arch >= 89)
 
 
-def attend_variant(precision, archs=ARCHS, float16_sums=False):
-    sums = {"sums": "*i32"} if precision == "full-int8" else {}
+def attend_variant(precision, archs=ARCHS, float16_sums=False, listed=False):
+    """Of queries with a list of keys, or without. "exact" has lists alone; others are torch's."""
+    signature = TENSORS | SIZES | {"v": VALUES.get(precision, "*bf16")}
+    signature |= {"sums": "*i32"} if precision == "full-int8" else {}
+    signature |= LISTS if listed else {}
+    if precision == "exact":
+        plain = dict.fromkeys(("q", "k"), "*bf16")
+        signature = {name: kind for name, kind in (signature | plain).items() if "scales" not in name}
+    pointers = (*TENSORS, "v", "sums", *LISTS)
     return Variant(
-        f"attend, {precision}" + ", float16 sums" * float16_sums,
+        f"attend, {precision}" + ", float16 sums" * float16_sums + ", lists" * listed,
         f"{MODULE}:attend_kernel",
-        TENSORS | SIZES | {"v": VALUES[precision], "out": "*fp16" if float16_sums else "*bf16"} | sums,
+        signature | {"out": "*fp16" if float16_sums else "*bf16"},
         TILE
         | {"FLOAT16_SUMS": float16_sums, "LARGEST": triton_attention.LARGEST_WEIGHT.get(precision)}
-        | ({} if sums else {"sums": None}),
+        | {name: None for name in pointers if name not in signature},
         warps=triton_attention.WARPS,
         stages=triton_attention.STAGES,
-        unaligned=("L", "M"),
+        unaligned=("L", "M", "width"),
         archs=archs,
     )
 
@@ -345,6 +353,12 @@ VARIANTS = [
     attend_variant("full-int8"),
     attend_variant("fp8", FLOAT8),
     attend_variant("fp8", (89, 120), True),
+    attend_variant("exact", listed=True),
+    attend_variant("int8", listed=True),
+    attend_variant("int8", GEFORCE, True, listed=True),
+    attend_variant("full-int8", listed=True),
+    attend_variant("fp8", FLOAT8, listed=True),
+    attend_variant("fp8", (89, 120), True, listed=True),
     row_variant(
         "quantize",
         "quantize_kernel",
@@ -363,6 +377,7 @@ VARIANTS = [
 # Instructions of tensor cores by architecture: those of Hopper, of Blackwell's server chips, and of all others.
 SCORES = {90: "IGMMA", 100: "UTCIMMA"}
 MIXING = {
+    "exact": ("HMMA", {90: "HGMMA", 100: "UTCHMMA"}),
     "int8": ("HMMA", {90: "HGMMA", 100: "UTCHMMA"}),
     "full-int8": ("IMMA", SCORES),
     "fp8": ("QMMA", {90: "QGMMA", 100: "UTCQMMA"}),
@@ -385,12 +400,14 @@ def test_cubin(cubins, name, arch):
         return
     usual, others = MIXING[name.split(", ")[1]]
     scores, values = SCORES.get(arch, "IMMA"), others.get(arch, usual)
+    scores = values if "exact" in name else scores
     assert cubin.count(scores) and cubin.count(values)
     if values == "QMMA":
         assert cubin.count("QMMA.16832.F16" if "float16" in name else "QMMA.16832.F32")
+    lists = 60 if "lists" in name else 0
     if arch != 100:  # which moves sums to and from a memory of their own
         # The start, the end, and a step of 64 keys twice, whole and masked: 32 scores of each thread.
-        assert cubin.count("") - cubin.count(scores) - cubin.count(values) < (2050 if "full" in name else 1850)
+        assert cubin.count("") - cubin.count(scores) - cubin.count(values) < (2050 if "full" in name else 1850) + lists
 
 
 @pytest.mark.gpu

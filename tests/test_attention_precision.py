@@ -16,9 +16,9 @@ from skyrun.kernels.synthetic import random_weight
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
+from skyrun.presets.attention import ATTENTIONS
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import stated, stated_cpu
-from skyrun.presets.options import ATTENTIONS
 
 __all__ = ["forward"]  # a fixture
 CPU = torch.device("cpu")

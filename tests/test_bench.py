@@ -13,7 +13,15 @@ from skyrun.errors import SkyrunError
 from skyrun.events import Progress, StageEnded, StageStarted
 from skyrun.tools.bench import checks, measurement, synthetic_model
 from skyrun.tools.bench.checks import Check, check_kernels, relative_error
-from skyrun.tools.bench.kernels import WAN_14B, Bench, attention_ways, measure_kernels, plan_bench
+from skyrun.tools.bench.kernels import (
+    DENSITIES,
+    WAN_14B,
+    Bench,
+    attention_ways,
+    list_precisions,
+    measure_kernels,
+    plan_bench,
+)
 from skyrun.tools.bench.measurement import Clock, Measurement
 
 CPU = torch.device("cpu")
@@ -71,12 +79,13 @@ def test_all_that_was_announced_is_measured(measured):
                 assert {(f"{type} {shape}", rows, way) for way in ("exact", "fast", "torch decode")} <= linear
     blocks = [(one.what, one.way) for one in measured if one.part == "block"]
     assert blocks == [("float32", "resident"), *((t, way) for t in BENCH.types for way in ("exact", "fast"))]
-    assert [one.way for one in measured if one.part == "attention"] == list(attention_ways(BENCH))
+    lists = [f"{name}, density {share:g}" for name in list_precisions(BENCH) for share in DENSITIES]
+    assert [one.way for one in measured if one.part == "attention"] == [*attention_ways(BENCH), *lists]
 
 
 def test_the_table_says_every_figure(measured):
     text = measurements_text(measured)
-    assert len(text.splitlines()) == 8 + 13 + (1 + len(attention_ways(BENCH))) + 6 + 3  # and a line between tables
+    assert len(text.splitlines()) == 8 + 13 + (5 + len(attention_ways(BENCH))) + 6 + 3  # and a line between tables
     assert "Q4_K 512x256" in text and "over resident" in text
 
 

@@ -60,7 +60,8 @@ def test_what_is_counted_is_what_a_block_takes(replays):
     """Without the pages of the allocator and libraries. A plan that keeps all blocks counts a ring too."""
     for one in (one for one in replays if one.planned.plan.resident_blocks < one.planned.workload.layers):
         taken = live_bytes(one)
-        assert 0.985 * taken <= one.counted - memory.ALLOCATOR_BYTES <= 1.03 * taken, one
+        most = 1.1 if one.planned.plan.sparse else 1.03  # keys are quantized before there are queries
+        assert 0.985 * taken <= one.counted - memory.ALLOCATOR_BYTES <= most * taken, one
 
 
 def test_with_segments_of_fixed_size_plans_would_run_out(replays):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import skyrun.models.dit as dit
+import skyrun.models.dit.transformer as dit
 import skyrun.tools.calibrate as calibration
 from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, MODEL_MISSING, WILL_NOT_FIT, SkyrunError

@@ -10,7 +10,10 @@ from skyrun.kernels import linear, torch_int8, triton_encode
 from skyrun.kernels.elementwise import add_gated
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.quantized_keys import PRECISIONS
+from skyrun.kernels.tiles import USUAL
 from skyrun.models.dit import Context, DiT
+from skyrun.models.dit.sparse import SelfCheck
+from skyrun.models.dit.tile_order import Frames, tile_order
 from skyrun.models.dit_header import block_layouts
 from skyrun.streaming import weights as weights_module
 from skyrun.streaming.stream import BlockStream
@@ -25,14 +28,19 @@ def forward(goldens, converted):
     """forward("Q4_K", fast) is the tiny model's velocity for the golden's latents. text_rows: of the text, or all."""
     golden = goldens("dit_r2v/t6_4x6")
 
-    def run(quant, fast=False, text_rows=None, attention="exact"):
+    def run(quant, fast=False, text_rows=None, attention="exact", sparse=None):
         file = open_gguf(next(converted(quant).glob("SkyReels*.gguf")))
         dit = DiT(file, CPU, torch.float32)
         (time,) = dit.embed_times(golden["in.timesteps"].tolist()[:1])
         latents = golden["in.hidden_states"][0]
         context, rope = Context(dit.embed_text(golden["in.context_valid"])[:text_rows]), dit.rope(latents)
         with BlockStream(file.path, block_layouts(file), CPU, fast=fast, attention=attention) as stream:
-            return drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
+            times = [time] * latents.shape[1]
+            if sparse is None:
+                return drain(dit.forward(stream, latents, times, context, rope))
+            order = tile_order([Frames(1, True), Frames(latents.shape[1] - 1)], 2, 3, USUAL)
+            check = SelfCheck(0.5, order, (1, dit.dims.layers, dit.dims.heads), sparse)
+            return drain(dit.velocities(stream, latents, times, [context], rope, order, check))[0]
 
     return run
 

@@ -90,8 +90,8 @@ PLACES = {
     "text": ("skyrun.models.umt5.umt5_block", (1,)),
     "images": ("skyrun.models.vae.WanVAE.sample", (0,)),
     "load": ("skyrun.pipelines.stages.DiT", (0,)),
-    "denoise: first step": ("skyrun.models.dit.dit_block", (1,)),
-    "denoise: third step": ("skyrun.models.dit.dit_block", (5,)),
+    "denoise: first step": ("skyrun.models.dit.transformer.dit_block", (1,)),
+    "denoise: third step": ("skyrun.models.dit.transformer.dit_block", (5,)),
     "denoise: the sampler": ("skyrun.pipelines.samplers.UniPC._predict", (2,)),
     "decode: first group": ("skyrun.models.vae.WanVAE._decoder", (0,)),
     "decode: second group": ("skyrun.models.vae.WanVAE._decoder", (1,)),
@@ -134,7 +134,7 @@ def blocks_of(place, job):
 
 
 def test_out_of_memory_several_times(job, undisturbed, monkeypatch):
-    fail(monkeypatch, "skyrun.models.dit.dit_block", MemoryError, (3, 6))
+    fail(monkeypatch, "skyrun.models.dit.transformer.dit_block", MemoryError, (3, 6))
     fail(monkeypatch, "skyrun.models.vae.WanVAE._decoder", MemoryError, (1,))
     result, events = followed(run_job(job))
     assert len(of_kind(events, Replanned)) == 3
@@ -142,7 +142,7 @@ def test_out_of_memory_several_times(job, undisturbed, monkeypatch):
     assert np.abs(result.frames.astype(int) - undisturbed.frames).max() <= 1
 
 
-@pytest.mark.parametrize("place", ["skyrun.models.umt5.umt5_block", "skyrun.models.dit.dit_block"])
+@pytest.mark.parametrize("place", ["skyrun.models.umt5.umt5_block", "skyrun.models.dit.transformer.dit_block"])
 def test_out_of_memory_for_good(job, undisturbed, monkeypatch, place):
     fail(monkeypatch, place, MemoryError, range(3 if "dit" in place else 0, 1 << 20))
     with pytest.raises(SkyrunError, match="is out of memory: .* and no plan takes less") as caught:
@@ -159,7 +159,7 @@ def test_out_of_memory_for_good(job, undisturbed, monkeypatch, place):
 
 
 def test_what_is_no_lack_of_memory_is_not_tried_again(job, monkeypatch):
-    fail(monkeypatch, "skyrun.models.dit.dit_block", lambda: RuntimeError("shapes do not fit"), (2,))
+    fail(monkeypatch, "skyrun.models.dit.transformer.dit_block", lambda: RuntimeError("shapes do not fit"), (2,))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         drain(run_job(job))
     assert load_state(state_path(job.request.output))[0].steps == 1
@@ -176,7 +176,7 @@ def test_nothing_of_the_failed_attempt_stays_in_memory(job, monkeypatch):
         return choose(*arguments, **keywords)
 
     monkeypatch.setattr(recovery, "choose", choose_)
-    fail(monkeypatch, "skyrun.models.dit.dit_block", MemoryError, (3,))
+    fail(monkeypatch, "skyrun.models.dit.transformer.dit_block", MemoryError, (3,))
     drain(run_job(job))
     assert held == [0]
 

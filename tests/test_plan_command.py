@@ -18,9 +18,12 @@ from skyrun.presets.hardware import STATED, stated
 SAYS = [
     (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),
     (["r2v", "--gpu", "RTX 3060", "--width", "832", "--height", "480"], "480x832"),
-    (["r2v", "--gpu", "RTX 3060"], "Q8_0 in bfloat16 and int8 attention, a file of 15.4 GB;"),
+    (["r2v", "--gpu", "RTX 3060"], "Q8_0 in bfloat16 and int8 attention, sparse at 1 %, a file of 15.4 GB;"),
     (["a2v", "--gpu", "RTX 3060"], "a file of 20.4 GB"),
-    (["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K"], "Q4_K in bfloat16 and int8, a file of 8.4 GB"),
+    (
+        ["r2v", "--gpu", "RTX 3060", "--quant", "Q4_K", "--attention", "int8"],
+        "Q4_K in bfloat16 and int8, a file of 8.4 GB",
+    ),
     (["r2v", "--gpu", "RTX 4090", "--seconds", "10"], "not made for 10.0 s at once"),
     (["r2v", "--like", "RTX 3090", "--vram", "48"], "a card like RTX 3090, 48 GB"),
     (["r2v", "--gpu", "RTX 4090 24 GB"], "RTX 4090 24 GB"),
@@ -100,7 +103,8 @@ def test_what_would_be_fetched_counts_every_part(arguments, parts, sources, caps
 def test_several_devices_share_time_and_memory(devices, lanes):
     """On the usual card, over PCIe 4 of both widths; memory where plans are made for the least of it."""
     hardware = stated(find_card("RTX 3060"), 32, 2.0).linked(STATED, link_rate(4, lanes))
-    planned = plan_request(Request("r2v", "", resolution="720P", devices=devices), hardware)
+    request = Request("r2v", "", resolution="720P", devices=devices, attention="int8")
+    planned = plan_request(request, hardware)
     assert not planned.plan.problem
     assert planned.plan.seconds <= (0.6 if devices == 2 else 0.35) * planned.alone.seconds
     least = plan_request(dataclasses.replace(planned.request, prefer="memory"), hardware)

@@ -273,7 +273,7 @@ PLACES = {
     "text": "skyrun.models.umt5.umt5_block",
     "images": "skyrun.models.vae.WanVAE.sample",
     "load": "skyrun.pipelines.stages.DiT",
-    "denoise": "skyrun.models.dit.dit_block",
+    "denoise": "skyrun.models.dit.transformer.dit_block",
     "decode": "skyrun.models.vae.WanVAE._decoder",
     "write": "skyrun.media.video_writer.VideoWriter.finish",
 }
@@ -341,7 +341,7 @@ def test_why_the_last_save_failed_is_said(begun, monkeypatch, capsys):
     request, path = begun
     path.unlink()
     fail(monkeypatch, "skyrun.engine.checkpoint.save_state", lambda: OSError(28, "No space left on device"), range(100))
-    fail(monkeypatch, "skyrun.models.dit.dit_block", lambda: signal.raise_signal(signal.SIGINT), (5,))
+    fail(monkeypatch, "skyrun.models.dit.transformer.dit_block", lambda: signal.raise_signal(signal.SIGINT), (5,))
     assert main(arguments_of(request)) == INTERRUPTED
     said = capsys.readouterr().err
     assert said.count("No space left on device") == 2  # when it failed first, and at the end

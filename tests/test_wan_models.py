@@ -92,7 +92,7 @@ def test_the_small_model_stays_in_the_memory_of_a_6_gb_card():
 
 
 def test_guidance_doubles_a_step_and_reads_no_more():
-    plain, guided = (planned("t2v", "RTX 4090", guidance=scale, quant="Q8_0") for scale in (1.0, 6.0))
+    plain, guided = (planned("t2v", "RTX 4090", guidance=scale, quant="Q8_0", attention="int8") for scale in (1.0, 6.0))
     assert (plain.workload.contexts, guided.workload.contexts) == (1, 2)
     assert step_operations(plain.workload) == step_operations(guided.workload)
     assert guided.plan.step_seconds == pytest.approx(2 * plain.plan.step_seconds, rel=0.02)

@@ -10,6 +10,7 @@ from test_fast_models import forward, our_kernel, set_everywhere
 from skyrun.kernels import triton_int8
 from skyrun.kernels.gguf_file import open_gguf
 from skyrun.kernels.warm_up import Blocks, launches
+from skyrun.models.dit.sparse import Learned
 from skyrun.models.dit_header import block_layouts, read_dims
 from skyrun.models.vae import WanVAE, read_vae_dims, vae_channels
 
@@ -74,6 +75,30 @@ def test_a_run_launches_what_was_compiled_ahead(forward, converted, launched, mo
     monkeypatch.setattr(triton_int8, "_FEW", 0)  # the few tokens here are computed in tiles for many
     forward(quant, fast=fast, attention=attention)
     assert set(launched) == ahead
+
+
+@pytest.mark.parametrize("attention", ["exact", "int8", "full-int8", "fp8"])
+def test_attention_to_chosen_tiles_launches_what_was_compiled_ahead(
+    forward, converted, launched, monkeypatch, attention
+):
+    file = open_gguf(next(converted("Q8_0").glob("SkyReels*.gguf")))
+    dims = read_dims(file)
+    dense = Blocks(frozenset(), dims.dim, dims.ffn_dim, torch.float32, False, attention)
+    for work in launches(dense, CPU):
+        work()
+    others = set(launched)
+    for work in launches(dataclasses.replace(dense, sparse_tokens=36), CPU):
+        work()
+    ahead = set(launched) - others
+    assert len(ahead) == 5 and all(launched[one] == 1 for one in ahead)
+    launched.clear()
+    set_everywhere(monkeypatch, "uses_triton", lambda device: True)
+    set_everywhere(monkeypatch, "fastest", our_kernel)
+    levels = torch.full((1, dims.layers, dims.heads), 5, dtype=torch.int8)
+    for known in (Learned(), Learned(levels)):
+        forward("Q8_0", attention=attention, sparse=known)
+    names = {name for name, _ in ahead}
+    assert {one for one in launched if one[0] in names} - others == ahead
 
 
 def test_an_autoencoder_launches_what_was_compiled_ahead(converted, launched, monkeypatch):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from acceptance.step import Figure, Scale
 from skyrun.kernels import matmul
-from skyrun.models.dit import Context, Span, chunks, dit_block
+from skyrun.models.dit import Context, dit_block
+from skyrun.models.dit.spans import Span, chunks
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.planning.published import published_workload

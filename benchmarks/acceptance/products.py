@@ -13,7 +13,7 @@ from skyrun.kernels import linear
 from skyrun.kernels.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.synthetic import random_weight
 from skyrun.models.dit_header import HEAD_DIM
-from skyrun.presets.options import ATTENTION_ERRORS
+from skyrun.presets.attention import ATTENTION_ERRORS
 from skyrun.tools.bench.checks import FAST_ERROR, ROUNDING, Check, check_kernels, relative_error
 from skyrun.tools.bench.kernels import QUANTIZED, WAN_14B, Bench, attention_way, attention_ways
 from skyrun.tools.bench.measurement import Clock

@@ -22,7 +22,8 @@ from skyrun.engine.clip import Result
 from skyrun.engine.run import run_job
 from skyrun.events import Event, Replanned, StageEnded, StageStarted, drain, listen
 from skyrun.hub.built_in import CHECKPOINT
-from skyrun.models import dit, vae
+from skyrun.models import vae
+from skyrun.models.dit import transformer
 from skyrun.planning.job import Job, prepare
 from skyrun.planning.request import Request
 from skyrun.presets.memory import GIB
@@ -96,7 +97,7 @@ def _shortage(scale: Scale, stage: str, nbytes: float) -> Iterator[Callable[[Eve
     On a CPU one call of the model fails instead.
     """
     if scale.small:
-        owner, name = {"denoise": (dit, "dit_block"), "decode": (vae.WanVAE, "_decoder")}[stage]
+        owner, name = {"denoise": (transformer, "dit_block"), "decode": (vae.WanVAE, "_decoder")}[stage]
         work, calls = getattr(owner, name), iter(range(1 << 20))
 
         def fails_once(*arguments: Any) -> Any:

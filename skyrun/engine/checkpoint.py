@@ -22,6 +22,7 @@ from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import BlockDone, Event, FramesReady, Kept, LatentsReady, Notice, WindowDone, now
 from skyrun.kernels.atomic import replacing
 from skyrun.media.pixels import Frames
+from skyrun.models.dit.sparse import Learned
 from skyrun.models.identity import model_identity
 from skyrun.pipelines.samplers import restored
 from skyrun.pipelines.state import RunState
@@ -33,14 +34,14 @@ _SHARE = 0.05  # of the run's time that saving may take; a kill loses what was d
 _VERSION = 3
 _START_ANEW = "begin anew with `skyrun run`; delete the file if -o is to keep its name"
 _NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # in the description
-_ENCODED, _CARRIED, _SAMPLER = "encoded.", "carried.", "sampler."
+_ENCODED, _CARRIED, _SAMPLER, _LEARNED = "encoded.", "carried.", "sampler.", "attention."
 
 
 @dataclass(frozen=True)
 class Origin:
     """The run that a state belongs to.
 
-    model: identity of its files. device, dtype, precision, attention: of the plan.
+    model: identity of its files. device, dtype, precision, attention: of the plan, as a request would have them.
     """
 
     request: Request
@@ -146,7 +147,7 @@ class Keeper:
 
 def _origin(job: Job) -> Origin:
     plan = job.plan
-    return Origin(job.request, model_identity(job.files), plan.device, plan.dtype, plan.precision, plan.attention)
+    return Origin(job.request, model_identity(job.files), plan.device, plan.dtype, plan.precision, plan.asked)
 
 
 def kept(request: Request) -> Kept | None:
@@ -168,6 +169,8 @@ def save_state(path: Path, state: RunState, origin: Origin) -> None:
     """
     tensors = {f"{_ENCODED}{name}": tensor for name, tensor in state.encoded.items()}
     tensors |= {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
+    learned = vars(state.learned).items()
+    tensors |= {f"{_LEARNED}{name}": tensor for name, tensor in learned if tensor is not None}
     if state.latents is not None:
         tensors["latents"] = state.latents
     described: dict[str, Any] = {**vars(origin), "request": origin.request.absolute().as_json(), "window": state.window}
@@ -226,6 +229,7 @@ def _state(tensors: dict[str, Tensor], window: int, described: dict[str, Any] | 
     if window < 0:
         raise ValueError(f"it says that {window} windows are finished")
     state = RunState(named(_ENCODED), window, named(_CARRIED), tensors.get("latents"))
+    state.learned = Learned(**named(_LEARNED))
     if described is not None:
         if described["steps"] != request.steps:
             raise ValueError(f"its sampler has {described['steps']} steps, its request {request.steps}")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from skyrun.media.audio import Audio
 from skyrun.media.joined import read_audio, read_frames
 from skyrun.media.pixels import Frames
 from skyrun.media.video_writer import Format, VideoWriter, writing_video
+from skyrun.models.dit.sparse import Learned, Skipped
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
@@ -32,6 +33,7 @@ class Result:
 
     frames: uint8 [F, H, W, 3]; empty if they were not kept. latents: float32 [C, F', h, w], normalized, as they were
     before decoding, all windows in order. request: with the seed that was used. stages: time and memory of each.
+    skipped: what attention skipped, and what that cost; None if it skips nothing.
     """
 
     frames: Frames
@@ -40,6 +42,7 @@ class Result:
     request: Request
     plan: Plan
     stages: tuple[StageEnded, ...]
+    skipped: Skipped | None = None
 
     @property
     def output(self) -> Path | None:
@@ -86,6 +89,11 @@ class ClipWriter:
         if self._keep_frames:
             self._frames.append(frames)
 
+    def note(self, learned: Learned) -> None:
+        """Put into the mp4's settings what attention has skipped."""
+        if self.video is not None and (skipped := learned.summary()) is not None:
+            self.video.measured = {name: round(value, 6) for name, value in asdict(skipped).items()}
+
     def save_latents(self) -> None:
         """Write the latents if they are not written yet. Raises SkyrunError if that failed; the clip is complete."""
         if len(self._job.windows) > 1:
@@ -107,12 +115,12 @@ class ClipWriter:
             return SkyrunError(message, "check free space and permissions", FAILED)
         return None
 
-    def result(self, plan: Plan) -> Result:
-        """The finished clip."""
+    def result(self, plan: Plan, learned: Learned) -> Result:
+        """The finished clip. learned: of its attention."""
         job, empty = self._job, np.empty((0, self._job.height, self._job.width, 3), np.uint8)
         frames = np.concatenate([empty, *self._frames])
         latents = torch.cat(list(self.latents.values()), 1).clone()  # an ordinary tensor, not one of inference mode
-        return Result(frames, latents, job.fps, job.request, plan, tuple(self._stages))
+        return Result(frames, latents, job.fps, job.request, plan, tuple(self._stages), learned.summary())
 
 
 def clip_format(job: Job) -> Format:
@@ -129,7 +137,7 @@ def clip_format(job: Job) -> Format:
         # Rounded to 16 bits and clipped, as in the file that upstream writes.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
         audio = Audio([levels.astype(np.float32)[None]], 1, SPEECH_RATE)
-    return Format(job.height, job.width, fps, job.request.as_json(), audio, job.scale)
+    return Format(job.height, job.width, fps, job.request.as_json(), audio, job.scale, bool(job.plan.sparse))
 
 
 def source_frames(job: Job, notices: list[str]) -> Iterator[Frames]:

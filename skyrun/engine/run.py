@@ -23,6 +23,7 @@ from skyrun.kernels.failures import is_out_of_memory, refused_allocations
 from skyrun.parallel.group import here
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
+from skyrun.planning.densities import remember_density
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan, Workload, choose, probe
@@ -85,17 +86,20 @@ def _made(job: Job, keep_frames: bool, state: RunState, previews: bool) -> Gener
                 yield event
                 if (left := forecast.after(event)) is not None:
                     yield left
+            clip.note(state.learned)
             if clip.video is not None:
                 start = now()
                 yield StageStarted("write", 1, "file")
                 stack.close()
                 yield StageEnded("write", now() - start, peak_bytes(job.device))
         clip.save_latents()
-        result = clip.result(plan)
+        result = clip.result(plan, state.learned)
     except BaseException as error:
         keeper.save_last(error)
         raise
     keeper.remove()
+    if result.skipped is not None and plan.sparse:
+        remember_density(job.workload, plan.sparse, result.skipped.density)
     return result
 
 
@@ -206,7 +210,7 @@ def _choose(job: Job, limit: float) -> Plan:
         probe(job.plan.device),
         job.workload,
         precision=job.plan.precision,
-        attention=job.plan.attention,
+        attention=job.plan.asked,
         dtype=job.plan.dtype,
         max_vram=limit / GIB if cuda else request.max_vram,
         max_ram=request.max_ram if cuda else limit / GIB,

@@ -66,4 +66,6 @@ def blocks_of(job: Job) -> Blocks:
         weights = {(type, cols) for type, cols in weights if cols % GROUP == 0}
     dtypes = {getattr(torch, how.dtype) for how in (plan.encoding, plan.decoding)}
     frames = frozenset(product(vae_channels(job.workload.vae_base_dim), dtypes))
-    return Blocks(frozenset(weights), dims.dim, dims.ffn_dim, getattr(torch, plan.dtype), fast, plan.attention, frames)
+    sizes, dtype = (dims.dim, dims.ffn_dim), getattr(torch, plan.dtype)
+    sparse_tokens = job.workload.tokens if plan.sparse else 0
+    return Blocks(frozenset(weights), *sizes, dtype, fast, plan.attention, frames, sparse_tokens)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from skyrun.media.pixels import Frames
 
 # The `comment` tag survives remuxing and re-encoding; custom keys do not.
 _TAG = "comment"
+# What is known only in the end is written over a text as long as that, beside the request.
+_MEASURED, _ROOM = "measured", "~" * 120
 # Visually lossless. Without macroblock trees, by which x264 makes other bytes of the same frames now and then.
 _ENCODING = {"crf": "16", "mbtree": "0"}
 _BT709 = 1
@@ -34,7 +37,8 @@ class Format:
     """Settings of an mp4.
 
     height, width: of the frames that are added. fps: frames per second. comment: the request it is made from, as plain
-    values. scale: how many pixels high and wide the mp4 shows a pixel.
+    values. scale: how many pixels high and wide the mp4 shows a pixel. measures: whether what is measured meanwhile
+    will be put beside the request.
     """
 
     height: int
@@ -43,10 +47,14 @@ class Format:
     comment: dict[str, Any]
     audio: Audio | None = None
     scale: int = 1
+    measures: bool = False
 
 
 class VideoWriter:
-    """Encodes frames as they are decoded: H.264, yuv420p, BT.709. AAC audio keeps pace with the frames."""
+    """Encodes frames as they are decoded: H.264, yuv420p, BT.709. AAC audio keeps pace with the frames.
+
+    measured: plain values that are put beside the request in the end, where the format says so.
+    """
 
     def __init__(self, container: Any, format: Format) -> None:
         self._container, self._format = container, format
@@ -56,6 +64,7 @@ class VideoWriter:
         context = self._stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         self.count = 0  # frames so far
+        self.measured: dict[str, Any] = {}
         self._audio = _AudioWriter(container, format.audio) if format.audio is not None else None
 
     def add(self, frames: Frames) -> None:
@@ -112,17 +121,28 @@ class _AudioWriter:
 def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
     """A writer of an mp4 that appears at `path` when it is complete. Its temporary file is created at once."""
     try:
-        # FFmpeg takes what precedes a colon in a relative path for a protocol.
-        with (
-            replacing(path.absolute()) as partial,
-            av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container,
-        ):
-            container.metadata[_TAG] = json.dumps(format.comment)
-            writer = VideoWriter(container, format)
-            yield writer
-            writer.finish()
+        with replacing(path.absolute()) as partial:
+            # FFmpeg takes what precedes a colon in a relative path for a protocol.
+            with av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container:
+                room = {_MEASURED: _ROOM} if format.measures else {}
+                container.metadata[_TAG] = json.dumps(format.comment | room)
+                writer = VideoWriter(container, format)
+                yield writer
+                writer.finish()
+            if format.measures:
+                _fill_in(partial, writer.measured)
     except (av.FFmpegError, OSError) as error:
         raise SkyrunError(f"cannot write {path}: {error}", "check free space and permissions", FAILED) from error
+
+
+def _fill_in(path: Path, measured: dict[str, Any]) -> None:
+    """Put what was measured into the comment, which was written before the first frame, with room for it."""
+    there, text = json.dumps(_ROOM).encode(), json.dumps(measured).encode()
+    assert len(text) <= len(there)
+    with path.open("r+b") as file, mmap(file.fileno(), 0) as whole:
+        place = whole.find(there)
+        if place >= 0:
+            whole[place : place + len(there)] = text.ljust(len(there))
 
 
 def read_request(path: Path) -> dict[str, Any] | None:
@@ -142,7 +162,18 @@ def read_request(path: Path) -> dict[str, Any] | None:
         return None
     if (problem := _problem(request)) is not None:
         raise _unusable(path, problem)
-    return dict(request)
+    return {name: value for name, value in request.items() if name != _MEASURED}
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """Read what was measured while a clip was made, from its comment; empty if nothing was."""
+    with opened(path, "video") as container:
+        comment = container.metadata.get(_TAG, "")
+    try:
+        measured = dict(json.loads(comment)[_MEASURED])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return {str(name): value for name, value in measured.items()}
 
 
 def _refuse(constant: str) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyrun.kernels.selection import tiles_for
 from skyrun.models.dit import Context, DiT, Rope
-from skyrun.models.spans import TimeEmbedding
+from skyrun.models.dit.spans import TimeEmbedding
+from skyrun.models.dit.tile_order import Frames, TileOrder, tile_order
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 
@@ -110,12 +112,41 @@ class Condition:
         first = _frames(self.before)
         return slice(first, first + latents.shape[1])
 
-    def rope(self, dit: DiT, latents: Tensor) -> Rope:
-        """The rotary table of the sequence."""
+    def rope(self, dit: DiT, latents: Tensor, order: TileOrder) -> Rope:
+        """The rotary table of the sequence, in the order of its tokens."""
         end = self.noisy(latents).stop
         start = end if self.after_position is None else self.after_position
         positions = [*range(end), *range(start, start + _frames(self.after))]
-        return dit.rope(self.sequence(latents), positions)
+        cosines, sines = dit.rope(self.sequence(latents), positions)
+        return order.arranged(cosines), order.arranged(sines)
+
+    def order(self, dit: DiT, latents: Tensor, times: Sequence[Sequence[TimeEmbedding]]) -> TileOrder:
+        """The order of the sequence's tokens.
+
+        Frames are mixed only with others that have the same time in every step. The first frame, given ones and
+        references, which have nothing to do with each other, are apart; every query reads them.
+
+        Args:
+            dit: the transformer.
+            latents: the noisy latents [16, F, h, w].
+            times: for every step those of the sequence's frames.
+        """
+        noisy, frames = self.noisy(latents), len(times[0])
+        rows, cols = latents.shape[2] // 2, latents.shape[3] // 2
+        first = max(1, noisy.start)
+        parts = [
+            Frames(first, True),
+            *self._alike(times, first, noisy.stop),
+            *[Frames(1, True)] * (frames - noisy.stop),
+        ]
+        return tile_order(parts, rows, cols, tiles_for(frames * rows * cols, dit.device))
+
+    @staticmethod
+    def _alike(times: Sequence[Sequence[TimeEmbedding]], start: int, stop: int) -> list[Frames]:
+        """Runs of frames that share their time in every step."""
+        edges = [n for n in range(start + 1, stop) if any(row[n] is not row[n - 1] for row in times)]
+        ends = zip([start, *edges], [*edges, stop], strict=True)
+        return [Frames(end - first) for first, end in ends if end > first]
 
     def times(self, dit: DiT, timesteps: Sequence[Any], latents: Tensor) -> list[list[TimeEmbedding]]:
         """For every step the time embeddings of the sequence's frames.

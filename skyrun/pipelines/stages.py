@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
+from skyrun.kernels.device import uses_triton
 from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT
+from skyrun.models.dit.sparse import Learned, SelfCheck
+from skyrun.models.dit.tile_order import TileOrder
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.folder import ModelFiles
 from skyrun.models.vae import WanVAE
@@ -199,7 +202,7 @@ def denoise(
     Args:
         files: the transformer and its adapters.
         plan: dtype, precisions, ring slots, resident blocks and token rows.
-        state: holds the latents and the sampler.
+        state: holds the latents, the sampler, and what attention has learned.
         condition: what the window is conditioned on.
         device: where the transformer runs.
         observe: called with the input of every linear layer in the blocks.
@@ -239,22 +242,32 @@ def _steps(
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)
         stage = Stage("denoise", total, "steps", device, part)
         yield stage.started(finished)
-        contexts, rope = condition.contexts(dit), condition.rope(dit, latents)
-        noisy = condition.noisy(latents)
-        for times in condition.times(dit, sampler.timesteps, latents)[finished:]:
+        contexts, noisy = condition.contexts(dit), condition.noisy(latents)
+        times_of_steps = condition.times(dit, sampler.timesteps, latents)
+        order = condition.order(dit, latents, times_of_steps)
+        rope, check = condition.rope(dit, latents, order), _check(plan, dit, order, len(contexts), state.learned)
+        for times in times_of_steps[finished:]:
             velocities = yield from dit.velocities(
-                stream, condition.sequence(latents, sampler.index), times, contexts, rope
+                stream, condition.sequence(latents, sampler.index), times, contexts, rope, order, check
             )
-            velocity = condition.guided(velocities)
-            x0 = sampler.clean(velocity[:, noisy], latents)
-            latents = sampler.step(velocity[:, noisy], latents)
+            velocity = condition.guided(velocities)[:, noisy]
+            x0, latents = sampler.clean(velocity, latents), sampler.step(velocity, latents)
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
-            state.finish_step(latents, sampler)
+            learned, events = check.finish_step() if check else (state.learned, ())
+            state.finish_step(latents, sampler, learned)
             yield stage.done(state.steps)
+            yield from events
             yield Preview(x0)
             refuse_to_spill(device)
     yield stage.ended(stream.stats)
+
+
+def _check(plan: Plan, dit: DiT, order: TileOrder, contexts: int, learned: Learned) -> SelfCheck | None:
+    """What decides how much self-attention skips; None if it skips nothing. The torch twin would be slow on a card."""
+    if not plan.sparse or not (dit.device.type == "cpu" or uses_triton(dit.device)):
+        return None
+    return SelfCheck(plan.sparse, order, (contexts, dit.dims.layers, dit.dims.heads), learned)
 
 
 def decode(

@@ -12,6 +12,7 @@ from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.models.clip import CLIPVision
 from skyrun.models.folder import ModelFiles, main_type, open_folder
 from skyrun.models.umt5 import UMT5
+from skyrun.planning.densities import with_density
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.inputs import Inputs, clip_size, open_inputs
 from skyrun.planning.model import Model, choose_model
@@ -157,10 +158,10 @@ def _of_model(request: Request, spec: TaskSpec) -> Request:
 
 def _plan(request: Request, workload: Workload, device: torch.device, model: Path) -> Plan:
     hardware = this_machine(device.type, model)
-    check_attention(hardware, request.attention)
+    check_attention(hardware, request.attention, request.dtype)
     return choose(
         hardware,
-        workload,
+        with_density(workload, request.attention),
         precision=request.precision,
         attention=request.attention,
         dtype=request.dtype,

@@ -13,7 +13,8 @@ from skyrun.kernels.capability import FLOAT8
 from skyrun.kernels.disk import existing_folder
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware
-from skyrun.presets.options import ATTENTIONS, lacks_float8
+from skyrun.presets.attention import ATTENTIONS, parse_attention
+from skyrun.presets.options import gains_by_skipping, lacks_float8
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import MODELS, TASKS, TaskSpec
 from skyrun.tasks.sizes import GRID
@@ -206,11 +207,14 @@ def choice_problems(request: Request) -> Iterator[str]:
     for name, value, known in (
         ("dtype", request.dtype, DTYPES),
         ("precision", request.precision, PRECISIONS),
-        ("attention", request.attention, ATTENTIONS),
         ("preference", request.prefer, PREFERENCES),
     ):
         if value is not None and value not in known:
             yield f"unknown {name} {value!r}, expected {', '.join(known[:-1])} or {known[-1]}"
+    try:
+        parse_attention(request.attention or ATTENTIONS[0])
+    except ValueError as error:
+        yield str(error)
     yield from (problem for lora in request.loras if (problem := lora.problem))
     for option, limit in (("--max-vram", request.max_vram), ("--max-ram", request.max_ram)):
         if limit is not None and not 0 < limit < math.inf:
@@ -242,18 +246,33 @@ def lost_inputs(places: Iterable[Path], inputs: Iterable[Path]) -> Iterator[str]
             yield f"{place} is what the clip is made from, it would be lost"
 
 
-def check_attention(hardware: Hardware, attention: str | None) -> None:
-    """Raise SkyrunError if attention is asked for in a precision that the card does not have."""
-    if lacks_float8(hardware, attention):
+def check_attention(hardware: Hardware, attention: str | None, dtype: str | None = None) -> None:
+    """Raise SkyrunError if attention is asked for in a way that the card does not have. dtype: that is asked for."""
+    if not attention:
+        return
+    asked = parse_attention(attention)
+    if lacks_float8(hardware, asked.precision):
         raise SkyrunError(
             f"--attention fp8 needs a card of the RTX 4000 series or later (compute capability "
             f"{FLOAT8[0]}.{FLOAT8[1]}), {hardware.name} has {hardware.capability[0]}.{hardware.capability[1]}",
             "use --attention full-int8, which is more accurate, or leave it to the plan",
         )
+    kind = dtype or ("bfloat16" if hardware.bfloat16 else "float16")
+    if asked.bound and hardware.device == "cuda" and not gains_by_skipping(hardware, kind):
+        raise SkyrunError(
+            f"--attention sparse needs a card of the RTX 3000 series or later, Triton, and activations in 16 bits; "
+            f"this is {hardware.name} with {kind}",
+            "leave out sparse; `skyrun doctor` says whether Triton is there",
+        )
 
 
 def check_devices(request: Request, heads: int) -> None:
-    """Raise SkyrunError if the heads of a transformer cannot be divided among the devices."""
+    """Raise SkyrunError if the attention of a transformer with so many heads cannot be divided among the devices."""
+    if request.devices > 1 and request.attention is not None and parse_attention(request.attention).bound is not None:
+        raise SkyrunError(
+            f"attention skips tiles on one device only, and there are {request.devices}",
+            "leave out sparse, or --devices",
+        )
     if heads % request.devices:
         fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
         raise SkyrunError(

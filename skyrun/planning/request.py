@@ -48,7 +48,8 @@ class Request:
     `resolution` chooses one with the aspect ratio of the first image or the video. frames: 4 k + 1. seconds: the length
     if `frames` is not given, by default what the model was trained for; of speech, how much of its beginning is used.
     seed: None draws one.
-    precision: of linear layers, "exact" or "fast" (int8); attention: "exact", "int8", "full-int8" or "fp8"; None leaves
+    precision: of linear layers, "exact" or "fast" (int8); attention: "exact", "int8", "full-int8" or "fp8",
+    "sparse:P%" or both with a comma, which skips what costs an error of at most P percent; None leaves
     them to the plan, but where `precision` is "exact" attention is too. prefer: "balanced", "quality", "speed" or
     "memory".
     devices: how many GPUs, or processes of a CPU, make the clip together, each within the limits. max_vram, max_ram:

@@ -8,6 +8,7 @@ from typing import Any
 from skyrun.errors import SkyrunError
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.adapters import open_adapters, with_adapters
+from skyrun.planning.densities import with_density
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.problems import (
     check_attention,
@@ -184,7 +185,7 @@ def plan_request(request: Request, hardware: Hardware, shape: tuple[int, int] = 
 
     shape: height and width of what the clip is made from. limits: further arguments of `presets.choose`.
     """
-    workload = request_workload(request, shape)
+    workload = with_density(request_workload(request, shape), request.attention)
     check_devices(request, workload.dim // HEAD_DIM)
     check_attention(hardware, request.attention)
     asked = {"precision": request.precision, "attention": request.attention, "prefer": request.prefer or PREFERENCES[0]}

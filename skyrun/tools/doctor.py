@@ -23,9 +23,9 @@ from skyrun.kernels.capability import FLOAT8, OLDEST
 from skyrun.kernels.disk import existing_folder
 from skyrun.kernels.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
+from skyrun.presets.attention import ATTENTIONS
 from skyrun.presets.host import disk_rate, free_space, memory, where
 from skyrun.presets.nvidia_smi import query
-from skyrun.presets.options import ATTENTIONS
 from skyrun.units import GIB, size
 
 _COMFORTABLE_RAM = 12 * GIB

@@ -34,9 +34,11 @@ def describe(path: Path) -> dict[str, Any]:
     head: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size}
     suffix = path.suffix.lower()
     if suffix in _VIDEO:
-        from skyrun.media.video_writer import read_request
+        from skyrun.media.video_writer import read_measured, read_request
 
-        return head | {"kind": "video", "made_from": read_request(path) or {"request": "none in the file"}}
+        said = {"made_from": read_request(path) or {"request": "none in the file"}}
+        attention = read_measured(path)
+        return head | {"kind": "video"} | said | ({"attention": attention} if attention else {})
     if suffix == ".partial":
         raise SkyrunError(f"{path} is an unfinished file", "run the conversion that began it again")
     if suffix == ".safetensors":

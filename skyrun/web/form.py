@@ -7,7 +7,7 @@ from skyrun.hub.store import stored
 from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.problems import DTYPES, PRECISIONS
 from skyrun.planning.request import Request
-from skyrun.presets.options import ATTENTIONS
+from skyrun.presets.attention import OFFERED
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS, TaskSpec
 from skyrun.tasks.sources import BUILT_IN
@@ -17,7 +17,7 @@ from skyrun.web.values import FIELDS, kind, with_defaults
 
 # Fields that nobody sets in a form: places are ours, and how windows are cut only tests change.
 _HIDDEN = ("output", "save_latents", "overwrite", "condition_frames", "latent_rate", "window_frames")
-_CHOICES = {"prefer": PREFERENCES, "quant": RECIPES, "dtype": DTYPES, "precision": PRECISIONS, "attention": ATTENTIONS}
+_CHOICES = {"prefer": PREFERENCES, "quant": RECIPES, "dtype": DTYPES, "precision": PRECISIONS, "attention": OFFERED}
 _NAMED = re.compile(r"((?:[a-z_]+, )*[a-z_]+): ")  # fields in a docstring, before what is said of them
 _FILES = (".safetensors", ".gguf")
 

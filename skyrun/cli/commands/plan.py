@@ -93,6 +93,7 @@ def planned_text(planned: Planned) -> str:
         hardware_text(planned.hardware, planned.plan.devices),
         choice_text(planned),
         stages_text(plan),
+        *attention_lines(plan),
     ]
     if plan.problem:
         lines.append(f"it will not fit: {plan.problem}" + (f"; {plan.remedy}" if plan.remedy else ""))
@@ -153,6 +154,18 @@ def choice_text(planned: Planned) -> str:
     rows = f"{plan.token_rows} tokens at a time" if plan.token_rows else "all tokens at once"
     waiting = ", the others wait on the host" if plan.parked_tokens else ""
     return f"{plan.weight_type} in {dtypes}, {file}; {kept}; {rows}{waiting}; {autoencoder_text(plan)}"
+
+
+def attention_lines(plan: Plan) -> list[str]:
+    """Attention with and without skipping, each with what it takes."""
+    lines = []
+    for one in plan.beside:
+        origin = "measured" if one.density_measured else "assumed"
+        read = f", reading {one.density:.0%} of its tiles ({origin})" if one.density < 1 else ""
+        mark = " <- planned" if one.attention == plan.asked else ""
+        times = f"{duration(one.step_seconds)} a step, {duration(one.seconds)} in all"
+        lines.append(f"attention {one.attention}{read}: {times}{mark}")
+    return lines
 
 
 def autoencoder_text(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,9 @@ def make(job: Job, state: RunState | None, arguments: Namespace) -> Result:
         stages: dict[str, float] = {}
         for stage in result.stages:
             stages[stage.stage] = round(stages.get(stage.stage, 0.0) + stage.seconds, 3)
-        emit({"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages})
+        skipped = {} if result.skipped is None else {"attention": asdict(result.skipped)}
+        values = {"event": "result", "output": str(result.output), "seed": result.request.seed, "seconds": stages}
+        emit(values | skipped)
     if arguments.sheet:
         draw_sheet(job)
     return result
@@ -304,4 +306,6 @@ def result_text(result: Result) -> str:
         hidden = 1 - min(1.0, sum(stage.stall_seconds for stage in denoising) / seconds)
         rate = f"{nbytes / seconds / 1e9:.2f} GB/s"
         lines.append(f"streamed {size(nbytes)} of weights at {rate}, {hidden:.0%} hidden behind computing")
+    if result.skipped is not None:
+        lines.append(result.skipped.text)
     return "\n".join(lines)

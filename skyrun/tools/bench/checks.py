@@ -11,10 +11,18 @@ from torch.nn import functional as F
 from skyrun.kernels import dequantize, elementwise, linear, torch_decode, torch_elementwise, torch_int8
 from skyrun.kernels.matmul import FEW_ROWS
 from skyrun.kernels.synthetic import random_blocks, random_weight
+from skyrun.kernels.torch_attention import read_keys
 from skyrun.kernels.torch_int8 import rotate
 from skyrun.models.dit_header import HEAD_DIM
-from skyrun.presets.options import ATTENTION_ERRORS
-from skyrun.tools.bench.kernels import Bench, attention_way, attention_ways
+from skyrun.presets.attention import ATTENTION_ERRORS
+from skyrun.tools.bench.kernels import (
+    Bench,
+    attention_way,
+    attention_ways,
+    drawn_lists,
+    list_precisions,
+    list_way,
+)
 
 _ROWS, _COLS = 205, 1024  # of weights; not multiples of a tile
 FAST_ERROR = 0.016  # relative error that int8 may add to a linear layer
@@ -79,11 +87,18 @@ def _attention(bench: Bench) -> Iterator[Check]:
     k, v = torch.randn(keys, heads * HEAD_DIM), torch.randn(keys, heads * HEAD_DIM)
     q = k[torch.randint(0, keys, (tokens,))] + 0.5 * torch.randn(tokens, heads * HEAD_DIM)
     q, k, v = (t.to(bench.device, bench.dtype) for t in (q, k, v))
-    split = [t.double().cpu().unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
-    reference = F.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
+    wide = [t.double().cpu().unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
+    reference = F.scaled_dot_product_attention(wide[0], wide[1], wide[2]).transpose(0, 1).flatten(1)
     for name in attention_ways(bench):
         allowed = ATTENTION_ERRORS.get(name, 0.0) + ROUNDING[bench.dtype]
         yield Check(f"attention, {name}", relative_error(attention_way(name, q, k, v, heads), reference), allowed)
+    chosen = drawn_lists(tokens, keys, heads, 0.3, bench.device)
+    read = read_keys(chosen, range(tokens)).cpu()
+    reference = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], read).transpose(0, 1).flatten(1)
+    for name in list_precisions(bench):
+        allowed = ATTENTION_ERRORS[name] + ROUNDING[bench.dtype]
+        error = relative_error(list_way(name, q, k, v, heads, chosen), reference)
+        yield Check(f"attention to chosen tiles, {name}", error, allowed)
 
 
 def _elementwise(bench: Bench) -> Iterator[Check]:

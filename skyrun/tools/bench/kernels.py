@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
-from skyrun.kernels.attention import Keys, quick_precisions, ways
+from skyrun.kernels.attention import Keys, attend, quick_precisions, ways
+from skyrun.kernels.selection import tiles_for
 from skyrun.kernels.synthetic import random_blocks, random_weight
+from skyrun.kernels.tiles import Selection
 from skyrun.models.dit import Context, dit_block
+from skyrun.models.dit.spans import Span
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.models.rope import rope_table
-from skyrun.models.spans import Span
 from skyrun.models.umt5 import TEXT_LENGTH
 from skyrun.planning.published import LAYERS
 from skyrun.streaming.device import choose_device, peak_bytes
@@ -31,6 +33,7 @@ ROWS = {"cuda": (1, 64, 512, 2048, 8192, 32760, 75600), "cpu": (1, 64)}
 TYPES = {"cuda": QUANTIZED, "cpu": ("Q8_0", "Q6_K", "Q4_K")}
 _STAGE = "measure"
 _COPY_BYTES = {"cuda": GIB, "cpu": 64 << 20}
+DENSITIES = (1.0, 0.5, 0.3, 0.15)  # of tiles that attention to lists reads
 _FEWEST_TOKENS = 512  # for attention and a block
 
 
@@ -80,7 +83,8 @@ class Bench:
     def total(self) -> int:
         """How many measurements there will be."""
         per_type = len(self.shapes) * (1 + 3 * len(self.rows))
-        ways = len(attention_ways(self)) * len(self.tokens)
+        listed = len(list_precisions(self)) * len(DENSITIES)
+        ways = (len(attention_ways(self)) + listed) * len(self.tokens)
         return 1 + len(self.types) * per_type + len(self.shapes) * len(self.rows) + ways + self._blocks
 
     @property
@@ -102,6 +106,30 @@ def attention_way(name: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Ten
     """Attention by the backend of that name, which may be a precision. Keys are prepared anew."""
     precision = name if name in quick_precisions(q.device) else "exact"
     return ways(q, Keys(k, v, heads, precision))[name]()
+
+
+def list_precisions(bench: Bench) -> tuple[str, ...]:
+    """The precisions of attention to chosen tiles that run on this device."""
+    return "exact", *quick_precisions(bench.device)
+
+
+def drawn_lists(queries: int, keys: int, heads: int, density: float, device: torch.device) -> Selection:
+    """Lists of tiles drawn at random, the same number for every tile of queries."""
+    tiles = tiles_for(keys, device)
+    count, rows = keys // tiles.keys, heads * tiles.count_queries(queries)
+    read = max(1, round(density * count))
+    lists = torch.rand(rows, count, device=device).argsort(1)[:, :read].sort(1).values.short()
+    room = torch.zeros(rows, 1, dtype=torch.int16, device=device)  # kernels look one ahead
+    counts = torch.full((heads, rows // heads), read if count else 0, dtype=torch.int32, device=device)
+    return Selection(torch.cat((lists, room), 1).view(heads, rows // heads, -1), counts, keys, tiles)
+
+
+def list_way(precision: str, q: Tensor, k: Tensor, v: Tensor, heads: int, chosen: Selection) -> Tensor:
+    """Attention to chosen tiles in a precision. Keys are prepared anew."""
+    keys = Keys(k, v, heads, precision)
+    if precision != "exact":
+        _ = keys.quantized
+    return attend(q, keys, chosen)
 
 
 @torch.inference_mode()
@@ -176,6 +204,12 @@ def _attention(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]
         seconds = clock.seconds(partial(attention_way, name, q, k, v, heads))
         operations = 4 * tokens * tokens * heads * HEAD_DIM
         yield Measurement("attention", f"{heads} heads", tokens, name, seconds, 0, operations)
+    for name in list_precisions(bench):
+        for density in DENSITIES:
+            chosen = drawn_lists(tokens, tokens, heads, density, bench.device)
+            seconds = clock.seconds(partial(list_way, name, q, k, v, heads, chosen))
+            way = f"{name}, density {density:g}"
+            yield Measurement("attention", f"{heads} heads", tokens, way, seconds, 0, int(density * operations))
 
 
 def _blocks(bench: Bench, clock: Clock, tokens: int) -> Iterator[Measurement]:
