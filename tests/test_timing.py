@@ -114,7 +114,7 @@ def test_the_autoencoder_counts_as_many_operations(published_vae):
 
 @pytest.mark.parametrize(("prefer", "minutes"), [("balanced", 4.6), ("speed", 4.0)])
 def test_four_seconds_at_720p_on_a_large_card(prefer, minutes):
-    request = replace(clip_of("r2v", "720P", 4.0), attention="full-int8")
+    request = dataclasses.replace(clip_of("r2v", "720P", 4.0), attention="full-int8")
     plan = plan_clip(request, stated(find_card("RTX 4090"), 32, 0.5), prefer).plan
     assert 0.8 < next(stage.seconds for stage in plan.stages if stage.name == "denoise") / 60 / minutes <= 1
 
