@@ -165,6 +165,8 @@ def _stagger_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield "--ar-step and --image do not go together: the first block of frames has its timestep as a whole"
     elif request.ar_step < 0:
         yield f"--ar-step {request.ar_step}, expected 0 or more"
+    elif length_problems(spec, request.frames, request.seconds):
+        return  # said already, and such a length may have no windows, or very many
     elif any((window.latents + window.others) % BLOCK for window in request.windows()):
         near = frames_of(max(1, round(request.latent_frames / BLOCK)) * BLOCK)
         yield f"--ar-step needs windows of whole blocks of {BLOCK} latent frames; the nearest length is --frames {near}"
