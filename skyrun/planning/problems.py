@@ -58,7 +58,9 @@ def value_problems(request: Request) -> list[str]:
 
 def of_some_model(request: Request, find: Callable[[Request], list[str]]) -> list[str]:
     """Problems of a request: if it is not known yet which model it has, those with the model that has the fewest."""
-    models = (request,) if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    models = [request] if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    if request.ar_step:  # is asked for with a model that has it, if the task has one
+        models = [one for one in models if "ar_step" in one.spec.options] or models
     return min((find(one) for one in models), key=len)
 
 
