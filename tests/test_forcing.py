@@ -195,7 +195,10 @@ def test_windows_make_the_lengths_that_the_authors_name(frames):
     [
         ({"variant": "t2v", "ar_step": 5}, "t2v has no --ar-step with this model"),
         ({"variant": "df", "ar_step": 5, "frames": 101}, "the nearest length is --frames 97"),
+        ({"ar_step": 5, "frames": 33}, "the nearest length is --frames 37"),
         ({"variant": "df", "ar_step": -1}, "--ar-step -1, expected 0 or more"),
+        ({"variant": "df", "ar_step": 1, "seconds": float("nan")}, "got nan seconds"),
+        ({"variant": "df", "ar_step": 1, "seconds": 1e12}, "got 1e+12 seconds"),
         ({"variant": "df-720p", "fps": 16}, "--fps 16: the model has only 24"),
     ],
 )

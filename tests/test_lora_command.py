@@ -85,21 +85,31 @@ def test_a_run_fetches_an_adapter_once(hub, converted, pairs, tmp_path, run_comm
     folder.mkdir()
     write_adapter(folder / "kitten.safetensors", pairs, "comfyui")
     hub.repos["some/styles"] = folder
-    command = [*run_command, "--model", str(converted("Q8_0")), "--lora", "some/styles/kitten.safetensors:0.5"]
+    command = [*run_command, "--model", str(converted("Q8_0")), "--seed", "1"]
+    command += ["--lora", "some/styles/kitten.safetensors:0.5"]
     assert main([*command, "--dry-run"]) == 0
     assert "would be fetched first" in capsys.readouterr().err
     assert main([*command, "-o", str(tmp_path / "one.mp4")]) == 0
     asked = len(hub.requests)
     assert main([*command, "-o", str(tmp_path / "two.mp4")]) == 0
     assert len(hub.requests) == asked
+    capsys.readouterr()
+    assert main([*command, "-o", str(tmp_path / "two.mp4")]) == 0
+    assert "it is there already" in capsys.readouterr().err
     assert main([*command[:-1], "some/styles/dog.safetensors"]) == 4
     assert "it has kitten.safetensors" in capsys.readouterr().err
+    assert main([*command[:-1], "my/styles/kitten.safetensors"]) == 4
+    assert "there is no file my/styles/kitten.safetensors on this machine, and on the hub" in capsys.readouterr().err
 
 
-def test_a_clip_is_made_again_with_its_adapter(converted, pairs, tmp_path, run_command, capsys):
+def test_a_clip_is_made_again_with_its_adapter(converted, pairs, tmp_path, run_command, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     path = write_adapter(tmp_path / "a.safetensors", pairs, "comfyui")
     first, second = tmp_path / "one.mp4", tmp_path / "two.mp4"
-    assert main([*run_command, "--model", str(converted("Q8_0")), "--lora", str(path), "-o", str(first)]) == 0
+    command = [*run_command, "--model", str(converted("Q8_0")), "--seed", "1", "-o", str(first), "--lora"]
+    assert main([*command, str(path)]) == 0
+    assert main([*command, path.name]) == 0
+    assert "it is there already" in capsys.readouterr().err
     assert main(["run", "--from", str(first), "-o", str(second)]) == 0
     assert first.read_bytes() != b""
     assert main(["info", str(second), "--json"]) == 0

@@ -132,7 +132,7 @@ def test_error_of_quantized_files(files, picture, model, quant, limit):
     assert limit / 20 < error < limit
 
 
-def test_the_command_line_makes_the_same_clip(files, picture, tmp_path):
+def test_the_command_line_makes_the_same_clip(files, picture, tmp_path, capsys):
     model, clip = "Wan2.1-I2V-14B-480P", tmp_path / "clip.mp4"
     request = request_of(model, files(model), picture, guidance=4.0, shift=6.0)
     latents = tmp_path / "latents.safetensors"
@@ -143,6 +143,8 @@ def test_the_command_line_makes_the_same_clip(files, picture, tmp_path):
     assert torch.equal(load_file(latents)["latents"], run(request).latents)
     said = read_request(clip)
     assert said["guidance"] == 4 and said["variant"] == "wan2.1-i2v-480p" and said["negative_prompt"] == NEGATIVE
+    assert main(["run", "t2v", "--from", str(clip), "--dry-run"]) == 2  # its model is found anew for another task
+    assert "t2v takes no --image" in (problems := capsys.readouterr().err) and "variant" not in problems
     again = tmp_path / "again.mp4"
     assert main(["run", "--from", str(clip), "--seed", str(SEED), "--device", "cpu", "-o", str(again)]) == 0
     assert again.read_bytes()[-2000:] != b"" and read_request(again)["shift"] == 6

@@ -1,5 +1,6 @@
 """The page over HTTP: errors of every route, who may ask, and what a body may be."""
 
+import json
 import sys
 from dataclasses import MISSING, fields
 
@@ -107,13 +108,14 @@ def test_a_body_that_is_no_json(client, body):
         ({"task": "v2v", "images": [], "transition": "cut-in"}, {"video", "transition"}),
         ({"seed": "x", "quant": 8, "join": 3}, {"seed", "quant", "join"}),
         ({"resolution": "9P"}, {"resolution"}),
+        ({"prompt": "\ud83d", "quant": "\ud83d"}, {"prompt", "quant"}),
         ({"size": "wide"}, {"size"}),
         ({"max_vram": -1, "device": "tpu", "prefer": "beauty"}, {"max_vram", "device", "prefer"}),
         ({"images": ["b.png"], "dtype": "int3"}, {"images", "dtype"}),
     ],
 )
 def test_every_problem_is_told_at_its_field(client, values, fields):
-    answer = client.post("/api/jobs", json=wanted(**values))
+    answer = client.post("/api/jobs", content=json.dumps(wanted(**values)))
     said = answer.json()
     assert answer.status_code == 400 and set(said["fields"]) == fields
     assert all(text in said["message"] for texts in said["fields"].values() for text in texts)

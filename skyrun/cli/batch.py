@@ -51,7 +51,10 @@ def _prompt_of_stdin() -> str:
 
 
 # Fields that state the same thing. One that is given replaces the other one of the earlier clip.
-_INSTEAD = {"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)}
+_INSTEAD = {
+    **{"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)},
+    **{"task": ("variant",), "model": ("variant",)},
+}
 # Fields of an earlier clip that are not taken over: they belong to the machine or to that command.
 _MACHINE = ("device", "devices", "max_vram", "max_ram", "save_latents", "overwrite")
 

@@ -32,7 +32,7 @@ _DECIDED = (
     *("size", "frames", "steps", "quant", "model", "variant", "guidance", "negative_prompt", "shift", "fps"),
     *("condition_frames", "window_frames"),
 )
-_INPUTS = ("images", "video", "audio", "model")
+_INPUTS = ("images", "video", "audio", "model", "loras")
 _MAX_OWNER = 200  # characters of a lock file that are shown
 
 

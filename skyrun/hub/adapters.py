@@ -30,6 +30,12 @@ def fetch_adapters(loras: Sequence[Lora], dry_run: bool = False) -> Generator[Ev
     return tuple(found)
 
 
+def found_adapters(loras: Sequence[Lora]) -> tuple[Lora, ...]:
+    """The same adapters, those that were fetched before as files on this machine."""
+    places = [(lora, _place(*lora.on_hub) if lora.on_hub is not None else lora.path) for lora in loras]
+    return tuple(replace(lora, path=place) if place.is_file() else lora for lora, place in places)
+
+
 def _place(repo: str, path: str) -> Path:
     return models_folder() / _FOLDER / repo.replace("/", "--") / path
 
@@ -38,7 +44,11 @@ def _fetch(repo: str, path: str, place: Path, dry_run: bool) -> Generator[Event,
     """Fetch a file. Returns whether it is there now."""
     from skyrun.hub.client import fetch, list_repository  # files that are here do not need the hub
 
-    files = list_repository(repo).files
+    try:
+        files = list_repository(repo).files
+    except SkyrunError as error:  # it may be a path with a mistake in it
+        told = f"there is no file {repo}/{path} on this machine, and on the hub: {error.message}"
+        raise SkyrunError(told, error.hint, error.code) from error
     file = next((file for file in files if file.path == path), None)
     if file is None:
         there = [file.path for file in files if file.path.endswith(".safetensors")]

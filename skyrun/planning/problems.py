@@ -60,7 +60,9 @@ def value_problems(request: Request) -> list[str]:
 
 def of_some_model(request: Request, find: Callable[[Request], list[str]]) -> list[str]:
     """Problems of a request: if it is not known yet which model it has, those with the model that has the fewest."""
-    models = (request,) if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    models = [request] if request.variant is not None else [request.of(spec) for spec in MODELS[request.task]]
+    if request.ar_step:  # is asked for with a model that has it, if the task has one
+        models = [one for one in models if "ar_step" in one.spec.options] or models
     return min((find(one) for one in models), key=len)
 
 
@@ -167,6 +169,8 @@ def _stagger_problems(request: Request, spec: TaskSpec) -> Iterator[str]:
         yield "--ar-step and --image do not go together: the first block of frames has its timestep as a whole"
     elif request.ar_step < 0:
         yield f"--ar-step {request.ar_step}, expected 0 or more"
+    elif length_problems(spec, request.frames, request.seconds):
+        return  # said already, and such a length may have no windows, or very many
     elif any((window.latents + window.others) % BLOCK for window in request.windows()):
         near = frames_of(max(1, round(request.latent_frames / BLOCK)) * BLOCK)
         yield f"--ar-step needs windows of whole blocks of {BLOCK} latent frames; the nearest length is --frames {near}"

@@ -19,7 +19,7 @@ from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, Preview, as_json
-from skyrun.hub.adapters import fetch_adapters
+from skyrun.hub.adapters import fetch_adapters, found_adapters
 from skyrun.hub.local import wanted_name, whole_folder
 from skyrun.hub.manifest import note_use
 from skyrun.media.contact_sheet import contact_sheet, places
@@ -46,7 +46,7 @@ def execute(arguments: Namespace) -> int:
 
 def _execute(arguments: Namespace) -> int:
     _force_preset(arguments)
-    requests = requests_of(arguments)
+    requests = [replace(request, loras=found_adapters(request.loras)) for request in requests_of(arguments)]
     for request in requests:
         check_outputs(request, pictures_of(request.output, arguments))
     first = _located(requests[0], arguments)  # all clips use the same model and adapters
