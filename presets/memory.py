@@ -96,7 +96,7 @@ def denoise_bytes(
     held = own * (0 if parked else workload.contexts * dim * size) + tokens * HEAD_DIM * 4
     context = ((1 + workload.contexts) * workload.context_tokens + 3 * workload.avoided_tokens) * dim * size
     part = min(rows or own, own)
-    queries = part * (2 + parked) * dim * size  # before and after their norm, while the keys are quantized
+    queries = part * (1 + parked) * dim * size  # and their tokens, while the keys are quantized
     if workload.devices > 1:
         passing, queries = passing + _TRAVELLING * dim * size, queries + _TRAVELLING * part * dim * size
     passes = part * passing + workload.ffn_dim * dim * matrix

@@ -52,7 +52,7 @@ def of_kind(events, kind):
 
 
 def fail(monkeypatch, place, error, calls):
-    """Let a function or a method, such as "skyrun.models.dit.dit_block", fail in these calls of it.
+    """Let a function or a method, such as "skyrun.models.dit.transformer.dit_block", fail in these calls of it.
 
     error: makes one, because an exception holds on to what failed.
     """

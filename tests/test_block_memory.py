@@ -56,12 +56,16 @@ def test_where_blocks_are_kept_nine_tenths_of_the_limit_are_used(replays):
     assert min(one.reserved / one.limit for one in kept) >= 0.88  # guidance may need what holes take
 
 
+def is_counted(one):
+    """Whether what a plan counts is what its tensors take, nearly."""
+    most = 1.1 if one.planned.plan.sparse else 1.03  # keys are quantized before there are queries
+    return 0.985 <= (one.counted - memory.ALLOCATOR_BYTES) / live_bytes(one) <= most
+
+
 def test_what_is_counted_is_what_a_block_takes(replays):
     """Without the pages of the allocator and libraries. A plan that keeps all blocks counts a ring too."""
     for one in (one for one in replays if one.planned.plan.resident_blocks < one.planned.workload.layers):
-        taken = live_bytes(one)
-        most = 1.1 if one.planned.plan.sparse else 1.03  # keys are quantized before there are queries
-        assert 0.985 * taken <= one.counted - memory.ALLOCATOR_BYTES <= most * taken, one
+        assert is_counted(one), one
 
 
 def test_with_segments_of_fixed_size_plans_would_run_out(replays):
@@ -94,7 +98,7 @@ def test_plans_with_normalized_attention_guidance_stay_within_their_limit(precis
         planned = plan_request(request, stated(find_card(name), 64, 2.0), precision=precision)
         one = replay(planned)
         assert one.reserved is not None and one.reserved <= one.limit
-        assert 0.985 * live_bytes(one) <= one.counted - memory.ALLOCATOR_BYTES <= 1.03 * live_bytes(one), planned
+        assert is_counted(one), planned
         assert live_bytes(one) != live_bytes(replay(plan_request(replace(request, nag=None), planned.hardware)))
 
 

@@ -23,7 +23,16 @@ def runs(tmp_path_factory, cache_folder):
 def test_every_part_of_a_run_allocates(runs):
     """The places that are watched: in models, in the threads that load, and in what a run does between them."""
     files = {Path(file).name for place in runs.counts for file, _ in place}
-    assert {"dit.py", "umt5.py", "vae.py", "ring.py", "stream.py", "samplers.py", "stages.py"} <= files
+    assert {
+        "block.py",
+        "transformer.py",
+        "umt5.py",
+        "vae.py",
+        "ring.py",
+        "stream.py",
+        "samplers.py",
+        "stages.py",
+    } <= files
     loading = [place for place in runs.counts if Path(place[-1][0]).name == "stream.py"]
     assert loading, "no allocation in a thread that loads"
 

@@ -165,7 +165,7 @@ def test_a_full_disk_does_not_end_a_run(small, undisturbed, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("task", CASES)
-@pytest.mark.parametrize("place", ["skyrun.models.dit.dit_block", "skyrun.models.vae.WanVAE._decoder"])
+@pytest.mark.parametrize("place", ["skyrun.models.dit.transformer.dit_block", "skyrun.models.vae.WanVAE._decoder"])
 def test_out_of_memory_is_not_the_end(small, undisturbed, tmp_path, monkeypatch, task, place):
     fail(monkeypatch, place, MemoryError, (1,))
     result, events = followed(run_job(prepare(small(task, tmp_path))))

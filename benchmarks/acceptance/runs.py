@@ -125,7 +125,7 @@ def streamed(scale: Scale) -> Iterator[Figure]:
     clip = {"size": (32, 48), "frames": 5} if scale.small else {"resolution": "720P", "frames": 121}
     settings = {"steps": 3, "device": str(scale.device), **clip}
     with TemporaryDirectory() as folder:
-        figures = drain(measure_step(Path(folder), model_name(scale), "Q8_0", _STREAMED_BLOCKS, settings))
+        figures = drain(measure_step(Path(folder), model_name(scale), "Q8_0", _STREAMED_BLOCKS, settings, 1, run_job))
     yield Figure("step, streamed", figures.streamed, "s")
     yield Figure("step, streamed / from memory", figures.streamed / figures.resident, most=scale.on_card(1.03))
     planned = figures.plan.step_seconds / figures.streamed

@@ -58,6 +58,8 @@ def dit_block(
     modulation = w.dense("modulation").view(6, -1)
     shared = attention if isinstance(attention, SharedAttention) else None
     check = attention if isinstance(attention, BlockCheck) else None
+    # What travels between devices has one dtype, whatever each of them computes in.
+    like = torch.empty(0, dtype=x.dtype, device=modulation.device)
 
     def project(span: Span, k: Tensor, v: Tensor) -> None:
         compute = partial(_project, x.fetch(span.rows), span, modulation, w, rope, dims, k, v)
@@ -70,14 +72,10 @@ def dit_block(
     def all_keys() -> tuple[Keys | TiledKeys, tuple["_Crossed", list[Keys] | None]]:
         return _keys(x, project, w, spans, modulation.device, dims, check), _context_keys(context, w, dims)
 
-    # What travels between devices has one dtype, whatever each of them computes in.
-    like = torch.empty(0, dtype=x.dtype, device=modulation.device)
     mixing: Iterable[tuple[Span, Tensor | None]] = ((span, None) for span in spans)
     keys: Keys | TiledKeys
     if shared is None:
-        keys, (crossed, audio_keys) = within_range(
-            w.owner, all_keys, lambda found: (*found[0].plain, *_plain(found[1]))
-        )
+        keys, (crossed, audio_keys) = within_range(w.owner, all_keys, lambda both: (*both[0].plain, *_plain(both[1])))
     else:
         keys = shared.keys(project, like, w.attention)
         mixing = shared.attended(query, keys, like)

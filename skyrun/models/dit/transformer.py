@@ -144,9 +144,9 @@ class DiT:
         own = shares[group.rank]
         rows = check.whole_tiles(self._rows) if check else self._rows
         spans_of = [list(divide(times, shape[0] // frames, rows, share)) for share in shares]
-        spans = spans_of[group.rank]
         if contexts[0].audio is not None:
-            spans = [hearing(span, shape[0] // frames, order, self.device) for span in spans]
+            spans_of[group.rank] = [hearing(s, shape[0] // frames, order, self.device) for s in spans_of[group.rank]]
+        spans = spans_of[group.rank]
         shared = SharedAttention(group, spans_of, self.dims.dim, self.dims.heads) if group.size > 1 else None
         with ExitStack() as stack:
             held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device, own))) for _ in contexts]
