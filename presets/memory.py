@@ -18,7 +18,7 @@ ALLOCATOR_BYTES = 160 << 20
 # Of activations, taken on top where the allocator cannot join free memory of any sizes, as on Windows: a replay of
 # denoising needs at most 0.28 (benchmarks/block_memory.py --fixed). With guidance two sequences stay in memory, between
 # which holes are left even where free memory can be joined.
-FRAGMENTS, GUIDED_FRAGMENTS = 0.3, 0.15
+FRAGMENTS, GUIDED_FRAGMENTS = 0.3, 0.17
 
 # Left free on a GPU before blocks are kept there, and by the VAE: bytes at least, and a share of the limit. So a replay
 # finds no plan out of memory (benchmarks/block_memory.py); a block in int8 leaves more holes.

@@ -70,7 +70,7 @@ _KINDS = (
     _Kind(
         r"(lora_(A|B|up|down)\b|\.lokr_|\.hada_|\.lora\.|\.diff_b$)",
         "is a LoRA, which changes a model but is not one",
-        "merge it into a whole transformer with a program that does that, and convert the result",
+        "use it with --lora of `skyrun run`, or merge it with --lora of `skyrun convert MODEL`",
         role="",
     ),
     _Kind(

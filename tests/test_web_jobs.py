@@ -145,6 +145,12 @@ def test_a_damaged_file_is_no_job(tmp_path, text):
     assert Job.read(path) is None
 
 
+def test_a_file_with_half_of_a_character_is_no_job(tmp_path):
+    job = Job.new({"task": "r2v", "prompt": "\ud83d"}, "a.mp4", 2.0)
+    job.write(tmp_path)
+    assert Job.read(tmp_path / f"{job.id}.json") is None
+
+
 def test_a_job_is_what_it_was_when_it_is_read_again(tmp_path):
     job = Job.new({"task": "r2v"}, "a.mp4", 2.0)
     job.progress.take({"event": "notice", "text": "hello"})

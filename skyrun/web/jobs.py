@@ -103,6 +103,7 @@ class Job:
         try:
             with open(path, "rb") as file:
                 said: Any = json.loads(file.read(_LARGEST))
+            json.dumps(said, ensure_ascii=False).encode()  # clients cannot be sent half of a character
             said["progress"] = Progress(**said["progress"])
             job = cls(**said)
             whole = job.id == path.stem and isinstance(job.values, dict) and job.order + job.took >= job.order
