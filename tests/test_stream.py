@@ -159,7 +159,7 @@ def replace(path):
     ("change", "message"),
     [
         (cut, "ended at byte|changed from .* to 1000 bytes"),
-        (rewrite, "written to|changed from"),  # it may be seen while it is being written
+        (rewrite, "written to|changed from|ended at byte"),  # it may be seen while it is being written
         (replace, "replaced by another file"),
     ],
 )

@@ -263,16 +263,9 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
         return f"{name} is {reprlib.repr(value)}, expected {_EXPECTED[kind]}"
     if isinstance(value, (str, Path)) and "\0" in str(value):
         return f"{name} has a NUL character in it"
-    if kind is _TEXT and isinstance(value, str) and not _is_unicode(value):
-        return f"{name} is {reprlib.repr(value)}, which is not text in UTF-8"
     if kind is _PATH and not is_possible(Path(str(value))):
         return f"{name} is {reprlib.repr(str(value))}, which no file can be called"
     return ""
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair in it, which nothing could encode."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_size(text: str) -> tuple[int, int] | str:

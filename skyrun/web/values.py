@@ -5,6 +5,7 @@ Fields are read off the dataclass, so a new one can be sent, is checked, and app
 
 import random
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -100,9 +101,18 @@ def _refuse(found: dict[str, list[str]]) -> None:
         raise Refused(400, whole.message, "mend what is named, and send it again", **found)
 
 
+def _has_half_a_character(value: Any) -> bool:
+    """Whether there is half of a surrogate pair in a text or in one of several, which no client could be sent."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and re.search("[\ud800-\udfff]", text) for text in texts)
+
+
 def problems(values: dict[str, Any], folder: Folder) -> dict[str, list[str]]:
     """What is wrong with the values, by the field that it is wrong with; "" for what no single field mends."""
     values, found = dict(values), dict[str, list[str]]()
+    for name in [name for name, value in values.items() if _has_half_a_character(value)]:
+        found[name] = [f"{name} is {reprlib.repr(values[name])}, which is not text in UTF-8"]
+        values[name] = _good(name, values)
     for name in [name for name in values if kind(name) in PATHS]:
         try:
             values[name] = _paths(name, values[name], folder)
