@@ -74,18 +74,19 @@ class Lacking(Exception):
     """Memory ran out, as the test wants it."""
 
 
-def copies_ahead(clocks):
-    """Whether the device copies what no kernel waits for yet."""
-    with clocks.lock:
-        known = clocks.default.known
-        return any(access.what == "copy" and known.get(access.actor, 0) < access.number for access in clocks.accesses)
+def is_copied_ahead(stream):
+    """Whether the block after the one in use is whole on the device. Then nothing is read until a slot is free.
+
+    A loader that reads on waits for earlier copies, and closing waits for the loader.
+    """
+    return stream._ready.qsize() > 0 and all(future.done() for future in stream._loaders.submitted)
 
 
 def streamed(model, clocks, slots, kept, lacking=None, ahead=False):
     """Stream a file through a ring, and use its memory for something else afterwards.
 
-    lacking: in which block memory runs out after its kernels are enqueued, and with `ahead` not before copies of the
-    next block are on their way.
+    lacking: in which block memory runs out after its kernels are enqueued, and with `ahead` not before the copies of
+    the next block are on their way.
     """
     path, blocks, _ = model
     try:
@@ -96,7 +97,7 @@ def streamed(model, clocks, slots, kept, lacking=None, ahead=False):
                 for index, (weights, _) in enumerate(stream.blocks()):
                     kernel(clocks, weights, blocks[index])
                     if (number, index) == lacking:
-                        while ahead and not copies_ahead(clocks):
+                        while ahead and not is_copied_ahead(stream):
                             time.sleep(0.001)
                         raise Lacking
     except (Lacking, torch.OutOfMemoryError):

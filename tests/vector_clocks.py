@@ -202,6 +202,10 @@ def followed(clocks: Clocks, *modules: Any) -> Iterator[None]:
             return self.get(False)
 
     class Executor(ThreadPoolExecutor):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            self.submitted: list[Any] = []
+
         def submit(self, work: Any, *arguments: Any, **keywords: Any) -> Any:
             begun, done = dict(clocks.known), {}
 
@@ -215,13 +219,14 @@ def followed(clocks: Clocks, *modules: Any) -> Iterator[None]:
             future = super().submit(run)
             for name in ("result", "exception"):
                 setattr(future, name, waiting(getattr(future, name), done))
-            self.__dict__.setdefault("ended", []).append(done)
+            future.known = done
+            self.submitted.append(future)
             return future
 
         def shutdown(self, *arguments: Any, **keywords: Any) -> None:
             super().shutdown(*arguments, **keywords)
-            for done in self.__dict__.get("ended", []):
-                joined(clocks.known, done)
+            for future in self.submitted:
+                joined(clocks.known, future.known)
 
     def waiting(wait: Any, done: Known) -> Any:
         def waited(*arguments: Any) -> Any:

@@ -40,6 +40,7 @@ class Worker:
                     self._channel.send(Done(order(self._group, self._channel.send)))
             return 0
         except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
             failure = self._failure(error)
             self._channel.send(failure)
             return failure.code
@@ -68,6 +69,8 @@ class Worker:
             if not isinstance(message, Stop):
                 self._orders.put(message)
                 continue
+            if self._stopped:
+                continue  # a second interrupt would cut off what the first one saves
             self._stopped = True
             self._orders.put(None)
             _thread.interrupt_main(signal.SIGTERM)
