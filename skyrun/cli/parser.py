@@ -55,7 +55,11 @@ def _add_run(commands: Commands) -> None:
     prompt.add_argument("-p", "--prompt", help="what the clip shows; - reads it from stdin")
     prompt.add_argument("--prompts", type=Path, metavar="F.txt", help="a clip for every line")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, except for other options"
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="CLIP.mp4",
+        help="as this clip was made, except for other options; for another task, what means the same there",
     )
     parser.add_argument(
         "--image",
