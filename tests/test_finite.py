@@ -17,7 +17,7 @@ from skyrun.engine.resume import resume
 from skyrun.engine.run import run_job
 from skyrun.errors import BAD_INPUT, FAILED, SkyrunError
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models import umt5
 from skyrun.models.dit_header import canonical_tensors
 from skyrun.pipelines.conditioning import Condition

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.recipes import RECIPES
+from skyrun.kernels.files.recipes import RECIPES
 from skyrun.planning.config import read_config
 from skyrun.planning.lora import Lora
 from skyrun.planning.problems import value_problems
