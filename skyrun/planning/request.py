@@ -297,7 +297,7 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
         return f"{name} is {reprlib.repr(value)}, expected {_EXPECTED[kind]}"
     if isinstance(value, (str, Path)) and "\0" in str(value):
         return f"{name} has a NUL character in it"
-    if kind is _TEXT and not is_text(value):
+    if kind is _TEXT and not is_text(str(value)):
         return f"{name} is {reprlib.repr(value)}, which is not text in UTF-8"
     if kind is _PATH and not is_possible(Path(str(value))):
         return f"{name} is {reprlib.repr(str(value))}, which no file can be called"
