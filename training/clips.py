@@ -15,6 +15,7 @@ from skyrun.demo.world import RADIUS, Picture, Size, composed, middle, scene_pic
 from skyrun.tasks.windows import FRAMES_PER_LATENT
 
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
+USUAL_SIZE = 48, 80
 LEAST, USUAL, MOST = 9, 17, 33  # frames of a clip
 PLACES = (-1, 0, 1)  # that a prompt leaves open: tokens (16 pixels) from the middle, across the motion
 SHARES = (0.2, 0.6, 0.2)  # of clips at each of them

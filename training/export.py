@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tasks import TASKS
 from training import autoencoder, text, transformer
-from training.clips import LEAST, MOST, SIZES, USUAL
+from training.clips import LEAST, MOST, SIZES, USUAL, USUAL_SIZE
 from training.latents import Latents
 from training.stage import Weights
 
@@ -47,7 +47,7 @@ _TRANSFORMER = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
-    "clip_sizes": ["{}x{}".format(*size) for size in SIZES],
+    "clip_sizes": ["{}x{}".format(*size) for size in sorted(SIZES, key=lambda size: size != USUAL_SIZE)],
     "least_frames": LEAST,
     "most_frames": MOST,
     "usual_frames": USUAL,

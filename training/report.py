@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from skyrun.demo.world import Picture
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
 from skyrun.tasks.windows import FRAMES_PER_LATENT
 from training.autoencoder import Autoencoder
