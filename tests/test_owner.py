@@ -51,7 +51,6 @@ def test_a_clip_of_the_same_request_is_kept(told, request_, capsys):
 
 OTHERS = [
     (["--seed", "4"], "seed"),
-    ([], "seed"),  # one would be drawn
     (["--seed", "3", "-p", "a lake"], "prompt"),
     (["--seed", "3", "--exact"], "precision"),
     (["--seed", "3", "--dtype", "bfloat16"], "dtype"),
