@@ -101,7 +101,8 @@ def denoise_bytes(
         passing, queries = passing + _TRAVELLING * dim * size, queries + _TRAVELLING * part * dim * size
     passes = part * passing + workload.ffn_dim * dim * matrix
     if sparse:
-        held += -(-tokens // KEY_TILE) * (dim + 5 * dim // HEAD_DIM)  # means of tiles of keys
+        heads = dim // HEAD_DIM // workload.devices
+        held += -(-tokens // KEY_TILE) * heads * (HEAD_DIM + 5)  # means of tiles of keys
         passes = max(passes, checking_bytes(workload, size))
     peak = max(tokens * keys + passes, tokens * of_keys + queries)
     return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
@@ -112,8 +113,9 @@ def checking_bytes(workload: Workload, size: int) -> int:
 
     When tokens pass, lists take less than the hidden layer that comes after.
     """
-    lists = int(LISTS_SHARE * 4 * workload.tokens * workload.dim)
-    return lists + SAMPLED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
+    dim = workload.dim // workload.devices
+    lists = int(LISTS_SHARE * 4 * workload.tokens * dim)
+    return lists + SAMPLED * QUERY_TILE * dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:
