@@ -10,6 +10,7 @@ from skyrun.units import duration, table
 _NAMES = {
     "disk": "disk, GB/s",
     "link": "link to the GPU, GB/s",
+    "peer": "from device to device, GB/s",
     "decode": "decoding weights, GB/s",
     "linear": "linear layers, TFLOP/s",
     "attention": "attention, TFLOP/s",
