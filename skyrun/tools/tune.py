@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.engine.together import workers
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import linear
@@ -21,7 +20,7 @@ from skyrun.kernels.attention import Keys, attend, quick_precisions
 from skyrun.kernels.machine.device import median_seconds, uses_triton
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.parallel.group import Group
-from skyrun.parallel.team import Done
+from skyrun.parallel.team import Done, Team
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned, this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
@@ -43,6 +42,8 @@ _LAUNCHES = 3
 # The autoencoder as a whole reaches this share of the rate of its widest convolution (docs/presets.md). Norms, copies
 # and narrow layers take the rest of the time.
 _REACHED = 0.75
+
+Workers = Callable[[int, torch.device], Team]  # starts so many, one for each device of a type
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,21 @@ class Tuning:
         return {"file": str(self.file), "rates": rates, "seconds": seconds}
 
 
-def tune_machine(device_name: str | None, model: Path | None = None) -> Generator[Event, None, Tuning]:
+def tune_machine(
+    device_name: str | None, workers: Workers, model: Path | None = None
+) -> Generator[Event, None, Tuning]:
     """Measure everything and save it for plans.
 
-    model: a file or folder whose disk is measured instead of that of the current folder.
+    Args:
+        device_name: The device to measure, None for the usual one.
+        workers: Starts so many processes, one for each device of a type.
+        model: A file or folder whose disk is measured instead of that of the current folder.
     """
     device = choose_device(device_name)
     before, start = this_machine(device.type, model), now()
     measured: dict[str, float] = {}
     yield StageStarted(_STAGE, len(STEPS), "figures")
-    for name, rate in _measure(device, model):
+    for name, rate in _measure(device, workers, model):
         measured[name] = rate
         yield Progress(_STAGE, len(measured))
     yield StageEnded(_STAGE, now() - start, peak_bytes(device))
@@ -131,13 +137,13 @@ def _rate(hardware: Hardware, name: str) -> float:
 
 
 @torch.inference_mode()
-def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, float]]:
+def _measure(device: torch.device, workers: Workers, model: Path | None) -> Iterator[tuple[str, float]]:
     """Yield the name and rate of each of STEPS."""
     cuda, sizes = device.type == "cuda", _SIZES[device.type]
     dtype = torch.bfloat16 if cuda else torch.float32
     yield "disk", _disk(model)
     yield "link", measure_link() if cuda else 0.0
-    yield "peer", _peer(device)
+    yield "peer", _peer(device, workers)
     weight = random_weight("Q8_0", _FFN, _DIM, device)
     seconds = median_seconds(device, lambda: weight.dense(dtype), _LAUNCHES)
     yield "decode", (weight.data.nbytes + _FFN * _DIM * dtype.itemsize) / seconds
@@ -183,7 +189,7 @@ def _exchange(group: Group, parts: Tensor, counts: list[int]) -> None:
     group.exchange(parts, counts, counts).wait()
 
 
-def _peer(device: torch.device) -> float:
+def _peer(device: torch.device, workers: Workers) -> float:
     """Bytes per second between two devices of a type; 0 where there is one only, or they cannot reach each other."""
     try:
         choose_device(device.type, 2)
