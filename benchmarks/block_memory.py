@@ -11,10 +11,10 @@ memory: the ring with the blocks that are kept, what lies outside of blocks, the
 import argparse
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import torch
@@ -32,9 +32,12 @@ from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.tiles import USUAL
 from skyrun.models.dit import Context, dit_block
 from skyrun.models.dit.spans import Span, chunks, hearing
-from skyrun.models.dit.sparse import Learned, SelfCheck
+from skyrun.models.dit.sparse import AllToAll, Learned, SelfCheck
 from skyrun.models.dit.tile_order import Frames, tile_order
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
+from skyrun.parallel import group as groups
+from skyrun.parallel.attention import SharedAttention
+from skyrun.parallel.group import Arriving, Group
 from skyrun.planning.published import transformer_table
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request
@@ -137,18 +140,20 @@ def recorded(
     rank: int = 0,
     nag: bool = False,
     sparse: bool = False,
+    devices: int = 1,
 ) -> tuple[int, ...]:
     """The log of a block, flattened: the first chunks of all tokens, and the last one.
 
     rank: of adapters. nag: whether there is normalized attention guidance. sparse: whether attention skips tiles; then
-    there is a block of the first step, and one of a later step.
+    there is a block of the first step, and one of a later step. devices: how many there are; the log is the last one's.
     """
-    seen = Recorder()
-    with torch.inference_mode(), pretended_card(way):
-        block = one_block(task, way, attention, tokens, frames, rows, parked, rank, nag)
+    seen, group = Recorder(), Lonely(devices - 1, devices, META)
+    with torch.inference_mode(), pretended_card(way), patch.object(groups, "_here", group):
+        checks, whole = _checks(tokens, TASKS[task].dims["dim"] // HEAD_DIM), [slice(0, tokens)]
+        block = one_block(task, way, attention, tokens, frames, rows, parked, rank, nag, checks[0].shares(whole))
         with seen:
-            for check in _checks(tokens, TASKS[task].dims["dim"] // HEAD_DIM) if sparse else [None]:
-                block(check and check.block(0, 0))
+            for one in [check.block(0, 0, whole) for check in checks] if sparse else [AllToAll()]:
+                block(one)
     return tuple(number for entry in seen.log for number in entry)
 
 
@@ -169,14 +174,16 @@ def one_block(
     parked: bool = False,
     rank: int = 0,
     nag: bool = False,
+    shares: Sequence[slice] = (),
 ) -> Callable[..., None]:
-    """What computes a block of a task with tokens that have no data, given what its self-attention skips, or nothing.
+    """What computes a block of a task with tokens that have no data, perhaps with attention that skips.
 
-    It is made and called on a `pretended_card`.
+    It is made and called on a `pretended_card`. shares: the tokens of each of several devices, of which it is the last.
     """
     spec = TASKS[task]
     dims = DiTDims(spec.dims["dim"], spec.dims["dim"] // HEAD_DIM, 40, spec.dims["ffn"], 16, 16, 4096, 256)
-    x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META)
+    shares = shares or [slice(0, tokens)]
+    x = _Waiting(tokens, dims.dim) if parked else HeldTokens((tokens, dims.dim), torch.bfloat16, META, shares[-1])
     rope = (_empty(tokens, HEAD_DIM // 2, dtype=torch.float32),) * 2
     context = Context(
         _empty(512, dims.dim),
@@ -185,13 +192,24 @@ def one_block(
         _empty(512, dims.dim) if nag else None,
     )
     time = (_empty(dims.dim, dtype=torch.float32), _empty(6, dims.dim, dtype=torch.float32))
-    parts = chunks(0, tokens, rows)
-    spans = [
-        hearing(Span(part, time), tokens // frames, None, META)
-        for part in (*parts[: min(3, len(parts) - 1)], parts[-1])
+    parts_of = [chunks(share.start, share.stop, rows) for share in shares]
+    spans_of = [
+        [
+            hearing(Span(part, time), tokens // frames, None, META)
+            for part in (*parts[: min(3, len(parts) - 1)], parts[-1])
+        ]
+        for parts in parts_of
     ]
     weights = _weights(task, way, attention, rank)
-    return lambda check=None: dit_block(x, weights, spans, context, rope, dims, check)
+    shared = SharedAttention(groups.here(), shares, spans_of, dims.dim, dims.heads) if len(shares) > 1 else None
+    return partial(dit_block, x, weights, spans_of[-1], context, rope, dims, shared=shared)
+
+
+class Lonely(Group):
+    """A group of which only this rank is there: what the others would send is empty memory."""
+
+    def _send(self, parts: Tensor, sending: list[int], receiving: list[int]) -> Arriving:
+        return Arriving(None, parts.new_empty(sum(receiving)), parts)
 
 
 class _Waiting:
@@ -263,7 +281,8 @@ def replay(planned: Planned, expandable: bool = True) -> Replay:
 def _log(planned: Planned, way: str) -> tuple[int, ...]:
     plan, work = planned.plan, planned.workload
     rows, parked, nag = plan.token_rows, plan.parked_tokens, work.avoided_tokens > 0
-    tokens, frames, how = work.tokens, work.latent_frames, (work.adapter_rank, nag, bool(plan.sparse))
+    tokens, frames = work.tokens, work.latent_frames
+    how = work.adapter_rank, nag, bool(plan.sparse), work.devices
     return recorded(work.task, way, plan.attention, tokens, frames, rows, parked, *how)
 
 
@@ -274,7 +293,7 @@ def _before(work: Workload, blocks: int, parked: bool) -> Iterator[int]:
     for _ in range(_OUTER_TENSORS):
         yield work.outer_bytes // _OUTER_TENSORS
     if not parked:
-        yield from [2 * work.tokens * work.dim] * work.contexts
+        yield from [2 * work.own_tokens * work.dim] * work.contexts
     yield from (4 * work.tokens * HEAD_DIM // 2,) * 2
     yield from [2 * work.context_tokens * work.dim] * work.contexts
     if work.avoided_tokens:

@@ -41,7 +41,7 @@ def main() -> None:
                 cells += [f"{plan.seconds / alone.seconds:.2f}", duration(plan.step_seconds)]
                 cells += [f"{plan.step_seconds / alone.step_seconds:.2f}"]
                 cells += [
-                    f"{sent_bytes(planned.workload, plan.dtype) / 1e9:.1f} GB",
+                    f"{sent_bytes(planned.workload, plan.dtype, bool(plan.sparse)) / 1e9:.1f} GB",
                     f"{memory:.1f} GiB",
                     f"{of_one:.2f}",
                 ]

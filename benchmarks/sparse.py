@@ -6,7 +6,7 @@ tables for docs/attention.md; --tiles and --steps draw its pictures.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skyrun.hub.built_in import CHECKPOINT
 from skyrun.kernels import selection
-from skyrun.kernels.attention import attend
+from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.selection import TiledKeys
 from skyrun.kernels.tiles import Selection, Tiles
 from skyrun.models.dit.sparse import BlockCheck, SelfCheck, shares_at
@@ -54,12 +54,13 @@ def watching(seen: Seen) -> Iterator[None]:
     """Compute the dense attention beside each sparse one, and keep the events of steps."""
     usual, finish = BlockCheck.attend, SelfCheck.finish_step
 
-    def watched(self: BlockCheck, q: Tensor, keys: TiledKeys, rows: slice) -> Tensor:
-        out, check = usual(self, q, keys, rows), self._check
-        if not check.learns:
+    def watched(self: BlockCheck, keys: Keys | TiledKeys, q: Tensor, ranges: Sequence[slice]) -> Tensor:
+        out, check = usual(self, keys, q, ranges), self._check
+        if isinstance(keys, TiledKeys) and not check.learns:
             dense = attend(q, keys.keys).unflatten(1, (keys.heads, -1))
             off = out.unflatten(1, (keys.heads, -1)) - dense
             seen.true.append((off.square().sum((0, 2)) / dense.square().sum((0, 2))).sqrt())
+            (rows,) = ranges
             starts = list(range(rows.start, rows.stop, keys.tiles.queries))
             seen.lists[check.step, self._place[1]] = rows, keys.choose(q, starts, shares_at(self._levels, q))
             seen.order = check.order

@@ -76,17 +76,17 @@ class TiledKeys:
         if self.keys.precision != "exact":
             _ = self.keys.quantized
 
-    def attend(self, q: Tensor, starts: list[int], shares: Tensor, dtype: torch.dtype | None = None) -> Read:
+    def attend(self, q: Tensor, starts: list[int], shares: Tensor, out: Tensor | None = None) -> Read:
         """Attend from q [L, heads * 128] to the keys that each of its tiles needs.
 
         Args:
             q: the queries, whole tiles but for the last.
             starts: for every tile of queries, the number of its first one among the keys.
             shares: float32 [heads], on the device: the share of probability that is kept; 1 reads all keys.
-            dtype: of the result; None stands for that of q.
+            out: what the result is written to, in a dtype of its own; None stands for new memory, in that of q.
         """
         at_once, rows = tiles_at_once(self.count, self.heads, self.tiles), self.tiles.queries
-        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         read = torch.zeros(self.heads, dtype=torch.int64, device=q.device)
         for first in range(0, len(starts), at_once):
             part = slice(first * rows, (first + at_once) * rows)

@@ -47,7 +47,7 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         yield (
             f"{workload.devices} devices of that kind read from one disk, and send each other "
             f"{hardware.peer_rate / 1e9:.1f} GB/s ({hardware.origin('peer_rate')}) while they receive as many: "
-            f"{sent_bytes(workload, plan.dtype) / 1e9:.3g} GB a step each"
+            f"{sent_bytes(workload, plan.dtype, bool(plan.sparse)) / 1e9:.3g} GB a step each"
         )
     if is_cached(hardware, workload):
         yield "after the first step the file of the transformer comes from the page cache"

@@ -37,8 +37,8 @@ ALIGNMENT = 32  # of what is read from different places, in a block's buffer
 ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at a time
 
 # Rows of a span that are on their way between devices, or have just arrived: queries of the next one, sent and
-# received; what this one found, here and there; and what the one before has found.
-_TRAVELLING = 5
+# received; what this one found, here and there; and what the one before has found. Of a single span only that is left.
+_TRAVELLING, _TRAVELLED = 5, 1
 HEAD_DIM = 128  # values per token in the rotary table
 # Attention that skips tiles: queries and keys of a tile, what lists may take of keys and values in 16 bits, and tiles
 # of queries that are looked at (kernels/tiles.py, kernels/selection.py, models/dit/sparse.py).
@@ -98,10 +98,12 @@ def denoise_bytes(
     part = min(rows or own, own)
     queries = part * (1 + parked) * dim * size  # and their tokens, while the keys are quantized
     if workload.devices > 1:
-        passing, queries = passing + _TRAVELLING * dim * size, queries + _TRAVELLING * part * dim * size
+        travelling = (_TRAVELLING if part < own else _TRAVELLED) * dim * size
+        passing, queries = passing + travelling, queries + travelling * part
     passes = part * passing + workload.ffn_dim * dim * matrix
     if sparse:
-        held += -(-tokens // KEY_TILE) * (dim + 5 * dim // HEAD_DIM)  # means of tiles of keys
+        heads = dim // HEAD_DIM // workload.devices
+        held += -(-tokens // KEY_TILE) * heads * (HEAD_DIM + 5)  # means of tiles of keys
         passes = max(passes, checking_bytes(workload, size))
     peak = max(tokens * keys + passes, tokens * of_keys + queries)
     return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
@@ -112,8 +114,9 @@ def checking_bytes(workload: Workload, size: int) -> int:
 
     When tokens pass, lists take less than the hidden layer that comes after.
     """
-    lists = int(LISTS_SHARE * 4 * workload.tokens * workload.dim)
-    return lists + SAMPLED * QUERY_TILE * workload.dim * (2 * size + 1 + 4 * 4)
+    dim = workload.dim // workload.devices
+    lists = int(LISTS_SHARE * 4 * workload.tokens * dim)
+    return lists + SAMPLED * QUERY_TILE * dim * (2 * size + 1 + 4 * 4)
 
 
 def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:

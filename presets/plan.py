@@ -177,8 +177,6 @@ def choose(
 
     def decide(work: Workload, prefer: str = prefer, type: str | None = None) -> Plan:
         dense = decided(work, prefer, type, None)
-        if work.devices > 1:  # tokens that are divided all attend to all
-            return replace(dense, beside=(_beside(dense, work),))
         sparse = decided(work, prefer, type, USUAL_BOUND if asked.bound is None else asked.bound)
         open_ = asked == Attention() and precision != "exact" and prefer in ("balanced", "speed")
         gains = gains_by_skipping(hardware, kind) and sparse.seconds <= SKIPPING_GAIN * dense.seconds

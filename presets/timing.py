@@ -10,7 +10,7 @@ from skyrun.presets.machine.card import Rates
 from skyrun.presets.machine.cards import find_card
 from skyrun.presets.machine.hardware import Hardware, cpu_rates
 from skyrun.presets.machine.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, way_of
+from skyrun.presets.memory import BYTES, HEAD_DIM, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, way_of
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ _UNNOTICED = 0.2  # seconds of a step that nobody waits for
 _CACHED_RATE = 4e9  # bytes per second from there
 _CROSSINGS = 3  # of parked tokens in a block: to the device for keys and for everything else, and back
 _VELOCITY_BYTES = 4 * 4 * 16  # of a token's velocity: float32, for 2 x 2 latents of 16 channels
+_LEARNED_BYTES = 3 * 8  # of a head in a block: what it keeps, its error and its density, in float64
 _GROUP = 4  # frames that the autoencoder decodes at a time
 # Of the autoencoder, operations for a pixel of a frame in squares of its narrowest width.
 _ENCODE, _DECODE = 550, 880
@@ -102,7 +103,7 @@ def step_time(
     """
     work = 1.0 if density is None else _attention_work(hardware, workload, density, learns)
     computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked, work)
-    computing += _waiting(hardware, workload, computing, dtype, rows)
+    computing += _waiting(hardware, workload, computing, dtype, rows, density is not None)
     reading = (workload.layers - resident) * workload.block_bytes
     rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else _disk_rate(hardware, workload)
     return _overlapped(hardware, computing, reading, rate)
@@ -231,19 +232,28 @@ def selection_operations(workload: Workload) -> float:
     return pairs * (_SCORED + _LISTED) + 2 * _POOLED * tokens * dim
 
 
-def sent_bytes(workload: Workload, dtype: str) -> float:
-    """Bytes that a device sends to the others in a step: docs/devices.md has the formula."""
+def sent_bytes(workload: Workload, dtype: str, sparse: bool = False) -> float:
+    """Bytes that a device sends to the others in a step, on average: docs/devices.md has the formula.
+
+    sparse: whether attention skips tiles, and looks at a sample of all queries.
+    """
     devices, own = workload.devices, workload.tokens / workload.devices
-    in_blocks = 4 * workload.layers * own * workload.dim * BYTES[dtype] * (devices - 1) / devices
-    return workload.contexts * (in_blocks + own * _VELOCITY_BYTES * (devices - 1))
+    rows, found = 4 * own, own * _VELOCITY_BYTES
+    if sparse:
+        rows += min(SAMPLED * QUERY_TILE, workload.tokens) / devices
+        found += _LEARNED_BYTES * workload.layers * workload.dim / HEAD_DIM / devices
+    in_blocks = rows * workload.layers * workload.dim * BYTES[dtype] * (devices - 1) / devices
+    return workload.contexts * (in_blocks + found * (devices - 1))
 
 
-def _waiting(hardware: Hardware, workload: Workload, computing: float, dtype: str, rows: int | None) -> float:
+def _waiting(
+    hardware: Hardware, workload: Workload, computing: float, dtype: str, rows: int | None, sparse: bool
+) -> float:
     """Seconds of a step in which a device waits for others: for the last span of each exchange, or for all if they take
     longer than computing."""
     if workload.devices == 1:
         return 0.0
-    sending = sent_bytes(workload, dtype) / hardware.peer_rate
+    sending = sent_bytes(workload, dtype, sparse) / hardware.peer_rate
     last = sending / (-(-workload.own_tokens // rows) if rows else 1)
     return last + max(0.0, sending - last - computing)
 

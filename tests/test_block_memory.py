@@ -59,7 +59,8 @@ def test_where_blocks_are_kept_nine_tenths_of_the_limit_are_used(replays):
 def is_counted(one):
     """Whether what a plan counts is what its tensors take, nearly."""
     most = 1.1 if one.planned.plan.sparse else 1.03  # keys are quantized before there are queries
-    return 0.985 <= (one.counted - memory.ALLOCATOR_BYTES) / live_bytes(one) <= most
+    libraries = memory.ALLOCATOR_BYTES + memory.NCCL_BYTES * (one.planned.workload.devices > 1)
+    return 0.985 <= (one.counted - libraries) / live_bytes(one) <= most
 
 
 def test_what_is_counted_is_what_a_block_takes(replays):
@@ -100,6 +101,16 @@ def test_plans_with_normalized_attention_guidance_stay_within_their_limit(precis
         assert one.reserved is not None and one.reserved <= one.limit
         assert is_counted(one), planned
         assert live_bytes(one) != live_bytes(replay(plan_request(replace(request, nag=None), planned.hardware)))
+
+
+@pytest.mark.parametrize("attention", ["exact", "exact,sparse", "full-int8,sparse"])
+def test_plans_for_several_devices_stay_within_their_limit(attention):
+    for name, devices in product(("RTX 3060", "RTX 4090"), (2, 4)):
+        request = Request("r2v", "", resolution="720P", devices=devices)
+        planned = plan_request(request, stated(find_card(name), 64, 2.0), attention=attention)
+        one = replay(planned)
+        assert one.reserved is not None and one.reserved + memory.NCCL_BYTES <= one.limit
+        assert is_counted(one) or planned.plan.resident_blocks == planned.workload.layers, planned
 
 
 def test_a_block_frees_everything():

@@ -110,10 +110,12 @@ def request_for(four_heads, wan, converted, goldens, adapter, tmp_path_factory):
         if name in GOLDENS:
             model = converted("Q8_0", "a2v" if name == "a2v" else "v2v")
             return golden_request(name, goldens(f"e2e/{GOLDENS[name]}/golden"), model, steps=2)
-        if name == "forcing":
+        if "forcing" in name:
             pipeline = "SkyReelsV2DiffusionForcingPipeline"
             model = wan("SkyReels-V2-DF-1.3B-540P", "SkyReels-V2", False, pipeline, inject_sample_info=True)
-            return forcing_request("t2v", model, picture, 57, steps=2, window_frames=37, condition_frames=17, ar_step=1)
+            changes = {"attention": "exact,sparse:20"} if "sparse" in name else {}
+            windows = {"window_frames": 37, "condition_frames": 17, "ar_step": 1}
+            return forcing_request("t2v", model, picture, 57, steps=2, **windows, **changes)
         if name == "t2v":
             return wan_request("Wan2.1-T2V-1.3B", wan("Wan2.1-T2V-1.3B"), picture, guidance=5.0, steps=2)
         if name == "i2v":
@@ -127,6 +129,9 @@ def request_for(four_heads, wan, converted, goldens, adapter, tmp_path_factory):
             "int8": lambda: small("Q4_K", precision="fast"),
             "int8 attention": lambda: small(attention="full-int8"),
             "bfloat16": lambda: small(dtype="bfloat16"),
+            "sparse": lambda: small(size=(64, 64), attention="exact,sparse:20"),
+            "sparse, few tiles": lambda: small(attention="exact,sparse:20"),
+            "sparse int8": lambda: small("Q4_K", size=(64, 64), attention="int8,sparse:20"),
             "nag": lambda: small(nag=4.0, negative_prompt="a blue sea"),
         }[name]()
 
@@ -169,6 +174,11 @@ CASES = [
     ("int8 attention", 4, 10, 1e-5),
     ("bfloat16", 2, 10, 1e-1),
     ("adapter", 2, 10, 1e-5),
+    ("sparse", 2, 10, 1e-5),
+    ("sparse", 4, 10, 1e-5),
+    ("sparse, few tiles", 4, None, 1e-5),  # one of the devices has none
+    ("sparse int8", 4, 10, 1e-3),  # rounding decides about codes
+    ("sparse forcing", 4, 20, 1e-5),
     ("nag", 2, 10, 1e-5),
     ("t2v", 4, 7, 1e-5),
     ("i2v", 4, None, 1e-5),
@@ -186,12 +196,22 @@ def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
     assert float((result.latents - expected.latents).abs().max()) <= limit
     assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 5e-5 else 255)
     assert {type(event) for event in events} >= {Preview, StageStarted, StageEnded, BlockDone}
+    assert_skips_alike(result, expected, "sparse" in name)
 
 
-def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, own_workers, tmp_path):
+def assert_skips_alike(result, expected, skips):
+    """What is told of attention is told of the heads of all devices."""
+    assert (result.skipped is not None) == (expected.skipped is not None) == skips
+    if skips:
+        assert vars(result.skipped) == pytest.approx(vars(expected.skipped), rel=1e-4)
+        assert expected.skipped.density < 1
+
+
+@pytest.mark.parametrize("name", ["r2v", "sparse"])
+def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, own_workers, tmp_path, name):
     """One step on two devices, one on one, the rest on four: the state is that of the clip alone."""
-    _, expected = alone("r2v")
-    job = prepare(dataclasses.replace(request_for("r2v"), output=tmp_path / "clip.mp4"))
+    _, expected = alone(name)
+    job = prepare(dataclasses.replace(request_for(name), output=tmp_path / "clip.mp4"))
     stopped(dataclasses.replace(job, request=dataclasses.replace(job.request, devices=2)), "denoise", 1)
     assert not own_workers()
     job, state = resume(tmp_path / "clip.mp4", devices=1)
@@ -202,6 +222,7 @@ def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, ow
     assert job.request.devices == 4
     result, _ = together(teams(4), job, 7, state)
     assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    assert_skips_alike(result, expected, name == "sparse")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4"]
 
 

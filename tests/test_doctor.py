@@ -167,6 +167,13 @@ def test_what_was_tuned_is_said_and_used(own_cache, tmp_path):
     assert "damaged" in found("tuning").found and "skyrun tune" in found("tuning").remedy
 
 
+def test_links_between_gpus(own_cache):
+    gpus, rates = "RTX 3060, 12288 MiB; RTX 3060, 12288 MiB", Rates(1e12, 2e12, 0.0, 0.0, 3e12, 4e9)
+    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("unknown", "not measured between 2 GPUs")
+    save_tuned("cuda", Tuned(rates, 12e9, peer_rate=5.4e9))
+    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("good", "each of 2 GPUs sends another 5.4 GB/s")
+
+
 def test_what_is_kept_is_listed(own_cache):
     assert found("cache").found == f"{own_cache}, empty"
     (own_cache / "prompts").mkdir(parents=True)

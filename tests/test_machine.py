@@ -1,6 +1,7 @@
 """What is found out about the machine, and kept."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_what_was_tuned_otherwise_counts_for_nothing(damage):
         {"rates": {"linear": -1e12}}, {"rates": {"linear": 0}}, {"rates": {"decode": 0.0}}, 
         {"rates": {"attention": "1"}},
         {"rates": {"convolution": None}}, {"rates": {"fast_linear": -1}}, {"rates": {"more": 1.0}}, {"link_rate": -1},
+        {"peer_rate": -1}, {"peer_rate": None},
         {"link_rate": True}, {"link_rate": "fast"}, {"disks": {"7": -5.0}}, {"disks": {"7": 0}}, {"disks": []},
         {"disks": {"7": [1]}}, {"rates": None},
     ],
@@ -144,6 +146,7 @@ def test_tuning_measures_and_shows_before_and_after(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(tuning, "_DIM", 64)
     monkeypatch.setattr(tuning, "_FFN", 96)
     monkeypatch.setattr(tuning, "_FILE_BYTES", host._LEAST_FILE)
+    monkeypatch.setattr(tuning, "_EXCHANGED", 1 << 20)
     monkeypatch.setitem(tuning._SIZES, "cpu", tuning._Sizes(8, 8, 8, 1, 4, 8, 8))
     assert main(["tune", "--device", "cpu"]) == 0
     output = capsys.readouterr().out
@@ -151,9 +154,10 @@ def test_tuning_measures_and_shows_before_and_after(tmp_path, monkeypatch, capsy
     assert load_tuned("cpu").rates.linear > 0 and list(tmp_path.glob("skyrun-tune-*")) == []
     assert main(["tune", "--device", "cpu", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["rates"]["linear"]["origin"] == "measured"
-    assert main(["plan", "r2v"]) in (0, 3)
-    assert "measured" in capsys.readouterr().out
+    assert said["rates"]["linear"]["origin"] == said["rates"]["peer"]["origin"] == "measured"
+    assert 0 < said["rates"]["peer"]["now"] == load_tuned("cpu").peer_rate
+    assert main(["plan", "r2v", "--devices", "2"]) in (0, 3)
+    assert re.search(r"send each other [\d.]+ GB/s \(measured\)", capsys.readouterr().out)
 
 
 def test_presets_are_plans_for_stated_machines():

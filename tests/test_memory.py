@@ -9,7 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skyrun.events import drain
+from skyrun.kernels.tiles import USUAL
 from skyrun.models.dit import Context, DiT
+from skyrun.models.dit.sparse import Learned, SelfCheck
+from skyrun.models.dit.tile_order import Frames, tile_order
 from skyrun.models.dit_header import block_layouts
 from skyrun.models.vae import WanVAE, read_vae_dims
 from skyrun.models.vae_memory import Memory
@@ -101,10 +104,29 @@ def test_denoising_on_two_devices(job, monkeypatch, rows):
     dit = DiT(file, CPU, torch.float32, rows=rows)
     peak = denoising_peak(file, dit, work)
     expected = denoise_bytes(work, "float32", rows) - work.outer_bytes
-    assert peak == pytest.approx(expected, rel=0.1)
+    assert peak == pytest.approx(expected, rel=0.1 if rows else 0.2)
     own, dim, layers, devices = work.tokens / 2, work.dim, work.layers, 2
     formula = layers * 4 * own * dim * 4 * (devices - 1) / devices + own * 256 * (devices - 1)  # of docs/devices.md
     assert group.sent == sent_bytes(work, "float32") == formula
+
+
+def test_what_attention_that_skips_sends_on_top(job, monkeypatch):
+    """Sampled queries, and what has been learned. Devices have as many of all tiles, but not of the sample."""
+    file, work, sent = job.files.transformer, dataclasses.replace(job.workload, devices=2), 0
+    dit, latents = DiT(file, CPU, torch.float32), torch.randn(16, work.latent_frames, work.height // 8, work.width // 8)
+    (time,), context = dit.embed_times([500.0]), Context(dit.embed_text(torch.randn(20, dit.dims.text_dim)))
+    order = tile_order([Frames(1, True), Frames(work.latent_frames - 1)], work.height // 16, work.width // 16, USUAL)
+    for rank in range(2):
+        group = Echo(rank, 2, CPU)
+        monkeypatch.setattr(group_module, "_here", group)
+        check = SelfCheck(0.01, order, (1, work.layers, dit.dims.heads), Learned())
+        with BlockStream(file.path, block_layouts(file), CPU) as stream:
+            times = [time] * latents.shape[1]
+            drain(dit.velocities(stream, latents, times, [context], dit.rope(latents), order, check))
+        check.finish_step()
+        sent += group.sent
+    extra = work.layers * (1536 / 2 * work.dim * 4 / 2 + 24 * dit.dims.heads / 2)  # of docs/devices.md
+    assert sent / 2 == sent_bytes(work, "float32", sparse=True) == sent_bytes(work, "float32") + extra
 
 
 def of_size(job, published_vae, height, width, stills=False):

@@ -27,10 +27,11 @@ class PeerLost(SkyrunError):
 
 
 class Arriving:
-    """Tensors on their way. sent: is kept until they have arrived."""
+    """Tensors on their way, to be waited for once. Both are kept until then, and let go of."""
 
     def __init__(self, work: "dist.Work | None", received: Tensor, sent: Tensor) -> None:
-        self._work, self._received, self._sent = work, received, sent
+        self._work = work
+        self._tensors = [received, sent]
 
     def wait(self) -> Tensor:
         """All parts that were sent to this rank, in the order of the ranks: uint8 [bytes]."""
@@ -38,7 +39,9 @@ class Arriving:
             with _peers_named():
                 self._work.wait()
         self._work = None
-        return self._received
+        received, _ = self._tensors
+        self._tensors.clear()
+        return received
 
 
 class Group:

@@ -19,12 +19,14 @@ from skyrun.presets.machine.nvidia_smi import query
 class Tuned:
     """Measurements of this machine, in operations and bytes per second.
 
-    link_rate: 0 without a GPU. disks: rates by the number that the system gives a file system.
+    link_rate: 0 without a GPU. disks: rates by the number that the system gives a file system. peer_rate: between two
+    devices, or processes of a CPU; 0 where there is one GPU only.
     """
 
     rates: Rates
     link_rate: float = 0.0
     disks: dict[str, float] = field(default_factory=dict)
+    peer_rate: float = 0.0
 
 
 def this_machine(device: str | None = None, model: Path | None = None) -> Hardware:
@@ -42,6 +44,8 @@ def this_machine(device: str | None = None, model: Path | None = None) -> Hardwa
         found = found.knowing(MEASURED, rates=tuned.rates, fast_gain=gain)
         if tuned.link_rate:
             found = found.linked(MEASURED, tuned.link_rate)
+        if tuned.peer_rate:
+            found = found.knowing(MEASURED, peer_rate=tuned.peer_rate)
         if disk:
             found = found.knowing(MEASURED, disk_rate=disk)
     if device == "cuda" and missing():  # without Triton, int8 gains nothing
@@ -89,12 +93,12 @@ def _file(device: str) -> MeasuredFile[Tuned]:
 
 
 def _parsed(values: dict[str, Any]) -> Tuned:
-    """Tuning results from plain values. Only int8 and the link may be missing, which is a rate of 0."""
+    """Tuning results from plain values. Only int8 and links may be missing, which is a rate of 0."""
     rates = Rates(**{name: checked(rate) for name, rate in values["rates"].items()})
     disks = {str(number): checked(rate) for number, rate in values["disks"].items()}
     if not all((rates.linear, rates.attention, rates.decode, rates.convolution, *disks.values())):
         raise ValueError("a rate is 0")
-    return Tuned(rates, checked(values["link_rate"]), disks)
+    return Tuned(rates, checked(values["link_rate"]), disks, checked(values["peer_rate"]))
 
 
 def _holds_for(device: str) -> dict[str, str]:

@@ -272,11 +272,6 @@ def check_attention(hardware: Hardware, attention: str | None, dtype: str | None
 
 def check_devices(request: Request, heads: int) -> None:
     """Raise SkyrunError if the attention of a transformer with so many heads cannot be divided among the devices."""
-    if request.devices > 1 and request.attention is not None and parse_attention(request.attention).bound is not None:
-        raise SkyrunError(
-            f"attention skips tiles on one device only, and there are {request.devices}",
-            "leave out sparse, or --devices",
-        )
     if heads % request.devices:
         fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
         raise SkyrunError(

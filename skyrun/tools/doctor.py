@@ -76,6 +76,7 @@ def examine() -> list[Finding]:
         "RAM": _ram,
         "models": lambda: _space(models_folder()),
         "disk": lambda: _disk(models_folder(), device),
+        **({"links": lambda: _links(gpu)} if ";" in gpu else {}),
         "tuning": lambda: _tuned(device),
         "cache": lambda: _cache(cache_folder()),
     }
@@ -240,6 +241,14 @@ def _disk(folder: Path, device: str) -> Finding:
         remedy = f"a step reads up to 15 GB, {minutes:.0f} min here: move models to an SSD, or use Q4_K"
         return Finding("disk", "slow", found, remedy)
     return Finding("disk", "good", found)
+
+
+def _links(gpu: str) -> Finding:
+    """How fast several GPUs reach each other, from tuning."""
+    count, tuned = len(gpu.split(";")), load_tuned("cuda")
+    if tuned is None or not tuned.peer_rate:
+        return Finding("links", "unknown", f"not measured between {count} GPUs", "skyrun tune, before --devices")
+    return Finding("links", "good", f"each of {count} GPUs sends another {tuned.peer_rate / 1e9:.1f} GB/s")
 
 
 def _tuned(device: str) -> Finding:

@@ -1,7 +1,8 @@
-"""Measure the disk, the link, and the compute rates of this device at the sizes of the real models, and save them."""
+"""Measure the disk, the links, and the compute rates of this device at the sizes of the real models, and save them."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from skyrun.errors import SkyrunError
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import linear
 from skyrun.kernels.attention import Keys, attend, quick_precisions
 from skyrun.kernels.machine.device import median_seconds, uses_triton
 from skyrun.models.dit_header import HEAD_DIM
+from skyrun.parallel.group import Group
+from skyrun.parallel.team import Done, Team
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned, this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
@@ -33,10 +37,13 @@ _STAGE = "tune"
 _CLIP = Request(REFERENCE_TO_VIDEO.name, "")  # its predicted time is compared before and after
 _DIM, _FFN = WAN_14B["dim"], WAN_14B["ffn"]
 _FILE_BYTES = 256 << 20  # of the file that a disk is measured with if there is no model
+_EXCHANGED = 64 << 20  # bytes that one device sends another: about a span of tokens
 _LAUNCHES = 3
 # The autoencoder as a whole reaches this share of the rate of its widest convolution (docs/presets.md). Norms, copies
 # and narrow layers take the rest of the time.
 _REACHED = 0.75
+
+Workers = Callable[[int, torch.device], Team]  # starts so many, one for each device of a type
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class _Sizes:
 
 _SIZES = {"cuda": _Sizes(8192, 4096, 16384, 40, 192, 240, 424), "cpu": _Sizes(1024, 512, 8192, 8, 96, 60, 104)}
 _ATTENTION = {"int8": "int8_attention", "full-int8": "full_int8_attention", "fp8": "fp8_attention"}
-STEPS = ("disk", "link", "decode", "linear", "attention", "fast_linear", *_ATTENTION.values(), "convolution", "float32")
+STEPS = ("disk", "link", "peer", "decode", "linear", "attention", "fast_linear", *_ATTENTION.values())
+STEPS += ("convolution", "float32")
 
 
 @dataclass(frozen=True)
@@ -96,22 +104,27 @@ class Tuning:
         return {"file": str(self.file), "rates": rates, "seconds": seconds}
 
 
-def tune_machine(device_name: str | None, model: Path | None = None) -> Generator[Event, None, Tuning]:
+def tune_machine(
+    device_name: str | None, workers: Workers, model: Path | None = None
+) -> Generator[Event, None, Tuning]:
     """Measure everything and save it for plans.
 
-    model: a file or folder whose disk is measured instead of that of the current folder.
+    Args:
+        device_name: The device to measure, None for the usual one.
+        workers: Starts so many processes, one for each device of a type.
+        model: A file or folder whose disk is measured instead of that of the current folder.
     """
     device = choose_device(device_name)
     before, start = this_machine(device.type, model), now()
     measured: dict[str, float] = {}
     yield StageStarted(_STAGE, len(STEPS), "figures")
-    for name, rate in _measure(device, model):
+    for name, rate in _measure(device, workers, model):
         measured[name] = rate
         yield Progress(_STAGE, len(measured))
     yield StageEnded(_STAGE, now() - start, peak_bytes(device))
     rates = Rates(**{name: measured[name] for name in Rates.__dataclass_fields__})
     disks = {disk_number(model): measured["disk"]} if measured["disk"] else {}
-    file = save_tuned(device.type, Tuned(rates, measured["link"], disks))
+    file = save_tuned(device.type, Tuned(rates, measured["link"], disks, measured["peer"]))
     after = this_machine(device.type, model)
     seconds = (plan_request(_CLIP, hardware).plan.seconds for hardware in (before, after))
     return Tuning(file, measured, before, after, *seconds)
@@ -120,16 +133,17 @@ def tune_machine(device_name: str | None, model: Path | None = None) -> Generato
 def _rate(hardware: Hardware, name: str) -> float:
     if name in Rates.__dataclass_fields__:
         return float(getattr(rates_of(hardware), name))
-    return hardware.disk_rate if name == "disk" else hardware.link_rate
+    return float(getattr(hardware, f"{name}_rate"))
 
 
 @torch.inference_mode()
-def _measure(device: torch.device, model: Path | None) -> Iterator[tuple[str, float]]:
+def _measure(device: torch.device, workers: Workers, model: Path | None) -> Iterator[tuple[str, float]]:
     """Yield the name and rate of each of STEPS."""
     cuda, sizes = device.type == "cuda", _SIZES[device.type]
     dtype = torch.bfloat16 if cuda else torch.float32
     yield "disk", _disk(model)
     yield "link", measure_link() if cuda else 0.0
+    yield "peer", _peer(device, workers)
     weight = random_weight("Q8_0", _FFN, _DIM, device)
     seconds = median_seconds(device, lambda: weight.dense(dtype), _LAUNCHES)
     yield "decode", (weight.data.nbytes + _FFN * _DIM * dtype.itemsize) / seconds
@@ -155,6 +169,35 @@ def _disk(model: Path | None) -> float:
             file.flush()
             os.fsync(file.fileno())
         return disk_rate(path)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What each of two workers is sent, to measure how fast they exchange bytes."""
+
+    nbytes: int
+
+    def __call__(self, group: Group, send: Callable[[Any], None]) -> float:
+        """Bytes per second that one sends while it receives as many."""
+        counts = [0 if rank == group.rank else self.nbytes for rank in range(group.size)]
+        parts = torch.zeros(sum(counts), dtype=torch.uint8, device=group.device)
+        work = partial(_exchange, group, parts, counts)
+        return self.nbytes / median_seconds(group.device, work, _LAUNCHES)
+
+
+def _exchange(group: Group, parts: Tensor, counts: list[int]) -> None:
+    group.exchange(parts, counts, counts).wait()
+
+
+def _peer(device: torch.device, workers: Workers) -> float:
+    """Bytes per second between two devices of a type; 0 where there is one only, or they cannot reach each other."""
+    try:
+        choose_device(device.type, 2)
+        with closing(workers(2, device)) as team:
+            team.send(_Exchange(_EXCHANGED))
+            return next(float(said.value) for rank, said in team.messages() if isinstance(said, Done))
+    except SkyrunError:
+        return 0.0
 
 
 def _linear(device: torch.device, dtype: torch.dtype, sizes: _Sizes, fast: bool) -> float:

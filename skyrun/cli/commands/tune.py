@@ -4,12 +4,14 @@ from argparse import Namespace
 
 from skyrun.cli.console import display, emit
 from skyrun.cli.progress import shown
+from skyrun.engine.together import workers
 from skyrun.tools.tune import Tuning, tune_machine
 from skyrun.units import duration, table
 
 _NAMES = {
     "disk": "disk, GB/s",
     "link": "link to the GPU, GB/s",
+    "peer": "from device to device, GB/s",
     "decode": "decoding weights, GB/s",
     "linear": "linear layers, TFLOP/s",
     "attention": "attention, TFLOP/s",
@@ -24,7 +26,7 @@ _NAMES = {
 
 def execute(arguments: Namespace) -> int:
     """Measure this machine, save the rates, and show the rates that plans used before and use now."""
-    tuning = shown(tune_machine(arguments.device, arguments.model), False)
+    tuning = shown(tune_machine(arguments.device, workers, arguments.model), False)
     if arguments.json:
         emit({"event": "result"} | tuning.as_json())
     else:

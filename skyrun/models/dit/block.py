@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,12 +14,13 @@ from skyrun.kernels.quantized_keys import for_few_keys
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.dit.spans import Span
-from skyrun.models.dit.sparse import BlockCheck
+from skyrun.models.dit.sparse import AllToAll
 from skyrun.models.dit_header import DiTDims
 from skyrun.parallel.attention import SharedAttention
 from skyrun.streaming.tokens import Tokens
 from skyrun.streaming.weights import Weights
 
+_ALL_TO_ALL = AllToAll()
 _MOST_GROWTH, _GUIDED_SHARE = 2.5, 0.25  # of normalized attention guidance: the values published for Wan
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [L, head_dim / 2] each
@@ -48,16 +48,15 @@ def dit_block(
     context: Context,
     rope: Rope,
     dims: DiTDims,
-    attention: SharedAttention[Span] | BlockCheck | None = None,
+    attention: AllToAll = _ALL_TO_ALL,
+    shared: SharedAttention[Span] | None = None,
 ) -> None:
     """One block: self-attention, cross-attention to text, image and speech, feed-forward. Changes x [L, D] in place.
 
     Only keys and values of all tokens are in memory at once; everything else is computed span by span. Times and
-    context are on the device. attention: of tokens that skip others, or are divided among devices; None: of all to all.
+    context are on the device. attention: of all tokens to each other. shared: exchanges those that are divided.
     """
     modulation = w.dense("modulation").view(6, -1)
-    shared = attention if isinstance(attention, SharedAttention) else None
-    check = attention if isinstance(attention, BlockCheck) else None
     # What travels between devices has one dtype, whatever each of them computes in.
     like = torch.empty(0, dtype=x.dtype, device=modulation.device)
 
@@ -69,20 +68,11 @@ def dit_block(
         compute = partial(_query, x.fetch(span.rows), span, modulation, w, rope, dims)
         return within_range(w.owner, compute, lambda q: [q])
 
-    def all_keys() -> tuple[Keys | TiledKeys, tuple["_Crossed", list[Keys] | None]]:
-        return _keys(x, project, w, spans, modulation.device, dims, check), _context_keys(context, w, dims)
+    def sampled(tiles: Sequence[slice]) -> Tensor:
+        def of_tile(rows: slice) -> Tensor:
+            return query(Span(rows, next(span.time for span in reversed(spans) if span.rows.start <= rows.start)))
 
-    mixing: Iterable[tuple[Span, Tensor | None]] = ((span, None) for span in spans)
-    keys: Keys | TiledKeys
-    if shared is None:
-        keys, (crossed, audio_keys) = within_range(w.owner, all_keys, lambda both: (*both[0].plain, *_plain(both[1])))
-    else:
-        keys = shared.keys(project, like, w.attention)
-        mixing = shared.attended(query, keys, like)
-        crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
-    if check is not None and isinstance(keys, TiledKeys):
-        look = partial(_look, check, keys, x, modulation, w, spans, rope, dims)
-        within_range(w.owner, look, lambda queries: [queries])
+        return shared.queries(tiles, of_tile, like) if shared else torch.cat([of_tile(rows) for rows in tiles])
 
     def span_through_block(span: Span, mixed: Tensor | None = None) -> Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation + span.time[1]
@@ -90,7 +80,7 @@ def dit_block(
         # Arguments, not names: what a layer has read is let go when it returns.
         h = w.linear(
             "self_attn.o",
-            _self_attention(h, span, modulation, keys, w, rope, dims, check) if mixed is None else mixed,
+            attention.attend(keys, _query(h, span, modulation, w, rope, dims), [span.rows]) if mixed is None else mixed,
             gate,
             h,
         )
@@ -99,25 +89,17 @@ def dit_block(
             h = w.linear("audio_cross_attn.proj", _audio_attention(h, span, audio_keys, w, dims), residual=h)
         return w.linear("ffn.2", _hidden(h, 1 + ffn_scale, ffn_shift, w, dims), ffn_gate, h)
 
+    mixing: Iterable[tuple[Span, Tensor | None]] = ((span, None) for span in spans)
+    if shared is None:
+        compute = partial(_all_keys, x, project, attention, context, w, spans, modulation.device, dims)
+        keys, (crossed, audio_keys) = within_range(w.owner, compute, lambda both: (*both[0].plain, *_plain(both[1])))
+    else:
+        keys = attention.keys(*shared.keys(project, like), shared.heads, w.attention)
+        crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
+        mixing = shared.attended(query, partial(attention.attend, keys), like)
+    attention.look(keys, sampled)
     for span, mixed in mixing:
         x.store(span.rows, within_range(w.owner, partial(span_through_block, span, mixed), lambda h: [h]))
-
-
-def _self_attention(
-    h: Tensor,
-    span: Span,
-    modulation: Tensor,
-    keys: Keys | TiledKeys,
-    w: Weights,
-    rope: Rope,
-    dims: DiTDims,
-    check: BlockCheck | None,
-) -> Tensor:
-    q = _query(h, span, modulation, w, rope, dims)
-    if isinstance(keys, TiledKeys):
-        assert check is not None
-        return check.attend(q, keys, span.rows)
-    return attend(q, keys)
 
 
 def _query(h: Tensor, span: Span, modulation: Tensor, w: Weights, rope: Rope, dims: DiTDims) -> Tensor:
@@ -125,27 +107,6 @@ def _query(h: Tensor, span: Span, modulation: Tensor, w: Weights, rope: Rope, di
     shift, scale = modulation[:2] + span.time[1][:2]
     q = w.linear("self_attn.q", _norm(h, 1 + scale, shift, w, dims, "self_attn.q"))
     return rms_norm(q, w.dense("self_attn.norm_q.weight"), dims.eps, _rows(rope, span.rows))
-
-
-def _look(
-    check: BlockCheck,
-    keys: TiledKeys,
-    x: Tokens,
-    modulation: Tensor,
-    w: Weights,
-    spans: Sequence[Span],
-    rope: Rope,
-    dims: DiTDims,
-) -> Tensor:
-    """Let the check look at queries, whatever spans they are in; those that it has looked at."""
-    runs = [list(run) for _, run in groupby(spans, key=lambda span: id(span.time))]
-    timed = [Span(slice(run[0].rows.start, run[-1].rows.stop), run[0].time) for run in runs]
-
-    def queries(rows: slice) -> Tensor:
-        time = next(run.time for run in timed if run.rows.start <= rows.start < run.rows.stop)
-        return _query(x.fetch(rows), Span(rows, time), modulation, w, rope, dims)
-
-    return check.look(keys, queries, [run.rows for run in timed])
 
 
 @dataclass(frozen=True)
@@ -232,20 +193,21 @@ def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
     return [Keys(k, v, dims.heads) for k, v in zip(pairs[:, :, 0], pairs[:, :, 1], strict=True)]
 
 
-def _keys(
+def _all_keys(
     x: Tokens,
     project: Callable[[Span, Tensor, Tensor], None],
+    attention: AllToAll,
+    context: Context,
     w: Weights,
     spans: Sequence[Span],
     device: torch.device,
     dims: DiTDims,
-    check: BlockCheck | None,
-) -> Keys | TiledKeys:
-    """Keys and values of all tokens."""
+) -> tuple[Keys | TiledKeys, tuple[_Crossed, list[Keys] | None]]:
+    """Keys and values of all tokens, and of their context."""
     k, v = (torch.empty(x.shape, dtype=w.handed_on(x.dtype, device), device=device) for _ in range(2))
     for span in spans:
         project(span, k[span.rows], v[span.rows])
-    return (Keys if check is None else check.keys)(k, v, dims.heads, w.attention)
+    return attention.keys(k, v, dims.heads, w.attention), _context_keys(context, w, dims)
 
 
 def _project(

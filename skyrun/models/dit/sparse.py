@@ -4,6 +4,8 @@ The first step of a window is dense. On a sample of query tiles it learns, for e
 the probability would have cost: the relative error of the output, against all keys in the same precision. A head keeps
 the least whose error stays under the bound, or all if nothing does. Every later step looks at other queries before it
 attends, and heads that are off by more than the bound keep more from then on.
+
+Of several devices each decides for its heads, from the same sample of the tokens of all; after a step all know it all.
 """
 
 import math
@@ -18,6 +20,7 @@ from skyrun.events import Attended
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.dit.tile_order import TileOrder
+from skyrun.parallel.group import here
 
 # Of the probability that means of tiles promise, what is kept; the first keeps all.
 SHARES = (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45, 0.3)
@@ -26,7 +29,7 @@ _MARGIN = 0.95  # of the bound, what a sample may reach
 _DOUBT = 2.0  # standard errors of a sample that count as error
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-Queries = Callable[[slice], Tensor]  # the queries of a range of tokens
+Queries = Callable[[Sequence[slice]], Tensor]  # the queries of ranges of tokens, one after the other
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Skipped:
 
 
 class SelfCheck:
-    """The attention of a window's blocks, and what it may skip.
+    """The attention of a window's blocks, and what it may skip. Levels and errors are those of the heads of this rank.
 
     Args:
         bound: relative error that the output of a head may have.
@@ -95,90 +98,136 @@ class SelfCheck:
 
     def __init__(self, bound: float, order: TileOrder, shape: tuple[int, int, int], learned: Learned) -> None:
         self.bound, self.order = bound, order
-        self._shape, self._learned = shape, learned
+        self._shape, self._learned, self._group = shape, learned, here()
+        self._heads_of = self._group.shares(shape[2])
         self._begin()
 
     def _begin(self) -> None:
-        before = self.before = self._learned.levels
-        self.levels = torch.zeros(self._shape, dtype=torch.int8) if before is None else before.clone()
-        self.learns = before is None
-        self.errors = torch.zeros(self._shape)
+        known = self._learned.levels
+        self.learns = known is None
+        self.before = (torch.zeros(self._shape, dtype=torch.int8) if known is None else known)[..., self._own]
+        self.levels = self.before.clone()
+        self.errors = torch.zeros(self.levels.shape)
         self.read: dict[tuple[int, int], dict[int, tuple[Tensor, int]]] = {}
+
+    @property
+    def _own(self) -> slice:
+        """The heads of this rank."""
+        return self._heads_of[self._group.rank]
 
     @property
     def step(self) -> int:
         """How many steps of the run are done."""
         return 0 if self._learned.steps is None else len(self._learned.steps)
 
+    def may_skip(self, place: tuple[int, int]) -> bool:
+        """Whether any head of any rank skips something at a context and block, as far as is known before the step."""
+        known = self._learned.levels
+        return known is None or bool(known[place].any())
+
+    def tiles(self, runs: Sequence[slice]) -> list[slice]:
+        """Tiles of queries of all tokens, which are in ranges that have a time each."""
+        size = self.order.tiles.queries
+        return [slice(n, min(n + size, run.stop)) for run in runs for n in range(run.start, run.stop, size)]
+
+    def shares(self, runs: Sequence[slice]) -> list[slice]:
+        """The tokens of each rank: whole tiles, so that these do not depend on how many ranks there are."""
+        tiles = self.tiles(runs)
+        edges = [*(tile.start for tile in tiles), tiles[-1].stop]
+        return [slice(edges[share.start], edges[share.stop]) for share in self._group.shares(len(tiles))]
+
     def whole_tiles(self, rows: int | None) -> int | None:
         """At least so many tokens that pass through a block at a time, so that tiles of queries are whole."""
         size = self.order.tiles.queries
         return rows and -(-rows // size) * size
 
-    def block(self, context: int, index: int) -> "BlockCheck":
-        """The attention of a block with one of the contexts."""
-        return BlockCheck(self, context, index)
+    def block(self, context: int, index: int, runs: Sequence[slice]) -> "BlockCheck":
+        """The attention of a block with one of the contexts. runs: ranges of tokens that have a time each."""
+        return BlockCheck(self, context, index, runs)
 
     def finish_step(self) -> tuple[Learned, tuple[Attended, ...]]:
         """What is known after a step, and the events that say so."""
         contexts, blocks, heads = self._shape
-        density = torch.ones(contexts, blocks)
-        for (context, index), parts in self.read.items():
-            tiles = sum(int(read.sum()) for read, _ in parts.values())
-            density[context, index] = tiles / (heads * sum(whole for _, whole in parts.values()))
-        dense = torch.ones(blocks) if self.learns else (self.levels == 0).float().mean((0, 2))
-        error = torch.full((blocks,), -1.0) if self.learns else self.errors.amax((0, 2))
-        row = torch.stack((density.mean(0), error, dense), 1).unsqueeze(0)
+        levels, errors, densities = self._of_all_heads()
+        density = densities.mean((0, 2)).float()
+        dense = torch.ones(blocks) if self.learns else (levels == 0).float().mean((0, 2))
+        error = torch.full((blocks,), -1.0) if self.learns else errors.float().amax((0, 2))
+        row = torch.stack((density, error, dense), 1).unsqueeze(0)
         before = self._learned.steps
-        self._learned = Learned(self.levels, row if before is None else torch.cat((before, row)))
+        self._learned = Learned(levels.to(torch.int8), row if before is None else torch.cat((before, row)))
         event = Attended(
             density=float(density.mean()),
             error=float(error.max().clamp_min(0)),
-            dense_heads=int((self.levels == 0).sum()) if not self.learns else contexts * blocks * heads,
+            dense_heads=int((levels == 0).sum()) if not self.learns else contexts * blocks * heads,
             heads=contexts * blocks * heads,
-            densities=tuple(density.mean(0).tolist()),
+            densities=tuple(density.tolist()),
             errors=tuple(error.clamp_min(0).tolist()),
         )
         self._begin()
         return self._learned, (event,)
 
+    def _of_all_heads(self) -> Tensor:
+        """Levels, errors and densities of the heads of all ranks, on all of them: float64 [3, contexts, blocks, H]."""
+        densities = torch.ones(self.levels.shape, dtype=torch.float64)
+        for place, parts in self.read.items():
+            read = torch.stack([read for read, _ in parts.values()]).sum(0)
+            densities[place] = read.cpu().double() / sum(whole for _, whole in parts.values())
+        own = torch.stack((self.levels.double(), self.errors.double(), densities)).movedim(3, 0).contiguous()
+        counts = [heads.stop - heads.start for heads in self._heads_of]
+        return self._group.gathered(own.to(self._group.device), counts).cpu().movedim(0, 3)
 
-class BlockCheck:
-    """The attention of one block in one step."""
 
-    def __init__(self, check: SelfCheck, context: int, index: int) -> None:
-        self._check, self._place = check, (context, index)
+class AllToAll:
+    """The self-attention of one block in one step: as the base of others, one that skips nothing."""
+
+    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
+        """Keys and values [L, heads * d], which are handed over."""
+        return Keys(k, v, heads, precision)
+
+    def look(self, keys: Keys | TiledKeys, queries: Queries) -> None:
+        """Decide what is skipped, before anything attends.
+
+        Args:
+            keys: of all tokens.
+            queries: makes those of some tiles, with the heads that the keys have.
+        """
+
+    def attend(self, keys: Keys | TiledKeys, q: Tensor, ranges: Sequence[slice]) -> Tensor:
+        """Attend from queries [n, heads * d] of ranges of tokens, each of which begins with a tile and has one time."""
+        assert isinstance(keys, Keys)
+        return attend(q, keys)
+
+
+class BlockCheck(AllToAll):
+    """Attention that skips what costs little, as it finds on a sample."""
+
+    def __init__(self, check: SelfCheck, context: int, index: int, runs: Sequence[slice]) -> None:
+        self._check, self._place, self._runs = check, (context, index), runs
 
     @property
     def _levels(self) -> Tensor:
         return self._check.levels[self._place]
 
     def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
-        """Keys and values [L, heads * 128], which are handed over. Where no head skips anything, they are as ever."""
-        if not self._check.learns and not self._levels.any():
-            return Keys(k, v, heads, precision)
+        """As of the base where no head skips anything."""
+        if not self._check.may_skip(self._place):
+            return super().keys(k, v, heads, precision)
         return TiledKeys(k, v, heads, precision, self._check.order.tiles, self._check.order.always)
 
-    def look(self, keys: TiledKeys, queries: Queries, runs: Sequence[slice]) -> Tensor:
-        """Measure the errors of a sample of queries, and choose what each head keeps. Returns these queries.
-
-        Args:
-            keys: of all tokens.
-            queries: makes the queries of a range of tokens.
-            runs: ranges of tokens that have a time each.
-        """
+    def look(self, keys: Keys | TiledKeys, queries: Queries) -> None:
+        """Measure the errors of a sample of queries, and choose what each head keeps."""
         check = self._check
+        if isinstance(keys, Keys):
+            return
         keys.prepare()
-        sample, count = self._sample(runs)
-        q = torch.cat([queries(rows) for rows in sample])
+        sample, count = self._sample()
+        q = queries(sample)
         starts = [rows.start for rows in sample]
-        wanted = _by_head(keys.attend(q, starts, shares_at(torch.zeros_like(self._levels), q), torch.float32).out, keys)
-        measure = _Measure(keys, q, starts, wanted, count)
+        measure = _Measure(keys, q, starts, count)
         if check.learns:
             self._levels.copy_(measure.sparsest(_MARGIN * check.bound))
-            return q
-        assert check.before is not None
-        levels = check.before[self._place].clone()  # it may have looked already, at numbers that overflowed
+            return
+        levels = check.before[self._place].clone()
         while True:
             errors, _ = measure.errors(levels)
             over = (errors > _MARGIN * check.bound) & (levels > 0)
@@ -187,24 +236,28 @@ class BlockCheck:
             levels -= over.to(torch.int8)
         self._levels.copy_(levels)
         check.errors[self._place] = errors
-        return q
 
-    def attend(self, q: Tensor, keys: TiledKeys, rows: slice) -> Tensor:
-        """Attend from the queries [n, heads * 128] of the tokens in `rows`."""
+    def attend(self, keys: Keys | TiledKeys, q: Tensor, ranges: Sequence[slice]) -> Tensor:
+        """Attend from the queries to the tiles of keys that each of their tiles needs."""
+        if isinstance(keys, Keys):
+            return super().attend(keys, q, ranges)
         if self._check.learns or not self._levels.any():
             return attend(q, keys.keys)
-        starts = list(range(rows.start, rows.stop, keys.tiles.queries))
-        result = keys.attend(q, starts, shares_at(self._levels, q))
-        self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
-        return result.out
+        shares, out, first = shares_at(self._levels, q), torch.empty_like(q), 0
+        for rows in ranges:
+            part = slice(first, first + rows.stop - rows.start)
+            if starts := list(range(rows.start, rows.stop, keys.tiles.queries)):
+                result = keys.attend(q[part], starts, shares, out[part])
+                self._check.read.setdefault(self._place, {})[rows.start] = (result.read, result.all)
+            first = part.stop
+        return out
 
-    def _sample(self, runs: Sequence[slice]) -> tuple[list[slice], int]:
+    def _sample(self) -> tuple[list[slice], int]:
         """Tiles of queries, evenly spread, and how many there are in all. Every step and block looks elsewhere.
 
         Only the last may be ragged.
         """
-        size = self._check.order.tiles.queries
-        tiles = [slice(n, min(n + size, run.stop)) for run in runs for n in range(run.start, run.stop, size)]
+        tiles, size = self._check.tiles(self._runs), self._check.order.tiles.queries
         last, total = tiles[-1:] if tiles[-1].stop - tiles[-1].start < size else [], len(tiles)
         tiles = [tile for tile in tiles if tile.stop - tile.start == size] + last
         count, (context, index) = min(SAMPLED, len(tiles)), self._place
@@ -218,9 +271,10 @@ class _Measure:
     count: of all tiles, of which the sample is a part.
     """
 
-    def __init__(self, keys: TiledKeys, q: Tensor, starts: list[int], wanted: Tensor, count: int) -> None:
-        self._keys, self._q, self._starts, self._wanted, self._count = keys, q, starts, wanted, count
-        self._sizes = self._squares(wanted)
+    def __init__(self, keys: TiledKeys, q: Tensor, starts: list[int], count: int) -> None:
+        self._keys, self._q, self._starts, self._count = keys, q, starts, count
+        self._wanted = self._read(torch.zeros(keys.heads, dtype=torch.int8))[0]
+        self._sizes = self._squares(self._wanted)
         self._size = self._sizes.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
 
     def sparsest(self, bound: float) -> Tensor:
@@ -242,13 +296,19 @@ class _Measure:
         On the host. The more tiles differ and the fewer of them are in the sample, the larger it may be: the standard
         error of a ratio counts (Cochran, Sampling Techniques, 6.4), twice.
         """
-        made = self._keys.attend(self._q, self._starts, shares_at(levels, self._q), torch.float32)
-        off = self._squares(_by_head(made.out, self._keys) - self._wanted)
+        found, reads_all = self._read(levels)
+        off = self._squares(found - self._wanted)
         error, seen = off.sum(0) / self._size, len(self._starts)
         if 1 < seen < self._count:
             rest = (off - error * self._sizes).square().sum(0) * seen / (seen - 1) * (1 - seen / self._count)
             error = error + _DOUBT * rest.sqrt() / self._size
-        return torch.where(levels == 0, 0.0, error.sqrt().cpu()), made.read.cpu() >= made.all
+        return torch.where(levels == 0, 0.0, error.sqrt().cpu()), reads_all
+
+    def _read(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries find at levels of heads, float32 [rows, heads, 128], and whether each reads all keys."""
+        out = torch.empty(self._q.shape, dtype=torch.float32, device=self._q.device)
+        made = self._keys.attend(self._q, self._starts, shares_at(levels, self._q), out)
+        return out.unflatten(1, (self._keys.heads, -1)), made.read.cpu() >= made.all
 
     def _squares(self, x: Tensor) -> Tensor:
         """Sums of the squares of [rows, heads, 128] for each tile and head, [tiles, heads]."""
@@ -260,8 +320,3 @@ class _Measure:
 def shares_at(levels: Tensor, q: Tensor) -> Tensor:
     """The share of probability that each head keeps at its level, float32 [heads], where q is."""
     return torch.tensor(SHARES)[levels.long()].to(q.device)
-
-
-def _by_head(x: Tensor, keys: TiledKeys) -> Tensor:
-    split: Tensor = x.unflatten(1, (keys.heads, -1))
-    return split

@@ -17,7 +17,7 @@ from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit.block import Context, Rope, dit_block
 from skyrun.models.dit.spans import Span, TimeEmbedding, chunks, divide, hearing
-from skyrun.models.dit.sparse import SelfCheck
+from skyrun.models.dit.sparse import AllToAll, SelfCheck
 from skyrun.models.dit.tile_order import TileOrder
 from skyrun.models.dit_header import HEAD_DIM, canonical_tensors, read_dims
 from skyrun.models.rope import rope_table, sinusoid
@@ -135,27 +135,29 @@ class DiT:
     ) -> Generator[Event, None, list[Tensor]]:
         """As `forward`, for several contexts: the velocity with each. Every block is read once for all of them.
 
-        check: decides what self-attention skips; None skips nothing. With several devices there is none.
+        check: decides what self-attention skips; None skips nothing.
         """
         _, frames, height, width = latents.shape
         shape = frames * (height // 2) * (width // 2), self.dims.dim
         tokens, group = ParkedTokens if self._parked else HeldTokens, here()
-        shares = group.shares(shape[0])
+        runs = [span.rows for span in divide(times, shape[0] // frames, None, slice(0, shape[0]))]
+        shares = check.shares(runs) if check else group.shares(shape[0])
         own = shares[group.rank]
         rows = check.whole_tiles(self._rows) if check else self._rows
         spans_of = [list(divide(times, shape[0] // frames, rows, share)) for share in shares]
         if contexts[0].audio is not None:
             spans_of[group.rank] = [hearing(s, shape[0] // frames, order, self.device) for s in spans_of[group.rank]]
         spans = spans_of[group.rank]
-        shared = SharedAttention(group, spans_of, self.dims.dim, self.dims.heads) if group.size > 1 else None
+        sizes = self.dims.dim, self.dims.heads
+        shared = SharedAttention(group, shares, spans_of, *sizes) if group.size > 1 else None
         with ExitStack() as stack:
             held = [stack.enter_context(closing(tokens(shape, self.dtype, self.device, own))) for _ in contexts]
             for x in held:
                 self._patchify(latents, x, own, order)
             for weights, clock in stream.blocks():
                 for number, (x, context) in enumerate(zip(held, contexts, strict=True)):
-                    attention = shared if check is None else check.block(number, clock.index)
-                    dit_block(x, weights, spans, context, rope, self.dims, attention)
+                    attention = check.block(number, clock.index, runs) if check else AllToAll()
+                    dit_block(x, weights, spans, context, rope, self.dims, attention, shared)
                 yield clock.done()
             counts = [share.stop - share.start for share in shares]
             patches = [group.gathered(self._head(x, spans), counts) for x in held]
