@@ -10,7 +10,7 @@ from skyrun.presets.card import Rates
 from skyrun.presets.cards import find_card
 from skyrun.presets.hardware import Hardware, cpu_rates
 from skyrun.presets.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, way_of
+from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, values_pass, way_of
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -286,8 +286,10 @@ def _computing(
         moved += int(workload.own_tokens * workload.dim * (passes + guiding))
     seconds += workload.layers * moved / rates.decode
     if parked:
-        crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
-        seconds += workload.layers * crossing / hardware.link_rate
+        twice = values_pass(workload.devices, attention)
+        crossing = (_CROSSINGS + twice) * parked_bytes(workload, dtype) / workload.contexts
+        again = twice * 2 * workload.tokens * workload.dim**2
+        seconds += workload.layers * (crossing / hardware.link_rate + again / linear_rate)
     return seconds
 
 

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.quantized_keys import KeyRoom
 from skyrun.parallel.group import Arriving, Group, as_bytes
 
 
@@ -44,7 +45,8 @@ class SharedAttention(Generic[Span]):
             like: an empty tensor with their dtype and device.
             precision: of the attention.
         """
-        k, v = (like.new_empty(self._tokens, self._dim) for _ in range(2))
+        room = KeyRoom(self._tokens, self._dim, like.dtype, like.device)
+        k, v = room.keys, like.new_empty(self._tokens, self._dim)
 
         def send(number: int) -> Arriving:
             span = self._rounds[number][self._group.rank]
@@ -65,7 +67,7 @@ class SharedAttention(Generic[Span]):
                 v[rows] = arrived[start + size : start + 2 * size].view(-1, self._dim)
                 start += 2 * size
             arriving = later or arriving
-        return Keys(k, v, self._heads, precision)
+        return Keys(room, v, self._heads, precision)
 
     def attended(self, query: Callable[[Span], Tensor], keys: Keys, like: Tensor) -> Iterator[tuple[Span, Tensor]]:
         """Each span of this rank with what its tokens found, [n, D].

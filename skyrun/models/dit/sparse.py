@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from skyrun.events import Attended
-from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.attention import Keys, PassingValues, attend
+from skyrun.kernels.quantized_keys import KeyRoom
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.dit.tile_order import TileOrder
 
@@ -153,7 +154,7 @@ class BlockCheck:
     def _levels(self) -> Tensor:
         return self._check.levels[self._place]
 
-    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
+    def keys(self, k: Tensor | KeyRoom, v: Tensor | PassingValues, heads: int, precision: str) -> Keys | TiledKeys:
         """Keys and values [L, heads * 128], which are handed over. Where no head skips anything, they are as ever."""
         if not self._check.learns and not self._levels.any():
             return Keys(k, v, heads, precision)
