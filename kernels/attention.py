@@ -38,7 +38,7 @@ _BACKENDS = {
 _CUDNN_IS_RIGHT = 91501
 # Backends are measured on at most this many: beyond, the time per query and key stays the same.
 _QUERIES, _KEYS = 4096, 16384
-_AT_A_TIME = 4096  # keys that are quantized together where their codes take their place
+_FIRST = 1024  # keys that are quantized first where their codes take their place
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,19 @@ class Keys:
 
 
 def _in_place(k: Tensor, room: KeyRoom) -> tuple[Tensor, Tensor]:
-    """Codes that are written over the keys of a room, some rows after the other, and their scales."""
+    """Codes that are written over the keys of a room, and their scales.
+
+    Codes of as many rows as have been read fit into the memory of these. Only the first rows need other memory.
+    """
     kernels, mean = _kernels(k.device), k.mean(0, dtype=torch.float32)
     codes = room.codes
     scales = torch.empty((k.shape[1] // HEAD_DIM, len(k)), dtype=torch.float32, device=k.device)
-    for first in range(0, len(k), _AT_A_TIME):
-        rows = slice(first, first + _AT_A_TIME)
-        part, scales[:, rows] = kernels.quantize_keys(k[rows], mean)
-        codes[rows] = part
+    codes[:_FIRST], scales[:, :_FIRST] = kernels.quantize_keys(k[:_FIRST], mean)
+    first = _FIRST
+    while first < len(k):
+        rows = slice(first, 2 * first)
+        _, scales[:, rows] = kernels.quantize_keys(k[rows], mean, codes[rows])
+        first *= 2
     return codes, scales
 
 

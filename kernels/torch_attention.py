@@ -19,12 +19,13 @@ _LEVELS = 127
 _CHUNK = 1 << 24  # scores that are computed at a time
 
 
-def quantize_keys(k: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, mean: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keys [M, H * 128] -> codes int8 [M, H * 128], scales float32 [H, M].
 
-    mean: of all keys, float32 [H * 128]; None if these are all.
+    mean: of all keys, float32 [H * 128]; None if these are all. out: memory for the codes, apart from the keys.
     """
-    return _quantize(k.float() - (k.mean(0, dtype=torch.float32) if mean is None else mean), 1.0)
+    codes, scales = _quantize(k.float() - (k.mean(0, dtype=torch.float32) if mean is None else mean), 1.0)
+    return (codes if out is None else out.copy_(codes)), scales
 
 
 def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -233,9 +233,9 @@ def attend_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def quantize_keys(k: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, mean: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `torch_attention.quantize_keys`."""
-    return _quantize(k, k.mean(0, dtype=torch.float32) if mean is None else mean, 1.0)
+    return _quantize(k, k.mean(0, dtype=torch.float32) if mean is None else mean, 1.0, out)
 
 
 def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -306,9 +306,9 @@ def _listed(chosen: Selection | None) -> tuple[Tensor | None, Tensor | None, Ten
     return chosen.lists, chosen.counts, turns, chosen.lists.shape[2]
 
 
-def _quantize(x: Tensor, mean: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, mean: Tensor | None, factor: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x, heads, rows = x.contiguous(), x.shape[1] // HEAD_DIM, len(x)
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
     scales = torch.empty((heads, rows), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, ROWS), heads)
     quantize_kernel[grid](x, mean, codes, scales, rows, factor, heads, ROWS, num_warps=ROW_WARPS)

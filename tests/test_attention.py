@@ -282,7 +282,7 @@ def in_a_room(k):
 def test_codes_that_take_the_place_of_keys_are_the_same(monkeypatch, module, precision, parts):
     """Whether values are in memory, or come in parts that end within blocks."""
     monkeypatch.setattr(attention, "_kernels", lambda device: module)
-    monkeypatch.setattr(attention, "_AT_A_TIME", 70)
+    monkeypatch.setattr(attention, "_FIRST", 30)
     _, k, v = inputs(1, 200, 2, dtype=torch.bfloat16)
     expected = quantized(module, k, v, precision)
     largest = torch.stack([largest_values(part) for part in v.split(parts)]).amax(0)
