@@ -15,8 +15,8 @@ from environment import environment
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels import torch_attention
 from skyrun.kernels.quantized_keys import HEAD_DIM, LARGEST, PRECISIONS, QuantizedKeys
+from skyrun.kernels.torch import attention as torch_attention
 
 SPREAD = {"flat": 0.1, "random": 1.0, "found": 1.0, "peaked": 2.0, "3 times": 3.0, "6 times": 6.0}
 HEADS, QUERIES, KEYS = 2, 256, 4096

@@ -38,8 +38,8 @@ from skyrun.models.dit_header import HEAD_DIM, DiTDims
 from skyrun.planning.published import transformer_table
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import Planned, plan_request
-from skyrun.presets.cards import CARDS, Card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import CARDS, Card
+from skyrun.presets.machine.hardware import stated
 from skyrun.presets.memory import CONTEXT_BYTES, GIB, RING_SLOTS, way_of
 from skyrun.presets.workload import Workload
 from skyrun.streaming.low_rank import Addition

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.presets.card import link_rate
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import STATED, stated
+from skyrun.presets.machine.card import link_rate
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import STATED, stated
 from skyrun.presets.memory import GIB
 from skyrun.presets.timing import sent_bytes
 from skyrun.units import duration

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.quant import quantize
-from skyrun.quant.encode import ENCODERS
+from skyrun.quant.encoders.encode import ENCODERS
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "data" / "goldens" / "quant"
 TYPES = [name for name in ENCODERS if FORMATS[name].block_size > 1]

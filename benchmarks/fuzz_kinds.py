@@ -28,7 +28,7 @@ from mutations import Mutation, either, json_file, json_text, mutated, mutated_v
 from PIL import Image
 from safetensors.torch import load_file
 
-import skyrun.kernels.choice as choice
+import skyrun.kernels.machine.choice as choice
 from skyrun.cli.batch import read_prompts
 from skyrun.engine.checkpoint import Origin, save_state
 from skyrun.engine.output import state_path
@@ -38,7 +38,7 @@ from skyrun.events import drain
 from skyrun.hub.client import list_repository
 from skyrun.hub.gguf_repo import look
 from skyrun.hub.manifest import Manifest
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.media.image import open_image
 from skyrun.models.folder import open_folder
 from skyrun.models.identity import model_identity
@@ -50,14 +50,14 @@ from skyrun.planning.config import config_path, read_config
 from skyrun.planning.hardware import Tuned, load_tuned, save_tuned, tuned_path
 from skyrun.planning.model import choose_model
 from skyrun.planning.request import Request
-from skyrun.presets.cards import Rates
-from skyrun.quant.checkpoint import Part
+from skyrun.presets.machine.cards import Rates
+from skyrun.quant.choose.importance import Importance, read_importance, write_importance
 from skyrun.quant.conversion import write_file
-from skyrun.quant.importance import Importance, read_importance, write_importance
 from skyrun.quant.partial import finished_before, partial_path
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.tokenizer import tokenizer_keys
+from skyrun.quant.sources.checkpoint import Part
+from skyrun.quant.sources.tokenizer import tokenizer_keys
 from skyrun.tasks import TASKS
 from skyrun.tools.convert import plan, write
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-import skyrun.kernels.choice as choice
+import skyrun.kernels.machine.choice as choice
 from skyrun.cli.batch import requests_of
 from skyrun.cli.parser import parser
 from skyrun.engine.output import request_of

@@ -13,9 +13,9 @@ from environment import environment
 
 from skyrun.events import drain
 from skyrun.kernels import dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.quant import convert, quantize
-from skyrun.quant.importance import Importance
+from skyrun.quant.choose.importance import Importance
 from skyrun.tools.calibrate import collect, plan_calibration
 from skyrun.tools.calibration_prompts import PROMPTS, draw_images
 

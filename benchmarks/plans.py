@@ -2,8 +2,8 @@
 
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated
 from skyrun.presets.memory import GIB
 from skyrun.units import duration
 

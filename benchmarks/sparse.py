@@ -28,8 +28,8 @@ from skyrun.kernels.tiles import Selection, Tiles
 from skyrun.models.dit.sparse import BlockCheck, SelfCheck, shares_at
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated
 from skyrun.quant import convert
 from training.requests import Made, drawn_request, make, psnr
 

@@ -24,8 +24,8 @@ import torch
 from environment import environment
 
 from skyrun.kernels import FORMATS
-from skyrun.kernels.gguf_file import TensorInfo
-from skyrun.presets.host import forget, read_rate
+from skyrun.kernels.files.gguf_file import TensorInfo
+from skyrun.presets.machine.host import forget, read_rate
 from skyrun.streaming.layout import Block, lay_out
 from skyrun.streaming.reader import Extent, FileReader
 from skyrun.streaming.stream import BlockStream

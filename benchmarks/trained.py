@@ -20,7 +20,7 @@ from trained_tables import draw_ladder, draw_sensitivity, print_tables
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.models.folder import open_folder
 from skyrun.quant import convert
-from skyrun.quant.importance import Importance, write_importance
+from skyrun.quant.choose.importance import Importance, write_importance
 from skyrun.tools.calibrate import SumsOfSquares
 from training.requests import Made, drawn_request, latent_error, make, psnr
 

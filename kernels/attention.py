@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skyrun.kernels import torch_attention
-from skyrun.kernels.choice import bucket, fastest
-from skyrun.kernels.device import has_float8, uses_triton
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.machine.choice import bucket, fastest
+from skyrun.kernels.machine.device import has_float8, uses_triton
 from skyrun.kernels.quantized_keys import (
     BLOCK,
     HEAD_DIM,
@@ -28,6 +27,7 @@ from skyrun.kernels.quantized_keys import (
     largest_values,
 )
 from skyrun.kernels.tiles import Selection
+from skyrun.kernels.torch import attention as torch_attention
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -244,6 +244,6 @@ def _quantized(q: Tensor, keys: Keys) -> Tensor:
 def _kernels(device: torch.device) -> ModuleType:
     if not uses_triton(device):
         return torch_attention
-    from skyrun.kernels import triton_attention
+    from skyrun.kernels.triton import attention as triton_attention
 
     return triton_attention

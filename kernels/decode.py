@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from skyrun.kernels import torch_decode
-from skyrun.kernels.device import uses_triton
 from skyrun.kernels.formats import block_format
+from skyrun.kernels.machine.device import uses_triton
+from skyrun.kernels.torch import decode as torch_decode
 
 
 def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, planar: bool = False) -> Tensor:
@@ -20,7 +20,7 @@ def dequantize(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32, pl
     Raises SkyrunError for an unknown type or a row that is not a whole number of blocks.
     """
     if block_format(type).block_size > 1 and uses_triton(blocks.device):
-        from skyrun.kernels import triton_decode
+        from skyrun.kernels.triton import decode as triton_decode
 
         return triton_decode.dequantize(blocks, type, dtype, planar)
     return torch_decode.dequantize(blocks, type, dtype, planar)

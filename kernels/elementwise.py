@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from skyrun.kernels import torch_elementwise
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.machine.device import uses_triton
 from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.torch import elementwise as torch_elementwise
 
 Rope = tuple[Tensor, Tensor]
 
@@ -63,6 +63,6 @@ def quantize_rows(x: Tensor) -> RotatedInt8:
 def _twin(device: torch.device) -> ModuleType:
     if not uses_triton(device):
         return torch_elementwise
-    from skyrun.kernels import triton_elementwise
+    from skyrun.kernels.triton import elementwise as triton_elementwise
 
     return triton_elementwise

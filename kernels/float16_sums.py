@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels.device import float16_accumulation, float16_sums_are_quick
+from skyrun.kernels.machine.device import float16_accumulation, float16_sums_are_quick
 from skyrun.kernels.weight import QuantizedWeight
 
 R = TypeVar("R")

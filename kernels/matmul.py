@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels import elementwise, float16_sums, torch_int8
-from skyrun.kernels.choice import bucket, fastest
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels import elementwise, float16_sums
 from skyrun.kernels.formats import FORMATS
+from skyrun.kernels.machine.choice import bucket, fastest
+from skyrun.kernels.machine.device import uses_triton
 from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.torch import int8 as torch_int8
 from skyrun.kernels.weight import QuantizedWeight
 
 FEW_ROWS = 64  # up to here the fused kernel can be faster than decoding first
@@ -90,7 +91,7 @@ def _decoded(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
 
 
 def _fused(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    from skyrun.kernels import triton_few_rows
+    from skyrun.kernels.triton import few_rows as triton_few_rows
 
     return triton_few_rows.multiply(x, weight, bias)
 
@@ -101,7 +102,8 @@ def _fast(
     device = x.codes.device
     if not uses_triton(device):
         return torch_int8.multiply(x, torch_int8.encode_weight(weight), bias, gate, residual)
-    from skyrun.kernels import triton_encode, triton_int8
+    from skyrun.kernels.triton import encode as triton_encode
+    from skyrun.kernels.triton import int8 as triton_int8
 
     blocks = FORMATS[weight.type].block_size > 1
     encoded = triton_encode.encode_weight(weight) if blocks else elementwise.quantize_rows(weight.dense(x.dtype))

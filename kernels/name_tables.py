@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from skyrun.kernels.names import Row, Table, recognise
+from skyrun.kernels.files.names import Row, Table, recognise
 
 
 def _layer(shape: str, *names: str) -> list[Row]:

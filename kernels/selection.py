@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from skyrun.kernels import torch_selection
 from skyrun.kernels.attention import Keys, PassingValues, attend
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.machine.device import uses_triton
 from skyrun.kernels.quantized_keys import HEAD_DIM, KeyRoom
 from skyrun.kernels.tiles import SMALL, USUAL, Pools, Selection, Tiles
+from skyrun.kernels.torch import selection as torch_selection
 
 _FEW = 4096  # tokens below which the usual tiles are too large to skip any
 _LISTS = 0.005  # of the bytes of keys and values, what lists may take at a time
@@ -113,6 +113,6 @@ class TiledKeys:
 def _kernels(device: torch.device) -> ModuleType:
     if not uses_triton(device):
         return torch_selection
-    from skyrun.kernels import triton_selection
+    from skyrun.kernels.triton import selection as triton_selection
 
     return triton_selection

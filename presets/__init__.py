@@ -1,6 +1,6 @@
 """Make a plan from the hardware and the workload. A leaf: it imports nothing else of skyrun and handles no tensors."""
 
-from skyrun.presets.hardware import Hardware, probe
+from skyrun.presets.machine.hardware import Hardware, probe
 from skyrun.presets.plan import Plan, StagePlan, choose
 from skyrun.presets.workload import Candidate, Workload
 

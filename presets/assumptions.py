@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from skyrun.presets.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, MEASURED, STATED, Hardware
+from skyrun.presets.machine.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, MEASURED, STATED, Hardware
 from skyrun.presets.timing import FEW_KEYS, START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
 from skyrun.presets.workload import Workload
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from skyrun.presets.hardware import Hardware
+from skyrun.presets.machine.hardware import Hardware
 from skyrun.presets.memory import (
     ALLOCATOR_BYTES,
     CONTEXT_BYTES,

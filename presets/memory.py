@@ -1,6 +1,6 @@
 """How much working memory each stage needs, computed from sizes alone. Streamed weights are not included."""
 
-from skyrun.kernels.capability import FLOAT16_SUMS, OLDEST
+from skyrun.kernels.machine.capability import FLOAT16_SUMS, OLDEST
 from skyrun.presets.workload import Workload
 
 GIB = 1 << 30

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from skyrun.kernels.capability import FLOAT8
+from skyrun.kernels.machine.capability import FLOAT8
 from skyrun.presets.attention import ATTENTION_ERRORS, USUAL_DENSITY
 from skyrun.presets.budget import Budget
-from skyrun.presets.hardware import Hardware
+from skyrun.presets.machine.hardware import Hardware
 from skyrun.presets.memory import (
     GUIDED_FRAGMENTS,
     PARKING_PIECE,

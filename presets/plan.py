@@ -11,8 +11,8 @@ from skyrun.presets.alternatives import smallest, what_fits
 from skyrun.presets.attention import USUAL_BOUND, Attention, parse_attention
 from skyrun.presets.autoencoder import WAYS, Autoencoder, autoencoder
 from skyrun.presets.budget import Budget, budget_of
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import Hardware, stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import Hardware, stated
 from skyrun.presets.memory import ALLOCATOR_BYTES, GIB, RING_SLOTS, text_bytes
 from skyrun.presets.options import (
     EXACT_TYPES,

@@ -6,10 +6,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from skyrun.presets.autoencoder import Autoencoder
-from skyrun.presets.card import Rates
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import Hardware, cpu_rates
-from skyrun.presets.host import CACHED_SHARE
+from skyrun.presets.machine.card import Rates
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import Hardware, cpu_rates
+from skyrun.presets.machine.host import CACHED_SHARE
 from skyrun.presets.memory import BYTES, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, values_pass, way_of
 from skyrun.presets.workload import Workload
 

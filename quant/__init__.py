@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skyrun.quant.conversion import convert
-    from skyrun.quant.encode import quantize
+    from skyrun.quant.encoders.encode import quantize
 
 __all__ = ["convert", "quantize"]
 
-_homes = {"convert": "skyrun.quant.conversion", "quantize": "skyrun.quant.encode"}
+_homes = {"convert": "skyrun.quant.conversion", "quantize": "skyrun.quant.encoders.encode"}
 
 
 def __getattr__(name: str) -> Any:

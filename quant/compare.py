@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from skyrun.kernels.errors import SkyrunError
-from skyrun.quant.families import Family, ModelTensor, find_families
-from skyrun.quant.sampled_error import noise_power
-from skyrun.quant.source import SourceTensor
+from skyrun.quant.choose.sampled_error import noise_power
+from skyrun.quant.sources.families import Family, ModelTensor, find_families
+from skyrun.quant.sources.source import SourceTensor
 
 _PIECE_WEIGHTS = 1 << 21
 

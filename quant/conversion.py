@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from skyrun.kernels.disk import allocated, existing_folder
 from skyrun.kernels.errors import FAILED, SkyrunError
+from skyrun.kernels.files.disk import allocated, existing_folder
+from skyrun.quant.choose.target_size import parse_size
 from skyrun.quant.partial import PartialFile, partial_path, resumable
 from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.source import SourceTensor, Stamp, stamp
-from skyrun.quant.target_size import parse_size
+from skyrun.quant.sources.source import SourceTensor, Stamp, stamp
 from skyrun.quant.worker import Workers, pieces
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from skyrun.kernels.atomic import replacing
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.files.atomic import replacing
 from skyrun.quant.compare import TensorError
 
 _IN_BLOCK = re.compile(r"(?:blocks|enc\.blk|v\.blk)\.(\d+)\.(.+)\.weight")

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from skyrun.kernels.adapter import Fitted, Update, fit, read_adapter
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.safetensors_header import StoredTensor
-from skyrun.quant.families import Family
-from skyrun.quant.source import Added, SourceTensor
+from skyrun.kernels.files.adapter import Fitted, Update, fit, read_adapter
+from skyrun.kernels.files.safetensors_header import StoredTensor
+from skyrun.quant.sources.families import Family
+from skyrun.quant.sources.source import Added, SourceTensor
 
 Lora = tuple[Path, float]  # an adapter file, and how much of it is added
 

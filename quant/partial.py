@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from skyrun.kernels.errors import FAILED, SkyrunError
-from skyrun.quant.encode import ENCODER_VERSION
+from skyrun.quant.encoders.encode import ENCODER_VERSION
 from skyrun.quant.plan import PlannedFile, PlannedTensor
-from skyrun.quant.source import SourceTensor
+from skyrun.quant.sources.source import SourceTensor
 
 _SYNC_SECONDS = 2.0  # how much work may be lost in a power failure
 

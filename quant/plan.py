@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from skyrun.quant.source import SourceTensor, Stamp
+from skyrun.quant.sources.source import SourceTensor, Stamp
 
 
 @dataclass(frozen=True)

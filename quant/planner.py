@@ -14,15 +14,9 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import SkyrunError
-from skyrun.kernels.recipes import RECIPES, find_recipe
-from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
-from skyrun.quant.families import NOTHING_COMING, Family, ModelTensor, find_families
-from skyrun.quant.importance import Importance, read_importance
-from skyrun.quant.merge import check_merge, merged
-from skyrun.quant.missing import missing_roles, missing_text
-from skyrun.quant.partial import partial_path
-from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
-from skyrun.quant.recipes import (
+from skyrun.kernels.files.recipes import RECIPES, find_recipe
+from skyrun.quant.choose.importance import Importance, read_importance
+from skyrun.quant.choose.recipes import (
     KEPT,
     Choice,
     TypeRule,
@@ -33,9 +27,15 @@ from skyrun.quant.recipes import (
     label_of,
     parse_rule,
 )
-from skyrun.quant.sampled_error import sampled_errors
-from skyrun.quant.source import stamp
-from skyrun.quant.target_size import candidates, fit, influence, size_text
+from skyrun.quant.choose.sampled_error import sampled_errors
+from skyrun.quant.choose.target_size import candidates, fit, influence, size_text
+from skyrun.quant.container import Entry, Layout, gguf_layout, safetensors_layout
+from skyrun.quant.merge import check_merge, merged
+from skyrun.quant.partial import partial_path
+from skyrun.quant.plan import Conversion, PlannedFile, PlannedTensor, Settings
+from skyrun.quant.sources.families import NOTHING_COMING, Family, ModelTensor, find_families
+from skyrun.quant.sources.missing import missing_roles, missing_text
+from skyrun.quant.sources.source import stamp
 from skyrun.quant.threads import one_thread
 
 # Called with the number of matrices that have been measured, and the total.

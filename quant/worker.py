@@ -24,8 +24,8 @@ from torch import Tensor
 
 from skyrun.kernels import block_format
 from skyrun.kernels.errors import FAILED, SkyrunError
-from skyrun.quant.encode import quantize
-from skyrun.quant.source import SourceTensor
+from skyrun.quant.encoders.encode import quantize
+from skyrun.quant.sources.source import SourceTensor
 from skyrun.quant.threads import one_thread
 
 _PIECE_WEIGHTS = 1 << 22  # that are encoded at a time; limits the memory of a worker

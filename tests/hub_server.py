@@ -213,7 +213,7 @@ def gguf_repository(hub, folder, *models, parts="*"):
 
 def community_file(source, place, write_gguf, **metadata):
     """A converted file as others publish it: only the metadata that is given, modulation with two axes."""
-    from skyrun.kernels.gguf_file import open_gguf
+    from skyrun.kernels.files.gguf_file import open_gguf
 
     file = open_gguf(source)
     tensors = {}

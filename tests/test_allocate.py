@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyrun.errors import SkyrunError
-from skyrun.quant.allocate import Option, allocate
-from skyrun.quant.target_size import fit, parse_size, size_text
+from skyrun.quant.choose.allocate import Option, allocate
+from skyrun.quant.choose.target_size import fit, parse_size, size_text
 
 tables = st.lists(
     st.lists(st.builds(Option, st.just("T"), st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=4),

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skyrun.errors import BAD_INPUT, SkyrunError
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.name_tables import CLASS_TASKS, TASKS, needed_roles, role_of
 from skyrun.quant import convert
-from skyrun.quant.families import find_families
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.source import SourceTensor, scale_blocks
+from skyrun.quant.sources.families import find_families
+from skyrun.quant.sources.source import SourceTensor, scale_blocks
 
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 

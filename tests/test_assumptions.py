@@ -6,7 +6,7 @@ import pytest
 from plans import clip_of, plan_clip
 
 from skyrun.planning.what_if import described_hardware, plan_request
-from skyrun.presets.hardware import MEASURED, REPORTED, stated_cpu
+from skyrun.presets.machine.hardware import MEASURED, REPORTED, stated_cpu
 
 CARD = described_hardware("RTX 4090", ram=64, disk=2.0)
 CLIP = clip_of("r2v", "720P", 4.0)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 
 
 def killed_while_writing(path):
     """What a process leaves that is killed in the middle of writing a file."""
-    code = "import os, sys; from pathlib import Path; from skyrun.kernels.atomic import replacing\n"
+    code = "import os, sys; from pathlib import Path; from skyrun.kernels.files.atomic import replacing\n"
     code += "with replacing(Path(sys.argv[1])) as partial:\n"
     code += "    partial.write_bytes(b'half'); print(partial, flush=True); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)

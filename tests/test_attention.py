@@ -10,10 +10,12 @@ from float8 import rounded_as_on_a_card
 from guards import guarded
 from torch.nn import functional as F
 
-from skyrun.kernels import attention, torch_attention, triton_attention
+from skyrun.kernels import attention
 from skyrun.kernels.attention import Keys, PassingValues, attend, ways
-from skyrun.kernels.device import has_float8
+from skyrun.kernels.machine.device import has_float8
 from skyrun.kernels.quantized_keys import PRECISIONS, KeyRoom, QuantizedKeys, largest_values
+from skyrun.kernels.torch import attention as torch_attention
+from skyrun.kernels.triton import attention as triton_attention
 from skyrun.presets.attention import ATTENTION_ERRORS
 
 CPU = torch.device("cpu")
@@ -351,7 +353,7 @@ SIZES = {"out": "*bf16", "L": "i32", "M": "i32", "stride": "i32", "width": "i32"
 LISTS = {"lists": "*i16", "counts": "*i32", "heads": "*i32"}
 TILE = {"HEADS": 40, "QUERIES": triton_attention.QUERIES, "KEYS": triton_attention.KEYS}
 ROWS = {"HEADS": 40, "ROWS": triton_attention.ROWS}
-MODULE = "skyrun.kernels.triton_attention"
+MODULE = "skyrun.kernels.triton.attention"
 GEFORCE = (86, 89, 120)
 FLOAT8 = tuple(arch for arch in ARCHS if arch >= 89)
 

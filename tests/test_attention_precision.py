@@ -8,17 +8,18 @@ from plans import clip_of, plan_clip
 from test_fast_models import forward, moved
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels import linear, matmul, triton_encode
+from skyrun.kernels import linear, matmul
 from skyrun.kernels.attention import quick_precisions
-from skyrun.kernels.capability import FLOAT8
+from skyrun.kernels.machine.capability import FLOAT8
 from skyrun.kernels.quantized_keys import PRECISIONS
-from skyrun.kernels.synthetic import random_weight
+from skyrun.kernels.triton import encode as triton_encode
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets.attention import ATTENTIONS
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated, stated_cpu
+from skyrun.tools.bench.synthetic_weight import random_weight
 
 __all__ = ["forward"]  # a fixture
 CPU = torch.device("cpu")

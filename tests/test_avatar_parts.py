@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.media.color_match import match_colors
 from skyrun.media.image import open_image
 from skyrun.media.loudness import loudness, normalised, weighting

@@ -15,8 +15,8 @@ from block_memory import cases, live_bytes, recorded, replay
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets import memory
-from skyrun.presets.cards import CARDS, find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import CARDS, find_card
+from skyrun.presets.machine.hardware import stated
 from skyrun.tasks import TASKS
 
 del sys.path[0]

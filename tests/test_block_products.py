@@ -7,9 +7,12 @@ import torch
 from blocks import BLOCK_TYPES, random_blocks
 from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, cases
 
-from skyrun.kernels import QuantizedWeight, torch_int8, triton_encode, triton_few_rows
+from skyrun.kernels import QuantizedWeight
 from skyrun.kernels.matmul import FEW_ROWS
 from skyrun.kernels.planes import needs_planes, to_planes
+from skyrun.kernels.torch import int8 as torch_int8
+from skyrun.kernels.triton import encode as triton_encode
+from skyrun.kernels.triton import few_rows as triton_few_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -117,7 +120,7 @@ def few_rows(type, archs, rows=1):
     }
     return Variant(
         f"{type} x {rows}",
-        "skyrun.kernels.triton_few_rows:few_rows_kernel",
+        "skyrun.kernels.triton.few_rows:few_rows_kernel",
         pointers,
         triton_few_rows.constants(type, 5120, rows) | {"DOT": "tl.bfloat16"},
         warps=triton_few_rows.WARPS,
@@ -129,7 +132,7 @@ def few_rows(type, archs, rows=1):
 def encode(type, archs, cols=5120):
     return Variant(
         f"encode {type} {cols}",
-        "skyrun.kernels.triton_encode:encode_kernel",
+        "skyrun.kernels.triton.encode:encode_kernel",
         {"data": "*u8", "codes": "*i8", "scales": "*fp32", "n": "i32"},
         triton_encode.constants(type, cols),
         warps=triton_encode.row_warps(cols),

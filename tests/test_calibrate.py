@@ -17,10 +17,10 @@ import skyrun.tools.calibrate as calibration
 from skyrun.cli import main
 from skyrun.errors import BAD_INPUT, FAILED, INTERRUPTED, MODEL_MISSING, WILL_NOT_FIT, SkyrunError
 from skyrun.kernels import dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.folder import open_folder
 from skyrun.quant import quantize
-from skyrun.quant.importance import read_importance
+from skyrun.quant.choose.importance import read_importance
 from skyrun.tools.calibration_prompts import PROMPTS, draw_images
 
 SMALL = ["--size", "32x48", "--frames", "5", "--steps", "2", "--device", "cpu"]

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from skyrun.presets.card import Card
-from skyrun.presets.cards import CARDS, card_like, card_rows, find_card, why_unknown
-from skyrun.presets.hardware import stated, unknown_card
+from skyrun.presets.machine.card import Card
+from skyrun.presets.machine.cards import CARDS, card_like, card_rows, find_card, why_unknown
+from skyrun.presets.machine.hardware import stated, unknown_card
 
 
 @pytest.mark.parametrize(

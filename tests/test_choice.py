@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from skyrun.kernels import choice, device
-from skyrun.kernels.cache import MeasuredFile
 from skyrun.kernels.errors import SkyrunError
+from skyrun.kernels.machine import choice, device
+from skyrun.kernels.machine.cache import MeasuredFile
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,11 @@ import torch
 
 from skyrun import Request, run
 from skyrun.kernels import dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.name_tables import WAN_TRANSFORMER
 from skyrun.models.dit_header import read_dims
 from skyrun.quant import convert, quantize
-from skyrun.quant.families import find_families
+from skyrun.quant.sources.families import find_families
 
 
 def mixed_type(name):

@@ -11,16 +11,16 @@ from PIL import Image
 
 from skyrun.cli import main
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.quant import convert
+from skyrun.quant.choose.importance import Importance, write_importance
+from skyrun.quant.choose.sampled_error import noise_power
+from skyrun.quant.choose.target_size import parse_size
 from skyrun.quant.compare import compare
 from skyrun.quant.conversion import check_space
 from skyrun.quant.error_map import error_map
-from skyrun.quant.importance import Importance, write_importance
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.sampled_error import noise_power
-from skyrun.quant.target_size import parse_size
 
 
 def transformer(folder):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
 from skyrun.quant import convert
 from skyrun.quant.plan import Settings

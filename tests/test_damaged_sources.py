@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
-from skyrun.quant.families import find_families
+from skyrun.quant.sources.families import find_families
 
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

@@ -15,7 +15,7 @@ from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.hub.built_in import CHECKPOINT, is_converted
 from skyrun.hub.local import model_path, wanted_name, whole_folder
 from skyrun.hub.manifest import Manifest
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.planning.own_clips import OwnClips, read_own_clips
 from skyrun.planning.request import Request
 

@@ -28,7 +28,7 @@ from skyrun.engine.run import run_job
 from skyrun.engine.together import Make, run_together, workers
 from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, SkyrunError
 from skyrun.events import BlockDone, Preview, StageEnded, StageStarted, drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.dit_header import canonical_tensors
 from skyrun.parallel import team as team_module
 from skyrun.planning.job import prepare

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from skyrun.errors import FAILED
-from skyrun.kernels import toolchain
+from skyrun.kernels.machine import toolchain
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned
-from skyrun.presets.cards import Rates
+from skyrun.presets.machine.cards import Rates
 from skyrun.tools import doctor
 from skyrun.tools.convolution import measure_convolution
 
@@ -211,7 +211,8 @@ def test_a_user_without_a_home_is_a_finding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["skyrun.tools.doctor", "skyrun.tools.inspect", "skyrun.planning.hardware", "skyrun.presets.named"]
+    "module",
+    ["skyrun.tools.doctor", "skyrun.tools.inspect", "skyrun.planning.hardware", "skyrun.presets.machine.named"],
 )
 def test_what_must_be_quick_imports_no_torch(module):
     slow = {"torch", "av", "PIL", "rich"} if "named" not in module else {"torch", "psutil", "numpy"}

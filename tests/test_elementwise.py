@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from skyrun.kernels import torch_elementwise, torch_int8, triton_elementwise
 from skyrun.kernels.rotated import RotatedInt8
+from skyrun.kernels.torch import elementwise as torch_elementwise
+from skyrun.kernels.torch import int8 as torch_int8
+from skyrun.kernels.triton import elementwise as triton_elementwise
 
 NAMES = ("layer_norm", "rms_norm", "gelu", "add_gated", "quantize_rows", "norm_silu")
 SHAPES = ((1, 256), (17, 256), (3, 512), (5, 1280), (3, 5120), (1, 13824))

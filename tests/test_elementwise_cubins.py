@@ -3,7 +3,7 @@
 import pytest
 from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, arch_param
 
-from skyrun.kernels import triton_elementwise as kernels
+from skyrun.kernels.triton import elementwise as kernels
 
 DIM, FFN = 5120, 13824
 ROPE_HALF = 64
@@ -14,7 +14,7 @@ def row_kernel(name, kernel, signature, cols, **constants):
     pointers = {"x": "*bf16", "stride": "i32", **signature}
     return Variant(
         name,
-        f"skyrun.kernels.triton_elementwise:{kernel}",
+        f"skyrun.kernels.triton.elementwise:{kernel}",
         pointers,
         tile | constants,
         warps=kernels.row_warps(cols),
@@ -25,7 +25,7 @@ def tile_kernel(name, kernel, signature, cols, **constants):
     tile = {"D": cols, "ROWS": kernels._ROWS, "COLS": kernels._COLS}
     return Variant(
         name,
-        f"skyrun.kernels.triton_elementwise:{kernel}",
+        f"skyrun.kernels.triton.elementwise:{kernel}",
         {"x": "*bf16", "out": "*bf16", "rows": "i32", **signature},
         tile | constants,
         warps=kernels._WARPS,
@@ -45,7 +45,7 @@ def frames_kernel(channels):
     tile = 1 << (channels - 1).bit_length()
     return Variant(
         f"norm and SiLU, {channels}",
-        "skyrun.kernels.triton_elementwise:norm_silu_kernel",
+        "skyrun.kernels.triton.elementwise:norm_silu_kernel",
         FRAMES | {"D": "i32", "eps": "fp32"},
         {"ROWS": kernels._ROWS * kernels._COLS // tile, "COLS": tile},
         warps=kernels._WARPS,

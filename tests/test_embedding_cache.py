@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skyrun.events import BlockDone, StageEnded
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.umt5 import UMT5
 from skyrun.pipelines import embedding_cache
 from skyrun.pipelines.stages import encode_text

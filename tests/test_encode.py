@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.quant import quantize
-from skyrun.quant.encode import ENCODERS
+from skyrun.quant.encoders.encode import ENCODERS
 
 CASES = ["gauss", "student", "edge", "dit"]
 

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from skyrun.kernels import FORMATS, dequantize
 from skyrun.quant import quantize
-from skyrun.quant.encode import ENCODERS
+from skyrun.quant.encoders.encode import ENCODERS
 
 # Our error is at most this part of the better of ggml's two searches, and of its search with importance.
 BARS = {

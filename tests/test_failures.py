@@ -5,8 +5,8 @@ import errno
 import pytest
 import torch
 
-from skyrun.kernels import failures
-from skyrun.kernels.failures import is_device_lost, is_out_of_memory
+from skyrun.kernels.machine import failures
+from skyrun.kernels.machine.failures import is_device_lost, is_out_of_memory
 
 GIB = 1 << 30
 # Messages as they are raised, with the type that they have.

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from skyrun.events import drain
-from skyrun.kernels import linear, torch_int8, triton_encode
+from skyrun.kernels import linear
 from skyrun.kernels.elementwise import add_gated
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.tiles import USUAL
+from skyrun.kernels.torch import int8 as torch_int8
+from skyrun.kernels.triton import encode as triton_encode
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit.sparse import SelfCheck
 from skyrun.models.dit.tile_order import Frames, tile_order

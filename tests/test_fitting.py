@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.clip import CLIPVision
 from skyrun.models.umt5 import UMT5
 from skyrun.models.vae import check_vae

@@ -5,8 +5,8 @@ import torch
 
 from skyrun.events import drain
 from skyrun.kernels import QuantizedWeight, float16_sums, matmul
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.float16_sums import multiply, within_range
-from skyrun.kernels.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.quant import quantize

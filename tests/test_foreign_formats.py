@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS
-from skyrun.quant.families import find_families
+from skyrun.quant.sources.families import find_families
 
 BLOCKS = 12
 CUT = re.compile(r"download (it|them|the \w+)? ?again")

@@ -11,10 +11,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.ggml_tokenizer import from_gguf, from_json, has_tokenizer, read_tokenizer
-from skyrun.kernels.gguf_file import open_gguf
-from skyrun.quant import sentencepiece
+from skyrun.kernels.files.ggml_tokenizer import from_gguf, from_json, has_tokenizer, read_tokenizer
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.quant.container import gguf_layout
+from skyrun.quant.sources import sentencepiece
 
 ROWS = 768  # of the tiny checkpoint's embedding; its tokenizer has 750 tokens
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels import FORMATS
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.dit_header import read_dims
 from skyrun.models.umt5 import UMT5
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from skyrun.errors import SkyrunError
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.media.image import open_image
 from skyrun.media.pixels import letterbox, to_uint8
 from skyrun.models.dit import Context, DiT

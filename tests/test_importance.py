@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels import dequantize
 from skyrun.quant import quantize
-from skyrun.quant.importance import Importance, original_name, read_importance, write_importance
+from skyrun.quant.choose.importance import Importance, original_name, read_importance, write_importance
 
 NAME = "blocks.3.ffn.0.weight"
 _OVERHEAD = 1 << 17  # what an exception, a path and small dicts take

@@ -8,9 +8,10 @@ import torch
 from cubins import ARCHS, SHARED_LIMIT, Cubins, Variant, cases
 from guards import guarded
 
-from skyrun.kernels import torch_int8, triton_int8
 from skyrun.kernels.rotated import RotatedInt8
-from skyrun.kernels.torch_int8 import quantize_rows, rotate
+from skyrun.kernels.torch import int8 as torch_int8
+from skyrun.kernels.torch.int8 import quantize_rows, rotate
+from skyrun.kernels.triton import int8 as triton_int8
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # the interpreter cuts bfloat16 off
@@ -121,7 +122,7 @@ def variant(name, tile, out, k, archs=ARCHS, **extras):
     constants = {"K": k, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "ORDER": triton_int8._ORDER}
     return Variant(
         name,
-        "skyrun.kernels.triton_int8:multiply_kernel",
+        "skyrun.kernels.triton.int8:multiply_kernel",
         pointers | extras,
         constants | left_out,
         warps=tile.warps,

@@ -18,11 +18,11 @@ import torch
 
 from skyrun.events import drain
 from skyrun.kernels import dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts
 from skyrun.quant import convert
-from skyrun.quant.importance import original_name
+from skyrun.quant.choose.importance import original_name
 from skyrun.streaming.stream import BlockStream
 from skyrun.tools.calibrate import SumsOfSquares
 

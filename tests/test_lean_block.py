@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit.spans import chunks

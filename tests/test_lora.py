@@ -16,10 +16,10 @@ from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.errors import SkyrunError
 from skyrun.events import Preview, drain
-from skyrun.kernels.adapter import fit, read_adapter
-from skyrun.kernels.adapter_names import entry_of
-from skyrun.kernels.gguf_file import open_gguf
-from skyrun.kernels.torch_int8 import quantize_rows, rotate
+from skyrun.kernels.files.adapter import fit, read_adapter
+from skyrun.kernels.files.adapter_names import entry_of
+from skyrun.kernels.files.gguf_file import open_gguf
+from skyrun.kernels.torch.int8 import quantize_rows, rotate
 from skyrun.media.video_writer import read_request
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts, canonical_tensors

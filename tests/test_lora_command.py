@@ -9,7 +9,7 @@ from loras import layers, published_adapter, random_pairs, write_adapter
 from safetensors.torch import save_file
 
 from skyrun.cli import main
-from skyrun.kernels.adapter import fit, read_adapter
+from skyrun.kernels.files.adapter import fit, read_adapter
 from skyrun.planning.adapters import with_adapters
 from skyrun.planning.published import published_workload
 from skyrun.planning.request import Request
@@ -73,7 +73,7 @@ def test_info(rank_64, capsys, tmp_path):
 
 @pytest.fixture
 def pairs(converted):
-    from skyrun.kernels.gguf_file import open_gguf
+    from skyrun.kernels.files.gguf_file import open_gguf
     from skyrun.models.dit_header import canonical_tensors
 
     file = open_gguf(next(converted("Q8_0").glob("SkyReels*.gguf")))
@@ -128,7 +128,7 @@ def test_convert_command(checkpoint, pairs, tmp_path, capsys):
 
 def test_the_planned_bytes_hold_the_streamed_ones(converted, pairs, tmp_path):
     """What is planned for a block with adapters is at least what its buffer takes."""
-    from skyrun.kernels.gguf_file import open_gguf
+    from skyrun.kernels.files.gguf_file import open_gguf
     from skyrun.models.dit_header import block_layouts, canonical_tensors
     from skyrun.streaming import layout
 

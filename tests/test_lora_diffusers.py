@@ -8,8 +8,8 @@ import torch
 from loras import layers, random_pairs, write_adapter
 
 from skyrun.events import drain
-from skyrun.kernels.adapter import fit, read_adapter
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.adapter import fit, read_adapter
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.name_tables import WAN_TRANSFORMER
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts, canonical_tensors

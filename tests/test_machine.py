@@ -9,12 +9,13 @@ from plans import clip_of, plan_clip
 from skyrun.cli import main
 from skyrun.engine.run import Forecast
 from skyrun.events import Progress, StageStarted
-from skyrun.kernels.cache import MeasuredFile
+from skyrun.kernels.machine.cache import MeasuredFile
 from skyrun.planning.hardware import Tuned, disk_number, load_tuned, save_tuned, this_machine
-from skyrun.presets import host, probe
-from skyrun.presets.cards import CARDS, Rates
-from skyrun.presets.hardware import unknown_card
-from skyrun.presets.named import PRESETS, preset, preset_limits
+from skyrun.presets import probe
+from skyrun.presets.machine import host
+from skyrun.presets.machine.cards import CARDS, Rates
+from skyrun.presets.machine.hardware import unknown_card
+from skyrun.presets.machine.named import PRESETS, preset, preset_limits
 
 RATES = Rates(1e12, 2e12, 0.0, 0.0, 3e12, 4e9)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.cache import MeasuredFile, cache_folder, checked
+from skyrun.kernels.machine.cache import MeasuredFile, cache_folder, checked
 
 VALUES = {"rates": {"linear": 1e12, "decode": 0.25}, "names": ["a", "b"]}
 
@@ -92,7 +92,7 @@ def test_a_value_that_cannot_be_counts_for_nothing(file):
 def test_processes_that_save_at_once_lose_nothing(tmp_path):
     code = """if True:
         import sys
-        from skyrun.kernels.cache import MeasuredFile
+        from skyrun.kernels.machine.cache import MeasuredFile
         file = MeasuredFile("shared.json", {}, dict)
         for number in range(25):
             file.update(lambda before: {**(before or {}), f"{sys.argv[1]}-{number}": number})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from skyrun.kernels.files.names import recognise
 from skyrun.kernels.name_tables import CLIP_VISION, UMT5_ENCODER, WAN_AUDIO_TRANSFORMER, WAN_TRANSFORMER, WAN_VAE
-from skyrun.kernels.names import recognise
 
 
 def test_the_table_of_the_autoencoder_is_that_of_the_published_files(checkpoint):

@@ -11,8 +11,8 @@ from plans import clip_of
 from skyrun.planning.what_if import request_workload
 from skyrun.presets import Hardware, Workload, choose, probe
 from skyrun.presets.alternatives import largest_size, most_frames
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated
 from skyrun.presets.memory import PROCESS_BYTES, vae_memory_bytes
 from skyrun.presets.plan import GIB
 from skyrun.presets.timing import block_weights, step_operations

@@ -11,9 +11,9 @@ from skyrun.cli.commands.plan import planned_text
 from skyrun.errors import SkyrunError
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.presets.card import link_rate
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import STATED, stated
+from skyrun.presets.machine.card import link_rate
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import STATED, stated
 
 SAYS = [
     (["r2v", "--gpu", "RTX 3060", "--size", "480x832", "--steps", "6", "--frames", "81"], "480x832 .* 81 .* 6 steps"),

@@ -13,8 +13,8 @@ from skyrun.planning.job import prepare
 from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
 from skyrun.presets.autoencoder import Autoencoder
-from skyrun.presets.cards import CARDS, find_card
-from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.machine.cards import CARDS, find_card
+from skyrun.presets.machine.hardware import stated, stated_cpu
 from skyrun.presets.memory import vae_memory_bytes
 from skyrun.presets.plan import PREFERENCES
 

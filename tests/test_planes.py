@@ -8,7 +8,7 @@ from blocks import BLOCK_TYPES, random_blocks
 
 from skyrun.kernels import FORMATS
 from skyrun.kernels.planes import FIELDS, from_planes, needs_planes, to_planes
-from skyrun.kernels.torch_decode import dequantize
+from skyrun.kernels.torch.decode import dequantize
 
 
 @pytest.mark.parametrize("type", BLOCK_TYPES)

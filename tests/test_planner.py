@@ -12,8 +12,8 @@ from plans import clip_of, plan_clip
 from skyrun.planning.what_if import request_workload
 from skyrun.presets import choose
 from skyrun.presets.attention import ATTENTION_ERRORS
-from skyrun.presets.cards import CARDS, find_card
-from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.machine.cards import CARDS, find_card
+from skyrun.presets.machine.hardware import stated, stated_cpu
 from skyrun.presets.memory import CONTEXT_BYTES, GIB
 from skyrun.presets.plan import POOR_TYPES, PREFERENCES
 

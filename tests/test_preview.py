@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from skyrun.engine.preview import WAN_RGB_MAP, preview_frame, preview_image
-from skyrun.kernels.failures import is_out_of_memory
+from skyrun.kernels.machine.failures import is_out_of_memory
 from skyrun.media.contact_sheet import contact_sheet, places
 from skyrun.models.vae import WanVAE
 from skyrun.streaming import device

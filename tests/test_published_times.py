@@ -13,8 +13,8 @@ from plans import clip_of
 
 from skyrun.planning.what_if import request_workload
 from skyrun.presets.autoencoder import fit
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated
 from skyrun.presets.timing import decode_time, step_time, with_tokens
 
 LARGE = request_workload(clip_of("r2v", quant="Q8_0"))

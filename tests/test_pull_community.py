@@ -15,7 +15,7 @@ from skyrun.hub.gguf_repo import look, roles_in
 from skyrun.hub.manifest import Manifest
 from skyrun.hub.resolve import Chooser
 from skyrun.hub.store import Name
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.tasks import sources
 from skyrun.tasks.sources import SOURCES
 

@@ -8,10 +8,10 @@ import pytest
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS
-from skyrun.kernels.recipes import RECIPES, find_recipe
-from skyrun.quant.families import ModelTensor
-from skyrun.quant.recipes import choose_types, default_encoder_quant, parse_rule
-from skyrun.quant.source import SourceTensor
+from skyrun.kernels.files.recipes import RECIPES, find_recipe
+from skyrun.quant.choose.recipes import choose_types, default_encoder_quant, parse_rule
+from skyrun.quant.sources.families import ModelTensor
+from skyrun.quant.sources.source import SourceTensor
 
 DIM, FFN, LAYERS = 5120, 13824, 40
 

@@ -13,7 +13,7 @@ import torch
 from blocks import random_blocks
 
 from skyrun.kernels import FORMATS, QuantizedWeight
-from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.files.gguf_file import TensorInfo
 from skyrun.kernels.planes import needs_planes, to_planes
 from skyrun.models.vae_memory import Memory
 from skyrun.presets import memory

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.files.safetensors_header import read_safetensors_header
 
 
 def file(header, data=b"", length=None):

@@ -13,11 +13,15 @@ from test_attention import definition, inputs, interpreted, quantized, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skyrun.kernels import selection, torch_attention, torch_selection, triton_attention, triton_selection
+from skyrun.kernels import selection
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.selection import TiledKeys, tiles_at_once, tiles_for
 from skyrun.kernels.tiles import HALVINGS, SMALL, USUAL, Selection, Tiles
+from skyrun.kernels.torch import attention as torch_attention
+from skyrun.kernels.torch import selection as torch_selection
+from skyrun.kernels.triton import attention as triton_attention
+from skyrun.kernels.triton import selection as triton_selection
 from skyrun.models.dit.tile_order import Frames, tile_order
 from skyrun.planning.published import published_workload
 from skyrun.presets.timing import selection_operations
@@ -322,7 +326,7 @@ def test_heads_with_much_to_do_come_first_so_that_none_is_waited_for():
     assert end(turns) < 1.02 * ideal < end(turns[::-1])
 
 
-MODULE = "skyrun.kernels.triton_selection"
+MODULE = "skyrun.kernels.triton.selection"
 POOL = {"x": "*bf16", "codes": "*i8", "scales": "*fp32", "alike": "*i8", "count": "i32", "least": "fp32"}
 SCORE = {"q": "*i8", "q_scales": "*fp32", "k": "*i8", "k_scales": "*fp32", "scores": "*fp16", "factor": "fp32"}
 LIST = {"scores": "*fp16", "lists": "*i16", "counts": "*i32", "starts": "*i32", "shares": "*fp32"}

@@ -7,9 +7,9 @@ import pytest
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.quant import convert
-from skyrun.quant.families import find_families
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
+from skyrun.quant.sources.families import find_families
 
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 

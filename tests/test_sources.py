@@ -10,12 +10,12 @@ from tokenizers import Tokenizer
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS, dequantize
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER
 from skyrun.models.dit_header import read_dims
 from skyrun.quant import convert
-from skyrun.quant.families import find_families
-from skyrun.quant.source import SourceTensor
+from skyrun.quant.sources.families import find_families
+from skyrun.quant.sources.source import SourceTensor
 
 R2V = WAN_TRANSFORMER, {"layers": 2}
 

@@ -23,8 +23,8 @@ from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets.attention import Attention, parse_attention
-from skyrun.presets.cards import find_card
-from skyrun.presets.hardware import stated
+from skyrun.presets.machine.cards import find_card
+from skyrun.presets.machine.hardware import stated
 
 
 def made(request):

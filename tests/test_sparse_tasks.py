@@ -11,8 +11,9 @@ from test_tasks_end_to_end import CASES, request_of
 from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.events import Attended, StageStarted, WindowDone
-from skyrun.kernels import selection, torch_selection
+from skyrun.kernels import selection
 from skyrun.kernels.tiles import Tiles
+from skyrun.kernels.torch import selection as torch_selection
 from skyrun.planning.job import prepare
 
 __all__ = ["models", "picture"]  # fixtures

@@ -18,7 +18,7 @@ import torch
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import FORMATS
-from skyrun.kernels.gguf_file import TensorInfo, open_gguf
+from skyrun.kernels.files.gguf_file import TensorInfo, open_gguf
 from skyrun.quant import quantize
 from skyrun.streaming.layout import lay_out
 from skyrun.streaming.stream import BlockStream, FileReader, spread
@@ -205,7 +205,7 @@ import sys
 from pathlib import Path
 import torch
 from skyrun.kernels import FORMATS
-from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.files.gguf_file import TensorInfo
 from skyrun.streaming.stream import BlockStream
 from skyrun.streaming.layout import lay_out
 

@@ -17,15 +17,15 @@ ALLOWED = {
     "quant": {"quant", "kernels"},
     "skyrun": {"skyrun", "quant", "kernels", "presets"},  # its rooms have rules of their own
 }
-SHARED = "skyrun.kernels.capability"  # facts of cards, for plans too
+SHARED = "skyrun.kernels.machine.capability"  # facts of cards, for plans too
 CUDA_USERS = {
     "skyrun/streaming/device.py",
     "skyrun/streaming/ring.py",
     "skyrun/streaming/staging.py",
     "skyrun/tools/convolution.py",
-    "presets/hardware.py",
-    "kernels/device.py",
-    "kernels/failures.py",
+    "presets/machine/hardware.py",
+    "kernels/machine/device.py",
+    "kernels/machine/failures.py",
 }
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 400, 60

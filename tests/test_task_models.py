@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.audio_projection import later_slots, windows
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit_header import block_layouts

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skyrun.events import drain
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.kernels.tiles import SMALL, USUAL
 from skyrun.models.dit import Context, DiT
 from skyrun.models.dit.tile_order import Frames, tile_order

@@ -9,8 +9,8 @@ from plans import clip_of, plan_clip
 from torch.utils.flop_counter import FlopCounterMode
 
 from skyrun.planning.what_if import request_workload
-from skyrun.presets.cards import Rates, find_card
-from skyrun.presets.hardware import stated, stated_cpu
+from skyrun.presets.machine.cards import Rates, find_card
+from skyrun.presets.machine.hardware import stated, stated_cpu
 from skyrun.presets.timing import (
     _ELEMENTWISE,
     _QUANTIZING,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from skyrun.errors import SkyrunError
-from skyrun.quant.torch_file import read_torch_file
+from skyrun.quant.sources.torch_file import read_torch_file
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -126,7 +126,7 @@ _LIMITED = """
 import resource, sys
 from pathlib import Path
 from skyrun.errors import SkyrunError
-from skyrun.quant.torch_file import read_torch_file
+from skyrun.quant.sources.torch_file import read_torch_file
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
 for path in sys.argv[1:]:

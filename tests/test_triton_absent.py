@@ -14,9 +14,9 @@ from skyrun import kernels
 from skyrun.engine import warm_up
 from skyrun.engine.warm_up import WarmUp
 from skyrun.events import Progress, StageEnded, StageStarted
-from skyrun.kernels import device
-from skyrun.kernels.device import triton_problem, uses_triton
-from skyrun.kernels.toolchain import Missing
+from skyrun.kernels.machine import device
+from skyrun.kernels.machine.device import triton_problem, uses_triton
+from skyrun.kernels.machine.toolchain import Missing
 from skyrun.planning import hardware
 from skyrun.planning.hardware import this_machine
 from skyrun.presets import Hardware
@@ -142,7 +142,7 @@ def test_tests_pass_in_a_python_without(tmp_path, absent):
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *(str(here / n) for n in TESTS)]
     done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    check = "import torch; from skyrun.kernels.toolchain import missing; print(missing())"
+    check = "import torch; from skyrun.kernels.machine.toolchain import missing; print(missing())"
     said = subprocess.run(
         [sys.executable, "-c", check], cwd=here.parent, env=environment, capture_output=True, text=True
     )

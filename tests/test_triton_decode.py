@@ -7,9 +7,11 @@ import pytest
 import torch
 from blocks import BLOCK_TYPES, random_blocks
 
-from skyrun.kernels import FORMATS, decode, torch_decode, triton_decode
+from skyrun.kernels import FORMATS, decode
 from skyrun.kernels.errors import SkyrunError
 from skyrun.kernels.planes import to_planes
+from skyrun.kernels.torch import decode as torch_decode
+from skyrun.kernels.triton import decode as triton_decode
 from skyrun.kernels.weight import QuantizedWeight
 
 DTYPES = [torch.float32, torch.float16]

@@ -4,7 +4,7 @@ import pytest
 from blocks import BLOCK_TYPES
 from cubins import ARCHS, Cubins, Variant, arch_param, cases
 
-from skyrun.kernels import triton_decode
+from skyrun.kernels.triton import decode as triton_decode
 
 # Instructions per number, to bfloat16. An H200 copies at full speed up to about 18.
 BUDGET = {
@@ -17,7 +17,7 @@ OTHER_DTYPES = {"fp16": 90, "fp32": 89}  # each on one architecture
 def variant(type, dtype, archs=ARCHS):
     return Variant(
         f"{type} {dtype}",
-        "skyrun.kernels.triton_decode:decode_kernel",
+        "skyrun.kernels.triton.decode:decode_kernel",
         {"data": "*u8", "out": f"*{dtype}", "n": "i32"},
         triton_decode.constants(type),
         warps=triton_decode.WARPS,

@@ -15,12 +15,12 @@ from skyrun.cli import main
 from skyrun.engine.resume import resume
 from skyrun.engine.run import run_job
 from skyrun.events import BlockDone, StageStarted
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.media.pixels import first_frame
 from skyrun.media.video_writer import read_request
 from skyrun.planning.job import prepare
 from skyrun.planning.problems import value_problems
-from skyrun.quant.importance import read_importance
+from skyrun.quant.choose.importance import read_importance
 from skyrun.tasks import MODELS as MODELS_OF
 from skyrun.tasks import find_spec
 

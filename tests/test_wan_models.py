@@ -5,7 +5,7 @@ from wan_checkpoint import SEED, write_original, write_wan
 
 from skyrun.cli import main
 from skyrun.hub.store import parse_name, stored
-from skyrun.kernels.gguf_file import open_gguf
+from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import described_hardware, plan_request
 from skyrun.presets.timing import step_operations

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_fast_models import forward, our_kernel, set_everywhere
 
-from skyrun.kernels import triton_int8
-from skyrun.kernels.gguf_file import open_gguf
-from skyrun.kernels.warm_up import Blocks, launches
+from skyrun.kernels.files.gguf_file import open_gguf
+from skyrun.kernels.triton import int8 as triton_int8
+from skyrun.kernels.triton.warm_up import Blocks, launches
 from skyrun.models.dit.sparse import Learned
 from skyrun.models.dit_header import block_layouts, read_dims
 from skyrun.models.vae import WanVAE, read_vae_dims, vae_channels

@@ -9,8 +9,8 @@ import torch
 
 from skyrun.kernels import FORMATS
 from skyrun.quant import convert, quantize
-from skyrun.quant.encode import ENCODER_VERSION
-from skyrun.quant.importance import Importance, write_importance
+from skyrun.quant.choose.importance import Importance, write_importance
+from skyrun.quant.encoders.encode import ENCODER_VERSION
 from skyrun.quant.plan import Settings
 from skyrun.quant.planner import plan_conversion
 

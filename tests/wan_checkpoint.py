@@ -26,8 +26,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from skyrun.kernels.files.names import recognise
 from skyrun.kernels.name_tables import CLIP_VISION, TRANSFORMERS, UMT5_ENCODER, WAN_VAE
-from skyrun.kernels.names import recognise
 from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
 TEXT, IMAGE, HEADS, LAYERS, SEED = 128, 64, 2, 2, 3

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tasks import TASKS
 from training import autoencoder, text, transformer

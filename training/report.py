@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from skyrun.demo.world import Picture
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from training.autoencoder import Autoencoder
 from training.autoencoder_stages import as_tensor
 from training.clips import FRAMES, HELD_OUT, SIZE, TRAINED, Clip, draw_clip

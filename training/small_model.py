@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from training.autoencoder import new_autoencoder
 from training.autoencoder_stages import clips_stage, pictures_stage
 from training.denoising import compile_blocks, denoising_stage

@@ -13,7 +13,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 
 Weights = dict[str, Tensor]
 Losses = dict[str, float]  # of a step, by name

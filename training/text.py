@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.demo.words import ARTICLES, known_words
-from skyrun.kernels.ggml_tokenizer import Unigram
+from skyrun.kernels.files.ggml_tokenizer import Unigram
 from skyrun.kernels.name_tables import UMT5_ENCODER
 from skyrun.models.umt5 import TEXT_LENGTH, relative_buckets
 from training.stage import Weights

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from acceptance.step import Figure, Scale
 from skyrun.kernels import linear
-from skyrun.kernels.failures import is_device_lost, is_out_of_memory
-from skyrun.kernels.synthetic import random_weight
+from skyrun.kernels.machine.failures import is_device_lost, is_out_of_memory
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.presets.attention import ATTENTION_ERRORS
 from skyrun.tools.bench.checks import FAST_ERROR, ROUNDING, Check, check_kernels, relative_error
 from skyrun.tools.bench.kernels import QUANTIZED, WAN_14B, Bench, attention_way, attention_ways
 from skyrun.tools.bench.measurement import Clock
+from skyrun.tools.bench.synthetic_weight import random_weight
 
 _TALL = ("Q8_0", "Q6_K", "Q4_K")
 _SAMPLED = 200  # rows that are computed again in float64, the last one among them

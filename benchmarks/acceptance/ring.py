@@ -12,14 +12,14 @@ from torch import Tensor
 
 from acceptance.step import Figure, Scale
 from skyrun.kernels import QuantizedWeight
+from skyrun.kernels.files.gguf_file import TensorInfo
 from skyrun.kernels.formats import FORMATS
-from skyrun.kernels.gguf_file import TensorInfo
 from skyrun.kernels.planes import to_planes
-from skyrun.kernels.synthetic import random_blocks
 from skyrun.streaming.layout import Block, lay_out
 from skyrun.streaming.reader import FileReader
 from skyrun.streaming.stream import BlockStream, spread
 from skyrun.streaming.tokens import ParkedTokens
+from skyrun.tools.bench.synthetic_weight import random_blocks
 
 _PASSES = 3
 _ROUNDS = 3  # of parked tokens, there and back

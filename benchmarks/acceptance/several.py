@@ -12,7 +12,7 @@ from torch import Tensor
 
 from acceptance.step import Figure, NotHere, Scale
 from skyrun.kernels.attention import Keys, attend
-from skyrun.kernels.device import median_seconds
+from skyrun.kernels.machine.device import median_seconds
 from skyrun.models.dit.spans import Span, chunks
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.parallel.attention import SharedAttention

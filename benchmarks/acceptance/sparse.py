@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from acceptance.step import Figure, Scale
-from skyrun.kernels import torch_attention
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.tiles import Selection
+from skyrun.kernels.torch import attention as torch_attention
 from skyrun.models.dit.sparse import Learned, SelfCheck
 from skyrun.models.dit.tile_order import Frames, TileOrder, tile_order
 from skyrun.models.dit_header import HEAD_DIM

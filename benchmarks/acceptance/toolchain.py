@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from acceptance.step import Figure, Scale
-from skyrun.kernels.device import median_seconds, triton_problem
-from skyrun.kernels.warm_up import Blocks, launches
+from skyrun.kernels.machine.device import median_seconds, triton_problem
+from skyrun.kernels.triton.warm_up import Blocks, launches
 from skyrun.streaming.device import use_device
 from skyrun.tasks.skyreels_v3 import WAN_14B
 from skyrun.tools.bench.checks import relative_error

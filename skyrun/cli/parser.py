@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from skyrun.cli.command import Command
 from skyrun.demo.words import PROMPT, words_text
-from skyrun.presets.named import PRESETS
+from skyrun.presets.machine.named import PRESETS
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import TRANSITIONS

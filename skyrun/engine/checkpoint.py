@@ -20,7 +20,7 @@ from skyrun.engine.output import clip_path, state_path
 from skyrun.engine.window_files import WindowStore
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import BlockDone, Event, FramesReady, Kept, LatentsReady, Notice, WindowDone, now
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.media.pixels import Frames
 from skyrun.models.dit.sparse import Learned
 from skyrun.models.identity import model_identity

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, StageEnded
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.media.audio import Audio
 from skyrun.media.joined import read_audio, read_frames
 from skyrun.media.pixels import Frames

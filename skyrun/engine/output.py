@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from skyrun.errors import BAD_INPUT, SkyrunError
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.files.safetensors_header import read_safetensors_header
 from skyrun.media.image import suffix_problems
 from skyrun.media.video_writer import read_request
 from skyrun.planning.problems import check, lost_inputs, place_problems

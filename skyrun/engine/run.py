@@ -18,8 +18,8 @@ from skyrun.engine.together import run_together
 from skyrun.engine.warm_up import WarmUp
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
 from skyrun.events import Event, Notice, Preview, Progress, Replanned, StageEnded, StageStarted, TimeLeft, drain, now
-from skyrun.kernels.device import triton_problem
-from skyrun.kernels.failures import is_out_of_memory, refused_allocations
+from skyrun.kernels.machine.device import triton_problem
+from skyrun.kernels.machine.failures import is_out_of_memory, refused_allocations
 from skyrun.parallel.group import here
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState

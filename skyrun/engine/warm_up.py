@@ -8,10 +8,10 @@ from itertools import product
 import torch
 
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
-from skyrun.kernels.device import uses_triton
-from skyrun.kernels.failures import is_device_lost, is_out_of_memory
+from skyrun.kernels.machine.device import uses_triton
+from skyrun.kernels.machine.failures import is_device_lost, is_out_of_memory
 from skyrun.kernels.rotated import GROUP
-from skyrun.kernels.warm_up import Blocks, launches
+from skyrun.kernels.triton.warm_up import Blocks, launches
 from skyrun.models.dit_header import block_layouts, read_dims
 from skyrun.models.vae import vae_channels
 from skyrun.planning.job import Job

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.media.container import Track, opened
 from skyrun.media.pixels import Frames
 

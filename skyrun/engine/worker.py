@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
-from skyrun.kernels.failures import is_out_of_memory
+from skyrun.kernels.machine.failures import is_out_of_memory
 from skyrun.parallel.group import PeerLost, joined
 from skyrun.parallel.messages import Channel, entered
 from skyrun.parallel.team import BEAT, Beat, Done, Failure, Stop

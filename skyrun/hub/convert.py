@@ -14,12 +14,12 @@ from skyrun.events import Event, Progress, StageEnded, StageStarted, drain, now
 from skyrun.hub.client import fetch, is_here, read_start
 from skyrun.hub.repository import RemoteFile, Repository
 from skyrun.kernels import block_format
-from skyrun.kernels.recipes import find_recipe
+from skyrun.kernels.files.recipes import find_recipe
+from skyrun.quant.choose.recipes import default_encoder_quant
 from skyrun.quant.conversion import write_file
 from skyrun.quant.partial import finished_before
 from skyrun.quant.plan import Conversion, PlannedFile, Settings
 from skyrun.quant.planner import plan_conversion
-from skyrun.quant.recipes import default_encoder_quant
 
 _WHOLE = (".pth", ".bin")  # files without a header, which are downloaded as a whole
 _TEXTS = (".json", ".model")

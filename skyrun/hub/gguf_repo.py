@@ -10,10 +10,10 @@ from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
 from skyrun.hub.client import read_start
 from skyrun.hub.head import HEAD_BYTES, Head, read_head
 from skyrun.hub.repository import RemoteFile, Repository
+from skyrun.kernels.files.names import Match, recognise
+from skyrun.kernels.files.recipes import RECIPES
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import TRANSFORMERS
-from skyrun.kernels.names import Match, recognise
-from skyrun.kernels.recipes import RECIPES
 from skyrun.planning.published import transformer_table
 from skyrun.tasks import MODELS, TASKS, TaskSpec, tasks_in
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyrun.kernels.atomic import replacing
-from skyrun.kernels.disk import is_possible
+from skyrun.kernels.files.atomic import replacing
+from skyrun.kernels.files.disk import is_possible
 from skyrun.tasks.sources import SOURCES
 
 _FILE = "skyrun-model.json"

@@ -17,7 +17,7 @@ from skyrun.hub.manifest import Manifest
 from skyrun.hub.part import Part
 from skyrun.hub.resolve import Chooser, Main, needed_roles, planned_quant
 from skyrun.hub.store import LOCK, WORK, Name, alone_in, folder_of, pulled
-from skyrun.kernels.disk import allocated, existing_folder
+from skyrun.kernels.files.disk import allocated, existing_folder
 from skyrun.planning.inputs import open_inputs
 from skyrun.planning.problems import check
 from skyrun.planning.request import Request

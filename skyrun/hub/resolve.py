@@ -14,12 +14,12 @@ from skyrun.hub.part import Part, Ready, Shared
 from skyrun.hub.repository import Repository
 from skyrun.hub.store import Name, manifests, models_folder
 from skyrun.kernels import name_tables
-from skyrun.kernels.disk import existing_folder
-from skyrun.kernels.recipes import RECIPES, find_recipe
+from skyrun.kernels.files.disk import existing_folder
+from skyrun.kernels.files.recipes import RECIPES, find_recipe
 from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
-from skyrun.quant.recipes import default_encoder_quant
+from skyrun.quant.choose.recipes import default_encoder_quant
 from skyrun.tasks.sources import DEFAULT_QUANT, SOURCES, model_beside, pinned
 
 _MOST = "Q8_0"  # the largest type that is taken in place of a smaller one; for encoders F16

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from skyrun.errors import BAD_INPUT, FAILED, MODEL_MISSING, SkyrunError
 from skyrun.hub.manifest import Manifest, forget, last_use
-from skyrun.kernels.cache import home_folder
-from skyrun.kernels.disk import allocated
+from skyrun.kernels.files.disk import allocated
+from skyrun.kernels.machine.cache import home_folder
 from skyrun.tasks import spec_of
 from skyrun.tasks.sources import BUILT_IN, SOURCES, model_beside, tasks_of
 from skyrun.units import size

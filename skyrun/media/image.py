@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 
 _WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
 # Pillow reads forty more; for EPS it would start Ghostscript.

@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.media.audio import Audio, Samples
 from skyrun.media.container import opened
 from skyrun.media.pixels import Frames

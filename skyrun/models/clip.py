@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
-from skyrun.kernels.fitting import check_tensors
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.fitting import check_tensors
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.kernels.name_tables import CLIP_VISION
 from skyrun.streaming.layout import lay_out_blocks
 from skyrun.streaming.stream import BlockStream

@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.files.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.files.names import Match, fits, recognise, strays
 from skyrun.kernels.name_tables import TRANSFORMERS
-from skyrun.kernels.names import Match, fits, recognise, strays
 from skyrun.streaming.layout import Block, lay_out_blocks
 
 HEAD_DIM = 128

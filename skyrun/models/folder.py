@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.kernels.adapter import Fitted
+from skyrun.kernels.files.adapter import Fitted
+from skyrun.kernels.files.gguf_file import GGUFFile, open_gguf
+from skyrun.kernels.files.safetensors_header import read_safetensors_header
 from skyrun.kernels.formats import FORMATS
-from skyrun.kernels.gguf_file import GGUFFile, open_gguf
 from skyrun.kernels.name_tables import role_of
-from skyrun.kernels.safetensors_header import read_safetensors_header
 
 T = TypeVar("T")
 

@@ -4,9 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from skyrun.kernels.gguf_file import GGUFFile
-from skyrun.kernels.reading import open_unbuffered, read_into
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.files.gguf_file import GGUFFile
+from skyrun.kernels.files.reading import open_unbuffered, read_into
+from skyrun.kernels.files.safetensors_header import read_safetensors_header
 from skyrun.models.folder import ModelFiles
 
 _HEAD_BYTES = 256  # of every tensor that go into the fingerprint of a file

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from skyrun.errors import SkyrunError
 from skyrun.events import Event
 from skyrun.kernels.elementwise import rms_norm
-from skyrun.kernels.fitting import check_tensors
-from skyrun.kernels.ggml_tokenizer import read_tokenizer
-from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.files.fitting import check_tensors
+from skyrun.kernels.files.ggml_tokenizer import read_tokenizer
+from skyrun.kernels.files.gguf_file import GGUFFile, TensorInfo
 from skyrun.kernels.name_tables import UMT5_ENCODER
 from skyrun.streaming.layout import lay_out_blocks
 from skyrun.streaming.stream import BlockStream

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.kernels import elementwise
-from skyrun.kernels.fitting import check_tensors
+from skyrun.kernels.files.fitting import check_tensors
+from skyrun.kernels.files.safetensors_header import SafetensorsHeader, own_words, read_safetensors_header
 from skyrun.kernels.name_tables import WAN_VAE
-from skyrun.kernels.safetensors_header import SafetensorsHeader, own_words, read_safetensors_header
 from skyrun.models.slabs import Slab, Tile, by_slab, cut
 from skyrun.models.vae_memory import Memory
 from skyrun.parallel.group import Group

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.fitting import check_tensors
+from skyrun.kernels.files.fitting import check_tensors
+from skyrun.kernels.files.safetensors_header import own_words, read_safetensors_header
 from skyrun.kernels.name_tables import WAV2VEC2
-from skyrun.kernels.safetensors_header import own_words, read_safetensors_header
 
 RATE = 16000  # samples per second
 _CONVERT = "convert the published checkpoint: skyrun convert CHECKPOINT -o DIR"

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skyrun.kernels.atomic import replacing
-from skyrun.kernels.cache import cache_folder
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.atomic import replacing
+from skyrun.kernels.files.gguf_file import GGUFFile
+from skyrun.kernels.machine.cache import cache_folder
 from skyrun.models.identity import gguf_identity
 from skyrun.version import __version__
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skyrun.events import Event, FramesReady, Preview, Progress, StageEnded, StageStarted, now
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.machine.device import uses_triton
 from skyrun.media.pixels import Frames, to_uint8
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit import DiT

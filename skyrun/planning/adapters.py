@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.adapter import Fitted, Update, fit, read_adapter
+from skyrun.kernels.files.adapter import Fitted, Update, fit, read_adapter
 from skyrun.planning.lora import Lora
 from skyrun.presets import Workload
 from skyrun.presets.memory import ALIGNMENT

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from skyrun.kernels.cache import MeasuredFile, checked
+from skyrun.kernels.machine.cache import MeasuredFile, checked
 from skyrun.presets import Workload
 from skyrun.presets.attention import USUAL_BOUND, parse_attention
 from skyrun.version import __version__

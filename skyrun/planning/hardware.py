@@ -6,13 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from skyrun.kernels.cache import MeasuredFile, checked
-from skyrun.kernels.toolchain import missing
+from skyrun.kernels.machine.cache import MeasuredFile, checked
+from skyrun.kernels.machine.toolchain import missing
 from skyrun.presets import Hardware, probe
-from skyrun.presets.cards import Rates
-from skyrun.presets.hardware import MEASURED, REPORTED
-from skyrun.presets.host import cpu_name
-from skyrun.presets.nvidia_smi import query
+from skyrun.presets.machine.cards import Rates
+from skyrun.presets.machine.hardware import MEASURED, REPORTED
+from skyrun.presets.machine.host import cpu_name
+from skyrun.presets.machine.nvidia_smi import query
 
 
 @dataclass(frozen=True)

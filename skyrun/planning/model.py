@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from skyrun.errors import BAD_INPUT, MODEL_MISSING, SkyrunError
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.models.clip import CLIPVision
 from skyrun.models.dit_header import DiTDims, canonical_tensors, read_dims
 from skyrun.models.folder import CONVERT, ModelFiles, ModelFolder, main_type

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.planning.request import Request
 
 _KEY = "skyrun.clip_sizes"

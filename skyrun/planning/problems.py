@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.capability import FLOAT8
-from skyrun.kernels.disk import existing_folder
+from skyrun.kernels.files.disk import existing_folder
+from skyrun.kernels.machine.capability import FLOAT8
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware
 from skyrun.presets.attention import ATTENTIONS, parse_attention

@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import cache
 from math import prod
 
+from skyrun.kernels.files.names import Table
+from skyrun.kernels.files.recipes import RECIPES, recipe_types
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import (
     CLIP_VISION,
@@ -16,8 +18,6 @@ from skyrun.kernels.name_tables import (
     WAN_VAE,
     WAV2VEC2,
 )
-from skyrun.kernels.names import Table
-from skyrun.kernels.recipes import RECIPES, recipe_types
 from skyrun.planning.request import Request
 from skyrun.presets import Candidate, Workload
 from skyrun.presets.workload import AREAS

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from skyrun.kernels.disk import is_possible
+from skyrun.kernels.files.disk import is_possible
 from skyrun.planning.lora import Lora, as_lora, lora_problem
 from skyrun.tasks import MODELS, TASKS, TaskSpec, spec_of
 from skyrun.tasks.windows import BLOCK, Length, Window, latents

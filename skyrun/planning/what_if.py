@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.recipes import RECIPES
+from skyrun.kernels.files.recipes import RECIPES
 from skyrun.planning.adapters import open_adapters, with_adapters
 from skyrun.planning.densities import with_density
 from skyrun.planning.hardware import this_machine
@@ -24,10 +24,10 @@ from skyrun.planning.published import part_bytes, published_shapes, published_wo
 from skyrun.planning.request import Request
 from skyrun.presets import Hardware, Plan, Workload, choose
 from skyrun.presets.assumptions import assumptions
-from skyrun.presets.cards import card_like, find_card, why_unknown
-from skyrun.presets.hardware import ASSUMED, STATED, free_ram, stated
+from skyrun.presets.machine.cards import card_like, find_card, why_unknown
+from skyrun.presets.machine.hardware import ASSUMED, STATED, free_ram, stated
+from skyrun.presets.machine.named import preset
 from skyrun.presets.memory import GIB, HEAD_DIM
-from skyrun.presets.named import preset
 from skyrun.presets.options import PREFERENCES
 from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE, speech_frame_count

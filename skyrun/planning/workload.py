@@ -1,6 +1,6 @@
 """Compute a workload from a model's files."""
 
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.models.dit_header import block_layouts, canonical_tensors
 from skyrun.models.folder import main_type
 from skyrun.models.umt5 import TEXT_LENGTH

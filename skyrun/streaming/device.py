@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from skyrun.errors import WILL_NOT_FIT, SkyrunError
-from skyrun.kernels.failures import is_out_of_memory, refused_allocations
+from skyrun.kernels.machine.failures import is_out_of_memory, refused_allocations
 
 _SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
 _SPILL_SHARE = 0.01  # of the device's memory: with less of it free, Windows spills to RAM

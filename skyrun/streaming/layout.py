@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.adapter import DTYPES, Fitted, Update
-from skyrun.kernels.gguf_file import TensorInfo
+from skyrun.kernels.files.adapter import DTYPES, Fitted, Update
+from skyrun.kernels.files.gguf_file import TensorInfo
+from skyrun.kernels.files.safetensors_header import StoredTensor
 from skyrun.kernels.planes import FIELDS
-from skyrun.kernels.safetensors_header import StoredTensor
 from skyrun.presets.memory import ALIGNMENT
 from skyrun.streaming.low_rank import Addition
 from skyrun.streaming.reader import PAGE, Extent

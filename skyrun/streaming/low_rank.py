@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.kernels.rotated import RotatedInt8
-from skyrun.kernels.torch_int8 import rotate
+from skyrun.kernels.torch.int8 import rotate
 from skyrun.presets.memory import ADAPTER_ROWS
 
 

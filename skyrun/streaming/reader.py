@@ -18,8 +18,8 @@ import psutil
 from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.reading import ReadAt, fill, open_unbuffered, read_at
-from skyrun.presets.host import CACHED_SHARE
+from skyrun.kernels.files.reading import ReadAt, fill, open_unbuffered, read_at
+from skyrun.presets.machine.host import CACHED_SHARE
 
 _THREADS, _CHUNK = 8, 4 << 20
 PAGE = 4096  # reads around the page cache begin and end at multiples of it, in the file and in memory

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from skyrun.events import BlockDone, now
-from skyrun.kernels.device import uses_triton
+from skyrun.kernels.machine.device import uses_triton
 from skyrun.kernels.planes import to_planes
 from skyrun.presets.memory import LOADERS
 from skyrun.streaming.device import use_device

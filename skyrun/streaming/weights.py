@@ -9,12 +9,12 @@ from torch import Tensor
 
 from skyrun.errors import SkyrunError
 from skyrun.kernels import QuantizedWeight, dequantize, float16_sums, linear
-from skyrun.kernels.adapter import DTYPES, Fitted
-from skyrun.kernels.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.files.adapter import DTYPES, Fitted
+from skyrun.kernels.files.gguf_file import GGUFFile, TensorInfo
+from skyrun.kernels.files.reading import open_unbuffered, read_into
+from skyrun.kernels.files.safetensors_header import StoredTensor
 from skyrun.kernels.planes import needs_planes
-from skyrun.kernels.reading import open_unbuffered, read_into
 from skyrun.kernels.rotated import GROUP, RotatedInt8
-from skyrun.kernels.safetensors_header import StoredTensor
 from skyrun.streaming.low_rank import Addition, add_products, with_additions
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

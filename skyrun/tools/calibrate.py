@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skyrun.errors import FAILED, MODEL_MISSING, SkyrunError
 from skyrun.events import Event, LatentsReady, Progress, StageEnded, StageStarted, now
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.media.image import open_image
 from skyrun.models.folder import CONVERT, main_type, open_folder
 from skyrun.models.identity import fingerprint
@@ -25,7 +25,7 @@ from skyrun.planning.model import published_spec
 from skyrun.planning.problems import place_problems
 from skyrun.planning.request import Request
 from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.quant.importance import Importance, read_importance, write_importance
+from skyrun.quant.choose.importance import Importance, read_importance, write_importance
 from skyrun.streaming.device import choose_device, out_of_memory_explained, peak_bytes, vram_limited
 from skyrun.tasks import TASKS
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels.device import median_seconds
+from skyrun.kernels.machine.device import median_seconds
 from skyrun.streaming.device import choose_device
 
 _CHANNELS, _FRAMES = 96, 4  # of the widest frames

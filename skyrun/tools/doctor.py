@@ -18,14 +18,14 @@ import psutil
 
 from skyrun.errors import SkyrunError
 from skyrun.hub.store import MODELS_VARIABLE, models_folder
-from skyrun.kernels.cache import cache_folder
-from skyrun.kernels.capability import FLOAT8, OLDEST
-from skyrun.kernels.disk import existing_folder
-from skyrun.kernels.toolchain import missing, triton_package
+from skyrun.kernels.files.disk import existing_folder
+from skyrun.kernels.machine.cache import cache_folder
+from skyrun.kernels.machine.capability import FLOAT8, OLDEST
+from skyrun.kernels.machine.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
 from skyrun.presets.attention import ATTENTIONS
-from skyrun.presets.host import disk_rate, free_space, memory, where
-from skyrun.presets.nvidia_smi import query
+from skyrun.presets.machine.host import disk_rate, free_space, memory, where
+from skyrun.presets.machine.nvidia_smi import query
 from skyrun.units import GIB, size
 
 _COMFORTABLE_RAM = 12 * GIB

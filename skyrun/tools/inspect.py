@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import MODEL_MISSING, SkyrunError
-from skyrun.kernels.adapter import described, read_adapter
-from skyrun.kernels.adapter_names import entry_of, other_kind
-from skyrun.kernels.gguf_file import open_gguf
-from skyrun.kernels.safetensors_header import read_safetensors_header
+from skyrun.kernels.files.adapter import described, read_adapter
+from skyrun.kernels.files.adapter_names import entry_of, other_kind
+from skyrun.kernels.files.gguf_file import open_gguf
+from skyrun.kernels.files.safetensors_header import read_safetensors_header
 
 _TRANSFORMER = "wan"  # its architecture in GGUF
 _VIDEO = (".mp4", ".mkv", ".mov", ".webm")

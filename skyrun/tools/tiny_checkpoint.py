@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from skyrun.errors import FAILED, SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
+from skyrun.kernels.files.names import Shape
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
-from skyrun.kernels.names import Shape
 from skyrun.models.dit_header import HEAD_DIM
 
 Shapes = dict[str, Shape]

@@ -15,19 +15,19 @@ from torch.nn import functional as F
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
 from skyrun.kernels import linear
 from skyrun.kernels.attention import Keys, attend, quick_precisions
-from skyrun.kernels.device import median_seconds, uses_triton
-from skyrun.kernels.synthetic import random_weight
+from skyrun.kernels.machine.device import median_seconds, uses_triton
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.planning.hardware import Tuned, disk_number, save_tuned, this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets import Hardware
-from skyrun.presets.cards import Rates
-from skyrun.presets.hardware import measure_link
-from skyrun.presets.host import disk_rate
+from skyrun.presets.machine.cards import Rates
+from skyrun.presets.machine.hardware import measure_link
+from skyrun.presets.machine.host import disk_rate
 from skyrun.presets.timing import rates_of
 from skyrun.streaming.device import choose_device, peak_bytes
 from skyrun.tasks.skyreels_v3 import REFERENCE_TO_VIDEO, WAN_14B
+from skyrun.tools.bench.synthetic_weight import random_weight
 
 _STAGE = "tune"
 _CLIP = Request(REFERENCE_TO_VIDEO.name, "")  # its predicted time is compared before and after

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.errors import SkyrunError
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 from skyrun.web.folder import Folder, Refused
 from skyrun.web.helped import Helper
 from skyrun.web.queue import CLIPS, Queue

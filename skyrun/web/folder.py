@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from skyrun.errors import SkyrunError
 from skyrun.hub.store import models_folder
-from skyrun.kernels.disk import is_possible
+from skyrun.kernels.files.disk import is_possible
 
 _CLIP = ".mp4"
 _UNFINISHED = ".skyrun.safetensors"  # what a run keeps beside a clip that is not finished

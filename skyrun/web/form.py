@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from skyrun.hub.store import stored
-from skyrun.kernels.recipes import RECIPES
+from skyrun.kernels.files.recipes import RECIPES
 from skyrun.planning.problems import DTYPES, PRECISIONS
 from skyrun.planning.request import Request
 from skyrun.presets.attention import OFFERED

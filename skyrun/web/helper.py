@@ -28,7 +28,7 @@ from skyrun.planning.hardware import this_machine
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
 from skyrun.presets import Hardware, probe
-from skyrun.presets.hardware import REPORTED
+from skyrun.presets.machine.hardware import REPORTED
 from skyrun.streaming.device import choose_device
 from skyrun.tasks.sizes import WIDE
 from skyrun.tasks.windows import SPEECH_RATE

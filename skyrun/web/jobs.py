@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyrun.kernels.atomic import replacing
+from skyrun.kernels.files.atomic import replacing
 
 WAITING, RUNNING, STOPPING, PAUSED = "waiting", "running", "stopping", "paused"
 DONE, FAILED, CANCELLED = "done", "failed", "cancelled"

@@ -9,7 +9,7 @@ from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
 from skyrun.hub.local import model_path
 from skyrun.kernels.formats import FORMATS
-from skyrun.quant.importance import Importance, read_importance
+from skyrun.quant.choose.importance import Importance, read_importance
 from skyrun.tools.calibrate import Calibration, collect, collected_clips, merge_files, plan_calibration
 from skyrun.tools.calibration_prompts import FRAMES, PROMPTS, draw_images
 

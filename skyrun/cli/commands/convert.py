@@ -6,8 +6,8 @@ from skyrun.cli.console import emit, say
 from skyrun.cli.progress import shown
 from skyrun.hub.adapters import fetch_adapters
 from skyrun.planning.lora import parse_lora
+from skyrun.quant.choose.target_size import parse_size
 from skyrun.quant.plan import Conversion, Settings
-from skyrun.quant.target_size import parse_size
 from skyrun.tools import convert as tool
 from skyrun.units import size, table
 

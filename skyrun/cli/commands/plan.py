@@ -15,7 +15,7 @@ from skyrun.planning.what_if import Planned, plan_request, stated_hardware
 from skyrun.presets import Hardware, Plan
 from skyrun.presets.advice import precisions
 from skyrun.presets.autoencoder import Autoencoder
-from skyrun.presets.cards import card_rows
+from skyrun.presets.machine.cards import card_rows
 from skyrun.tasks import TASKS
 from skyrun.units import GIB, duration, size, table
 

@@ -32,7 +32,7 @@ from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
 from skyrun.presets.advice import precisions
-from skyrun.presets.named import preset_limits
+from skyrun.presets.machine.named import preset_limits
 from skyrun.units import GIB, duration, size, table
 
 

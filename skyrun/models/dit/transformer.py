@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skyrun.events import Event
-from skyrun.kernels.adapter import Fitted
 from skyrun.kernels.elementwise import layer_norm
-from skyrun.kernels.gguf_file import GGUFFile
+from skyrun.kernels.files.adapter import Fitted
+from skyrun.kernels.files.gguf_file import GGUFFile
 from skyrun.models.audio_projection import project_audio
 from skyrun.models.dit.block import Context, Rope, dit_block
 from skyrun.models.dit.spans import Span, TimeEmbedding, chunks, divide, hearing

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skyrun.kernels import dequantize, elementwise, linear, torch_decode, torch_elementwise, torch_int8
+from skyrun.kernels import dequantize, elementwise, linear
 from skyrun.kernels.matmul import FEW_ROWS
-from skyrun.kernels.synthetic import random_blocks, random_weight
-from skyrun.kernels.torch_attention import read_keys
-from skyrun.kernels.torch_int8 import rotate
+from skyrun.kernels.torch import decode as torch_decode
+from skyrun.kernels.torch import elementwise as torch_elementwise
+from skyrun.kernels.torch import int8 as torch_int8
+from skyrun.kernels.torch.attention import read_keys
+from skyrun.kernels.torch.int8 import rotate
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.presets.attention import ATTENTION_ERRORS
 from skyrun.tools.bench.kernels import (
@@ -23,6 +25,7 @@ from skyrun.tools.bench.kernels import (
     list_precisions,
     list_way,
 )
+from skyrun.tools.bench.synthetic_weight import random_blocks, random_weight
 
 _ROWS, _COLS = 205, 1024  # of weights; not multiples of a tile
 FAST_ERROR = 0.016  # relative error that int8 may add to a linear layer

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from skyrun.errors import SkyrunError
 from skyrun.events import Event, Progress, StageEnded, StageStarted, now
-from skyrun.kernels import FORMATS, QuantizedWeight, linear, torch_decode
+from skyrun.kernels import FORMATS, QuantizedWeight, linear
 from skyrun.kernels.attention import Keys, attend, quick_precisions, ways
 from skyrun.kernels.selection import tiles_for
-from skyrun.kernels.synthetic import random_blocks, random_weight
 from skyrun.kernels.tiles import Selection
+from skyrun.kernels.torch import decode as torch_decode
 from skyrun.models.dit import Context, dit_block
 from skyrun.models.dit.spans import Span
 from skyrun.models.dit_header import HEAD_DIM, DiTDims
@@ -26,6 +26,7 @@ from skyrun.streaming.tokens import HeldTokens
 from skyrun.streaming.weights import Weight, Weights
 from skyrun.tasks import skyreels_v3 as tasks
 from skyrun.tools.bench.measurement import Clock, Measurement
+from skyrun.tools.bench.synthetic_weight import random_blocks, random_weight
 from skyrun.units import GIB
 
 QUANTIZED = tuple(name for name, format in FORMATS.items() if format.block_size > 1)

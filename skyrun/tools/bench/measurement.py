@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from skyrun.kernels.choice import holds_for
-from skyrun.kernels.device import median_seconds
-from skyrun.kernels.failures import is_out_of_memory
-from skyrun.presets.nvidia_smi import query
+from skyrun.kernels.machine.choice import holds_for
+from skyrun.kernels.machine.device import median_seconds
+from skyrun.kernels.machine.failures import is_out_of_memory
+from skyrun.presets.machine.nvidia_smi import query
 
 _LEAST, _MOST = 5, 50  # launches of a measurement; on a CPU one may be enough
 _TARGET = 0.5  # seconds that a measurement should take, within these bounds

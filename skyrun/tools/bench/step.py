@@ -27,7 +27,7 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job, prepare
 from skyrun.planning.request import Request
 from skyrun.presets import Plan
-from skyrun.presets.host import forget, free_space, read_rate
+from skyrun.presets.machine.host import forget, free_space, read_rate
 from skyrun.presets.memory import CONTEXT_BYTES
 from skyrun.streaming.device import finish, out_of_memory_explained, vram_limited
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.name_tables import UMT5_ENCODER, WAN_TRANSFORMER, WAN_VAE
-from skyrun.kernels.synthetic import random_blocks
 from skyrun.planning.published import TEXT_LAYERS, UMT5_XXL, VAE
 from skyrun.tasks.skyreels_v3 import WAN_14B
+from skyrun.tools.bench.synthetic_weight import random_blocks
 from skyrun.tools.tiny_checkpoint import ascii_tokenizer
 
 Dims = Mapping[str, int]

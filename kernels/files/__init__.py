@@ -1,0 +1,1 @@
+"""What files hold and how they are read: headers, tensor names, adapters, and how files are written."""

@@ -1,0 +1,1 @@
+"""The kernels in Triton, each with a twin in `kernels.torch`."""

@@ -1,0 +1,1 @@
+"""Encode weights to block bytes, a family of types to a file."""
