@@ -13,7 +13,7 @@ from small_run import fail, small_request
 from skyrun.cli import main
 from skyrun.cli.batch import requests_of
 from skyrun.cli.parser import parser
-from skyrun.errors import SkyrunError
+from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.media.video_writer import Format, read_request, writing_video
 from skyrun.planning.request import Request
 from skyrun.tasks import TASKS
@@ -49,6 +49,21 @@ def test_a_clip_for_every_seed(told, tmp_path, capsys):
     assert (tmp_path / "r2v-3.mp4").stat().st_mtime_ns == first
     assert main(told("-p", "a lake", "--seed", "3", "4", "--overwrite")) == 0
     assert read_request(tmp_path / "r2v-3.mp4")["prompt"] == "a lake"
+
+
+def test_the_same_command_without_a_seed_finds_its_clip(told, tmp_path, capsys):
+    made = told("-p", "a sea", "-o", "a.mp4")
+    assert main(made) == 0
+    seed = read_request(tmp_path / "a.mp4")["seed"]
+    capsys.readouterr()
+    assert main(made) == 0
+    assert "it is there already" in capsys.readouterr().err
+    assert main([*made, "--seed", str(seed ^ 1)]) == BAD_INPUT
+    assert "another seed" in capsys.readouterr().err
+    assert main([*made, "--steps", "2"]) == BAD_INPUT
+    assert "another steps" in capsys.readouterr().err
+    assert main([*made, "--overwrite"]) == 0
+    assert read_request(tmp_path / "a.mp4")["seed"] != seed
 
 
 def test_a_clip_for_every_prompt_and_seed(told, tmp_path):

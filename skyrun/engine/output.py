@@ -28,10 +28,10 @@ _SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
 # Fields that do not change what a clip shows; `resolution` has become a size.
 NOT_THE_CLIP = ("output", "save_latents", "overwrite", "resolution", "device", "devices", "max_vram", "max_ram")
-# By the plan or by the model, unless the request states them.
+# By the plan, by the model or by chance, unless the request states them.
 _DECIDED = (
     *("size", "frames", "steps", "quant", "model", "variant", "guidance", "negative_prompt", "shift", "fps"),
-    *("condition_frames", "window_frames"),
+    *("condition_frames", "window_frames", "seed"),
 )
 _INPUTS = ("images", "video", "audio", "model", "loras")
 _MAX_OWNER = 200  # characters of a lock file that are shown
