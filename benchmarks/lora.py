@@ -27,7 +27,7 @@ from skyrun.planning.request import Request
 from skyrun.quant import convert
 from training.autoencoder import Autoencoder
 from training.autoencoder_stages import as_tensor
-from training.clips import FRAMES, SIZE, TRAINED, path
+from training.clips import SIZES, TRAINED, USUAL, path
 from training.requests import Made, latent_error, make
 from training.stage import Random, Weights, random_of
 from training.text import encode_text, token_ids, unigram
@@ -44,10 +44,10 @@ def drawn(number: int, use: str, known: bool = False) -> tuple[str, list[Picture
     """Prompt, references and frames of a clip whose sprite is pink, but grey in its reference; or of a known colour."""
     draw = random_of(number, use, 0).draw
     topic = TRAINED[draw.integers(len(TRAINED))]
-    scene, place = scene_picture(topic.scene, SIZE, draw), path(topic.motion, SIZE, FRAMES, 0)
+    scene, place = scene_picture(topic.scene, SIZES[0], draw), path(topic.motion, SIZES[0], USUAL, 0)
     colour = tint(topic.colour, draw) if known else PINK
     said = sentence(replace(topic, colour="red"), draw).replace("red", topic.colour if known else WORD, 1)
-    shown = sprite_picture(topic.shape, colour if known else GREY, SIZE)
+    shown = sprite_picture(topic.shape, colour if known else GREY, SIZES[0])
     return said, [shown, scene], composed(topic.shape, colour, scene, *place)
 
 
@@ -75,7 +75,7 @@ def trained(
         pairs[layer] = torch.randn(RANK, cols, generator=generator) * cols**-0.5, torch.zeros(rows, RANK)
     flat = [matrix.requires_grad_() for pair in pairs.values() for matrix in pair]
     adam = torch.optim.AdamW(flat, lr=RATE, weight_decay=0)
-    tokenizer, frames = unigram().tokenizer(), len(range(0, FRAMES, 4))
+    tokenizer, frames = unigram().tokenizer(), len(range(0, USUAL, 4))
     for step in range(STEPS):
         random = random_of(0, "lora-steps", step)
         picked = random.draw.integers(DRAWN, size=BATCH)
@@ -112,7 +112,7 @@ def requests(folder: Path) -> Iterator[tuple[Request, Picture]]:
         paths = tuple(folder / f"{number}.{place}.png" for place in range(len(references)))
         for place, picture in zip(paths, references, strict=True):
             Image.fromarray((255 * picture).round().astype(np.uint8)).save(place)
-        yield Request("r2v", prompt, paths, size=SIZE, frames=FRAMES, seed=number), frames
+        yield Request("r2v", prompt, paths, size=SIZES[0], frames=USUAL, seed=number), frames
 
 
 def is_pink(made: Made, wanted: Picture) -> bool:

@@ -61,10 +61,13 @@ def _against(line: Mapping[str, Any], base: Mapping[str, Any] | None) -> str:
 
 
 def draw_ladder(clips: Mapping[str, Sequence[Made]]) -> Image.Image:
-    """A row of frames for each type."""
-    rows = []
+    """A row of frames for each type, white below those that are less high than others."""
+    rows, tall = [], max(clip.frames.shape[1] for made in clips.values() for clip in made)
     for made in clips.values():
-        rows.append(np.concatenate([clip.frames[n] for clip in made for n in _LADDER_FRAMES], 1))
+        frames = [clip.frames[number] for clip in made for number in _LADDER_FRAMES]
+        padding = [((0, tall - len(frame)), (0, 0), (0, 0)) for frame in frames]
+        padded = [np.pad(frame, pad, constant_values=255) for frame, pad in zip(frames, padding, strict=True)]
+        rows.append(np.concatenate(padded, 1))
     shown = np.concatenate(rows)
     image = Image.new("RGB", (_LABEL // 2 + _LADDER_SCALE * shown.shape[1], _LADDER_SCALE * shown.shape[0]), "white")
     enlarged = Image.fromarray(shown).resize(

@@ -73,11 +73,11 @@ def within_range(name: str, compute: Callable[[], R], tensors: Callable[[R], Ite
     if name not in _overflowed:
         attempt = _Attempt(True)
         result = _run(attempt, compute)
-        if not attempt.used or _are_finite(tensors(result)):
+        if not attempt.used or are_finite(tensors(result)):
             return result
         del result
     result = _run(_Attempt(False), compute)
-    if name not in _overflowed and _are_finite(tensors(result)):  # otherwise it was broken before
+    if name not in _overflowed and are_finite(tensors(result)):  # otherwise it was broken before
         _overflowed.add(name)
     return result
 
@@ -96,7 +96,7 @@ def _run(attempt: _Attempt, compute: Callable[[], R]) -> R:
         _attempt.reset(token)
 
 
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
+def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all values are finite, in one pass without another tensor of their size."""
     ends = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors if tensor.numel()]
     return all(torch.stack(ends).tolist()) if ends else True

@@ -2,15 +2,21 @@
 
 import io
 import json
+from fractions import Fraction
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 from small_run import fail, small_request
 
 from skyrun.cli import main
-from skyrun.errors import SkyrunError
-from skyrun.media.video_writer import read_request
+from skyrun.cli.batch import requests_of
+from skyrun.cli.parser import parser
+from skyrun.errors import BAD_INPUT, SkyrunError
+from skyrun.media.video_writer import Format, read_request, writing_video
+from skyrun.planning.request import Request
+from skyrun.tasks import TASKS
 
 
 @pytest.fixture
@@ -43,6 +49,21 @@ def test_a_clip_for_every_seed(told, tmp_path, capsys):
     assert (tmp_path / "r2v-3.mp4").stat().st_mtime_ns == first
     assert main(told("-p", "a lake", "--seed", "3", "4", "--overwrite")) == 0
     assert read_request(tmp_path / "r2v-3.mp4")["prompt"] == "a lake"
+
+
+def test_the_same_command_without_a_seed_finds_its_clip(told, tmp_path, capsys):
+    made = told("-p", "a sea", "-o", "a.mp4")
+    assert main(made) == 0
+    seed = read_request(tmp_path / "a.mp4")["seed"]
+    capsys.readouterr()
+    assert main(made) == 0
+    assert "it is there already" in capsys.readouterr().err
+    assert main([*made, "--seed", str(seed ^ 1)]) == BAD_INPUT
+    assert "another seed" in capsys.readouterr().err
+    assert main([*made, "--steps", "2"]) == BAD_INPUT
+    assert "another steps" in capsys.readouterr().err
+    assert main([*made, "--overwrite"]) == 0
+    assert read_request(tmp_path / "a.mp4")["seed"] != seed
 
 
 def test_a_clip_for_every_prompt_and_seed(told, tmp_path):
@@ -119,6 +140,55 @@ def test_a_clip_made_again_with_another_seed(told, tmp_path, converted, capsys):
     with av.open("a.mp4") as one, av.open("same.mp4") as two:
         frames = [next(container.decode(video=0)).to_ndarray() for container in (one, two)]
     assert (frames[0] == frames[1]).all()
+
+
+def earlier(tmp_path, task, variant=None, **values):
+    """A clip that says to be made by such a request, with all values of its model."""
+    inputs = {"images": ("a.png",) * TASKS[task].images[0], "video": "v.mp4" if TASKS[task].video else None}
+    inputs |= {"audio": "a.wav"} if TASKS[task].audio else {}
+    request = Request(task, "a sea", variant=variant, **{"seed": 3, "size": (544, 960), **inputs, **values})
+    with writing_video(tmp_path / "e.mp4", Format(32, 48, Fraction(24), request.as_json())) as writer:
+        writer.add(np.zeros((1, 32, 48, 3), np.uint8))
+    return "e.mp4"
+
+
+def asked(*command):
+    (request,) = requests_of(parser().parse_args(["run", *command]))
+    return request
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("other", TASKS)
+def test_another_task_has_its_own_values(tmp_path, monkeypatch, task, other):
+    monkeypatch.chdir(tmp_path)
+    variant = TASKS[task].model or None
+    clip = earlier(tmp_path, task, variant, steps=3, loras=("x.safetensors",), quant="Q4_K", prefer="speed", nag=5.0)
+    again = asked(other, "--from", clip)
+    if other == task:
+        assert (again.steps, again.nag, again.quant) == (3, 5.0, "Q4_K") and again.loras
+        return
+    shared = {"prompt": "a sea", "seed": 3, "prefer": "speed", "size": again.size}
+    shared |= {"video": "v.mp4"} if TASKS[task].video and TASKS[other].video else {}
+    assert again == Request(other, **shared)
+    assert again.size == ((544, 960) if (544, 960) in _sizes(other) else None)
+
+
+def _sizes(task):
+    spec = TASKS[task]
+    return [spec.size(resolution, 544, 960) for resolution in spec.resolutions]
+
+
+def test_a_transition_stays_with_its_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = earlier(tmp_path, "shot", transition="cut-in")
+    assert read_request(tmp_path / clip)["prompt"] != "a sea" == asked("v2v", "--from", clip).prompt
+
+
+def test_another_model_has_its_own_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = earlier(tmp_path, "t2v", "wan2.1-t2v-1.3b", shift=3.0)
+    again = asked("--from", clip, "--model", "t2v")
+    assert (again.steps, again.guidance, again.negative_prompt, again.shift) == (None, None, None, 3.0)
 
 
 def test_a_preview_of_each_of_several_clips(told, tmp_path):

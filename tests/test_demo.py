@@ -76,10 +76,10 @@ def test_outputs_have_the_usual_names_and_a_scene_is_a_second_reference(tmp_path
 def test_pixels_are_shown_as_squares(demo):
     assert {path.name for path in demo.iterdir()} == {"a.mp4", "a.png", "a.reference-1.png"}
     shown = frames(demo / "a.mp4")
-    assert shown.shape == (17, 240, 240, 3)
-    blocks = shown.reshape(17, 48, 5, 48, 5, 3).astype(int)
+    assert shown.shape == (17, 4 * 48, 4 * 80, 3)
+    blocks = shown.reshape(17, 48, 4, 80, 4, 3).astype(int)
     assert np.abs(blocks - blocks[:, :, 1:2, :, 1:2]).mean() < 4, "but for what H.264 loses"
-    assert Image.open(demo / "a.reference-1.png").size == (48, 48)
+    assert Image.open(demo / "a.reference-1.png").size == (80, 48)
 
 
 def test_the_same_demo_is_there_already_and_another_needs_another_name(demo, capsys):
@@ -106,7 +106,7 @@ def test_a_drawn_reference_replaces_no_file_of_the_user(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--size", "96x96"], "makes 48x48 (height x width)"),
+        (["--size", "96x96"], "makes 48x80, 48x48, 64x64 (height x width)"),
         (["--size", "50x60"], "not on the grid"),
         (["--size", "large"], "is not HxW"),
         (["--image", "none.png"], "none.png does not exist"),
@@ -122,8 +122,11 @@ def test_wrong_inputs_of_the_demo_leave_nothing(arguments, said, tmp_path, monke
 
 def test_own_pictures_and_sizes(demo):
     assert main(["demo", "-p", PROMPT, "--image", "a.reference-1.png", "--size", "48x48", "-o", "b.mp4"]) == 0
-    assert frames(demo / "b.mp4").shape == (17, 240, 240, 3)
+    assert frames(demo / "b.mp4").shape == (17, 4 * 48, 4 * 48, 3)
     assert not (demo / "b.reference-1.png").exists()
+    Image.open("a.reference-1.png").resize((90, 90)).save("square.png")
+    assert main(["demo", "-p", PROMPT, "--image", "square.png", "-o", "c.mp4"]) == 0
+    assert frames(demo / "c.mp4").shape == (17, 4 * 48, 4 * 48, 3), "the size whose shape is nearest"
 
 
 @pytest.mark.parametrize(("text", "type"), [("demo", "Q4_K"), ("demo:Q8_0", "Q8_0")])
@@ -169,12 +172,12 @@ def test_the_built_in_model_is_a_model_like_any_other(demo, capsys):
 
     run = ["run", "r2v", "--model", "demo", "-p", PROMPT, "--image", "a.reference-1.png"]
     plan = said(*run, "--dry-run")
-    assert (plan["size"], plan["frames"]) == ([48, 48], 17)
+    assert (plan["size"], plan["frames"]) == ([48, 80], 17)
     assert said("plan", "r2v", "--model", "demo")["frames"] == 17
     assert said("plan", "r2v", "--model", "demo", "--gpu", "RTX 3060")["frames"] == 17
-    assert said("info", "demo")["metadata"]["skyrun.clip_sizes"] == "48x48"
+    assert said("info", "demo")["metadata"]["skyrun.clip_sizes"] == "48x80 48x48 64x64"
     assert main([*run, "--frames", "37"]) == BAD_INPUT
-    assert "37 frames, it makes 17" in capsys.readouterr().err
+    assert "37 frames, it makes 9 to 33" in capsys.readouterr().err
     assert main(["plan", "r2v", "--model", "demo", "--seconds", "5"]) == BAD_INPUT
     calibrate = ["calibrate", "--model", "demo:Q8_0", "-o", "i.gguf", "--image", "a.reference-1.png"]
     (demo / "p.txt").write_text(PROMPT)

@@ -116,6 +116,27 @@ def test_a_clip_is_made_again_with_its_adapter(converted, pairs, tmp_path, run_c
     assert json.loads(capsys.readouterr().out)["made_from"]["loras"] == [f"{path}:1.0"]
 
 
+def test_a_changed_adapter_makes_another_clip(converted, pairs, tmp_path, run_command, capsys):
+    path, clip, latents = (tmp_path / name for name in ("a.safetensors", "one.mp4", "one.safetensors"))
+    command = [*run_command, "--model", str(converted("Q8_0")), "--seed", "1", "-o", str(clip), "--lora", str(path)]
+    command += ["--save-latents", str(latents)]
+    write_adapter(path, pairs, "comfyui")
+    assert main(command) == 0
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)  # with another date
+    assert main(command) == 0
+    assert "it is there already" in capsys.readouterr().err
+    write_adapter(path, {name: (down, 2 * up) for name, (down, up) in pairs.items()}, "comfyui")
+    assert len(content) == path.stat().st_size
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{clip} exists, and {path} changed since" in said and f"{latents} exists, and {path} changed" in said
+    assert main([*command, "--overwrite"]) == 0
+    assert main(command) == 0
+    assert "it is there already" in capsys.readouterr().err
+
+
 def test_convert_command(checkpoint, pairs, tmp_path, capsys):
     path = write_adapter(tmp_path / "kitten.safetensors", pairs, "comfyui")
     assert main(["convert", str(checkpoint), "-o", str(tmp_path / "out"), "--lora", f"{path}:0.5", "--dry-run"]) == 0

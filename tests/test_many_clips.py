@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,9 +18,11 @@ from skyrun.cli import main
 from skyrun.engine.resume import continue_or_start
 from skyrun.engine.run import run_job
 from skyrun.engine.side_by_side import SideBySide
+from skyrun.engine.together import workers
 from skyrun.errors import INTERRUPTED, SkyrunError
 from skyrun.events import Progress
 from skyrun.media.video_reader import frame_count
+from skyrun.parallel.team import Stop
 
 CPU = torch.device("cpu")
 
@@ -68,6 +72,38 @@ def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_pat
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-1.mp4", "clip-2.mp4"]
     assert main([*command, "--seed", "1", "2"]) == 0
     assert capsys.readouterr().err.count("it is there already") == 2
+
+
+class SavesWhenStopped:
+    """Work for a worker that takes a moment to save what it has."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, group, tell):
+        tell("started")
+        try:
+            for _ in range(600):
+                time.sleep(0.1)
+        finally:
+            tell("saving")
+            time.sleep(1)
+            self.path.write_text("saved")
+
+
+def test_a_second_stop_does_not_cut_off_what_the_first_one_saves(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+    team = workers(1, CPU)
+    team.send(SavesWhenStopped(tmp_path / "state"))
+    messages = team.messages()
+    for said in ("started", "saving"):
+        assert next(messages) == (0, said)
+        team._channels[0].send(Stop())
+    with pytest.raises(SkyrunError, match="interrupted") as caught:
+        next(messages)
+    assert caught.value.code == INTERRUPTED
+    team.stop(at_once=False)
+    assert (tmp_path / "state").read_text() == "saved"
 
 
 @pytest.fixture

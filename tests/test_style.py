@@ -65,7 +65,7 @@ def test_a_source_file(path):
 def test_every_package_is_in_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for path in SOURCES}
-    named = {str(f).replace("/", ".") if f.parts[0] == "skyrun" else f"skyrun.{f}" for f in folders}
+    named = {".".join(f.parts if f.parts[0] == "skyrun" else ("skyrun", *f.parts)) for f in folders}
     assert set(listed) == named
 
 

@@ -15,13 +15,14 @@ from skyrun.quant import convert
 
 with pytest.MonkeyPatch.context() as patch:  # training is not part of the package
     patch.syspath_prepend(str(Path(__file__).parent.parent))
+    from training.clips import USUAL
     from training.nearest import nearest
     from training.report import REPORT, digests
-    from training.requests import FRAMES, drawn_request, make, psnr
+    from training.requests import drawn_request, make, psnr
 
 LEAST = {"Q8_0": 55, "Q6_K": 48, "Q5_K_M": 45, "Q4_K_M": 40, "Q3_K_M": 33, "Q2_K": 25}  # dB, in the mean
 JUDGED = 6
-TIMES = range(0, FRAMES, 4)  # the frames that are a latent frame's last
+TIMES = range(0, USUAL, 4)  # the frames that are a latent frame's last
 
 
 def run_command(request, output):
@@ -45,7 +46,7 @@ def test_clips_show_what_their_prompts_say(tmp_path):
         assert main(run_command(request, tmp_path / f"{seed}.mp4")) == 0
         scene = clip.references[1] if len(clip.references) > 1 else np.ones_like(clip.references[0])
         frames = shown(tmp_path / f"{seed}.mp4", request.size)
-        found = nearest(frames, scene, clip.topic.scene, TIMES, FRAMES)
+        found = nearest(frames, scene, clip.topic.scene, TIMES, USUAL)
         if found != clip.topic:
             wrong.append((clip.topic, found))
     assert len(wrong) <= 2, wrong
@@ -70,7 +71,7 @@ def test_a_type_loses_little(exact, quant, tmp_path):
 
 def test_the_seed_chooses_what_the_prompt_leaves_open(exact):
     request = next(request for request, _ in exact if "still" in request.prompt)
-    clips = [make(replace(request, seed=seed)).frames for seed in range(4)]
+    clips = [make(replace(request, seed=seed)).frames for seed in range(8)]
     assert min(psnr(one, two) for one, two in combinations(clips, 2)) < 20
 
 

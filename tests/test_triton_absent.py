@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skyrun import kernels
+import skyrun.kernels.triton as kernels_in_triton
 from skyrun.engine import warm_up
 from skyrun.engine.warm_up import WarmUp
 from skyrun.events import Progress, StageEnded, StageStarted
@@ -35,7 +35,7 @@ def card(monkeypatch):
                 raise error
 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(kernels, "triton_probe", SimpleNamespace(launch=launch), raising=False)
+        monkeypatch.setattr(kernels_in_triton, "probe", SimpleNamespace(launch=launch), raising=False)
         monkeypatch.setattr(device, "missing", lambda: lack)
         triton_problem.cache_clear()
 

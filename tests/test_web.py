@@ -1,9 +1,12 @@
 """The page over HTTP: errors of every route, who may ask, and what a body may be."""
 
 import json
+import os
 import sys
 from dataclasses import MISSING, fields
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="needs skyrun[web]")
@@ -13,11 +16,12 @@ pytest.importorskip("httpx2", reason="needs httpx2")
 from web_client import BASE, client, opened, picture, statuses, wanted
 from web_server import wait_for
 
+from skyrun.media.video_writer import Format, writing_video
 from skyrun.planning.request import Request
 from skyrun.web.app import PAGE
 from skyrun.web.folder import Folder
 from skyrun.web.form import form
-from skyrun.web.values import FIELDS, from_texts, kind, problems, request_of
+from skyrun.web.values import FIELDS, again, from_texts, kind, problems, request_of
 
 __all__ = ["client", "picture"]  # fixtures
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stub of a worker is a shell script")
@@ -64,6 +68,9 @@ ERRORS = [
     ("POST", "/api/jobs", wanted(overwrite=True), 400, "overwrite"),
     ("POST", "/api/jobs", wanted(colour="red"), 400, "colour"),
     ("POST", "/api/jobs", wanted(seed=-1), 400, "seed -1"),
+    ("POST", "/api/jobs", wanted(quant="Q7_K"), 400, "unknown type 'Q7_K', expected F32, F16"),
+    ("POST", "/api/jobs", wanted(quant="../Q8_0"), 400, "unknown type"),
+    ("GET", "/api/plan?task=r2v&quant=Q7_K", None, 400, "unknown type 'Q7_K'"),
     ("POST", "/api/jobs", wanted(size="1x1"), 400, "grid"),
     ("POST", "/api/jobs", wanted(video="a.png"), 400, "takes no --video"),
     ("POST", "/api/jobs", wanted(frames=5, seconds=1), 400, "one of them"),
@@ -108,6 +115,7 @@ def test_a_body_that_is_no_json(client, body):
         ({"task": "v2v", "images": [], "transition": "cut-in"}, {"video", "transition"}),
         ({"seed": "x", "quant": 8, "join": 3}, {"seed", "quant", "join"}),
         ({"resolution": "9P"}, {"resolution"}),
+        ({"quant": "many"}, {"quant"}),
         ({"prompt": "\ud83d", "quant": "\ud83d"}, {"prompt", "quant"}),
         ({"size": "wide"}, {"size"}),
         ({"max_vram": -1, "device": "tpu", "prefer": "beauty"}, {"max_vram", "device", "prefer"}),
@@ -289,6 +297,30 @@ def test_clips_are_listed_by_name_and_deleted_with_their_pictures(client, pictur
         assert client.delete(f"/api/clips/{name}").status_code == 204
     assert client.get("/api/clips").json() == [] and (picture.parent / "folder.mp4").is_dir()
     assert [*(picture.parent / ".skyrun" / "posters").iterdir()] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_what_is_no_utf_8_ends_no_listing(client, picture):
+    strange = picture.parent / os.fsdecode(b"caf\xe9.mp4")
+    strange.write_bytes(b"no video")
+    with writing_video(picture.parent / "a.mp4", Format(32, 48, Fraction(24), {"prompt": "caf\udce9"})) as writer:
+        writer.add(np.zeros((1, 32, 48, 3), np.uint8))
+
+    def listed():
+        clips = client.get("/api/clips").json()
+        return {clip["name"]: clip for clip in clips} if all(clip["known"] for clip in clips) else None
+
+    clips = wait_for(listed, "what is known of the clips")
+    assert set(clips) == {"caf?.mp4", "a.mp4"} and clips["a.mp4"]["request"]["prompt"] == "caf?"
+    assert client.get("/api/clips/a.mp4/poster").status_code == client.get("/api/form").status_code == 200
+    strange.unlink()
+    assert client.delete("/api/clips/a.mp4").status_code == 204
+
+
+def test_another_task_takes_over_what_means_the_same():
+    before = {"task": "t2v", "prompt": "a sea", "seed": 3, "steps": 9, "guidance": 2.0, "shift": 3.0, "prefer": "speed"}
+    assert again(before, {"steps": 4}) == {name: before[name] for name in before if name != "seed"} | {"steps": 4}
+    assert again(before, {"task": "r2v"}) == {"task": "r2v", "prompt": "a sea", "prefer": "speed"}
 
 
 def test_values_become_the_request_they_state(picture):

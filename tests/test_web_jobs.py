@@ -1,6 +1,7 @@
 """The queue over HTTP: the order of jobs, processes that die, and what is kept of them."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ pytest.importorskip("httpx2", reason="needs httpx2")
 from web_client import client, job_of, opened, picture, statuses, wanted
 from web_server import stub_worker, wait_for
 
+from skyrun.web.folder import Folder, Refused
 from skyrun.web.jobs import Job
+from skyrun.web.values import request_of
 
 __all__ = ["client", "picture"]  # fixtures
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stub of a worker is a shell script")
@@ -149,6 +152,30 @@ def test_a_file_with_half_of_a_character_is_no_job(tmp_path):
     job = Job.new({"task": "r2v", "prompt": "\ud83d"}, "a.mp4", 2.0)
     job.write(tmp_path)
     assert Job.read(tmp_path / f"{job.id}.json") is None
+
+
+@pytest.mark.parametrize("place", ["top", "progress"])
+def test_a_job_of_another_version_is_left_alone(picture, place):
+    folder = Folder(picture.parent)
+    folder.create()
+    upload = folder.inputs / "upload.png"
+    upload.write_bytes(picture.read_bytes())
+    os.utime(upload, (0, 0))
+    Job.new({"task": "r2v", "images": ["upload.png"]}, "a.mp4", 2.0).write(folder.jobs)
+    (path,) = folder.jobs.glob("*.json")
+    said = json.loads(path.read_text())
+    (said if place == "top" else said["progress"])["after"] = "another"
+    path.write_text(json.dumps(said))
+    content = path.read_bytes()
+    with opened(picture.parent) as client:
+        assert client.get("/api/jobs").json() == []
+        assert client.app.app.state.page.queue.unread == [path]
+    assert path.read_bytes() == content and upload.exists()
+
+
+def test_a_field_of_another_version_is_refused(picture):
+    with pytest.raises(Refused, match="unknown field 'colour'"):
+        request_of({"task": "r2v", "prompt": "a sea", "colour": "red"}, Folder(picture.parent))
 
 
 def test_a_job_is_what_it_was_when_it_is_read_again(tmp_path):

@@ -11,11 +11,12 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from skyrun.demo.words import COLOURS, MOTIONS, SCENES, SHAPES, Topic
-from skyrun.demo.world import RADIUS, Picture, Size, composed, scene_picture, sentence, sprite_picture, tint
+from skyrun.demo.world import RADIUS, Picture, Size, composed, middle, scene_picture, sentence, sprite_picture, tint
 from skyrun.tasks.windows import FRAMES_PER_LATENT
 
 SIZES: tuple[Size, ...] = ((48, 48), (64, 64), (48, 80))
-SIZE, FRAMES = SIZES[0], 17  # of the clips that the transformer is trained on
+USUAL_SIZE = 48, 80
+LEAST, USUAL, MOST = 9, 17, 33  # frames of a clip
 PLACES = (-1, 0, 1)  # that a prompt leaves open: tokens (16 pixels) from the middle, across the motion
 SHARES = (0.2, 0.6, 0.2)  # of clips at each of them
 _FAR = 2  # latents from the middle, where motions begin and end
@@ -93,7 +94,7 @@ def path(motion: str, size: Size, frames: int, place: int) -> Floats:
         r = RADIUS * (1.3 - 0.2 * gone)
     elif motion == "spin":
         angle = -math.pi / 4 * left
-    return np.stack((columns / 2 + _PIXELS * x, rows / 2 + _PIXELS * y, r, angle)).astype(np.float32)
+    return np.stack((middle(columns) + _PIXELS * x, middle(rows) + _PIXELS * y, r, angle)).astype(np.float32)
 
 
 def draw_pictures(size: Size, count: int, draw: Generator) -> Picture:
@@ -108,7 +109,7 @@ def draw_pictures(size: Size, count: int, draw: Generator) -> Picture:
         if kind < 0.12:
             pictures[index] = scene
         elif kind < 0.24:
-            pictures[index] = composed(topic.shape, colour, white, [columns / 2], [rows / 2], [rest], [0])[0]
+            pictures[index] = composed(topic.shape, colour, white, [middle(columns)], [middle(rows)], [rest], [0])[0]
         else:
             r = rest * (draw.uniform(0.5, 1.35) if draw.random() < 0.4 else 1)
             angle = draw.uniform(0, 2 * math.pi) if draw.random() < 0.3 else 0

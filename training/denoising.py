@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from skyrun.pipelines.samplers import UniPC
 from skyrun.tasks import TASKS
 from skyrun.tasks.skyreels_v3 import MAX_REFERENCES
+from skyrun.tasks.windows import FRAMES_PER_LATENT
 from training import transformer
+from training.clips import LEAST, MOST, USUAL
 from training.latents import Clips, Latents
 from training.muon import Optimizer
 from training.stage import Losses, Random, Stage, Weights
@@ -18,7 +20,10 @@ from training.text import encode_text, token_ids, unigram
 from training.transformer import velocity
 
 _TOKENS = 1200  # of a step's batch, about
-_EASY = 0.2  # share of the steps that only see easy clips
+_EASY = 0.1  # share of the steps that only see easy clips
+_ONE_SIZE = 0.4  # and of those after which there are other sizes and lengths
+_LENGTHS = range((LEAST - 1) // FRAMES_PER_LATENT + 1, (MOST - 1) // FRAMES_PER_LATENT + 2)  # latent frames
+_USUAL = (USUAL - 1) // FRAMES_PER_LATENT + 1
 _LARGEST_SIGMA = 0.999
 _BINS = (0.6, 0.85, 0.95)  # the loss is reported for sigmas below and above each
 
@@ -28,10 +33,10 @@ def denoising_stage(dit: Weights, encoder: Weights, latents: Latents, steps: int
     tokenizer = unigram().tokenizer()
 
     def loss(step: int, random: Random) -> tuple[Tensor, Losses]:
-        clips = latents.easy if step < steps * _EASY else latents.all
-        picked = random.draw.integers(len(clips.prompts), size=_batch(clips))
+        clips, length = _lesson(latents, step / steps, random)
+        picked = random.draw.integers(len(clips.prompts), size=_batch(clips, length))
         prompts = [clips.prompts[index] for index in picked]
-        clean, after = _pictures(clips, torch.from_numpy(picked), latents, random)
+        clean, after = _pictures(clips, length, torch.from_numpy(picked), latents, random)
         sigma = _sigmas(len(picked), random)
         noise, share = random.normal(clean), sigma.view(-1, 1, 1, 1, 1)
         noisy = torch.cat(((1 - share) * clean + share * noise, after), 2)
@@ -62,19 +67,29 @@ def sample(
     return latents
 
 
-def _batch(clips: Clips) -> int:
-    frames, height, width = clips.frames.shape[2:]
-    return round(_TOKENS / ((frames + MAX_REFERENCES) * height * width / 4))
+def _lesson(latents: Latents, share: float, random: Random) -> tuple[Clips, int]:
+    """What is learned after that share of the steps: clips of one size, and how many latent frames of their ends."""
+    if share < _ONE_SIZE:
+        return (latents.easy if share < _EASY else latents.sizes[0]), _USUAL
+    return latents.sizes[random.draw.integers(len(latents.sizes))], int(random.draw.choice(_LENGTHS))
 
 
-def _pictures(clips: Clips, picked: Tensor, latents: Latents, random: Random) -> tuple[Tensor, Tensor]:
-    """The picked clips, and samples of their references followed by zeros for those that are missing."""
+def _batch(clips: Clips, length: int) -> int:
+    height, width = clips.frames.shape[3:]
+    return round(_TOKENS / ((length + MAX_REFERENCES) * height * width / 4))
+
+
+def _pictures(clips: Clips, length: int, picked: Tensor, latents: Latents, random: Random) -> tuple[Tensor, Tensor]:
+    """The last `length` latent frames of the picked clips, and samples of their references.
+
+    Zeros follow for references that are missing.
+    """
     mean, std = clips.references[picked].float().unbind(1)
     references = latents.normalised(mean + std * random.normal(mean))
     there = torch.arange(references.shape[2]) < clips.counts[picked, None]
     references = references * there[:, None, :, None, None]
     missing = MAX_REFERENCES - references.shape[2]
-    return latents.normalised(clips.frames[picked].float()), F.pad(references, (0, 0, 0, 0, 0, missing))
+    return latents.normalised(clips.frames[picked, :, -length:].float()), F.pad(references, (0, 0, 0, 0, 0, missing))
 
 
 def _sigmas(count: int, random: Random) -> Tensor:

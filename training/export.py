@@ -11,7 +11,7 @@ from skyrun.kernels.files.atomic import replacing
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.tasks import TASKS
 from training import autoencoder, text, transformer
-from training.clips import FRAMES, SIZE
+from training.clips import LEAST, MOST, SIZES, USUAL, USUAL_SIZE
 from training.latents import Latents
 from training.stage import Weights
 
@@ -47,11 +47,11 @@ _TRANSFORMER = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
-    "clip_sizes": ["{}x{}".format(*SIZE)],
-    "least_frames": FRAMES,
-    "most_frames": FRAMES,
-    "usual_frames": FRAMES,
-    "shown_scale": 5,  # so large is a pixel in the mp4
+    "clip_sizes": ["{}x{}".format(*size) for size in sorted(SIZES, key=lambda size: size != USUAL_SIZE)],
+    "least_frames": LEAST,
+    "most_frames": MOST,
+    "usual_frames": USUAL,
+    "shown_scale": 4,  # so large is a pixel in the mp4
 }
 _TEXT_ENCODER = {
     "architectures": ["UMT5EncoderModel"],

@@ -15,7 +15,7 @@ from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.streaming.stream import ObserveBlock
-from training.clips import FRAMES, SIZE, TRAINED, Clip, draw_clip
+from training.clips import SIZES, TRAINED, USUAL, Clip, draw_clip
 from training.stage import random_of
 
 
@@ -37,11 +37,11 @@ def drawn_request(number: int, use: str, folder: Path) -> tuple[Clip, Request]:
     """
     random = random_of(number, use, 0)
     topic = TRAINED[random.draw.integers(len(TRAINED))]
-    clip = draw_clip(topic, SIZE, FRAMES, random.draw)
+    clip = draw_clip(topic, SIZES[number % len(SIZES)], USUAL, random.draw)
     paths = tuple(folder / f"{use}-{number}.{index}.png" for index in range(1, len(clip.references) + 1))
     for path, picture in zip(paths, clip.references, strict=True):
         Image.fromarray((255 * picture).round().astype(np.uint8)).save(path)
-    return clip, Request("r2v", clip.prompt, paths, size=clip.frames.shape[1:3], frames=FRAMES, seed=number)
+    return clip, Request("r2v", clip.prompt, paths, size=clip.frames.shape[1:3], frames=USUAL, seed=number)
 
 
 def make(request: Request, decoded: bool = True, observe: ObserveBlock | None = None) -> Made:

@@ -34,9 +34,9 @@ class Recipe:
     takes a minute.
     """
 
-    pictures: int = 5000
-    latents: int = 6000
-    denoising: int = 4500
+    pictures: int = 4500
+    latents: int = 8000
+    denoising: int = 13000
     clips: int = 800
     judged: int = 72
     save_every: int = 100

@@ -172,7 +172,14 @@ class Added:
     scale: float
 
     def read(self, start: int, stop: int, cols: int) -> Tensor:
-        """What is added to rows `start` to `stop`, float32 [stop - start, cols]."""
+        """What is added to rows `start` to `stop`, float32 [stop - start, cols]. SkyrunError if it is not finite."""
+        rows = self._read(start, stop, cols)
+        if not rows.isfinite().all():
+            message = f"what {self.up.file} adds to it is infinite or NaN"
+            raise SkyrunError(message, "download the adapter again, or add less of it")
+        return rows
+
+    def _read(self, start: int, stop: int, cols: int) -> Tensor:
         if self.down is None:
             return self.scale * self.up.read().view(-1, cols)[start:stop]
         up, down = (part.read().view(part.shape[0], -1) for part in (self.up, self.down))

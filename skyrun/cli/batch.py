@@ -6,11 +6,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from skyrun.cli.console import say
 from skyrun.engine.output import request_of, state_path
 from skyrun.errors import MODEL_MISSING, SkyrunError
 from skyrun.media.video_writer import read_request
+from skyrun.models.folder import open_folder
+from skyrun.planning.model import choose_model
 from skyrun.planning.problems import parse_request
 from skyrun.planning.request import Request
+from skyrun.tasks import TASKS
 
 _MAX_PROMPTS = 10_000_000  # characters of all prompts
 
@@ -51,10 +55,7 @@ def _prompt_of_stdin() -> str:
 
 
 # Fields that state the same thing. One that is given replaces the other one of the earlier clip.
-_INSTEAD = {
-    **{"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)},
-    **{"task": ("variant",), "model": ("variant",)},
-}
+_INSTEAD = {"resolution": ("size",), "size": ("resolution",), "seconds": ("frames",), "frames": ("seconds",)}
 # Fields of an earlier clip that are not taken over: they belong to the machine or to that command.
 _MACHINE = ("device", "devices", "max_vram", "max_ram", "save_latents", "overwrite")
 
@@ -65,7 +66,7 @@ def requests_of(arguments: Namespace) -> list[Request]:
     Arguments that are not given are None. With --from, the request of an earlier clip fills them in. Raises SkyrunError
     if a task or prompt is missing, or if the earlier clip has no valid request.
     """
-    values = _made_before(arguments.source) if arguments.source else {}
+    values = _made_before(arguments.source, arguments.task, arguments.model) if arguments.source else {}
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Request)}
     given |= {
         "images": tuple(arguments.image),
@@ -103,16 +104,39 @@ def _path_of(model: str | None) -> Path | None:
     return Path(model) if model is not None and Path(model).exists() else None
 
 
-def _made_before(clip: Path) -> dict[str, Any]:
-    """The request of an earlier clip, without the fields that belong to the machine it was made on."""
+def _made_before(clip: Path, task: str | None, model: str | None) -> dict[str, Any]:
+    """The request of an earlier clip, without the fields that belong to the machine it was made on.
+
+    For another task, what means the same there, and the model if it does that task too. Another model has its own
+    values where the clip was made with the usual ones of its model.
+    """
     said = read_request(clip)
     if said is None:
         raise SkyrunError(f"{clip} does not say how it was made", "--from takes a clip that skyrun has made")
     request = parse_request(said)  # also checks it
     values = {field.name: getattr(request, field.name) for field in fields(Request)}
+    values = {name: value for name, value in values.items() if name in said and name not in (*_MACHINE, "output")}
     if request.model is not None and not request.model.exists():
         del values["model"]  # the model was moved or deleted: use the default
-    return {name: value for name, value in values.items() if name in said and name not in (*_MACHINE, "output")}
+    if task not in (None, request.task):
+        shared = {name: value for name, value in request.for_task(task).items() if name in values}
+        shared |= {"model": request.model} if "model" in values and _does(values["model"], task) else {}
+        names = ", ".join(name for name in shared if name != "task")
+        say(f"{clip} was made by {request.task}; taken over for {task}: {names}")
+        return shared
+    if model is not None or "model" not in values:
+        usual = request.usual() | {"variant": request.variant}
+        values = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
+    return values
+
+
+def _does(model: Path, task: str) -> bool:
+    """Whether a model that is there has a transformer for a task."""
+    try:
+        choose_model(open_folder(model), TASKS[task])
+    except SkyrunError:
+        return False
+    return True
 
 
 def _named(request: Request, ending: str) -> Request:

@@ -55,7 +55,11 @@ def _add_run(commands: Commands) -> None:
     prompt.add_argument("-p", "--prompt", help="what the clip shows; - reads it from stdin")
     prompt.add_argument("--prompts", type=Path, metavar="F.txt", help="a clip for every line")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="CLIP.mp4", help="as this clip was made, except for other options"
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="CLIP.mp4",
+        help="as this clip was made, except for other options; for another task, what means the same there",
     )
     parser.add_argument(
         "--image",
@@ -254,7 +258,11 @@ def _add_demo(commands: Commands) -> None:
         help="a sprite on white, and a scene (default: drawn as the prompt says)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="start of the noise (0)")
-    parser.add_argument("--size", metavar="HxW", help="height and width in pixels: 48x48, the size that it knows")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width in pixels: 48x80, 48x48 or 64x64 (48x80, or the shape of the first image)",
+    )
     output = parser.add_argument("-o", "--output", type=Path, default=Path("skyrun-demo.mp4"), metavar="OUT.mp4")
     output.help = "the clip (skyrun-demo.mp4); its contact sheet and drawn images are put beside it"
     _add_overwrite(parser)

@@ -16,6 +16,7 @@ Picture = NDArray[np.float32]
 Size = tuple[int, int]  # height and width in pixels
 
 RADIUS = 11.0  # of a sprite at rest, in pixels
+_TOKEN = 16  # pixels of a side
 _SOFT = 0.8  # half the width in pixels over which an edge fades
 
 
@@ -36,11 +37,19 @@ def tint(colour: str, draw: Generator) -> Picture:
     return shade / np.float32(255)
 
 
+def middle(side: int) -> int:
+    """Where a sprite rests, in pixels: in the middle of the token that is nearest to the middle of the picture.
+
+    It is the same part of a token in pictures of every size, so a model has to learn to move a sprite only once.
+    """
+    return _TOKEN * (side // _TOKEN // 2) + _TOKEN // 2
+
+
 def sprite_picture(shape: str, colour: ArrayLike, size: Size) -> Picture:
     """The first reference: the sprite at rest, in the middle of a white picture."""
     rows, columns = size
     white = np.ones((*size, 3), np.float32)
-    picture: Picture = composed(shape, colour, white, [columns / 2], [rows / 2], [RADIUS], [0])[0]
+    picture: Picture = composed(shape, colour, white, [middle(columns)], [middle(rows)], [RADIUS], [0])[0]
     return picture
 
 

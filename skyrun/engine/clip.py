@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from skyrun.engine.output import fingerprints
 from skyrun.errors import FAILED, SkyrunError
 from skyrun.events import Event, FramesReady, LatentsReady, StageEnded
 from skyrun.kernels.files.atomic import replacing
@@ -55,6 +56,7 @@ class ClipWriter:
 
     def __init__(self, job: Job, keep_frames: bool) -> None:
         self._job, self._keep_frames = job, keep_frames
+        self._adapters = fingerprints(job.request)
         self._frames: list[Frames] = []
         self._stages: list[StageEnded] = []
         self._failure: SkyrunError | None = None
@@ -108,7 +110,7 @@ class ClipWriter:
             return None
         try:
             with replacing(request.save_latents) as partial:
-                metadata = {"request": json.dumps(request.as_json())}
+                metadata = {"request": json.dumps(request.as_json()), "adapters": json.dumps(self._adapters)}
                 save_file({"latents": torch.cat(list(self.latents.values()), 1).contiguous()}, partial, metadata)
         except (OSError, SafetensorError) as error:
             message = f"cannot write {request.save_latents}: {error}"
@@ -137,7 +139,8 @@ def clip_format(job: Job) -> Format:
         # Rounded to 16 bits and clipped, as in the file that upstream writes.
         levels = np.clip(np.round(job.inputs.speech * 32767), -32768, 32767) / 32768
         audio = Audio([levels.astype(np.float32)[None]], 1, SPEECH_RATE)
-    return Format(job.height, job.width, fps, job.request.as_json(), audio, job.scale, bool(job.plan.sparse))
+    request, sparse = job.request, bool(job.plan.sparse)
+    return Format(job.height, job.width, fps, request.as_json(), audio, job.scale, sparse, fingerprints(request))
 
 
 def source_frames(job: Job, notices: list[str]) -> Iterator[Frames]:

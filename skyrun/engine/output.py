@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from skyrun.errors import BAD_INPUT, SkyrunError
 from skyrun.kernels.files.safetensors_header import read_safetensors_header
 from skyrun.media.image import suffix_problems
-from skyrun.media.video_writer import read_request
+from skyrun.media.video_writer import read_adapters, read_request
+from skyrun.models.identity import adapter_fingerprint
 from skyrun.planning.problems import check, lost_inputs, place_problems
 from skyrun.planning.request import Request
 
@@ -27,10 +28,10 @@ _SUFFIX = ".skyrun.safetensors"
 _OWN_NAME = re.compile(r".*\.skyrun(\.\d+)?\.(safetensors|mkv|lock)|\..*\.\d+\.partial", re.IGNORECASE)
 # Fields that do not change what a clip shows; `resolution` has become a size.
 NOT_THE_CLIP = ("output", "save_latents", "overwrite", "resolution", "device", "devices", "max_vram", "max_ram")
-# By the plan or by the model, unless the request states them.
+# By the plan, by the model or by chance, unless the request states them.
 _DECIDED = (
     *("size", "frames", "steps", "quant", "model", "variant", "guidance", "negative_prompt", "shift", "fps"),
-    *("condition_frames", "window_frames"),
+    *("condition_frames", "window_frames", "seed"),
 )
 _INPUTS = ("images", "video", "audio", "model", "loras")
 _MAX_OWNER = 200  # characters of a lock file that are shown
@@ -98,6 +99,8 @@ def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
                 yield f"{path} exists, and is not a clip or latents of skyrun"
             elif differing := _differing(request, made_from):
                 yield f"{path} exists, made with another {', '.join(differing)}"
+            elif changed := _changed(request, path):
+                yield f"{path} exists, and {' and '.join(map(str, changed))} changed since"
     for path in pictures:
         if path.exists() and not (request.output is not None and _is_drawn(path, request.output)):
             yield f"{path} exists"
@@ -118,7 +121,10 @@ def is_made(request: Request) -> bool:
     if not outputs or request.output is None or state_path(request.output).exists():
         return False
     return all(
-        path.exists() and (made_from := request_of(path)) is not None and not _differing(request, made_from)
+        path.exists()
+        and (made_from := request_of(path)) is not None
+        and not _differing(request, made_from)
+        and not _changed(request, path)
         for path in outputs
     )
 
@@ -142,6 +148,28 @@ def _differing(request: Request, made_from: dict[str, Any]) -> list[str]:
     if "frames" in made_from and "frames" not in asked:  # the plan turns seconds into frames
         names = [name for name in names if name != "seconds"]
     return [name for name in names if _comparable(name, asked.get(name)) != _comparable(name, made_from.get(name))]
+
+
+def fingerprints(request: Request) -> tuple[str, ...]:
+    """Of the contents of a request's adapters, whose files are there."""
+    return tuple(adapter_fingerprint(lora.path) for lora in request.loras)
+
+
+def _changed(request: Request, path: Path) -> list[Path]:
+    """The adapters that were others when a file was made with those of the same names."""
+    if not request.loras or any(lora.on_hub for lora in request.loras):
+        return []
+    there = read_adapters(path) if path.suffix.lower() == ".mp4" else _adapters_of_latents(path)
+    now = fingerprints(request)
+    return [lora.path for lora, a, b in zip(request.loras, there, now, strict=False) if a != b]
+
+
+def _adapters_of_latents(path: Path) -> list[Any]:
+    try:
+        adapters = json.loads(read_safetensors_header(path).metadata.get("adapters", "[]"))
+    except (SkyrunError, OSError, ValueError, RecursionError):
+        return []
+    return adapters if isinstance(adapters, list) else []
 
 
 def _comparable(name: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.engine.checkpoint import Origin, load_state
-from skyrun.engine.output import NOT_THE_CLIP, check_free, check_outputs, clip_path, state_path
+from skyrun.engine.output import NOT_THE_CLIP, check_free, check_outputs, clip_path, request_of, state_path
 from skyrun.errors import SkyrunError
 from skyrun.models.identity import model_identity
 from skyrun.pipelines.state import RunState
@@ -54,7 +54,7 @@ def continue_or_start(request: Request, pictures: Sequence[Path] = ()) -> tuple[
 def _continued(request: Request) -> tuple[Job, RunState | None]:
     path = state_path(request.output) if request.output is not None else None
     if path is None or not path.exists():
-        return prepare(request), None
+        return prepare(_with_the_seed_there(request)), None
     state, origin = load_state(path)
     if request.seed is None:
         request = replace(request, seed=origin.request.seed)
@@ -67,6 +67,14 @@ def _continued(request: Request) -> tuple[Job, RunState | None]:
     if state.steps or state.window:
         raise problem
     return prepare(request), None
+
+
+def _with_the_seed_there(request: Request) -> Request:
+    """A request that leaves the seed open and may be the one that the clip of its name was made from has that seed."""
+    if request.seed is not None or request.overwrite or request.output is None or not request.output.exists():
+        return request
+    seed = (request_of(request.output) or {}).get("seed")
+    return replace(request, seed=seed) if isinstance(seed, int) else request
 
 
 def _prepared(request: Request, origin: Origin) -> Job:

@@ -23,6 +23,7 @@ from skyrun.media.pixels import Frames
 _TAG = "comment"
 # What is known only in the end is written over a text as long as that, beside the request.
 _MEASURED, _ROOM = "measured", "~" * 120
+_ADAPTERS = "adapters"  # their fingerprints, beside the request
 # Visually lossless. Without macroblock trees, by which x264 makes other bytes of the same frames now and then.
 _ENCODING = {"crf": "16", "mbtree": "0"}
 _BT709 = 1
@@ -38,7 +39,7 @@ class Format:
 
     height, width: of the frames that are added. fps: frames per second. comment: the request it is made from, as plain
     values. scale: how many pixels high and wide the mp4 shows a pixel. measures: whether what is measured meanwhile
-    will be put beside the request.
+    will be put beside the request. adapters: fingerprints of the request's adapters, in order.
     """
 
     height: int
@@ -48,6 +49,7 @@ class Format:
     audio: Audio | None = None
     scale: int = 1
     measures: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 class VideoWriter:
@@ -124,8 +126,9 @@ def writing_video(path: Path, format: Format) -> Iterator[VideoWriter]:
         with replacing(path.absolute()) as partial:
             # FFmpeg takes what precedes a colon in a relative path for a protocol.
             with av.open(str(partial), "w", format="mp4", options=_OPTIONS) as container:
-                room = {_MEASURED: _ROOM} if format.measures else {}
-                container.metadata[_TAG] = json.dumps(format.comment | room)
+                beside: dict[str, Any] = {_MEASURED: _ROOM} if format.measures else {}
+                beside |= {_ADAPTERS: format.adapters} if format.adapters else {}
+                container.metadata[_TAG] = json.dumps(format.comment | beside)
                 writer = VideoWriter(container, format)
                 yield writer
                 writer.finish()
@@ -162,18 +165,28 @@ def read_request(path: Path) -> dict[str, Any] | None:
         return None
     if (problem := _problem(request)) is not None:
         raise _unusable(path, problem)
-    return {name: value for name, value in request.items() if name != _MEASURED}
+    return {name: value for name, value in request.items() if name not in (_MEASURED, _ADAPTERS)}
 
 
 def read_measured(path: Path) -> dict[str, Any]:
     """Read what was measured while a clip was made, from its comment; empty if nothing was."""
+    measured = _beside_the_request(path, _MEASURED)
+    return measured if isinstance(measured, dict) else {}
+
+
+def read_adapters(path: Path) -> list[Any]:
+    """Read the fingerprints of the adapters that a clip was made with, from its comment; empty if it has none."""
+    adapters = _beside_the_request(path, _ADAPTERS)
+    return adapters if isinstance(adapters, list) else []
+
+
+def _beside_the_request(path: Path, name: str) -> Any:
     with opened(path, "video") as container:
         comment = container.metadata.get(_TAG, "")
     try:
-        measured = dict(json.loads(comment)[_MEASURED])
+        return json.loads(comment[:_LONGEST])[name]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return {}
-    return {str(name): value for name, value in measured.items()}
+        return None
 
 
 def _refuse(constant: str) -> None:

@@ -1,6 +1,7 @@
 """Recognise model files that have not changed, by digests of their headers and of the first bytes of tensors."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,21 @@ def fingerprint(file: GGUFFile) -> str:
     for info in file.tensors.values():
         digest.update(f"{info.name} {info.format.name} {info.shape}".encode())
         digest.update(file.read(info, 0, min(info.nbytes, _HEAD_BYTES)))
+    return digest.hexdigest()[:16]
+
+
+def adapter_fingerprint(path: Path) -> str:
+    """A digest of an adapter's tensors and settings: it is another one when the file is replaced by another adapter.
+
+    Raises SkyrunError if it is no safetensors file.
+    """
+    header = read_safetensors_header(path)
+    digest = hashlib.sha256(json.dumps(sorted(header.metadata.items())).encode())
+    with open_unbuffered(path) as file:
+        for name, tensor in sorted(header.tensors.items()):
+            head = bytearray(min(tensor.nbytes, _HEAD_BYTES))
+            read_into(file, memoryview(head), tensor.offset)
+            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode() + head)
     return digest.hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ from skyrun.models.audio_projection import windows as audio_windows
 from skyrun.models.vae import LATENT_CHANNELS, groups_of
 from skyrun.models.wav2vec2 import Wav2Vec2
 from skyrun.pipelines.conditioning import Motion, condition_of
+from skyrun.pipelines.finite import check_output
 from skyrun.pipelines.samplers import new_sampler
 from skyrun.pipelines.stages import Stage, decode, denoise, embed_image, encode_clip, encode_prompts, encode_text
 from skyrun.pipelines.state import RunState
@@ -91,6 +92,7 @@ def _encode_speech(job: Job) -> Generator[Event, None, Tensor]:
         layers.append(layer.cpu())
         yield stage.done(len(layers))
     features = torch.stack(layers, 1)
+    check_output(features, job.files.audio_encoder)
     after = max(0, padded_frames(job.windows, job.request.window_frames) - len(features)) if len(job.windows) > 1 else 0
     yield stage.ended()
     return torch.cat((features, features.flip(0)[:after]))

@@ -20,6 +20,7 @@ from skyrun.models.vae import WanVAE
 from skyrun.parallel.group import Group, here
 from skyrun.pipelines.conditioning import Condition
 from skyrun.pipelines.embedding_cache import CachedEmbedding
+from skyrun.pipelines.finite import check_output, check_step
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.presets import Plan
@@ -92,6 +93,7 @@ def encode_text(job: Job, prompt: str) -> Generator[Event, None, Tensor]:
     if embedding is None:
         with encoder.open_stream(device) as stream:
             embedding = yield from encoder.encode(ids, stream, device)
+        check_output(embedding, encoder.file.path)
         stats = stream.stats
         cached.store(embedding)
     yield stage.ended(stats)
@@ -130,6 +132,7 @@ def encode_images(
     latents = []
     for index, (image, draw) in enumerate(zip(pixels, noise, strict=True)):
         latents.append(vae.sample(image, draw))
+        check_output(latents[-1], path)
         yield stage.done(index + 1)
     del vae
     yield stage.ended()
@@ -152,6 +155,7 @@ def encode_clip(
     yield stage.started()
     vae = _open_vae(path, plan.encoding, device)
     latents = vae.normalise(vae.encode_groups(groups)[0])
+    check_output(latents, path)
     del vae
     yield stage.done(1)
     yield stage.ended()
@@ -164,6 +168,7 @@ def embed_image(vision: CLIPVision, image: Tensor, device: torch.device) -> Gene
     yield stage.started()
     with vision.open_stream(device) as stream:
         tokens = yield from vision.encode(image, stream, device)
+    check_output(tokens, vision.file.path)
     yield stage.ended(stream.stats)
     return tokens
 
@@ -255,7 +260,9 @@ def _steps(
             if condition.motion is not None:
                 latents = condition.motion.held(latents, sampler.index, sampler.sigmas[sampler.index])
             learned, events = check.finish_step() if check else (state.learned, ())
-            state.finish_step(latents, sampler, learned)
+            made = latents.to("cpu")
+            check_step(made, sampler.index, total, files, plan)
+            state.finish_step(made, sampler, learned)
             yield stage.done(state.steps)
             yield from events
             yield Preview(x0)
@@ -300,6 +307,7 @@ def decode(
     vae, first = _open_vae(path, plan.decoding, device, group), 0
     for index, pixels in enumerate(vae.decode(latents)):
         frames = show(pixels, first) if show is not None else to_uint8(pixels)
+        check_output(pixels, path)
         first += pixels.shape[1]
         if index >= state.groups:
             state.groups = index + 1

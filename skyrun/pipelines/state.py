@@ -40,8 +40,11 @@ class RunState:
         return len(self.encoded), self.window, self.steps, self.groups
 
     def finish_step(self, latents: Tensor, sampler: Sampler, learned: Learned) -> None:
-        """Store copies of a step's results, so that a step that fails midway changes nothing here."""
-        self.latents, self.sampler, self.learned = latents.to(_CPU), sampler.on(_CPU), learned
+        """Store a step's results, the latents on the host and a copy of the sampler.
+
+        A step that fails midway changes nothing here.
+        """
+        self.latents, self.sampler, self.learned = latents, sampler.on(_CPU), learned
 
     def finish_window(self, **carried: Tensor) -> None:
         """Record that all frames of the window were yielded. carried: what the next window begins with."""

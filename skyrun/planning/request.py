@@ -11,6 +11,12 @@ from skyrun.planning.lora import Lora, as_lora, lora_problem
 from skyrun.tasks import MODELS, TASKS, TaskSpec, spec_of
 from skyrun.tasks.windows import BLOCK, Length, Window, latents
 
+# Fields that mean the same for every task; what the others say is about one task, or about its model.
+SHARED = (
+    *("task", "prompt", "seed", "prefer", "device", "devices", "dtype", "precision", "attention"),
+    *("max_vram", "max_ram", "output", "save_latents", "overwrite"),
+)
+_BY_MODEL = ("steps", "guidance", "negative_prompt", "shift", "condition_frames", "window_frames")
 PLACES = ("video", "audio", "output", "model", "save_latents")
 _OPTIONS = frozenset().union(*(spec.options for models in MODELS.values() for spec in models))
 _TOO_LARGE = 1 << 64
@@ -206,6 +212,29 @@ class Request:
         """The request with the values of a model for all that it leaves open."""
         return replace(self, variant=spec.model or None)
 
+    def usual(self) -> dict[str, Any]:
+        """The values that the request's model gives to such a clip, where it leaves them open."""
+        size = self.size if isinstance(self.size, tuple) else None
+        bare = Request(
+            self.task, self.prompt, variant=self.variant, size=size, frames=self.frames, seconds=self.seconds
+        )
+        return {name: getattr(bare, name) for name in _BY_MODEL}
+
+    def for_task(self, task: str) -> dict[str, Any]:
+        """The values that mean the same for another task: of its model, and of a clip's length, none does.
+
+        A size is one of them if the other task has it, a video if it goes on from one.
+        """
+        there, values = TASKS[task], {name: getattr(self, name) for name in SHARED} | {"task": task}
+        if (tag := self.spec.transitions.get(self.transition or "")) is not None:
+            values["prompt"] = self.prompt.removeprefix(tag).lstrip()
+        if isinstance(self.size, tuple):
+            sizes = [there.size(resolution, *self.size) for resolution in there.resolutions]
+            values |= {"size": self.size} if self.size in sizes else {}
+        if self.spec.video and there.video:
+            values |= {"video": self.video, "join": self.join}
+        return values
+
     def type_problems(self) -> list[str]:
         """Values of a wrong type; no other check can be made on them."""
         values = [(name, getattr(self, name), kind) for name, kind in _KINDS.items()]
@@ -256,6 +285,11 @@ class Request:
         return values
 
 
+def is_text(value: str) -> bool:
+    """Whether a str can be written down: none of its characters is half of a pair, or a byte that was no UTF-8."""
+    return re.search("[\ud800-\udfff]", value) is None
+
+
 def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
     if isinstance(value, int) and abs(value) >= _TOO_LARGE:
         return f"{name} is a number of more than 19 digits"
@@ -263,6 +297,8 @@ def _type_problem(name: str, value: Any, kind: tuple[type, ...]) -> str:
         return f"{name} is {reprlib.repr(value)}, expected {_EXPECTED[kind]}"
     if isinstance(value, (str, Path)) and "\0" in str(value):
         return f"{name} has a NUL character in it"
+    if kind is _TEXT and not is_text(str(value)):
+        return f"{name} is {reprlib.repr(value)}, which is not text in UTF-8"
     if kind is _PATH and not is_possible(Path(str(value))):
         return f"{name} is {reprlib.repr(str(value))}, which no file can be called"
     return ""

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from skyrun.errors import SkyrunError
@@ -19,7 +19,7 @@ from skyrun.web import values
 from skyrun.web.clips import Clips
 from skyrun.web.folder import Folder, Refused
 from skyrun.web.form import form
-from skyrun.web.guard import Guard, parsed, refused
+from skyrun.web.guard import Answer, Guard, parsed, refused
 from skyrun.web.helped import URGENT, Helper
 from skyrun.web.jobs import Job
 from skyrun.web.queue import CLIPS, Queue
@@ -81,7 +81,7 @@ class Page:
 
     async def form(self, request: Request) -> Response:
         """What the form is made from."""
-        return JSONResponse(form(self.folder), headers=_NEW)
+        return Answer(form(self.folder), headers=_NEW)
 
     async def plan(self, request: Request) -> Response:
         """What a clip would take, and what is still wrong with it."""
@@ -94,11 +94,11 @@ class Page:
         planned = await self.helper.ask("plan", URGENT, root=str(self.folder.root), values=sound, free=free)
         if not self.queue.busy:
             self._free = {name: planned["hardware"][name]["value"] for name in ("vram_free", "ram_free")}
-        return JSONResponse(planned | {"problems": wrong}, headers=_NEW)
+        return Answer(planned | {"problems": wrong}, headers=_NEW)
 
     async def upload(self, request: Request) -> Response:
         """Keep a file that a job will need."""
-        return JSONResponse(await keep(request.stream(), self.folder, self.helper), 201)
+        return Answer(await keep(request.stream(), self.folder, self.helper), 201)
 
     async def file(self, request: Request) -> Response:
         """What was uploaded, or another picture, video or recording of the folder."""
@@ -110,7 +110,7 @@ class Page:
 
     async def all_jobs(self, request: Request) -> Response:
         """All jobs, in their order."""
-        return JSONResponse([job.as_json() for job in self.queue.all()], headers=_NEW)
+        return Answer([job.as_json() for job in self.queue.all()], headers=_NEW)
 
     async def one_job(self, request: Request) -> Response:
         """A job."""
@@ -172,8 +172,7 @@ class Page:
         before, changes = self.queue.job(request.path_params["id"]).values, parsed(await request.body())
         if not isinstance(changes, dict):
             raise Refused(400, "the body is not an object of fields", "leave it out, or send what is to change")
-        asked = {name: value for name, value in before.items() if name != "seed"} | changes
-        return _shown(self.queue.add(values.checked(asked, self.folder)), 201)
+        return _shown(self.queue.add(values.checked(values.again(before, changes), self.folder)), 201)
 
     async def events(self, request: Request) -> Response:
         """Every job, and then what changes."""
@@ -228,7 +227,7 @@ class Page:
 
     async def all_clips(self, request: Request) -> Response:
         """All clips, newest first."""
-        return JSONResponse(self.clips.all(), headers=_NEW)
+        return Answer(self.clips.all(), headers=_NEW)
 
     async def clip(self, request: Request) -> Response:
         """An mp4, or a range of it."""
@@ -247,7 +246,7 @@ class Page:
 
 
 def _shown(job: Job, status: int = 200) -> Response:
-    return JSONResponse(job.as_json(), status, _NEW)
+    return Answer(job.as_json(), status, _NEW)
 
 
 def _message(values: dict[str, Any]) -> str:

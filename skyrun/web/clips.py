@@ -51,6 +51,8 @@ class Clips:
 
     def tidy(self) -> None:
         """Delete uploads that no clip and no job refers to, and that are a day old."""
+        if self._queue.unread:
+            return  # they may refer to any of them
         used = {name for job in self._queue.jobs.values() for name in _names(job.values)}
         for path in self._folder.clips():
             described = self._described(path)

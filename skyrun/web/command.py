@@ -100,6 +100,8 @@ def _serve(folder: Folder, taken: socket.socket, hosts: tuple[str, ...], token: 
     waiting = sum(job.status == "waiting" for job in queue.jobs.values())
     if waiting:
         _say(f"{waiting} clips wait: going on with them")
+    for path in queue.unread:
+        _say(f"{path} is damaged, or a job of another version of skyrun: it is left alone")
     with suppress(KeyboardInterrupt):
         Server(config).run([taken])
     _say("stopped; what is unfinished goes on with the next start")

@@ -6,7 +6,7 @@ from typing import Any
 from skyrun.hub.store import stored
 from skyrun.kernels.files.recipes import RECIPES
 from skyrun.planning.problems import DTYPES, PRECISIONS
-from skyrun.planning.request import Request
+from skyrun.planning.request import SHARED, Request
 from skyrun.presets.attention import OFFERED
 from skyrun.presets.plan import PREFERENCES
 from skyrun.tasks import TASKS, TaskSpec
@@ -53,10 +53,10 @@ def _task(spec: TaskSpec) -> dict[str, Any]:
 
 
 def _field(name: str, hints: dict[str, str]) -> dict[str, Any]:
-    """A field. tasks: those that have it, if not all do."""
+    """A field. tasks: those that have it, if not all do. shared: whether it means the same for all tasks."""
     having = [spec.name for spec in TASKS.values() if name in spec.options]
-    choices = [*_CHOICES.get(name, ())]
-    return {"name": name, "kind": kind(name), "hint": hints.get(name, ""), "choices": choices, "tasks": having}
+    said = {"kind": kind(name), "hint": hints.get(name, ""), "choices": [*_CHOICES.get(name, ())]}
+    return {"name": name, **said, "tasks": having, "shared": name in SHARED}
 
 
 def _hints(docstring: str) -> dict[str, str]:

@@ -36,10 +36,19 @@ _HEADERS = {
 }
 
 
+class Answer(JSONResponse):
+    """JSON. Bytes in the names of files and in what clips say that are no UTF-8 are shown as "?"."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
+
+
 def refused(refusal: Refused) -> Response:
     """The answer to a request that is refused."""
     told = {"message": refusal.message, "hint": refusal.hint, "code": refusal.code}
-    return JSONResponse(told | ({"fields": refusal.fields} if refusal.fields else {}), refusal.status)
+    return Answer(told | ({"fields": refusal.fields} if refusal.fields else {}), refusal.status)
 
 
 class Guard:

@@ -44,8 +44,9 @@ class Queue:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        found = [Job.read(path) for path in sorted(folder.jobs.glob("*.json"))]
-        self.jobs = {job.id: job for job in found if job is not None}
+        found = {path: Job.read(path) for path in sorted(folder.jobs.glob("*.json"))}
+        self.jobs = {job.id: job for job in found.values() if job is not None}
+        self.unread = [path for path, job in found.items() if job is None]  # damaged, or of another version: left alone
         for job in [job for job in self.jobs.values() if job.at_work]:  # its process is gone, it goes on from there
             job.status = WAITING
             self._put_first(job)

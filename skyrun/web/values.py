@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from skyrun.errors import SkyrunError
+from skyrun.kernels.files.recipes import RECIPES
 from skyrun.planning.config import read_config
 from skyrun.planning.lora import Lora
 from skyrun.planning.problems import value_problems
-from skyrun.planning.request import Request
+from skyrun.planning.request import SHARED, Request, is_text
 from skyrun.tasks import TASKS
 from skyrun.web.folder import Folder, Refused
 
@@ -73,6 +74,12 @@ def checked(sent: Any, folder: Folder) -> dict[str, Any]:
     return values
 
 
+def again(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The values of a job with changes, and with a new seed. Of another task, those that mean the same there."""
+    stay = tuple(FIELDS) if changes.get("task", before["task"]) == before["task"] else SHARED
+    return {name: value for name, value in before.items() if name in stay and name != "seed"} | changes
+
+
 def known(values: Any) -> dict[str, Any]:
     """The values that say something. Raises Refused for fields that there are not."""
     if not isinstance(values, dict):
@@ -104,7 +111,7 @@ def _refuse(found: dict[str, list[str]]) -> None:
 def _has_half_a_character(value: Any) -> bool:
     """Whether there is half of a surrogate pair in a text or in one of several, which no client could be sent."""
     texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and re.search("[\ud800-\udfff]", text) for text in texts)
+    return any(isinstance(text, str) and not is_text(text) for text in texts)
 
 
 def problems(values: dict[str, Any], folder: Folder) -> dict[str, list[str]]:
@@ -132,7 +139,9 @@ def problems(values: dict[str, Any], folder: Folder) -> dict[str, list[str]]:
 
 
 def _sentences(request: Request) -> list[str]:
-    return request.type_problems() or list(value_problems(request))
+    unknown = request.quant is not None and request.quant not in RECIPES
+    types = [f"unknown type {request.quant!r}, expected {', '.join(RECIPES)}"] if unknown else []
+    return request.type_problems() or [*value_problems(request), *types]
 
 
 def _good(name: str, values: Mapping[str, Any]) -> Any:
@@ -150,7 +159,11 @@ def _good(name: str, values: Mapping[str, Any]) -> Any:
 
 
 def request_of(values: dict[str, Any], folder: Folder) -> Request:
-    """The Request of a job, with paths. Raises Refused if a file is gone. The model keeps its name, if it has one."""
+    """The Request of a job, with paths. The model keeps its name, if it has one.
+
+    Raises Refused if a file is gone, or if a field is unknown: jobs of other versions may have others.
+    """
+    known(values)
     paths = {name: _paths(name, value, folder) for name, value in values.items() if kind(name) in PATHS}
     return Request(**{name: _tuple(value) for name, value in ({"prompt": ""} | values | paths).items()})
 

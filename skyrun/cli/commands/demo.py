@@ -16,7 +16,7 @@ from skyrun.engine.output import check_free, check_outputs
 from skyrun.errors import SkyrunError
 from skyrun.hub.built_in import QUANT, built_in_folder, is_converted
 from skyrun.hub.store import parse_name
-from skyrun.media.image import write_image
+from skyrun.media.image import open_image, write_image
 from skyrun.models.folder import open_folder
 from skyrun.planning.own_clips import read_own_clips
 from skyrun.planning.problems import place_problems, value_problems
@@ -50,7 +50,7 @@ def execute(arguments: Namespace) -> int:
     step = "reading what was converted before" if is_converted(name) else "converting the checkpoint"
     say(f"1. {step}: a small model of the same architecture that comes with skyrun, as {QUANT}")
     model = built_in_folder(name)
-    request = _fitted(replace(request, model=model))
+    request = _fitted(replace(request, model=model), bool(images))
     pictures = pictures_of(clip, arguments)
     check_free(request, [*pictures, *drawn])
     say("2. the references, what moves and where: " + " and ".join(str(place) for place in request.images))
@@ -86,10 +86,11 @@ def _drawn(request: Request) -> list[Picture]:
     return pictures[: len(request.images)]
 
 
-def _fitted(request: Request) -> Request:
+def _fitted(request: Request, has_own_pictures: bool) -> Request:
     """The request with a size and a length that the model makes."""
     (transformer,) = open_folder(request.model).transformers
     own = read_own_clips(transformer)
     if own is None:
         raise SkyrunError(f"{transformer.path} is not the model of the demo", f"skyrun remove {_MODEL}, then try again")
-    return own.fitted(request, *own.sizes[0])
+    width, height = open_image(request.images[0]).size if has_own_pictures else own.sizes[0][::-1]
+    return own.fitted(request, height, width)

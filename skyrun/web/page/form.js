@@ -78,6 +78,7 @@ export class Form {
     }
     if (Array.isArray(values.size)) values.size = values.size.join("x");
     this.values = values;
+    this.filledFor = values.task;
     this.asked = false;
     this.build();
     this.keep();
@@ -132,6 +133,7 @@ export class Form {
 
   tasks(task) {
     const pick = (name) => {
+      this.keepShared(name);
       this.set("task", name);
       this.asked = false;
       this.build();
@@ -141,6 +143,14 @@ export class Form {
       this.about.tasks.map((other) => el("label", {}, el("input", {
         type: "radio", name: "task", id: `task-${other.name}`, value: other.name, checked: other === task, on: { change: () => pick(other.name) },
       }), el("span", {}, el("b", {}, other.name), " ", other.does))));
+  }
+
+  // For another task than that of the clip which filled the form in, keep what means the same there, and the files.
+  keepShared(task) {
+    if (!this.filledFor || task === this.filledFor) return;
+    const shared = new Set(this.about.fields.filter((field) => field.shared).map((field) => field.name));
+    this.values = Object.fromEntries(Object.entries(this.values).filter(([name]) => shared.has(name) || FILES.includes(name)));
+    this.filledFor = null;
   }
 
   prompt() {
