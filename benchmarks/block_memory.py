@@ -215,6 +215,8 @@ class Lonely(Group):
 class _Waiting:
     """Parked tokens, as far as the card sees them."""
 
+    parked = True
+
     def __init__(self, tokens: int, dim: int) -> None:
         self.shape, self.dtype = torch.Size((tokens, dim)), torch.bfloat16
 

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.attention import Keys, PassingValues, attend
 from skyrun.kernels.machine.device import uses_triton
-from skyrun.kernels.quantized_keys import HEAD_DIM
+from skyrun.kernels.quantized_keys import HEAD_DIM, KeyRoom
 from skyrun.kernels.tiles import SMALL, USUAL, Pools, Selection, Tiles
 from skyrun.kernels.torch import selection as torch_selection
 
@@ -48,7 +48,7 @@ class TiledKeys:
     """Keys and values with the means of their tiles.
 
     Args:
-        k, v: [M, heads * 128] each, handed over: the object owns them.
+        k, v: [M, heads * 128] each, as `Keys` has them, and handed over.
         heads: their number.
         precision: of attention, as `Keys` has it.
         tiles: the sizes of tiles.
@@ -56,25 +56,31 @@ class TiledKeys:
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, heads: int, precision: str, tiles: Tiles, always: tuple[tuple[int, int], ...]
+        self,
+        k: Tensor | KeyRoom,
+        v: Tensor | PassingValues,
+        heads: int,
+        precision: str,
+        tiles: Tiles,
+        always: tuple[tuple[int, int], ...],
     ) -> None:
-        self.tiles, self.heads, self.count = tiles, heads, len(k)
-        self._pools = _kernels(k.device).pool(k, tiles.keys, k.mean(0, dtype=torch.float32))
+        rows = k.keys if isinstance(k, KeyRoom) else k
+        self.tiles, self.heads, self.count = tiles, heads, len(rows)
+        self._pools = _kernels(rows.device).pool(rows, tiles.keys, rows.mean(0, dtype=torch.float32))
         flags = torch.zeros(tiles.count_keys(self.count), dtype=torch.bool)
         for start, stop in always:
             flags[start // tiles.keys : -(-stop // tiles.keys)] = True
-        self._always = flags.to(k.device)
+        self._always = flags.to(rows.device)
         self.keys = Keys(k, v, heads, precision)
 
     @property
-    def plain(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as they were given, until they are quantized."""
-        return self.keys.plain
+    def checked(self) -> tuple[Tensor, ...]:
+        """Tensors that are not finite if a key or a value was not."""
+        return self.keys.checked
 
     def prepare(self) -> None:
         """Quantize the keys, so that all queries meet the same numbers. The caller must have let the originals go."""
-        if self.keys.precision != "exact":
-            _ = self.keys.quantized
+        self.keys.prepare()
 
     def attend(self, q: Tensor, starts: list[int], shares: Tensor, out: Tensor | None = None) -> Read:
         """Attend from q [L, heads * 128] to the keys that each of its tiles needs.

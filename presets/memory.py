@@ -90,22 +90,26 @@ def denoise_bytes(
         sparse: whether it skips tiles.
     """
     size, tokens, own, dim = BYTES[dtype], workload.tokens, workload.own_tokens, workload.dim
-    # With the heads of this device only.
-    keys, of_keys = _key_bytes(dim // workload.devices, size, attention if way not in ("", "plain") else "exact")
+    attention = attention if way not in ("", "plain") else "exact"
+    once = parked and values_pass(workload.devices, attention)
+    # With the heads of this device only: as they are projected, quantized, and kept.
+    plain = (1 if once else 2) * (dim // workload.devices) * size
+    keys, of_keys = _key_bytes(dim // workload.devices, size, attention, once)
     passing, matrix = _block_values(workload, size, way)
     held = own * (0 if parked else workload.contexts * dim * size) + tokens * HEAD_DIM * 4
     context = ((1 + workload.contexts) * workload.context_tokens + 3 * workload.avoided_tokens) * dim * size
     part = min(rows or own, own)
     queries = part * (1 + parked) * dim * size  # and their tokens, while the keys are quantized
+    projecting = part * (2 + parked + once) * dim * size + dim * dim * matrix  # their norm, and what is made of it
     if workload.devices > 1:
         travelling = (_TRAVELLING if part < own else _TRAVELLED) * dim * size
-        passing, queries = passing + travelling, queries + travelling * part
+        passing, queries, projecting = passing + travelling, queries + travelling * part, 0
     passes = part * passing + workload.ffn_dim * dim * matrix
     if sparse:
         heads = dim // HEAD_DIM // workload.devices
         held += -(-tokens // KEY_TILE) * heads * (HEAD_DIM + 5)  # means of tiles of keys
         passes = max(passes, checking_bytes(workload, size))
-    peak = max(tokens * keys + passes, tokens * of_keys + queries)
+    peak = max(tokens * keys + passes, tokens * of_keys + queries, tokens * plain + projecting)
     return workload.outer_bytes + held + context + peak + adapter_bytes(workload, part, size, way)
 
 
@@ -131,15 +135,25 @@ def adapter_bytes(workload: Workload, part: int, size: int, way: str) -> int:
     return part * workload.adapter_rank * size + copies + rows
 
 
-def _key_bytes(dim: int, size: int, attention: str) -> tuple[int, int]:
-    """Bytes of a token's keys and values, and of these while they are quantized.
+def values_pass(devices: int, attention: str) -> bool:
+    """Whether values are computed twice if tokens wait on the host: never are all in memory that are not quantized."""
+    return devices == 1 and attention != "exact"
 
-    Codes and their scales for each head, and values: in float16, or in 8 bits with the sums of blocks of 64.
+
+def _key_bytes(dim: int, size: int, attention: str, passing: bool) -> tuple[int, int]:
+    """Bytes of a token's keys and values, and of these while they are quantized. passing: whether values are not all in
+    memory then.
+
+    Codes have scales for each head. Values are in float16; or in 8 bits, with the sums of blocks of 64, and then they
+    and the codes of the keys take the place of the keys.
     """
     if attention == "exact":
         return 2 * dim * size, 2 * dim * size
-    values = 2 * dim if attention == "int8" else dim + dim // 16
-    return dim + dim // 32 + values, max(2 * dim * size + dim, dim * (1 + size) + values)
+    if attention == "int8":
+        keys = dim + dim // 32 + 2 * dim
+        return keys, max(dim * (1 + size), keys) if passing else max(2 * dim * size + dim, dim * size + keys)
+    keys = dim * size + dim // 32 + dim // 16
+    return keys, keys if passing else dim * size + keys
 
 
 def _block_values(workload: Workload, size: int, way: str) -> tuple[int, int]:

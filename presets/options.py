@@ -157,14 +157,16 @@ def _precision(hardware: Hardware, workload: Workload) -> str:
 def usual_attention(hardware: Hardware, precision: str | None, prefer: str) -> str:
     """The precision of attention if none is asked for; exact if all is to be exact.
 
-    It is the quickest one whose error is allowed. A less accurate one must be noticeably quicker than the one before.
+    It is the quickest one whose error is allowed; a less accurate one must be noticeably quicker than the one before.
+    Where memory is preferred, it is the least accurate of these that has a kernel, which takes the least.
     """
     if precision == "exact":
         return "exact"
     rates, chosen = rates_of(hardware), "exact"
     limit = _ALLOWED_ERROR_FOR_QUALITY if prefer == "quality" else _ALLOWED_ERROR
     for name, error in ATTENTION_ERRORS.items():
-        if error < limit and rates.attention_in(name) >= WORTH_GAIN * rates.attention_in(chosen):
+        rate = rates.attention_in(name)
+        if error < limit and (rate >= WORTH_GAIN * rates.attention_in(chosen) or (prefer == "memory" and rate > 0)):
             chosen = name
     return chosen
 

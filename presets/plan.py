@@ -13,7 +13,7 @@ from skyrun.presets.autoencoder import WAYS, Autoencoder, autoencoder
 from skyrun.presets.budget import Budget, budget_of
 from skyrun.presets.machine.cards import find_card
 from skyrun.presets.machine.hardware import Hardware, stated
-from skyrun.presets.memory import GIB, RING_SLOTS, text_bytes
+from skyrun.presets.memory import ALLOCATOR_BYTES, GIB, RING_SLOTS, text_bytes
 from skyrun.presets.options import (
     EXACT_TYPES,
     POOR_TYPES,
@@ -219,7 +219,7 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
     """Complete an option for the denoising steps with the other stages."""
     work, (rows, parked) = option.work, option.chunking
     taken = option.device_bytes if budget.cuda else option.host_bytes
-    room = taken if prefer == "memory" else budget.usable
+    room = taken - ALLOCATOR_BYTES * budget.cuda if prefer == "memory" else budget.usable
     short = budget.cuda and hardware.bfloat16 and dtype != "float32"
     encoding, decoding = (autoencoder(work, way, budget.working(room), budget.cuda, short) for way in WAYS)
     images = _timed(_images_stage(work, encoding, budget), images_time(hardware, work, encoding))

@@ -10,7 +10,17 @@ from skyrun.presets.machine.card import Rates
 from skyrun.presets.machine.cards import find_card
 from skyrun.presets.machine.hardware import Hardware, cpu_rates
 from skyrun.presets.machine.host import CACHED_SHARE
-from skyrun.presets.memory import BYTES, HEAD_DIM, KEY_TILE, QUERY_TILE, SAMPLED, own_rows, parked_bytes, way_of
+from skyrun.presets.memory import (
+    BYTES,
+    HEAD_DIM,
+    KEY_TILE,
+    QUERY_TILE,
+    SAMPLED,
+    own_rows,
+    parked_bytes,
+    values_pass,
+    way_of,
+)
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -30,7 +40,7 @@ _TEXT_TOKENS = 512
 # Bytes that norms, GELU, residuals, copies and checks of a block read and write for a token's value, by how it is
 # computed, and what quantizing queries, keys and values adds (tests/test_timing.py counts them).
 _ELEMENTWISE = {"plain": 310, "exact": 65, "float16 sums": 71, "int8": 46}
-_QUANTIZING = {"int8": 21, "full-int8": 18, "fp8": 18}
+_QUANTIZING = {"int8": 19, "full-int8": 18, "fp8": 18}
 _GUIDING = 20  # and normalized attention guidance
 FEW_KEYS = {"full-int8": "int8", "fp8": "int8"}  # the precision of attention to text and image
 # Seconds until the first stage: Python and torch are read, and on a GPU the context is made (assumed).
@@ -296,8 +306,10 @@ def _computing(
         moved += int(workload.own_tokens * workload.dim * (passes + guiding))
     seconds += workload.layers * moved / rates.decode
     if parked:
-        crossing = _CROSSINGS * parked_bytes(workload, dtype) / workload.contexts
-        seconds += workload.layers * crossing / hardware.link_rate
+        twice = values_pass(workload.devices, attention)
+        crossing = (_CROSSINGS + twice) * parked_bytes(workload, dtype) / workload.contexts
+        again = twice * 2 * workload.tokens * workload.dim**2
+        seconds += workload.layers * (crossing / hardware.link_rate + again / linear_rate)
     return seconds
 
 

@@ -11,9 +11,9 @@ from guards import guarded
 from torch.nn import functional as F
 
 from skyrun.kernels import attention
-from skyrun.kernels.attention import Keys, attend, ways
+from skyrun.kernels.attention import Keys, PassingValues, attend, ways
 from skyrun.kernels.machine.device import has_float8
-from skyrun.kernels.quantized_keys import PRECISIONS, QuantizedKeys
+from skyrun.kernels.quantized_keys import PRECISIONS, KeyRoom, QuantizedKeys, largest_values
 from skyrun.kernels.torch import attention as torch_attention
 from skyrun.kernels.triton import attention as triton_attention
 from skyrun.presets.attention import ATTENTION_ERRORS
@@ -32,7 +32,7 @@ BOUNDS = {
     "fp8": {"flat": 0.04, "random": 0.037, "found": 0.029, "peaked": 0.034, "biased": 0.034},
 }
 INT8 = BOUNDS["int8"]["peaked"]
-NAMES = ("quantize_keys", "quantize_values", "attend")
+NAMES = ("quantize_keys", "quantize_values", "write_values", "attend")
 
 
 def definition(q, k, v, heads):
@@ -269,6 +269,46 @@ def test_what_is_no_number_is_not_hidden(module, precision):
     result = quick(module, q, k, v, precision)
     assert not result[:, 200].isfinite().any()
     assert result[:, :128].isfinite().all()
+
+
+def in_a_room(k):
+    room = KeyRoom(*k.shape, k.dtype, CPU)
+    room.keys.copy_(k)
+    return room
+
+
+@pytest.mark.usefixtures("rounded")
+@pytest.mark.parametrize("parts", [[200], [1, 62, 137], [128, 72], [190, 10]])
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("precision", QUICK)
+def test_codes_that_take_the_place_of_keys_are_the_same(monkeypatch, module, precision, parts):
+    """Whether values are in memory, or come in parts that end within blocks."""
+    monkeypatch.setattr(attention, "_kernels", lambda device: module)
+    monkeypatch.setattr(attention, "_FIRST", 30)
+    _, k, v = inputs(1, 200, 2, dtype=torch.bfloat16)
+    expected = quantized(module, k, v, precision)
+    largest = torch.stack([largest_values(part) for part in v.split(parts)]).amax(0)
+    for values in (v.clone(), PassingValues(largest, lambda: iter(v.split(parts)))):
+        keys = Keys(in_a_room(k), values, 2, precision)
+        keys.prepare()
+        for name in ("codes", "scales", "values", "value_scales", "block_sums"):
+            ours, theirs = getattr(keys.quantized, name), getattr(expected, name)
+            assert theirs is ours or torch.equal(ours.float(), theirs.float()), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_checked_shows_a_key_or_a_value_that_is_no_number(monkeypatch, module, precision, broken):
+    monkeypatch.setattr(attention, "_kernels", lambda device: module)
+    for wrong in (None, 1, 2):
+        _, k, v = tensors = inputs(1, 70, 2, dtype=torch.bfloat16)
+        if wrong is not None:
+            tensors[wrong][69, 200] = broken
+        keys = Keys(in_a_room(k), v, 2, precision)
+        keys.prepare()
+        assert all(tensor.isfinite().all() for tensor in keys.checked) == (wrong is None)
 
 
 def test_keys_let_go_of_what_they_do_not_need():

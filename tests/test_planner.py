@@ -221,7 +221,7 @@ def test_the_quantization_follows_the_disk_and_not_the_card():
         assert plan_clip(short, stated(find_card(name), 64, 0.5)).plan.weight_type == "Q8_0"  # read from memory
 
 
-@pytest.mark.parametrize(("vram", "remedy"), [(4.2, "540P or"), (4, "480P or"), (3.5, "256x448 would")])
+@pytest.mark.parametrize(("vram", "remedy"), [(4.2, "540P or"), (3.5, "480P would"), (3, "256x448 would")])
 def test_what_does_not_fit_says_what_would(vram, remedy):
     hardware = stated(find_card("RTX 3060"), 16, 0.5, vram)
     plan = plan_clip(clip_of("r2v", "720P"), hardware).plan

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from acceptance.stand_ins import install
-from acceptance.step import Scale, Step
+from acceptance.step import NotHere, Scale, Step
 
 LIMIT = 240.0  # seconds that a step may take on a card
 SMALL_LIMIT = 1200.0  # elsewhere, beside the work of others
@@ -106,6 +106,8 @@ def _work(step: Step, device: torch.device, sender: Connection) -> None:
         end = {}
     except ModuleNotFoundError as error:
         end = {"skipped": f"needs {error.name}"}
+    except NotHere as error:
+        end = {"skipped": str(error)}
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         end = {"error": f"{type(error).__name__}: {error}"[:500]}

@@ -9,6 +9,10 @@ import torch
 T = TypeVar("T")
 
 
+class NotHere(Exception):
+    """A step needs what this machine does not have; the message says what."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """What a step has found. least, most: bounds; without any the figure is not judged."""

@@ -38,4 +38,6 @@ STEPS = (
     Step("resume", "killed after a step, and gone on with", _Lazy("runs:resumed")),
     Step("streaming", "a step from disk against one from memory", _Lazy("runs:streamed")),
     Step("built-in model", "on the device against the CPU", _Lazy("runs:built_in")),
+    Step("sparse attention", "its twin, its bound, its time by density", _Lazy("sparse:sparse"), _KERNELS),
+    Step("several devices", "what they send each other, and attention", _Lazy("several:several_devices")),
 )

@@ -12,45 +12,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
+from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys, empty_values, largest_values
 from skyrun.kernels.tiles import Selection
 
 _LEVELS = 127
-_LARGEST_VALUE = 512.0  # 64 of these, weighted by probabilities, add up without overflowing float16
-_SMALLEST = 1e-30  # a channel of smaller values is as good as zero; scales for them would leave float32
 _CHUNK = 1 << 24  # scores that are computed at a time
 
 
-def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [M, H * 128] -> codes int8 [M, H * 128], scales float32 [H, M]."""
-    mean = k.mean(0, dtype=torch.float32)
-    return _quantize(k.float() - mean, 1.0)
+def quantize_keys(k: Tensor, mean: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys [M, H * 128] -> codes int8 [M, H * 128], scales float32 [H, M].
+
+    mean: of all keys, float32 [H * 128]; None if these are all. out: memory for the codes, apart from the keys.
+    """
+    codes, scales = _quantize(k.float() - (k.mean(0, dtype=torch.float32) if mean is None else mean), 1.0)
+    return (codes if out is None else out.copy_(codes)), scales
 
 
 def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values [M, H * 128] -> values, scales and sums of blocks, as `QuantizedKeys` has them."""
-    if precision == "int8":
-        scales = value_scales(v)
-        return (_heads(v).float() / scales.unsqueeze(1)).half().flatten(1), scales, None
-    scales = channel_scales(v, precision)
+    values, scales, sums = empty_values(largest_values(v), len(v), precision)
+    write_values(v, 0, values, scales, sums)
+    return values, scales, sums
+
+
+def write_values(v: Tensor, first: int, values: Tensor, scales: Tensor, sums: Tensor | None) -> None:
+    """Quantize the values [n, H * 128] of the keys from `first` on, into what `empty_values` returns.
+
+    In 8 bits they are whole blocks, but for the last ones.
+    """
+    if values.dtype == torch.float16:
+        values[first : first + len(v)] = (_heads(v).float() / scales.unsqueeze(1)).half().flatten(1)
+        return
     codes = pad(v.float() * (1 / scales), (0, 0, 0, -len(v) % BLOCK)).T.contiguous()
-    if precision == "fp8":
-        return codes.to(torch.float8_e4m3fn), scales, None
-    sums = 128 * codes.round().unflatten(1, (-1, BLOCK)).sum(2).int()
-    return codes.round().to(torch.int8), scales, sums.T.contiguous()
-
-
-def value_scales(v: Tensor) -> Tensor:
-    """Per head the power of two that scales its values to at most 512, or 1 if they are smaller; float32 [H]."""
-    largest = _heads(v).abs().amax((0, 2)).float()
-    powers: Tensor = torch.log2(largest.clamp_min(_LARGEST_VALUE) / _LARGEST_VALUE).ceil()
-    return torch.exp2(powers)
-
-
-def channel_scales(v: Tensor, precision: str) -> Tensor:
-    """Per channel what a code of 1 stands for, so that its largest value has the largest code; float32 [H * 128]."""
-    largest = torch.maximum(v.amax(0), -v.amin(0)).float()
-    return largest.clamp_min(_SMALLEST) / LARGEST[precision][1]
+    codes = codes if sums is None else codes.round()
+    values[:, first : first + codes.shape[1]] = codes.to(values.dtype)
+    if sums is not None:
+        blocks = 128 * codes.unflatten(1, (-1, BLOCK)).sum(2).int()
+        sums[first // BLOCK : first // BLOCK + blocks.shape[1]] = blocks.T
 
 
 def attend(q: Tensor, keys: QuantizedKeys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:

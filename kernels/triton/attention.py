@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skyrun.kernels.machine.device import float16_sums_are_quick
-from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys
+from skyrun.kernels.quantized_keys import BLOCK, HEAD_DIM, LARGEST, QuantizedKeys, empty_values, largest_values
 from skyrun.kernels.tiles import Selection
-from skyrun.kernels.torch.attention import channel_scales, value_scales
 from skyrun.kernels.triton.rotation import to_codes
 
 QUERIES, KEYS, WARPS, STAGES = 128, BLOCK, 8, 3
@@ -234,29 +233,30 @@ def attend_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, mean: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `torch.attention.quantize_keys`."""
-    return _quantize(k, k.mean(0, dtype=torch.float32), 1.0)
+    return _quantize(k, k.mean(0, dtype=torch.float32) if mean is None else mean, 1.0, out)
 
 
 def quantize_values(v: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `torch.attention.quantize_values`."""
+    values, scales, sums = empty_values(largest_values(v), len(v), precision)
+    write_values(v, 0, values, scales, sums)
+    return values, scales, sums
+
+
+def write_values(v: Tensor, first: int, values: Tensor, scales: Tensor, sums: Tensor | None) -> None:
+    """As `torch.attention.write_values`."""
     v, heads = v.contiguous(), v.shape[1] // HEAD_DIM
-    if precision == "int8":
-        scales = value_scales(v)
-        out = torch.empty(v.shape, dtype=torch.float16, device=v.device)
-        values_kernel[(triton.cdiv(len(v), ROWS), heads)](v, scales, out, len(v), heads, ROWS, num_warps=ROW_WARPS)
-        return out, scales, None
-    scales, blocks = channel_scales(v, precision), triton.cdiv(len(v), BLOCK)
-    dtype = torch.int8 if precision == "full-int8" else torch.float8_e4m3fn
-    out = torch.empty((v.shape[1], blocks * BLOCK), dtype=dtype, device=v.device)
-    sums = None
-    if precision == "full-int8":
-        sums = torch.empty((blocks, v.shape[1]), dtype=torch.int32, device=v.device)
-    channels_kernel[(blocks, heads)](
-        *(v, 1 / scales, out, sums, len(v), blocks * BLOCK, heads, BLOCK), num_warps=ROW_WARPS
+    if values.dtype == torch.float16:
+        grid, part = (triton.cdiv(len(v), ROWS), heads), values[first:]
+        values_kernel[grid](v, scales, part, len(v), heads, ROWS, num_warps=ROW_WARPS)
+        return
+    part, stride = values.flatten()[first:], values.shape[1]
+    part_sums = None if sums is None else sums[first // BLOCK :]
+    channels_kernel[(triton.cdiv(len(v), BLOCK), heads)](
+        *(v, 1 / scales, part, part_sums, len(v), stride, heads, BLOCK), num_warps=ROW_WARPS
     )
-    return out, scales, sums
 
 
 def attend(q: Tensor, keys: QuantizedKeys, chosen: Selection | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -306,9 +306,9 @@ def _listed(chosen: Selection | None) -> tuple[Tensor | None, Tensor | None, Ten
     return chosen.lists, chosen.counts, turns, chosen.lists.shape[2]
 
 
-def _quantize(x: Tensor, mean: Tensor | None, factor: float) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, mean: Tensor | None, factor: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x, heads, rows = x.contiguous(), x.shape[1] // HEAD_DIM, len(x)
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
     scales = torch.empty((heads, rows), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, ROWS), heads)
     quantize_kernel[grid](x, mean, codes, scales, rows, factor, heads, ROWS, num_warps=ROW_WARPS)

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from skyrun.kernels.quantized_keys import KeyRoom
 from skyrun.parallel.group import Arriving, Group, as_bytes
 
 
@@ -39,14 +40,15 @@ class SharedAttention(Generic[Span]):
         self._group, self._dim, self.heads = group, dim // group.size, heads // group.size
         self._shares, self._rounds = shares, list(zip_longest(*spans_of))
 
-    def keys(self, project: Callable[[Span, Tensor, Tensor], None], like: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, project: Callable[[Span, Tensor, Tensor], None], like: Tensor) -> tuple[KeyRoom, Tensor]:
         """Keys and values of all tokens with the heads of this rank, [L, D / N] each.
 
         Args:
             project: writes keys and values [n, D] of a span.
             like: an empty tensor with their dtype and device.
         """
-        k, v = (like.new_empty(self._shares[-1].stop, self._dim) for _ in range(2))
+        room = KeyRoom(self._shares[-1].stop, self._dim, like.dtype, like.device)
+        k, v = room.keys, like.new_empty(self._shares[-1].stop, self._dim)
 
         def send(number: int) -> Arriving:
             span = self._rounds[number][self._group.rank]
@@ -69,7 +71,7 @@ class SharedAttention(Generic[Span]):
                 start += 2 * size
             del arrived
             arriving = later or arriving
-        return k, v
+        return room, v
 
     def queries(self, ranges: Sequence[slice], query: Callable[[slice], Tensor], like: Tensor) -> Tensor:
         """Queries of some tokens of all ranks with the heads of this one, [n, D / N].

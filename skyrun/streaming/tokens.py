@@ -9,13 +9,15 @@ from skyrun.streaming.staging import Parking
 
 
 class Tokens(Protocol):
-    """Activations [L, D] of all tokens, or of those that this process has. shape: (L, D), of all.
+    """Activations [L, D] of all tokens, or of those that this process has. shape: (L, D), of all. parked: whether they
+    wait on the host.
 
     Rows are counted from the first token of all, on every process.
     """
 
     shape: torch.Size
     dtype: torch.dtype
+    parked: bool
 
     def fetch(self, rows: slice) -> Tensor:
         """Some rows, on the device. They must not be changed."""
@@ -29,6 +31,8 @@ class Tokens(Protocol):
 
 class HeldTokens:
     """Tokens that stay on the device. own: those that this process has, by default all."""
+
+    parked = False
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, own: slice | None = None
@@ -52,6 +56,8 @@ class ParkedTokens:
 
     own: those that this process has, by default all.
     """
+
+    parked = True
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, own: slice | None = None

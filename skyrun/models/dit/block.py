@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.attention import Keys, PassingValues, attend, quantizes
 from skyrun.kernels.elementwise import gelu, layer_norm, rms_norm
 from skyrun.kernels.float16_sums import within_range
-from skyrun.kernels.quantized_keys import for_few_keys
+from skyrun.kernels.quantized_keys import KeyRoom, for_few_keys, largest_values
 from skyrun.kernels.rotated import RotatedInt8
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.dit.spans import Span
@@ -91,8 +91,8 @@ def dit_block(
 
     mixing: Iterable[tuple[Span, Tensor | None]] = ((span, None) for span in spans)
     if shared is None:
-        compute = partial(_all_keys, x, project, attention, context, w, spans, modulation.device, dims)
-        keys, (crossed, audio_keys) = within_range(w.owner, compute, lambda both: (*both[0].plain, *_plain(both[1])))
+        compute = partial(_all_keys, x, project, modulation, attention, context, w, spans, dims)
+        keys, (crossed, audio_keys) = within_range(w.owner, compute, lambda both: (*both[0].checked, *_plain(both[1])))
     else:
         keys = attention.keys(*shared.keys(project, like), shared.heads, w.attention)
         crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
@@ -196,26 +196,48 @@ def _audio_keys(audio: Tensor, w: Weights, dims: DiTDims) -> list[Keys]:
 def _all_keys(
     x: Tokens,
     project: Callable[[Span, Tensor, Tensor], None],
+    modulation: Tensor,
     attention: AllToAll,
     context: Context,
     w: Weights,
     spans: Sequence[Span],
-    device: torch.device,
     dims: DiTDims,
 ) -> tuple[Keys | TiledKeys, tuple[_Crossed, list[Keys] | None]]:
-    """Keys and values of all tokens, and of their context."""
-    k, v = (torch.empty(x.shape, dtype=w.handed_on(x.dtype, device), device=device) for _ in range(2))
-    for span in spans:
-        project(span, k[span.rows], v[span.rows])
-    return attention.keys(k, v, dims.heads, w.attention), _context_keys(context, w, dims)
+    """Keys and values of all tokens, and of their context.
+
+    Where tokens wait on the host and both are quantized, values are computed twice: to find their scales, and to
+    quantize them. So they take no memory besides the keys.
+    """
+    (count, width), device = x.shape, modulation.device
+    dtype = w.handed_on(x.dtype, device)
+    passes = x.parked and quantizes(w.attention, width, dims.heads, device)
+
+    def values(span: Span) -> Tensor:
+        return w.linear("self_attn.v", _normed(x.fetch(span.rows), span, modulation, w, dims)).to(dtype)
+
+    def projected() -> tuple[KeyRoom, Tensor | PassingValues]:
+        room, largest = KeyRoom(count, width, dtype, device), []
+        v = None if passes else torch.empty(x.shape, dtype=dtype, device=device)
+        for span in spans:
+            k = room.keys[span.rows]
+            part = torch.empty_like(k) if v is None else v[span.rows]
+            project(span, k, part)
+            largest += [largest_values(part)] if v is None else []
+        if v is not None:
+            return room, v
+        return room, PassingValues(torch.stack(largest).amax(0), lambda: map(values, spans))
+
+    keys = attention.keys(*projected(), dims.heads, w.attention)
+    if passes:
+        keys.prepare()
+    return keys, _context_keys(context, w, dims)
 
 
 def _project(
     h: Tensor, span: Span, modulation: Tensor, w: Weights, rope: Rope, dims: DiTDims, k: Tensor, v: Tensor
 ) -> None:
     """Write keys and values of a span. The keys' norm runs over the full width, before the split into heads."""
-    shift, scale = modulation[:2] + span.time[1][:2]
-    normed = _norm(h, 1 + scale, shift, w, dims, "self_attn.k", "self_attn.v")
+    normed = _normed(h, span, modulation, w, dims)
     v.copy_(w.linear("self_attn.v", normed))
     projected = w.linear("self_attn.k", normed)
     del normed
@@ -224,6 +246,12 @@ def _project(
         rms_norm(projected, gain, dims.eps, rope, out=k)
     else:
         k.copy_(rms_norm(projected, gain, dims.eps, rope))
+
+
+def _normed(h: Tensor, span: Span, modulation: Tensor, w: Weights, dims: DiTDims) -> Tensor | RotatedInt8:
+    """Tokens of a span as the projections to keys and values take them."""
+    shift, scale = modulation[:2] + span.time[1][:2]
+    return _norm(h, 1 + scale, shift, w, dims, "self_attn.k", "self_attn.v")
 
 
 def _rows(rope: Rope, part: slice) -> Rope:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from skyrun.events import Attended
-from skyrun.kernels.attention import Keys, attend
+from skyrun.kernels.attention import Keys, PassingValues, attend
+from skyrun.kernels.quantized_keys import KeyRoom
 from skyrun.kernels.selection import TiledKeys
 from skyrun.models.dit.tile_order import TileOrder
 from skyrun.parallel.group import here
@@ -180,7 +181,7 @@ class SelfCheck:
 class AllToAll:
     """The self-attention of one block in one step: as the base of others, one that skips nothing."""
 
-    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
+    def keys(self, k: Tensor | KeyRoom, v: Tensor | PassingValues, heads: int, precision: str) -> Keys | TiledKeys:
         """Keys and values [L, heads * d], which are handed over."""
         return Keys(k, v, heads, precision)
 
@@ -208,7 +209,7 @@ class BlockCheck(AllToAll):
     def _levels(self) -> Tensor:
         return self._check.levels[self._place]
 
-    def keys(self, k: Tensor, v: Tensor, heads: int, precision: str) -> Keys | TiledKeys:
+    def keys(self, k: Tensor | KeyRoom, v: Tensor | PassingValues, heads: int, precision: str) -> Keys | TiledKeys:
         """As of the base where no head skips anything."""
         if not self._check.may_skip(self._place):
             return super().keys(k, v, heads, precision)
