@@ -53,7 +53,7 @@ def test_where_blocks_are_kept_nine_tenths_of_the_limit_are_used(replays):
     kept = [one for one in replays if 0 < one.planned.plan.resident_blocks < one.planned.workload.layers]
     assert len(kept) > 50
     assert min(one.reserved / one.limit for one in kept if one.planned.workload.contexts == 1) >= 0.9
-    assert min(one.reserved / one.limit for one in kept) >= 0.88  # guidance may need what holes take
+    assert min(one.reserved / one.limit for one in kept) >= 0.86  # guidance may need what holes take
 
 
 def is_counted(one):
