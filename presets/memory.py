@@ -39,6 +39,8 @@ ADAPTER_ROWS = 2048  # in int8 that an adapter's matrices are multiplied with at
 # Rows of a span that are on their way between devices, or have just arrived: queries of the next one, sent and
 # received; what this one found, here and there; and what the one before has found. Of a single span only that is left.
 _TRAVELLING, _TRAVELLED = 5, 1
+# Keys and values of two spans, each as it was projected, as it is sent, and as it arrives.
+_SENT = 8
 HEAD_DIM = 128  # values per token in the rotary table
 # Attention that skips tiles: queries and keys of a tile, what lists may take of keys and values in 16 bits, and tiles
 # of queries that are looked at (kernels/tiles.py, kernels/selection.py, models/dit/sparse.py).
@@ -103,7 +105,8 @@ def denoise_bytes(
     projecting = part * (2 + parked + once) * dim * size + dim * dim * matrix  # their norm, and what is made of it
     if workload.devices > 1:
         travelling = (_TRAVELLING if part < own else _TRAVELLED) * dim * size
-        passing, queries, projecting = passing + travelling, queries + travelling * part, 0
+        passing, queries = passing + travelling, 0
+        projecting = part * (_SENT if part < own else _SENT // 2) * dim * size + dim * dim * matrix
     passes = part * passing + workload.ffn_dim * dim * matrix
     if sparse:
         heads = dim // HEAD_DIM // workload.devices

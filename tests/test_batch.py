@@ -239,7 +239,7 @@ def test_a_clip_of_others_says_nothing(tmp_path, goldens):
     with pytest.raises(SkyrunError, match="does not say how it was made"):
         from skyrun.cli.batch import _made_before
 
-        _made_before(clip)
+        _made_before(clip, None, None)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -354,9 +354,14 @@ def test_no_call_that_lacks_memory_leaves_anything_behind(model, monkeypatch, pl
     for (owner, name, work), calls in zip(functions, [next(count) for count in counts], strict=True):
         assert calls, name
         for fails in sorted({0, min(1, calls - 1), calls - 1}):
-            monkeypatch.setattr(owner, name, failing(work, (fails,), itertools.count()))
-            with pytest.raises(torch.OutOfMemoryError):
+            made = itertools.count()
+            monkeypatch.setattr(owner, name, failing(work, (fails,), made))
+            try:
                 streamed(model)
+            except torch.OutOfMemoryError:
+                pass
+            else:
+                assert next(made) <= fails, "threads wait for each other a little less often in some runs"
             assert not stand_in.registered and threading.active_count() == threads, (name, fails)
         monkeypatch.setattr(owner, name, work)
 

@@ -68,7 +68,7 @@ def test_the_gallery_has_the_clip_with_its_settings(server, made):
         return clip if clip["known"] else None
 
     clip = wait_for(known, "what is known of the clip")
-    assert (clip["frames"], clip["height"], clip["fps"]) == (17, 240, 24)
+    assert (clip["frames"], clip["height"], clip["fps"]) == (17, 192, 24)
     assert clip["request"]["images"] == ["star.png"] and clip["request"]["seed"] == 7
     assert "output" not in clip["request"] and "/" not in clip["request"]["model"]
     status, poster = server.ask("GET", f"/api/clips/{made['clip']}/poster")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,19 +14,24 @@ from torch import Tensor
 from acceptance.step import Figure, NotHere, Scale
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.machine.device import median_seconds
-from skyrun.models.dit.spans import Span, chunks
 from skyrun.models.dit_header import HEAD_DIM
 from skyrun.parallel.attention import SharedAttention
 from skyrun.parallel.group import Group, joined
-from skyrun.tools.bench.checks import ROUNDING, relative_error
 
 _MOST, _ON_CPU = 4, 2  # devices that are tried together; processes where there is no card
 _LAUNCHES = 5  # of an exchange, the same number on every device
 _TOKENS, _ROWS, _HEADS = 1001, 128, 4  # of the attention that is divided; tokens that pass at a time
 
 
+@dataclass(frozen=True)
+class _Span:
+    rows: slice
+
+
 def several_devices(scale: Scale) -> Iterator[Figure]:
     """An all-to-all of odd parts, self-attention, and the rate of large parts; by NCCL between cards, else by gloo."""
+    from skyrun.tools.bench.checks import ROUNDING  # not at the top: the processes of the devices have no stand-ins
+
     size = min(_MOST, torch.cuda.device_count()) if not scale.small else _ON_CPU
     if size < 2:
         raise NotHere("needs a second card")
@@ -76,18 +82,21 @@ def _attention(group: Group, scale: Scale) -> float:
     g = torch.Generator().manual_seed(0)
     width = _HEADS * HEAD_DIM
     q, k, v = (torch.randn(_TOKENS, width, generator=g).to(group.device, scale.dtype) for _ in range(3))
-    time = (torch.empty(0), torch.empty(0))
-    spans = [[Span(rows, time) for rows in chunks(own.start, own.stop, _ROWS)] for own in group.shares(_TOKENS)]
-    shared = SharedAttention(group, spans, width, _HEADS)
+    shares = group.shares(_TOKENS)
+    spans = [
+        [_Span(slice(first, min(first + _ROWS, own.stop))) for first in range(own.start, own.stop, _ROWS)]
+        for own in shares
+    ]
+    shared = SharedAttention(group, shares, spans, width, _HEADS)
 
-    def project(span: Span, keys: Tensor, values: Tensor) -> None:
+    def project(span: _Span, keys: Tensor, values: Tensor) -> None:
         keys.copy_(k[span.rows])
         values.copy_(v[span.rows])
 
     like = torch.empty(0, dtype=scale.dtype, device=group.device)
-    keys, alone = shared.keys(project, like, "exact"), attend(q, Keys(k, v, _HEADS))
-    found = shared.attended(lambda span: q[span.rows], keys, like)
-    return max(relative_error(mixed, alone[span.rows]) for span, mixed in found)
+    keys, alone = Keys(*shared.keys(project, like), shared.heads), attend(q, Keys(k, v, _HEADS))
+    found = shared.attended(lambda span: q[span.rows], lambda queries, _: attend(queries, keys), like)
+    return max(float((mixed - alone[span.rows]).norm() / alone[span.rows].norm()) for span, mixed in found)
 
 
 def _rate(group: Group, scale: Scale) -> float:

@@ -60,13 +60,13 @@ def _within_its_bound(scale: Scale, name: str) -> Iterator[Figure]:
     learned = Learned()
     for step in range(2):
         check = SelfCheck(USUAL_BOUND, order, (1, 1, heads), learned)
-        block = check.block(0, 0)
+        block = check.block(0, 0, [slice(0, len(q))])
         keys = block.keys(k.clone(), v.clone(), heads, name)
         if isinstance(keys, Keys):
             yield Figure(f"{name}, skips", "nothing")
             return
-        block.look(keys, lambda rows: q[rows], [slice(0, len(q))])
-        out, dense = block.attend(q, keys, slice(0, len(q))), attend(q, keys.keys)
+        block.look(keys, lambda tiles: torch.cat([q[rows] for rows in tiles]))
+        out, dense = block.attend(keys, q, [slice(0, len(q))]), attend(q, keys.keys)
         learned, (event,) = check.finish_step()
         if step:
             off, size = (t.double().unflatten(1, (heads, -1)).square().sum((0, 2)) for t in (out - dense, dense))

@@ -95,6 +95,8 @@ def dit_block(
         keys, (crossed, audio_keys) = within_range(w.owner, compute, lambda both: (*both[0].checked, *_plain(both[1])))
     else:
         keys = attention.keys(*shared.keys(project, like), shared.heads, w.attention)
+        if quantizes(w.attention, dims.dim, dims.heads, like.device):
+            keys.prepare()  # before queries travel
         crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
         mixing = shared.attended(query, partial(attention.attend, keys), like)
     attention.look(keys, sampled)
