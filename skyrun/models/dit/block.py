@@ -94,9 +94,7 @@ def dit_block(
         compute = partial(_all_keys, x, project, modulation, attention, context, w, spans, dims)
         keys, (crossed, audio_keys) = within_range(w.owner, compute, lambda both: (*both[0].checked, *_plain(both[1])))
     else:
-        keys = attention.keys(*shared.keys(project, like), shared.heads, w.attention)
-        if quantizes(w.attention, dims.dim, dims.heads, like.device):
-            keys.prepare()  # before queries travel
+        keys = _shared_keys(shared, project, like, attention, w, dims)
         crossed, audio_keys = within_range(w.owner, partial(_context_keys, context, w, dims), _plain)
         mixing = shared.attended(query, partial(attention.attend, keys), like)
     attention.look(keys, sampled)
@@ -233,6 +231,21 @@ def _all_keys(
     if passes:
         keys.prepare()
     return keys, _context_keys(context, w, dims)
+
+
+def _shared_keys(
+    shared: SharedAttention[Span],
+    project: Callable[[Span, Tensor, Tensor], None],
+    like: Tensor,
+    attention: AllToAll,
+    w: Weights,
+    dims: DiTDims,
+) -> Keys | TiledKeys:
+    """Keys and values of all tokens with the heads of this device, quantized before queries travel."""
+    keys = attention.keys(*shared.keys(project, like), shared.heads, w.attention)
+    if quantizes(w.attention, dims.dim, dims.heads, like.device):
+        keys.prepare()
+    return keys
 
 
 def _project(
