@@ -17,6 +17,7 @@ from skyrun.streaming import staging
 from skyrun.streaming import stream as stream_module
 from skyrun.streaming.reader import FileReader
 from skyrun.streaming.ring import CudaRing
+from skyrun.streaming.shares import SharedBlock
 from skyrun.streaming.staging import PageLocked, Parking
 from skyrun.streaming.stream import BlockStream, spread
 from skyrun.streaming.tokens import ParkedTokens
@@ -82,15 +83,42 @@ def is_copied_ahead(stream):
     return stream._ready.qsize() > 0 and all(future.done() for future in stream._loaders.submitted)
 
 
-def streamed(model, clocks, slots, kept, lacking=None, ahead=False):
+class Others:
+    """Further devices, with which shares of blocks are exchanged on a stream that is not ours."""
+
+    def __init__(self, clocks, rank, size):
+        self.rank, self.near = rank, range(size)
+        self._clocks, self._stream = clocks, clocks.Stream()
+
+    def complete(self, parts):
+        self._stream.wait_stream(self._clocks.current_stream())
+        own, theirs = (tuple(part for rank, part in parts if (rank == self.rank) is mine) for mine in (True, False))
+        with self._clocks.stream(self._stream):
+            self._clocks.on_stream("gather", reads=own, writes=theirs)
+        self.done = self._stream.record_event()
+        return Gathering(self._clocks, self.done)
+
+
+class Gathering:
+    """What others send and receive, until it is done."""
+
+    def __init__(self, clocks, done):
+        self._clocks, self._done = clocks, done
+
+    def wait(self):
+        self._clocks.current_stream().wait_event(self._done)
+
+
+def streamed(model, clocks, slots, kept, lacking=None, ahead=False, others=None):
     """Stream a file through a ring, and use its memory for something else afterwards.
 
     lacking: in which block memory runs out after its kernels are enqueued, and with `ahead` not before the copies of
-    the next block are on their way.
+    the next block are on their way. others: read shares of the blocks.
     """
     path, blocks, _ = model
+    resident = spread(kept, BLOCKS)
     try:
-        with BlockStream(path, blocks, CPU, passes=PASSES, slots=slots, resident=spread(kept, BLOCKS)) as stream:
+        with BlockStream(path, blocks, CPU, passes=PASSES, slots=slots, resident=resident, neighbours=others) as stream:
             ring = stream._ring
             device, host = [*ring.slots, *ring.kept], ring._locked._memory
             for number in range(PASSES):
@@ -169,8 +197,62 @@ def fail_copies(monkeypatch, *calls):
     monkeypatch.setattr(CudaRing, "send", lacks)
 
 
+def without_a_share(model, clocks):
+    """A device among so many that nothing is left for it to read."""
+    ranks = (Others(clocks, rank, 40) for rank in range(40))
+    return next(others for others in ranks if not SharedBlock(model[1][0], others, True).own)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize(("slots", "kept"), RINGS)
+@pytest.mark.parametrize("lacking", [None, (1, 3)])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_ring_that_gets_shares_has_no_race(model, clocks, monkeypatch, planar, slots, kept, lacking, empty):
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: planar)
+    others = without_a_share(model, clocks) if empty else Others(clocks, 1, 2)
+    streamed(model, clocks, slots, kept, lacking, others=others)
+    assert {access.what for access in clocks.accesses} >= {"gather", "kernel", "the owner after"}
+    assert not clocks.races()
+
+
 def nothing(*_, **__):
     pass
+
+
+def forget_gatherings(monkeypatch):
+    monkeypatch.setattr(Gathering, "wait", nothing)
+
+
+def gather_on_the_stream_of_kernels(monkeypatch):
+    monkeypatch.setattr(CudaRing, "gather", lambda self, start, slot: start())
+
+
+def gather_into_slots_in_use(monkeypatch):
+    gather = CudaRing.gather
+    monkeypatch.setattr(CudaRing, "gather", lambda self, start, slot: gather(self, start, None))
+
+
+def close_while_shares_arrive(monkeypatch):
+    close = CudaRing.close
+    monkeypatch.setattr(CudaRing, "close", lambda self, unfinished: close(self))
+
+
+@pytest.mark.parametrize(
+    ("mutate", "empty", "lacking", "race"),
+    [
+        (forget_gatherings, False, None, ("gather", "kernel")),
+        (forget_gatherings, False, None, ("copy", "gather")),
+        (gather_on_the_stream_of_kernels, False, None, ("copy", "gather")),
+        (gather_into_slots_in_use, True, None, ("gather", "kernel")),
+        (close_while_shares_arrive, False, (1, 2), ("gather", "the owner after")),
+    ],
+)
+def test_mutants_of_gathering_race(model, clocks, monkeypatch, mutate, empty, lacking, race):
+    monkeypatch.setattr(stream_module, "uses_triton", lambda device: True)
+    mutate(monkeypatch)
+    others = without_a_share(model, clocks) if empty else Others(clocks, 0, 2)
+    streamed(model, clocks, 2, 0, lacking, others=others)
+    assert race in clocks.races()
 
 
 def forget_releases(monkeypatch):

@@ -214,7 +214,7 @@ def test_pieces_are_the_extents(converted, pairs, shapes, tmp_path, limit, plana
         whole, pieced = torch.zeros(2, block.nbytes, dtype=torch.uint8)
         for one in block.extents:
             whole[one.at : one.at + one.nbytes] = bytes_of(data[one.file][one.offset : one.offset + one.nbytes])
-        for piece in block.pieces(limit, planar):
+        for piece in (piece for whole_run in block.runs(planar) for piece in whole_run.split(limit)):
             if piece.info is None:
                 for target, source in piece.moves(pieced, bytes_of(data[piece.file][piece.offset :][: piece.nbytes])):
                     target.copy_(source)

@@ -237,10 +237,10 @@ def test_types_of_the_model_above_cover_both_layouts():
 
 def test_small_tensors_are_read_together(model):
     _, blocks, _ = model
-    plain = blocks[0].pieces(1 << 20, planar=False)
+    plain = blocks[0].runs(planar=False)
     assert [(piece.offset, piece.nbytes) for piece in plain] == [(e.offset, e.nbytes) for e in blocks[0].extents]
-    assert len(blocks[2].extents) == len(blocks[2].pieces(1 << 20, planar=False)) == 2
-    apart = [piece.info.name if piece.info else None for piece in blocks[0].pieces(1 << 20, planar=True)]
+    assert len(blocks[2].extents) == len(blocks[2].runs(planar=False)) == 2
+    apart = [piece.info.name if piece.info else None for piece in blocks[0].runs(planar=True)]
     assert apart == ["q.weight", None, "v.weight", "odd.weight", None, "ffn.weight", None]
 
 

@@ -128,9 +128,10 @@ class Clocks:
 
     @contextmanager
     def stream(self, stream: "Stream") -> Iterator[None]:
+        before = self.current_stream()
         self._mine.stream = stream
         yield
-        del self._mine.stream
+        self._mine.stream = before
 
     def cudart(self) -> Any:
         return SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: None)

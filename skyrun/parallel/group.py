@@ -1,10 +1,12 @@
 """The processes that work on one clip together, one for each device: what they exchange, through torch.distributed.
 
-Tensors travel by one operation, an all-to-all with parts of any size; plain values go from rank 0 to all others.
+Activations travel by one operation, an all-to-all with parts of any size; plain values go from rank 0 to all others.
+Shares of weights are sent from the buffers that they belong in, and received there. Both use one communicator, in the
+order in which they are started: two at a time could wait for each other on a GPU.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,15 +46,31 @@ class Arriving:
         return received
 
 
+class Completing:
+    """Parts of a buffer on their way, to be waited for once."""
+
+    def __init__(self, works: "Sequence[dist.Work]" = ()) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Wait until all are there, or make a GPU's work that is enqueued from now on wait."""
+        with _peers_named():
+            for work in self._works:
+                work.wait()
+
+
 class Group:
     """This process among those that make a clip. A group of one sends nothing.
 
     rank: the number of this process; rank 0 owns the run's state and writes. size: how many there are. device: its
-    own. sent: bytes of tensors that it has sent to other ranks so far.
+    own. near: those of this machine. sent: bytes of tensors that it has sent to other ranks so far.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = _CPU) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, device: torch.device = _CPU, near: Sequence[int] | None = None
+    ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.near = range(size) if near is None else near
         self.sent = 0
         self._tensors: dist.ProcessGroup | None = None
 
@@ -104,6 +122,27 @@ class Group:
             work = dist.all_to_all_single(received, parts, receiving, sending, group=self._tensors, async_op=True)
         return Arriving(work, received, parts)
 
+    def complete(self, parts: Sequence[tuple[int, Tensor]]) -> Completing:
+        """Start to send the own ones of some tensors to the others of this machine, and to receive theirs in place.
+
+        Args:
+            parts: contiguous tensors, the same list on all of them, each with the rank that has its content.
+        """
+        self.sent += sum(part.nbytes for rank, part in parts if rank == self.rank) * (len(self.near) - 1)
+        return self._complete(parts)
+
+    def _complete(self, parts: Sequence[tuple[int, Tensor]]) -> Completing:
+        wanted: list[tuple[Callable[..., Any], Tensor, int]] = []
+        for rank, part in parts:
+            if rank == self.rank:
+                wanted += [(dist.isend, part, other) for other in self.near if other != rank]
+            else:
+                wanted.append((dist.irecv, part, rank))
+        if not wanted:
+            return Completing()
+        with _peers_named():
+            return Completing(dist.batch_isend_irecv([dist.P2POp(*one, group=self._tensors) for one in wanted]))
+
     def gathered(self, rows: Tensor, counts: Sequence[int], to: int | None = None) -> Tensor:
         """The rows of all ranks, in their order [sum of counts, ...]; only on rank `to` if it is given, else on all.
 
@@ -148,10 +187,10 @@ def here() -> Group:
 
 
 @contextmanager
-def joined(rank: int, size: int, device: torch.device) -> Iterator[Group]:
-    """Be this rank of a group, as long as the block lasts."""
+def joined(rank: int, size: int, device: torch.device, near: Sequence[int] | None = None) -> Iterator[Group]:
+    """Be this rank of a group, as long as the block lasts. near: the ranks on this machine, by default all."""
     global _here
-    group = Group(rank, size, device)
+    group = Group(rank, size, device, near)
     if size > 1:
         group.open()
     _here = group

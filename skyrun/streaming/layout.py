@@ -21,6 +21,7 @@ from skyrun.streaming.weights import Observe, Weights, as_weight, has_planes
 
 _WIDEST = 4  # bytes of a value of an adapter
 _GAP = 1 << 16  # extents closer than this are read as one
+_GRAIN = 16  # blocks of a tensor in planes that a share is a multiple of: its part of every plane stays aligned
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,35 @@ class Piece:
         """Split into pieces of at most `limit` bytes, which are whole blocks if they are repacked."""
         step = limit // self.info.format.block_bytes * self.info.format.block_bytes if self.info else limit
         for start in range(0, self.nbytes, step):
-            yield replace(self, offset=self.offset + start, nbytes=min(step, self.nbytes - start), start=start)
+            yield self.part(start, min(start + step, self.nbytes))
+
+    def part(self, start: int, end: int) -> "Piece":
+        """The bytes [start, end) of the piece."""
+        return replace(self, offset=self.offset + start, nbytes=end - start, start=self.start + start)
+
+    def cut(self, near: float) -> int:
+        """Where the piece may be cut into shares, in bytes from its beginning: next to a place of that kind."""
+        grain = _GRAIN * self.info.format.block_bytes if self.info else ALIGNMENT
+        return max(0, min(round(near / grain) * grain, self.nbytes))
+
+    @property
+    def places(self) -> list[slice]:
+        """Where the bytes belong in the block's buffer: one place, or one in each plane of a tensor."""
+        if self.info is None:
+            return [slice(self.at + self.start, self.at + self.start + self.nbytes)]
+        width = self.info.format.block_bytes
+        total, before, count = (nbytes // width for nbytes in (self.info.nbytes, self.start, self.nbytes))
+        places = []
+        for part in FIELDS[self.info.format.name]:
+            start = self.at + total * part.plane_start + before * part.width
+            places.append(slice(start, start + count * part.width))
+        return places
 
     def moves(self, buffer: Tensor, staged: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The copies, (to, from), that move the piece from the staging buffer to its block's buffer."""
-        if self.info is None:
-            return [(buffer[self.at + self.start :][: self.nbytes], staged[: self.nbytes])]
-        width = self.info.format.block_bytes
-        total, before, count = (nbytes // width for nbytes in (self.info.nbytes, self.start, self.nbytes))
-        pairs = []
-        for part in FIELDS[self.info.format.name]:
-            target = buffer[self.at + total * part.plane_start + before * part.width :]
-            source = staged[count * part.plane_start :]
-            pairs.append((target[: count * part.width], source[: count * part.width]))
-        return pairs
+        sizes = [place.stop - place.start for place in self.places]
+        sources = staged[: self.nbytes].split(sizes)
+        return [(buffer[place], source) for place, source in zip(self.places, sources, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,9 @@ class Block:
             additions[name].append(placed.addition(buffer))
         return Weights(owner, views, observe, attention, additions)
 
-    def pieces(self, limit: int, planar: bool) -> list[Piece]:
-        """The block in pieces of at most `limit` bytes. planar: whether tensors that need planes are repacked."""
+    def runs(self, planar: bool) -> list[Piece]:
+        """All bytes of the block. planar: whether tensors that need planes are repacked, which are pieces of their own
+        then; else there is one for each extent."""
         runs: list[Piece] = []
         for _, info, at in self.tensors:
             apart = info if planar and has_planes(info) else None
@@ -134,8 +151,19 @@ class Block:
                 runs[-1] = replace(last, nbytes=at + info.nbytes - last.at)
             else:
                 runs.append(Piece(info.offset, info.nbytes, at, info=apart))
-        runs += [Piece(one.offset, one.nbytes, one.at, file=one.file) for one in self.extents if one.file]
-        return [piece for run in runs for piece in run.split(limit)]
+        return runs + [Piece(one.offset, one.nbytes, one.at, file=one.file) for one in self.extents if one.file]
+
+    def shares(self, count: int, planar: bool) -> list[list[Piece]]:
+        """The block divided into `count` shares of nearly the same size. planar: as in `runs`."""
+        runs = self.runs(planar)
+        whole, shares, before = sum(run.nbytes for run in runs), [[] for _ in range(count)], 0  # type: ignore[var-annotated]
+        for run in runs:
+            edges = [run.cut(whole * number / count - before) for number in range(1, count)]
+            for share, start, end in zip(shares, [0, *edges], [*edges, run.nbytes], strict=True):
+                if end > start:
+                    share.append(run.part(start, end))
+            before += run.nbytes
+        return shares
 
 
 def lay_out(tensors: dict[str, TensorInfo]) -> Block:

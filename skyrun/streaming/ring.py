@@ -1,16 +1,18 @@
 """Rings of buffers that transfer blocks to a device, with page-locked staging and a CUDA stream for the copies."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from skyrun.errors import SkyrunError
 from skyrun.presets.memory import STAGING_PIECES, piece_bytes
 from skyrun.streaming.reader import PAGE
+from skyrun.streaming.shares import Gathering
 from skyrun.streaming.staging import PageLocked, page_aligned
 
 Arrival = Any  # when bytes have arrived on a device: a CUDA event, or None on a CPU
@@ -36,6 +38,10 @@ class Ring(Protocol):
     def send(self, moves: Iterable[tuple[Tensor, Tensor]], slot: int | None) -> Arrival:
         """Reader: start copies, (to, from), from staging to the slot's buffer, or to a kept one if it is None."""
 
+    def gather(self, start: Callable[[], Gathering], slot: int | None) -> Gathering:
+        """Model: start an exchange of a buffer's parts, once what was sent to it so far is there and others may be
+        overwritten. slot: of the buffer, or None for a kept one."""
+
     def receive(self, arrivals: Iterable[Arrival]) -> None:
         """Model: make work that is enqueued from now on wait for these arrivals."""
 
@@ -45,8 +51,8 @@ class Ring(Protocol):
     def keep_pace(self) -> None:
         """Model: after a block, wait until the device is at most two blocks behind, so that measured times are real."""
 
-    def close(self) -> None:
-        """Free the buffers once all copies into them are done."""
+    def close(self, unfinished: Gathering | None = None) -> None:
+        """Free the buffers once all copies into them are done. unfinished: an exchange that was not waited for."""
 
 
 class HostRing:
@@ -66,6 +72,9 @@ class HostRing:
         for target, source in moves:
             target.copy_(source)
 
+    def gather(self, start: Callable[[], Gathering], slot: int | None) -> Gathering:
+        return start()
+
     def receive(self, arrivals: Iterable[Arrival]) -> None:
         pass
 
@@ -75,8 +84,8 @@ class HostRing:
     def keep_pace(self) -> None:
         pass
 
-    def close(self) -> None:
-        self.slots.clear()
+    def close(self, unfinished: Gathering | None = None) -> None:
+        self.slots.clear()  # what is still on its way keeps its memory
         self.kept.clear()
 
 
@@ -130,6 +139,14 @@ class CudaRing:
                 target.copy_(source, non_blocking=True)
             return self._copies.record_event()
 
+    def gather(self, start: Callable[[], Gathering], slot: int | None) -> Gathering:
+        # What exchanges waits for the stream that is current when it is started: not for kernels, only for the copies,
+        # and for the kernels of the block before, for which none of these may have waited if the own share is empty.
+        with torch.cuda.stream(self._copies):
+            if slot is not None and self._released[slot] is not None:
+                self._copies.wait_event(self._released[slot])
+            return start()
+
     def receive(self, arrivals: Iterable[Arrival]) -> None:
         for arrival in arrivals:
             torch.cuda.current_stream(self._device).wait_event(arrival)
@@ -144,8 +161,11 @@ class CudaRing:
         if len(self._enqueued) > _BLOCKS_AHEAD:
             self._enqueued.popleft().synchronize()
 
-    def close(self) -> None:
+    def close(self, unfinished: Gathering | None = None) -> None:
         try:
+            if unfinished is not None:  # the host does not wait: others may be gone
+                with suppress(SkyrunError):
+                    unfinished.wait()
             self._copies.synchronize()
         finally:
             self._locked.close()

@@ -2,6 +2,10 @@
 
 A ring of a few buffers holds the current block and the next ones. No other blocks are in memory, except those that the
 plan keeps resident. Blocks are read by their offsets in the header, whatever their order in the file.
+
+Several devices may read a block together: each reads a share, and gets the others' while it computes with the block
+before. Exchanges are started by the thread that runs the model, when it gets a block: so their order among those that
+the block makes is the same on all devices.
 """
 
 import threading
@@ -25,6 +29,7 @@ from skyrun.streaming.device import use_device
 from skyrun.streaming.layout import Block, Piece
 from skyrun.streaming.reader import PAGE, Extent, FileReader
 from skyrun.streaming.ring import Arrival, make_ring
+from skyrun.streaming.shares import Gathering, Neighbours, SharedBlock
 from skyrun.streaming.staging import page_aligned
 from skyrun.streaming.weights import Weights
 
@@ -48,6 +53,17 @@ class _Loading:
     slot: int | None
     buffer: Tensor
     pieces: list[Future[_Loaded]]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A block that has been read, as far as it is read here. gathering: the rest of it, if others read that."""
+
+    index: int
+    slot: int | None
+    buffer: Tensor
+    pieces: list[_Loaded]
+    gathering: Gathering | None
 
 
 @dataclass
@@ -98,6 +114,7 @@ class BlockStream:
     slots: buffers of the ring, at least two. resident: indexes of blocks that are read once and stay in memory.
     observe: called with the input of every linear layer. fast: whether linear layers multiply in rotated int8.
     attention: its precision, of kernels.quantized_keys. adapters: files that blocks are read from too.
+    neighbours: who reads shares of the blocks, and gets as many of them; None: this process reads them whole.
     """
 
     def __init__(
@@ -114,6 +131,7 @@ class BlockStream:
         fast: bool = False,
         attention: str = "exact",
         adapters: Sequence[Path] = (),
+        neighbours: Neighbours | None = None,
     ) -> None:
         self.stats = StreamStats()
         self._observe, self._fast, self._attention = observe, fast, attention
@@ -121,6 +139,9 @@ class BlockStream:
         self._path, self._blocks, self._device = path, blocks, device
         self._passes, self._resident = passes, resident
         self._kept: dict[int, Tensor] = {}
+        self._shared = [SharedBlock(block, neighbours, self._planar) for block in blocks] if neighbours else None
+        self._left = len(resident) + passes * (len(blocks) - len(resident))  # of what is read
+        self._ahead: _Read | None = None
         slots = slots if len(resident) < len(blocks) else 0
         with ExitStack() as stack:
             self._readers = [stack.enter_context(closing(reader or FileReader(path)))]
@@ -153,7 +174,7 @@ class BlockStream:
         self._thread.join()
         self._loaders.shutdown(cancel_futures=True)
         self._kept.clear()
-        self._ring.close()
+        self._ring.close(self._ahead.gathering if self._ahead else None)
 
     def blocks(self) -> Iterator[tuple[Weights, "BlockClock"]]:
         """One pass: yields each block's weights, which are valid until the next block, and its clock."""
@@ -173,17 +194,31 @@ class BlockStream:
         if index in self._kept:
             return self._kept[index], None, now(), now()
         waiting = now()
+        read, self._ahead = self._ahead or self._read_next(), None
+        assert read.index == index, "blocks must be requested in the order in which they are read"
+        if read.gathering is not None:
+            read.gathering.wait()
+        if self._shared is not None and self._left:
+            self._ahead = self._read_next()
+        self.stats.stall_seconds += now() - waiting
+        self._ring.receive([piece.arrival for piece in read.pieces])
+        if read.slot is None:
+            self._kept[index] = read.buffer
+        read_start = min((piece.read_start for piece in read.pieces), default=waiting)
+        read_end = max((piece.read_end for piece in read.pieces), default=waiting)
+        return read.buffer, read.slot, read_start, read_end
+
+    def _read_next(self) -> _Read:
+        """Wait until the next block, or the own share of it, has been read, and start to gather the others'."""
         loading = self._ready.get()
         if isinstance(loading, BaseException):
             raise loading
-        assert loading.index == index, "blocks must be requested in the order in which they are read"
-        pieces = [piece.result() for piece in loading.pieces]
-        self.stats.stall_seconds += now() - waiting
-        self._ring.receive([piece.arrival for piece in pieces])
-        if loading.slot is None:
-            self._kept[index] = loading.buffer
-        read_start, read_end = min(piece.read_start for piece in pieces), max(piece.read_end for piece in pieces)
-        return loading.buffer, loading.slot, read_start, read_end
+        pieces, gathering = [piece.result() for piece in loading.pieces], None
+        self._left -= 1
+        if self._shared is not None:
+            start = partial(self._shared[loading.index].gather, loading.buffer)
+            gathering = self._ring.gather(start, loading.slot)
+        return _Read(loading.index, loading.slot, loading.buffer, pieces, gathering)
 
     @torch.inference_mode()  # the mode is per thread, and its tensors may only be changed in it
     def _load_all(self) -> None:
@@ -203,22 +238,25 @@ class BlockStream:
                     if slot is None or self._closed:
                         return
                     buffer = self._ring.slots[slot][block.lead :]
-                    self._ready.put(_Loading(index, slot, buffer, self._load(block, buffer, slot)))
+                    self._ready.put(_Loading(index, slot, buffer, self._load(index, buffer, slot)))
         except BaseException as error:
             self._ready.put(error)
 
     def _load_kept(self, index: int, block: Block, memory: Tensor) -> None:
         buffer = memory[block.lead :]
-        pieces = self._load(block, buffer, None)
+        pieces = self._load(index, buffer, None)
         self._ready.put(_Loading(index, None, buffer, pieces))
         for piece in pieces:  # wait, since no slot limits how many blocks are read at a time
             piece.exception()
 
-    def _load(self, block: Block, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
+    def _load(self, index: int, buffer: Tensor, slot: int | None) -> list[Future[_Loaded]]:
+        """Submit to the loaders what is read here of a block."""
+        own = self._shared[index].own if self._shared is not None else self._blocks[index].runs(self._planar)
         if not self._staged:
-            return [self._loaders.submit(self._read, block.extents, buffer)]
-        pieces = block.pieces(self._ring.piece_bytes - PAGE, self._planar)
-        return [self._loaders.submit(self._stage, piece, buffer, slot) for piece in pieces]
+            extents = [Extent(run.offset, run.nbytes, run.at + run.start, run.file) for run in own]
+            return [self._loaders.submit(self._read, extents, buffer)]
+        limit = self._ring.piece_bytes - PAGE
+        return [self._loaders.submit(self._stage, piece, buffer, slot) for run in own for piece in run.split(limit)]
 
     @torch.inference_mode()
     def _read(self, extents: Sequence[Extent], buffer: Tensor) -> _Loaded:
