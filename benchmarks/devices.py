@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from skyrun.planning.request import Request
 from skyrun.planning.what_if import plan_request
+from skyrun.presets import Hardware, Plan, Workload
 from skyrun.presets.machine.card import link_rate
 from skyrun.presets.machine.cards import find_card
 from skyrun.presets.machine.hardware import STATED, stated
-from skyrun.presets.memory import GIB
+from skyrun.presets.memory import GIB, denoise_bytes, way_of
 from skyrun.presets.timing import sent_bytes
 from skyrun.units import duration
 
@@ -21,10 +22,18 @@ CARDS, LANES, DEVICES = ("RTX 3060", "RTX 4090"), (8, 16), (2, 4)
 RAM, DISK = 32, 2.0
 
 
+def activations(hardware: Hardware, workload: Workload, plan: Plan) -> int:
+    """Bytes that denoising holds on one card beside blocks of weights and CUDA, if all its tokens pass at a time."""
+    way = way_of(True, hardware.capability, plan.dtype, plan.precision == "fast")
+    return denoise_bytes(workload, plan.dtype, None, False, way, plan.attention, bool(plan.sparse))
+
+
 def main() -> None:
     """Print the table."""
-    print("| cards | PCIe 4 | whole run | of one | step | of one | sent by a card in a step | least memory | of one |")
-    print("|" + " --- |" * 9)
+    print(
+        "| cards | PCIe 4 | whole run | of one | step | of one | sent | activations | of one | least memory | of one |"
+    )
+    print("|" + " --- |" * 11)
     for name in CARDS:
         card = find_card(name)
         assert card is not None
@@ -37,11 +46,14 @@ def main() -> None:
                 plan, alone = planned.plan, planned.alone
                 assert alone is not None and least.alone is not None
                 memory, of_one = least.plan.peak_bytes / GIB, least.plan.peak_bytes / least.alone.peak_bytes
+                held, by_one = (activations(hardware, replace(planned.workload, devices=n), plan) for n in (devices, 1))
                 cells = [f"{devices} x {name}", f"x{lanes}", duration(plan.seconds)]
                 cells += [f"{plan.seconds / alone.seconds:.2f}", duration(plan.step_seconds)]
                 cells += [f"{plan.step_seconds / alone.step_seconds:.2f}"]
                 cells += [
                     f"{sent_bytes(planned.workload, plan.dtype, bool(plan.sparse)) / 1e9:.1f} GB",
+                    f"{held / GIB:.1f} GiB",
+                    f"{held / by_one:.2f}",
                     f"{memory:.1f} GiB",
                     f"{of_one:.2f}",
                 ]

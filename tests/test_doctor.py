@@ -167,11 +167,36 @@ def test_what_was_tuned_is_said_and_used(own_cache, tmp_path):
     assert "damaged" in found("tuning").found and "skyrun tune" in found("tuning").remedy
 
 
-def test_links_between_gpus(own_cache):
+def topology(*states):
+    """What `nvidia-smi topo -p2p r` prints for two GPUs."""
+    return (
+        "\tGPU0\tGPU1\t\n" + "".join(f" GPU{n}\t{s}\t\n" for n, s in enumerate(states)) + "\nLegend:\n\n  X    = Self\n"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for nvidia-smi is a shell script")
+@pytest.mark.parametrize(
+    ("printed", "way"),
+    [
+        (topology("X\tOK", "OK\tX"), ", from card to card"),
+        (topology("X\tCNS", "CNS\tX"), ", through the host's memory"),
+        (topology("X\tOK", "NS\tX"), ", through the host's memory"),
+        ("Invalid combination of input arguments.\n", ""),
+        (None, ""),  # no nvidia-smi
+    ],
+)
+def test_links_between_gpus(own_cache, tmp_path, monkeypatch, printed, way):
+    if printed is not None:
+        command = tmp_path / "nvidia-smi"
+        lines = "\n".join(f"echo '{line}'" for line in printed.splitlines())
+        command.write_text(f'#!/bin/sh\n[ "$*" = "topo -p2p r" ] || exit 1\n{lines}\n')
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
     gpus, rates = "RTX 3060, 12288 MiB; RTX 3060, 12288 MiB", Rates(1e12, 2e12, 0.0, 0.0, 3e12, 4e9)
-    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("unknown", "not measured between 2 GPUs")
+    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("unknown", f"2 GPUs{way}, not measured")
     save_tuned("cuda", Tuned(rates, 12e9, peer_rate=5.4e9))
-    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("good", "each of 2 GPUs sends another 5.4 GB/s")
+    said = f"each of 2 GPUs sends another 5.4 GB/s{way}"
+    assert (doctor._links(gpus).verdict, doctor._links(gpus).found) == ("good", said)
 
 
 def test_what_is_kept_is_listed(own_cache):

@@ -25,7 +25,7 @@ from skyrun.kernels.machine.toolchain import missing, triton_package
 from skyrun.planning.hardware import disk_number, load_tuned, tuned_path
 from skyrun.presets.attention import ATTENTIONS
 from skyrun.presets.machine.host import disk_rate, free_space, memory, where
-from skyrun.presets.machine.nvidia_smi import query
+from skyrun.presets.machine.nvidia_smi import peer_access, query
 from skyrun.units import GIB, size
 
 _COMFORTABLE_RAM = 12 * GIB
@@ -244,11 +244,12 @@ def _disk(folder: Path, device: str) -> Finding:
 
 
 def _links(gpu: str) -> Finding:
-    """How fast several GPUs reach each other, from tuning."""
+    """How several GPUs reach each other, as the driver says, and how fast, from tuning."""
     count, tuned = len(gpu.split(";")), load_tuned("cuda")
+    way = {True: ", from card to card", False: ", through the host's memory", None: ""}[peer_access()]
     if tuned is None or not tuned.peer_rate:
-        return Finding("links", "unknown", f"not measured between {count} GPUs", "skyrun tune, before --devices")
-    return Finding("links", "good", f"each of {count} GPUs sends another {tuned.peer_rate / 1e9:.1f} GB/s")
+        return Finding("links", "unknown", f"{count} GPUs{way}, not measured", "skyrun tune, before --devices")
+    return Finding("links", "good", f"each of {count} GPUs sends another {tuned.peer_rate / 1e9:.1f} GB/s{way}")
 
 
 def _tuned(device: str) -> Finding:
