@@ -15,7 +15,7 @@ from skyrun.presets.machine.card import link_rate
 from skyrun.presets.machine.cards import find_card
 from skyrun.presets.machine.hardware import STATED, stated
 from skyrun.presets.memory import GIB, denoise_bytes, way_of
-from skyrun.presets.timing import sent_bytes
+from skyrun.presets.timing import planned_sending
 from skyrun.units import duration
 
 CARDS, LANES, DEVICES = ("RTX 3060", "RTX 4090"), (8, 16), (2, 4)
@@ -51,7 +51,7 @@ def main() -> None:
                 cells += [f"{plan.seconds / alone.seconds:.2f}", duration(plan.step_seconds)]
                 cells += [f"{plan.step_seconds / alone.step_seconds:.2f}"]
                 cells += [
-                    f"{sent_bytes(planned.workload, plan.dtype, bool(plan.sparse)) / 1e9:.1f} GB",
+                    f"{planned_sending(planned.workload, plan) / 1e9:.1f} GB",
                     f"{held / GIB:.1f} GiB",
                     f"{held / by_one:.2f}",
                     f"{memory:.1f} GiB",

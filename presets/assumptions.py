@@ -4,7 +4,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from skyrun.presets.machine.hardware import ASSUMED, DESKTOP_RAM, DESKTOP_VRAM, MEASURED, STATED, Hardware
-from skyrun.presets.timing import FEW_KEYS, START_SECONDS, WRITTEN_PIXELS, is_cached, rates_of, sent_bytes
+from skyrun.presets.timing import (
+    FEW_KEYS,
+    START_SECONDS,
+    WRITTEN_PIXELS,
+    is_cached,
+    planned_sending,
+    rates_of,
+)
 from skyrun.presets.workload import Workload
 
 if TYPE_CHECKING:
@@ -47,7 +54,7 @@ def assumptions(hardware: Hardware, workload: Workload, plan: "Plan") -> Iterato
         yield (
             f"{workload.devices} devices of that kind read from one disk, and send each other "
             f"{hardware.peer_rate / 1e9:.1f} GB/s ({hardware.origin('peer_rate')}) while they receive as many: "
-            f"{sent_bytes(workload, plan.dtype, bool(plan.sparse)) / 1e9:.3g} GB a step each"
+            f"{planned_sending(workload, plan) / 1e9:.3g} GB a step each"
         )
     if is_cached(hardware, workload):
         yield "after the first step the file of the transformer comes from the page cache"

@@ -62,19 +62,31 @@ class Option:
     timed: Callable[..., Time]
 
     @cached_property
+    def shared(self) -> bool:
+        """Whether each device reads a share of the blocks: if all steps took noticeably longer with whole ones."""
+        return self.work.readers > 1 and not self._denoise(False).is_hidden_by(self._denoise(True).seconds)
+
+    @cached_property
     def step(self) -> Time:
         """The time of a denoising step."""
-        return self.timed()
+        return self.timed(shared=self.shared)
 
     @cached_property
     def first(self) -> Time:
         """The time of a window's first step, with all blocks at hand."""
-        return self.timed(learns=True) if self.bound else self.step
+        return self._first(self.step, self.shared)
 
     @cached_property
     def denoise(self) -> Time:
         """The time of all steps."""
-        return denoise_time(self.hardware, self.work, self.step, self.first)
+        return denoise_time(self.hardware, self.work, self.step, self.first, self.shared)
+
+    def _first(self, step: Time, shared: bool) -> Time:
+        return self.timed(learns=True, shared=shared) if self.bound else step
+
+    def _denoise(self, shared: bool) -> Time:
+        step = self.timed(shared=shared)
+        return denoise_time(self.hardware, self.work, step, self._first(step, shared), shared)
 
     @property
     def memory(self) -> tuple[int, int]:

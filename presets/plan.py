@@ -85,7 +85,8 @@ class Plan:
     first, and for the first, which reads every block from disk.
     problem: why the plan does not fit; empty if it fits. remedy: what would fit instead.
     notes: sentences that say what takes long and how to make it faster. devices: how many make the clip together; all
-    bytes are those of one of them.
+    bytes are those of one of them. weights: "own" if each of them reads all blocks from disk for itself, "shared" if it
+    reads a share of each and gets the rest from the others of its machine.
     """
 
     device: str
@@ -108,6 +109,7 @@ class Plan:
     first_step_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     devices: int = 1
+    weights: str = "own"
     sparse: float | None = None
     beside: tuple[AttentionPlan, ...] = ()
 
@@ -249,8 +251,9 @@ def _plan(hardware: Hardware, option: Option, budget: Budget, dtype: str, prefer
         limit_bytes=budget.limit,
         weight_type=work.weight_type,
         step_seconds=option.step.seconds,
-        first_step_seconds=first_step_time(hardware, work, option.first).seconds,
+        first_step_seconds=first_step_time(hardware, work, option.first, option.shared).seconds,
         devices=work.devices,
+        weights="shared" if option.shared else "own",
         sparse=option.bound,
     )
     return replace(plan, problem=_problem(plan, budget))

@@ -96,6 +96,7 @@ def step_time(
     resident: int = 0,
     density: float | None = None,
     learns: bool = False,
+    shared: bool = False,
 ) -> Time:
     """The time of a denoising step after the first.
 
@@ -110,12 +111,16 @@ def step_time(
         resident: how many blocks stay on the device.
         density: the share of tiles that attention reads; None: it skips nothing, and chooses nothing.
         learns: whether it is dense, and learns what later steps may skip.
+        shared: whether each device reads a share of the blocks, and sends it to the others.
     """
     work = 1.0 if density is None else _attention_work(hardware, workload, density, learns)
     computing = workload.contexts * _computing(hardware, workload, fast, attention, dtype, rows, parked, work)
-    computing += _waiting(hardware, workload, computing, dtype, rows, density is not None)
+    gathering = gathered_bytes(workload, resident) if shared else 0.0
+    computing += _waiting(hardware, workload, computing, dtype, rows, density is not None, gathering)
     reading = (workload.layers - resident) * workload.block_bytes
-    rate = max(_CACHED_RATE, hardware.disk_rate) if is_cached(hardware, workload) else _disk_rate(hardware, workload)
+    rate = _disk_rate(hardware, workload, shared)
+    if is_cached(hardware, workload):
+        rate = max(_CACHED_RATE, hardware.disk_rate) * (workload.readers if shared else 1)
     return _overlapped(hardware, computing, reading, rate)
 
 
@@ -136,18 +141,27 @@ def write_time(workload: Workload) -> Time:
     return Time(seconds, seconds, "compute", 1.0)
 
 
-def first_step_time(hardware: Hardware, workload: Workload, first: Time) -> Time:
-    """The time of a window's first step, in which every block is read from disk, given what it computes."""
+def first_step_time(hardware: Hardware, workload: Workload, first: Time, shared: bool = False) -> Time:
+    """The time of a window's first step, in which every block is read from disk, given what it computes.
+
+    What one device has read into the page cache, the others find there.
+    """
     reading = workload.layers * workload.block_bytes
-    return _overlapped(hardware, first.compute, reading, _disk_rate(hardware, workload))
+    once = shared or is_cached(hardware, workload)
+    return _overlapped(hardware, first.compute, reading, _disk_rate(hardware, workload, once))
 
 
-def denoise_time(hardware: Hardware, workload: Workload, step: Time, first: Time | None = None) -> Time:
-    """The time of all steps, given that of one after the first, and of a first one with all blocks at hand."""
+def denoise_time(
+    hardware: Hardware, workload: Workload, step: Time, first: Time | None = None, shared: bool = False
+) -> Time:
+    """The time of all steps, given that of one after the first, and of a first one with all blocks at hand.
+
+    shared: as in `step_time`.
+    """
     first = first or step
     cold = 1 if is_cached(hardware, workload) else workload.windows
     firsts, later = workload.windows, workload.windows * (workload.steps - 1)
-    reading = first_step_time(hardware, workload, first).seconds - first.seconds
+    reading = first_step_time(hardware, workload, first, shared).seconds - first.seconds
     seconds = later * step.seconds + firsts * first.seconds + cold * reading
     return replace(step, seconds=seconds, compute=later * step.compute + firsts * first.compute)
 
@@ -243,7 +257,7 @@ def selection_operations(workload: Workload) -> float:
 
 
 def sent_bytes(workload: Workload, dtype: str, sparse: bool = False) -> float:
-    """Bytes that a device sends to the others in a step, on average: docs/devices.md has the formula.
+    """Bytes of activations that a device sends to the others in a step, on average: docs/devices.md has the formula.
 
     sparse: whether attention skips tiles, and looks at a sample of all queries.
     """
@@ -256,21 +270,39 @@ def sent_bytes(workload: Workload, dtype: str, sparse: bool = False) -> float:
     return workload.contexts * (in_blocks + found * (devices - 1))
 
 
+def gathered_bytes(workload: Workload, resident: int = 0) -> float:
+    """Bytes of blocks that a device sends in a step after the first, on average, if each reads a share of them."""
+    blocks = (workload.layers - resident) * workload.block_bytes
+    return blocks * (workload.readers - 1) / workload.readers
+
+
+def planned_sending(workload: Workload, plan: "Plan") -> float:
+    """Bytes that a device sends to the others in a step of a plan after the first, on average."""
+    gathered = gathered_bytes(workload, plan.resident_blocks) if plan.weights == "shared" else 0.0
+    return sent_bytes(workload, plan.dtype, bool(plan.sparse)) + gathered
+
+
 def _waiting(
-    hardware: Hardware, workload: Workload, computing: float, dtype: str, rows: int | None, sparse: bool
+    hardware: Hardware,
+    workload: Workload,
+    computing: float,
+    dtype: str,
+    rows: int | None,
+    sparse: bool,
+    gathering: float,
 ) -> float:
     """Seconds of a step in which a device waits for others: for the last span of each exchange, or for all if they take
-    longer than computing."""
+    longer than computing. gathering: bytes of blocks that it sends meanwhile."""
     if workload.devices == 1:
         return 0.0
     sending = sent_bytes(workload, dtype, sparse) / hardware.peer_rate
     last = sending / (-(-workload.own_tokens // rows) if rows else 1)
-    return last + max(0.0, sending - last - computing)
+    return last + max(0.0, sending + gathering / hardware.peer_rate - last - computing)
 
 
-def _disk_rate(hardware: Hardware, workload: Workload) -> float:
-    """What a device gets from the disk that all of them read from."""
-    return hardware.disk_rate / workload.devices
+def _disk_rate(hardware: Hardware, workload: Workload, once: bool) -> float:
+    """How quickly a device gets blocks from the disk that several read from. once: whether it reads each only once."""
+    return hardware.disk_rate / (1 if once else workload.readers)
 
 
 def _context(workload: Workload) -> float:

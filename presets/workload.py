@@ -37,7 +37,8 @@ class Workload:
     decoded_frames: that it decodes; 0 stands for `frames`.
     candidates: transformer files to choose from; without any, it is the one described here.
     adapter_weights: that adapters add to a block, whose bytes are part of block_bytes. adapter_rank: of all together.
-    devices: among how many devices the tokens are divided.
+    devices: among how many devices the tokens are divided. machines: among how many machines these are, each of which
+    has a disk.
     density: the share of its tiles that self-attention read in an earlier run of this kind; 0: not known.
     """
 
@@ -75,6 +76,7 @@ class Workload:
     adapter_weights: int = 0
     adapter_rank: int = 0
     devices: int = 1
+    machines: int = 1
     density: float = 0.0
 
     @property
@@ -86,6 +88,11 @@ class Workload:
     def own_tokens(self) -> int:
         """Tokens that one device has."""
         return -(-self.tokens // self.devices)
+
+    @property
+    def readers(self) -> int:
+        """How many devices read from one disk, and may read shares of blocks."""
+        return -(-self.devices // self.machines)
 
     def offers(self) -> list["Workload"]:
         """The workload with each of the candidate files."""

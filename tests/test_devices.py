@@ -4,9 +4,14 @@ Workers are started once for each number of them, and make all clips.
 """
 
 import dataclasses
+import errno
+import itertools
+import operator
+import os
 import random
 import re
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +30,15 @@ from wan_checkpoint import write_wan
 from skyrun.cli import main
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import run_job
-from skyrun.engine.together import Make, run_together, workers
+from skyrun.engine.together import Make, do_as_told, run_together, workers
 from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, SkyrunError
 from skyrun.events import BlockDone, Preview, StageEnded, StageStarted, drain
 from skyrun.kernels.files.gguf_file import open_gguf
-from skyrun.models.dit_header import canonical_tensors
+from skyrun.models.dit_header import block_layouts, canonical_tensors
 from skyrun.parallel import team as team_module
 from skyrun.planning.job import prepare
+from skyrun.streaming.layout import with_adapters
+from skyrun.streaming.stream import spread
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -158,11 +165,15 @@ def running_workers():
     return [child for child in children if "skyrun.engine.worker" in child.cmdline()]
 
 
-def together(team, job, rows=None, state=None):
+def together(team, job, rows=None, state=None, **changes):
     """The result and the events of a job on a team. rows: tokens that pass through a block at a time."""
-    request, plan = dataclasses.replace(job.request, devices=team.size), dataclasses.replace(job.plan, token_rows=rows)
-    job = dataclasses.replace(job, request=request, plan=plan)
-    return followed(run_together(run_job, job, True, state, False, team))
+    job = dataclasses.replace(job, request=dataclasses.replace(job.request, devices=team.size))
+    return followed(run_together(run_job, planned(job, token_rows=rows, **changes), True, state, False, team))
+
+
+def planned(job, **changes):
+    """The job with another plan."""
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))
 
 
 # What is made on how many devices, how many tokens pass at a time, and how far the latents may be from those of one.
@@ -199,6 +210,22 @@ def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
     assert_skips_alike(result, expected, "sparse" in name)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "resident"),
+    [("r2v", 2, 2), ("Q4_K", 4, 0), ("adapter", 2, 0), ("adapter", 4, 1), ("sparse", 4, 0), ("nag", 2, 1)],
+)
+def test_weights_that_are_read_in_shares_are_those_of_one_device(teams, alone, name, size, resident):
+    """In each step, and of blocks that stay too. Of these rank 0 reads its share from disk, once."""
+    job, expected = alone(name)
+    result, events = together(teams(size), job, 10, weights="shared", resident_blocks=resident)
+    assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    blocks = with_adapters(block_layouts(job.files.transformer), "blocks.", job.files.adapters)
+    kept, sizes = spread(resident, len(blocks)), [sum(one.nbytes for one in block.extents) for block in blocks]
+    times = [1 if index in kept else job.request.steps for index in range(len(blocks))]
+    (read,) = (event.bytes_read for event in events if isinstance(event, StageEnded) and event.stage == "denoise")
+    assert read == pytest.approx(sum(map(operator.mul, sizes, times)) / size, rel=0.03)
+
+
 def assert_skips_alike(result, expected, skips):
     """What is told of attention is told of the heads of all devices."""
     assert (result.skipped is not None) == (expected.skipped is not None) == skips
@@ -212,6 +239,7 @@ def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, ow
     """One step on two devices, one on one, the rest on four: the state is that of the clip alone."""
     _, expected = alone(name)
     job = prepare(dataclasses.replace(request_for(name), output=tmp_path / "clip.mp4"))
+    job = planned(job, weights="shared")  # a block is on its way when the run is stopped
     stopped(dataclasses.replace(job, request=dataclasses.replace(job.request, devices=2)), "denoise", 1)
     assert not own_workers()
     job, state = resume(tmp_path / "clip.mp4", devices=1)
@@ -250,14 +278,14 @@ def own_workers(teams):
     return lambda: [child for child in running_workers() if child.pid not in there]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_worker_ends_the_run_and_the_clip_goes_on(alone, request_for, own_workers, tmp_path, seed):
+@pytest.mark.parametrize(("seed", "weights"), [(0, "own"), (1, "shared"), (2, "shared")])
+def test_a_killed_worker_ends_the_run_and_the_clip_goes_on(alone, request_for, own_workers, tmp_path, seed, weights):
     _, expected = alone("r2v")
     chance = random.Random(seed)
     victim, moment = chance.randrange(2), chance.randrange(20)  # before frames are decoded
     request = dataclasses.replace(request_for("r2v"), output=tmp_path / "clip.mp4", devices=2)
     with pytest.raises(SkyrunError, match=rf"the worker of device {victim} was killed \(signal 9\)") as caught:
-        for number, _ in enumerate(run_job(prepare(request))):
+        for number, _ in enumerate(run_job(planned(prepare(request), weights=weights))):
             if number == moment:
                 of_rank(own_workers(), victim).kill()
     assert caught.value.code == FAILED
@@ -282,6 +310,35 @@ def test_a_worker_that_hangs_ends_the_run(request_for, own_workers, tmp_path, mo
     assert caught.value.code == FAILED
     assert not own_workers()
     assert resume(tmp_path / "clip.mp4")[1].encoded  # what rank 0 had
+
+
+class CannotRead:
+    """What a worker is sent whose disk breaks while blocks are read."""
+
+    def __call__(self, group, send):
+        count, read = itertools.count(), os.preadv
+
+        def broken(file, buffers, offset):
+            if threading.current_thread().name.startswith("read SkyReels") and next(count) == 3:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(file, buffers, offset)
+
+        os.preadv = broken
+        do_as_told(group, send)
+
+
+def test_a_worker_that_cannot_read_its_share_says_so(request_for, own_workers, monkeypatch):
+    """The others wait for it, in the midst of a step."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    job = planned(prepare(request_for("r2v")), weights="shared")
+    team = workers(2, CPU)
+    team.send(Make(run_job, job, False, None, False), CannotRead())
+    with pytest.raises(SkyrunError, match="device 1: .*Input/output error") as caught:
+        for _ in team.messages():
+            pass
+    assert caught.value.code == FAILED
+    team.stop(at_once=True)
+    assert not own_workers()
 
 
 def test_a_worker_without_memory_says_so(request_for, own_workers, monkeypatch):

@@ -17,12 +17,12 @@ from skyrun.models.dit_header import block_layouts
 from skyrun.models.vae import WanVAE, read_vae_dims
 from skyrun.models.vae_memory import Memory
 from skyrun.parallel import group as group_module
-from skyrun.parallel.group import Arriving, Group
+from skyrun.parallel.group import Arriving, Completing, Group
 from skyrun.planning.job import prepare
 from skyrun.planning.request import Request
 from skyrun.presets.memory import BYTES, denoise_bytes, vae_bytes, vae_memory_bytes
-from skyrun.presets.timing import sent_bytes
-from skyrun.streaming.stream import BlockStream
+from skyrun.presets.timing import gathered_bytes, sent_bytes
+from skyrun.streaming.stream import BlockStream, spread
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("inference")
@@ -67,13 +67,14 @@ def job(converted, request):
     return prepare(Request("r2v", "x", (picture,), model=converted("F32"), size=(256, 384), frames=9, device="cpu"))
 
 
-def denoising_peak(file, dit, work):
-    """Bytes that a step takes at most, with the rotary table."""
+def denoising_peak(file, dit, work, neighbours=None):
+    """Bytes that a step takes at most, with the rotary table. neighbours: read shares of the blocks."""
     latents = torch.randn(16, work.latent_frames, work.height // 8, work.width // 8)
     (time,) = dit.embed_times([500.0])
     context, rope = Context(dit.embed_text(torch.randn(20, dit.dims.text_dim))), dit.rope(latents)
     tables = sum(table.nbytes for table in rope)
-    with BlockStream(file.path, block_layouts(file), CPU) as stream, CountingAllocator() as counted:
+    blocks = block_layouts(file)
+    with BlockStream(file.path, blocks, CPU, neighbours=neighbours) as stream, CountingAllocator() as counted:
         drain(dit.forward(stream, latents, [time] * latents.shape[1], context, rope))
     return counted.peak + tables
 
@@ -93,6 +94,12 @@ class Echo(Group):
 
     def _send(self, parts, sending, receiving):
         return Arriving(None, parts.new_zeros(sum(receiving)), parts)
+
+    def _complete(self, parts):
+        for rank, part in parts:
+            if rank != self.rank:
+                part.zero_()
+        return Completing()
 
 
 @pytest.mark.parametrize("rows", [None, 96, 64])
@@ -127,6 +134,35 @@ def test_what_attention_that_skips_sends_on_top(job, monkeypatch):
         sent += group.sent
     extra = work.layers * (1536 / 2 * work.dim * 4 / 2 + 24 * dit.dims.heads / 2)  # of docs/devices.md
     assert sent / 2 == sent_bytes(work, "float32", sparse=True) == sent_bytes(work, "float32") + extra
+
+
+@pytest.mark.parametrize("rows", [None, 64])
+def test_shares_of_weights_take_no_memory_besides_the_ring(job, rows):
+    """They are sent from the buffers that they were read into, and received in others."""
+    file, work, dit = job.files.transformer, job.workload, DiT(job.files.transformer, CPU, torch.float32, rows=rows)
+    whole, shared = (denoising_peak(file, dit, work, neighbours) for neighbours in (None, Echo(1, 2, CPU)))
+    assert shared == whole
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_what_of_the_weights_is_sent(job, size, resident):
+    """By all devices together, in a step after the first."""
+    file, work = job.files.transformer, dataclasses.replace(job.workload, devices=size)
+    blocks, sent = block_layouts(file), 0
+    for rank in range(size):
+        group, kept = Echo(rank, size, CPU), spread(resident, len(blocks))
+        with BlockStream(file.path, blocks, CPU, passes=2, resident=kept, neighbours=group) as stream:
+            for _ in stream.blocks():
+                pass
+            first = group.sent  # and the next block, which is on its way
+            for _ in stream.blocks():
+                pass
+        sent += group.sent - first
+    stored = sum(block.nbytes for index, block in enumerate(blocks) if index not in kept)
+    ahead = next(block.nbytes for index, block in enumerate(blocks) if index not in kept)
+    formula = stored * (size - 1) / size  # of docs/devices.md
+    assert (sent + ahead * (size - 1)) / size == gathered_bytes(work, resident) == formula
 
 
 def of_size(job, published_vae, height, width, stills=False):

@@ -17,6 +17,7 @@ from skyrun.kernels.formats import FORMATS
 from skyrun.kernels.planes import to_planes
 from skyrun.streaming.layout import Block, lay_out
 from skyrun.streaming.reader import FileReader
+from skyrun.streaming.shares import Neighbours
 from skyrun.streaming.stream import BlockStream, spread
 from skyrun.streaming.tokens import ParkedTokens
 from skyrun.tools.bench.synthetic_weight import random_blocks
@@ -41,12 +42,12 @@ def ring(scale: Scale) -> Iterator[Figure]:
     """Every number of slots and kept blocks, through the page cache and around it; then parked tokens."""
     count, rows = scale.of((40, 2048), (6, 64))
     with TemporaryDirectory() as folder:
-        file = _written(Path(folder) / "blocks.bin", count, rows, planar=not scale.small)
+        file = written(Path(folder) / "blocks.bin", count, rows, planar=not scale.small)
         for direct in (False, True):
             for slots in (2, 3):
                 for kept in (0, count // 2):
                     start = time.perf_counter()
-                    wrong = _streamed(scale, file, slots, kept, direct)
+                    wrong = streamed(scale, file, slots, kept, direct)
                     name = f"{slots} slots, {kept} kept, {'around' if direct else 'through'} the page cache"
                     yield Figure(f"wrong blocks, {name}", wrong, most=0)
                     read = _PASSES * (count - kept) + kept
@@ -55,7 +56,8 @@ def ring(scale: Scale) -> Iterator[Figure]:
     yield from _parked(scale)
 
 
-def _written(path: Path, count: int, rows: int, planar: bool) -> _File:
+def written(path: Path, count: int, rows: int, planar: bool) -> _File:
+    """Write blocks of random bytes, the same ones each time."""
     generator, blocks, sums = torch.Generator().manual_seed(0), [], []
     cols = 4 * rows
     with open(path, "wb") as file:
@@ -78,8 +80,10 @@ def _sum(data: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _streamed(scale: Scale, file: _File, slots: int, kept: int, direct: bool) -> int:
-    """Stream the file and sum up its blocks. Returns how many tensors were wrong."""
+def streamed(
+    scale: Scale, file: _File, slots: int, kept: int, direct: bool, neighbours: Neighbours | None = None
+) -> int:
+    """Stream the file and sum up its blocks. Returns how many tensors were wrong. neighbours: read shares of them."""
     delays, sums = _Delays(scale), []
     with BlockStream(
         file.path,
@@ -89,6 +93,7 @@ def _streamed(scale: Scale, file: _File, slots: int, kept: int, direct: bool) ->
         slots=slots,
         resident=spread(kept, len(file.blocks)),
         reader=FileReader(file.path, direct=direct),
+        neighbours=neighbours,
     ) as stream:
         delays.before_copies(stream)
         for _ in range(_PASSES):

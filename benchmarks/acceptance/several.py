@@ -6,11 +6,14 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from acceptance.ring import streamed, written
 from acceptance.step import Figure, NotHere, Scale
 from skyrun.kernels.attention import Keys, attend
 from skyrun.kernels.machine.device import median_seconds
@@ -29,7 +32,8 @@ class _Span:
 
 
 def several_devices(scale: Scale) -> Iterator[Figure]:
-    """An all-to-all of odd parts, self-attention, and the rate of large parts; by NCCL between cards, else by gloo."""
+    """An all-to-all of odd parts, blocks read in shares, self-attention, and the rate of large parts; by NCCL between
+    cards, else by gloo."""
     from skyrun.tools.bench.checks import ROUNDING  # not at the top: the processes of the devices have no stand-ins
 
     size = min(_MOST, torch.cuda.device_count()) if not scale.small else _ON_CPU
@@ -48,8 +52,9 @@ def several_devices(scale: Scale) -> Iterator[Figure]:
     for rank in ranks:
         rank.join()
     yield Figure("devices", size)
-    for key, most, unit in (("wrong bytes", 0, ""), ("attention", ROUNDING[scale.dtype], "relative error")):
-        yield Figure(key, max(one[key] for one in found), unit, most=most)
+    limits = {"wrong bytes": 0, "wrong blocks": 0, "attention": ROUNDING[scale.dtype]}
+    for key, most in limits.items():
+        yield Figure(key, max(one[key] for one in found), "relative error" if key == "attention" else "", most=most)
     yield Figure("sent by each", min(one["rate"] for one in found) / 1e9, "GB/s")
 
 
@@ -60,8 +65,8 @@ def _rank(rank: int, size: int, port: int, scale: Scale, sender: Connection) -> 
     if not scale.small:
         torch.cuda.set_device(device)
     with torch.inference_mode(), joined(rank, size, device) as group:
-        found: dict[str, Any] = {"wrong bytes": _wrong_bytes(group), "attention": _attention(group, scale)}
-        sender.send(found | {"rate": _rate(group, scale)})
+        found: dict[str, Any] = {"wrong bytes": _wrong_bytes(group), "wrong blocks": _wrong_blocks(group, scale)}
+        sender.send(found | {"attention": _attention(group, scale), "rate": _rate(group, scale)})
 
 
 def _wrong_bytes(group: Group) -> int:
@@ -75,6 +80,16 @@ def _wrong_bytes(group: Group) -> int:
     sent = torch.cat(ours).to(group.device)
     got = group.exchange(sent, [len(one) for one in ours], [len(one) for one in expected]).wait()
     return int((got.cpu() != torch.cat(expected)).sum())
+
+
+def _wrong_blocks(group: Group, scale: Scale) -> int:
+    """Of blocks of which this device reads a share, with streams delayed at random."""
+    count, rows = scale.of((16, 2048), (6, 64))
+    with TemporaryDirectory() as folder:
+        file = written(Path(folder) / "blocks.bin", count, rows, planar=not scale.small)
+        return sum(
+            streamed(Scale(group.device), file, slots, kept, False, group) for slots, kept in ((2, 0), (3, count // 2))
+        )
 
 
 def _attention(group: Group, scale: Scale) -> float:

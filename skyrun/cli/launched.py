@@ -11,7 +11,7 @@ import torch
 from skyrun.errors import SkyrunError
 from skyrun.parallel.group import joined, stated_rank
 from skyrun.pipelines.stages import follow
-from skyrun.streaming.device import choose_device
+from skyrun.streaming.device import choose_device, devices_here
 
 
 def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
@@ -32,7 +32,8 @@ def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
     device = choose_device(arguments.device)
     if device.type == "cuda":
         device = choose_device(f"cuda:{local}")
-    with joined(rank, size, device) as group:
+    first = rank - local
+    with joined(rank, size, device, range(first, first + devices_here(size))) as group:
         if rank > 0:
             with torch.inference_mode():
                 for _ in follow(group):

@@ -242,6 +242,7 @@ def _steps(
         fast=plan.precision == "fast",
         attention=plan.attention,
         adapters=[adapter.path for adapter in files.adapters],
+        neighbours=here() if plan.weights == "shared" else None,
     ) as stream:
         dit = yield from load_transformer(files, plan, device)
         sampler, latents, condition = state.sampler.on(device), state.latents.to(device), condition.on(device)

@@ -23,7 +23,7 @@ from skyrun.planning.request import Request
 from skyrun.planning.workload import model_workload
 from skyrun.presets import Plan, Workload, choose
 from skyrun.presets.options import PREFERENCES
-from skyrun.streaming.device import choose_device
+from skyrun.streaming.device import choose_device, devices_here
 from skyrun.tasks import TaskSpec
 from skyrun.tasks.windows import Window, speech_frame_count
 
@@ -114,13 +114,14 @@ def prepare(request: Request) -> Job:
     windows = request.windows(speech_frame_count(len(inputs.speech)) if inputs.speech is not None else 0)
     _check_outputs(request, model.files)
     check_devices(request, model.dims.heads)
-    workload = with_clip(model_workload(spec, model), request, size, windows)
+    machines = -(-request.devices // devices_here(request.devices))
+    workload = replace(with_clip(model_workload(spec, model), request, size, windows), machines=machines)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = with_clip(model_workload(spec, model), request, size, windows)
+            workload = replace(with_clip(model_workload(spec, model), request, size, windows), machines=machines)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(

@@ -51,13 +51,18 @@ def choose_device(name: str | None, devices: int = 1) -> torch.device:
     if index is not None and index >= count:
         found = f"{count} GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}"
         raise SkyrunError(f"--device {name}: there is {found}", "run `skyrun doctor` to see them")
-    if min(devices, int(os.environ.get("LOCAL_WORLD_SIZE", devices))) > count:  # what a launcher has started here
+    if min(devices, devices_here(devices)) > count:
         hint = f"use --devices {count}, or start skyrun with torchrun on several machines (docs/devices.md)"
         raise SkyrunError(f"--devices {devices}: torch finds {count}", hint)
     # With an index, because other threads may have another default device.
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     use_device(device)
     return device
+
+
+def devices_here(devices: int) -> int:
+    """How many of the devices that make a clip are in this machine: all, if torch's launcher does not say otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", devices))
 
 
 def use_device(device: torch.device) -> None:

@@ -113,6 +113,7 @@ def scaling(planned: Planned) -> Iterator[str]:
     alone, plan = planned.alone, planned.plan
     if alone is None:
         return
+    yield weights_text(plan)
     memory = f"{plan.devices} devices take {plan.peak_bytes / GIB:.1f} GiB each"
     if alone.problem:
         yield f"{memory}; for one it will not fit: {alone.problem}"
@@ -121,6 +122,16 @@ def scaling(planned: Planned) -> Iterator[str]:
     yield (
         f"{memory}, {seconds:.2f} of the time of one and {step:.2f} of its step; one takes "
         f"{alone.peak_bytes / GIB:.1f} GiB, {duration(alone.seconds)} in all, {duration(alone.step_seconds)} a step"
+    )
+
+
+def weights_text(plan: Plan) -> str:
+    """How several devices get the weights."""
+    if plan.weights == "own":
+        return "each device reads all weights for itself: to read a share of them would gain nothing"
+    return (
+        "each device reads a share of the weights from disk and gets the rest from the others: to read all for itself "
+        "would take longer"
     )
 
 

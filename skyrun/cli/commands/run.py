@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrun.cli.batch import free_name, requests_of
-from skyrun.cli.commands.plan import blocks_text
+from skyrun.cli.commands.plan import blocks_text, weights_text
 from skyrun.cli.console import emit, say, show_error
 from skyrun.cli.launched import launched
 from skyrun.cli.progress import shown
@@ -252,6 +252,7 @@ def plan_text(job: Job) -> str:
         f"{request.steps} steps, {job.workload.tokens} tokens, seed {request.seed}",
         f"{job.files.transformer.path.name} on {_devices(plan)}, {_dtypes(plan)} (decoding in {plan.decoding.dtype})",
         blocks_text(plan.resident_blocks, job.workload.layers),
+        *([weights_text(plan)] if plan.devices > 1 else []),
         *_passing(plan),
         f"estimated memory, {plan.limit_bytes / GIB:.1f} GiB may be used, and time, {duration(plan.seconds)} in all:",
     ]
