@@ -212,7 +212,7 @@ def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
 
 @pytest.mark.parametrize(
     ("name", "size", "resident"),
-    [("r2v", 2, 2), ("Q4_K", 4, 0), ("adapter", 2, 0), ("adapter", 4, 1), ("sparse", 4, 0), ("nag", 2, 1)],
+    [("r2v", 2, 2), ("Q4_K", 4, 0), ("adapter", 4, 1), ("nag", 2, 1)],
 )
 def test_weights_that_are_read_in_shares_are_those_of_one_device(teams, alone, name, size, resident):
     """In each step, and of blocks that stay too. Of these rank 0 reads its share from disk, once."""

@@ -156,7 +156,8 @@ class Block:
     def shares(self, count: int, planar: bool) -> list[list[Piece]]:
         """The block divided into `count` shares of nearly the same size. planar: as in `runs`."""
         runs = self.runs(planar)
-        whole, shares, before = sum(run.nbytes for run in runs), [[] for _ in range(count)], 0  # type: ignore[var-annotated]
+        shares: list[list[Piece]] = [[] for _ in range(count)]
+        whole, before = sum(run.nbytes for run in runs), 0
         for run in runs:
             edges = [run.cut(whole * number / count - before) for number in range(1, count)]
             for share, start, end in zip(shares, [0, *edges], [*edges, run.nbytes], strict=True):
