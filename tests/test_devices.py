@@ -176,19 +176,24 @@ def planned(job, **changes):
     return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))
 
 
-# What is made on how many devices, how many tokens pass at a time, and how far the latents may be from those of one.
+def apart(result, expected):
+    """The largest difference of latents, of the largest latent."""
+    return float((result.latents - expected.latents).abs().max() / expected.latents.abs().max())
+
+
+# What is made on how many devices, how many tokens pass at a time, and how far apart latents may be from those of one.
 CASES = [
     ("r2v", 2, None, 1e-5),
     ("r2v", 4, 7, 1e-5),
     ("Q4_K", 4, 10, 1e-5),
     ("int8", 2, 10, 2e-2),
-    ("int8 attention", 4, 10, 1e-5),
+    ("int8 attention", 4, 10, 1e-3),  # rounding decides about codes
     ("bfloat16", 2, 10, 1e-1),
     ("adapter", 2, 10, 1e-5),
     ("sparse", 2, 10, 1e-5),
     ("sparse", 4, 10, 1e-5),
     ("sparse, few tiles", 4, None, 1e-5),  # one of the devices has none
-    ("sparse int8", 4, 10, 1e-3),  # rounding decides about codes
+    ("sparse int8", 4, 10, 1e-3),
     ("sparse forcing", 4, 20, 1e-5),
     ("nag", 2, 10, 1e-5),
     ("t2v", 4, 7, 1e-5),
@@ -196,7 +201,7 @@ CASES = [
     ("forcing", 4, 20, 1e-5),
     ("shot", 2, 10, 1e-5),
     ("v2v", 2, 10, 1e-5),
-    ("a2v", 2, 7, 5e-5),  # four windows, each of which goes on from the frames of the one before
+    ("a2v", 2, 7, 1e-5),
 ]
 
 
@@ -204,8 +209,8 @@ CASES = [
 def test_the_clip_is_that_of_one_device(teams, alone, name, size, rows, limit):
     job, expected = alone(name)
     result, events = together(teams(size), job, rows)
-    assert float((result.latents - expected.latents).abs().max()) <= limit
-    assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 5e-5 else 255)
+    assert apart(result, expected) <= limit
+    assert np.abs(result.frames.astype(int) - expected.frames).max() <= (1 if limit <= 1e-3 else 255)
     assert {type(event) for event in events} >= {Preview, StageStarted, StageEnded, BlockDone}
     assert_skips_alike(result, expected, "sparse" in name)
 
@@ -218,7 +223,7 @@ def test_weights_that_are_read_in_shares_are_those_of_one_device(teams, alone, n
     """In each step, and of blocks that stay too. Of these rank 0 reads its share from disk, once."""
     job, expected = alone(name)
     result, events = together(teams(size), job, 10, weights="shared", resident_blocks=resident)
-    assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    assert apart(result, expected) <= 1e-5
     blocks = with_adapters(block_layouts(job.files.transformer), "blocks.", job.files.adapters)
     kept, sizes = spread(resident, len(blocks)), [sum(one.nbytes for one in block.extents) for block in blocks]
     times = [1 if index in kept else job.request.steps for index in range(len(blocks))]
@@ -249,7 +254,7 @@ def test_a_clip_goes_on_with_any_number_of_devices(teams, alone, request_for, ow
     assert state.steps >= 2
     assert job.request.devices == 4
     result, _ = together(teams(4), job, 7, state)
-    assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    assert apart(result, expected) <= 1e-5
     assert_skips_alike(result, expected, name == "sparse")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4"]
 
@@ -292,7 +297,7 @@ def test_a_killed_worker_ends_the_run_and_the_clip_goes_on(alone, request_for, o
     assert not own_workers()
     assert not (tmp_path / "clip.mp4").exists()
     job, state = continue_or_start(dataclasses.replace(request, devices=1))
-    assert float((drain(run_job(job, state=state)).latents - expected.latents).abs().max()) <= 1e-5
+    assert apart(drain(run_job(job, state=state)), expected) <= 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
