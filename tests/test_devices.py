@@ -15,7 +15,7 @@ import pytest
 import torch
 from loras import layers, random_pairs, write_adapter
 from PIL import Image
-from small_run import Raises, followed, small_request, stopped
+from small_run import Raises, fail_in_workers, followed, of_kind, small_request, stopped
 from test_forcing import request_of as forcing_request
 from test_tasks_end_to_end import CASES as GOLDENS
 from test_tasks_end_to_end import request_of as golden_request
@@ -25,12 +25,13 @@ from wan_checkpoint import write_wan
 from skyrun.cli import main
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import run_job
-from skyrun.engine.together import Make, run_together, workers
-from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, SkyrunError
-from skyrun.events import BlockDone, Preview, StageEnded, StageStarted, drain
+from skyrun.engine.together import Lead, workers
+from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, OutOfMemory, SkyrunError
+from skyrun.events import BlockDone, FramesReady, Preview, Replanned, StageEnded, StageStarted, drain
 from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.dit_header import canonical_tensors
 from skyrun.parallel import team as team_module
+from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
 from skyrun.tools.tiny_checkpoint import CheckpointDims, write_checkpoint
 
@@ -162,7 +163,7 @@ def together(team, job, rows=None, state=None):
     """The result and the events of a job on a team. rows: tokens that pass through a block at a time."""
     request, plan = dataclasses.replace(job.request, devices=team.size), dataclasses.replace(job.plan, token_rows=rows)
     job = dataclasses.replace(job, request=request, plan=plan)
-    return followed(run_together(run_job, job, True, state, False, team))
+    return followed(run_job(job, True, state, False, team))
 
 
 # What is made on how many devices, how many tokens pass at a time, and how far the latents may be from those of one.
@@ -289,10 +290,55 @@ def test_a_worker_without_memory_says_so(request_for, own_workers, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     job = prepare(request_for("r2v"))
     team = workers(2, CPU)
-    team.send(Make(run_job, job, False, None, False), Raises(MemoryError()))
-    with pytest.raises(SkyrunError, match="device 1: out of memory") as caught:
+    team.send(Lead(job, RunState()), Raises(MemoryError()))
+    with pytest.raises(OutOfMemory, match="out of memory on device 1") as caught:
         for _ in team.messages():
             pass
     assert caught.value.code == WILL_NOT_FIT
-    team.stop(at_once=True)
+    team.close()
     assert not own_workers()
+
+
+BLOCK, DECODER = "skyrun.models.dit.transformer.dit_block", "skyrun.models.vae.WanVAE._decoder"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_out_of_memory_is_not_the_end(alone, request_for, own_workers, monkeypatch, tmp_path, first):
+    """First one device lacks memory for a step, then the other one for frames. The clip is written or only returned."""
+    job, expected = alone("r2v")
+    clip = tmp_path / "clip.mp4" if first == 0 else None
+    job = prepare(dataclasses.replace(job.request, devices=2, output=clip))
+    fail_in_workers(monkeypatch, tmp_path / "workers", [(first, BLOCK, (5,)), (1 - first, DECODER, (1,))])
+    result, events = followed(run_job(job))
+    assert float((result.latents - expected.latents).abs().max()) <= 1e-5
+    assert np.abs(result.frames.astype(int) - expected.frames).max() <= 1
+    replanned = of_kind(events, Replanned)
+    for stage, device, event in zip(("denoise", "decode"), (first, 1 - first), replanned, strict=True):
+        assert event.text.startswith(
+            f"{stage} is out of memory on device {device}: made to fail; going on from the last"
+        )
+    assert result.plan == replanned[-1].plan
+    begun = [(event.stage, event.before) for event in of_kind(events, StageStarted)]
+    again = ["load", "denoise", "load", "denoise", "decode", "decode", *(["write"] if clip else [])]
+    assert [stage for stage, _ in begun if stage not in ("text", "images")] == again
+    assert ("denoise", 2) in begun
+    assert sum(len(event.frames) for event in of_kind(events, FramesReady)) == job.frames
+    assert not own_workers()
+    assert [path.name for path in tmp_path.glob("*.*")] == (["clip.mp4"] if clip else [])
+
+
+def test_out_of_memory_for_good(alone, request_for, own_workers, monkeypatch, tmp_path):
+    job, expected = alone("r2v")
+    job = prepare(dataclasses.replace(job.request, devices=2, output=tmp_path / "clip.mp4"))
+    with monkeypatch.context() as patch:
+        fail_in_workers(patch, tmp_path / "workers", [(1, BLOCK, range(1 << 20))], once=False)
+        with pytest.raises(
+            SkyrunError, match="denoise is out of memory on device 1: .*, and no plan takes less"
+        ) as caught:
+            drain(run_job(job))
+    assert caught.value.code == WILL_NOT_FIT
+    assert "close other programs" in caught.value.hint
+    assert not own_workers()
+    job, state = resume(tmp_path / "clip.mp4", devices=1)
+    assert state.encoded
+    assert float((drain(run_job(job, state=state)).latents - expected.latents).abs().max()) <= 1e-5

@@ -2,27 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from small_run import small_request
+from small_run import fail_in_workers, small_request
 
 from skyrun import run
 from skyrun.cli import main
-from skyrun.engine.resume import continue_or_start
-from skyrun.engine.run import run_job
+from skyrun.engine.clip import Result
+from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.side_by_side import SideBySide
-from skyrun.engine.together import workers
 from skyrun.errors import INTERRUPTED, SkyrunError
-from skyrun.events import Progress
+from skyrun.events import Progress, Replanned
 from skyrun.media.video_reader import frame_count
-from skyrun.parallel.team import Stop
 
 CPU = torch.device("cpu")
 
@@ -40,7 +37,7 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
         for seed in seeds
     ]
     made, failed, lost = {}, {}, None
-    with SideBySide(run_job, continue_or_start, requests, CPU) as devices:
+    with SideBySide(continue_or_start, requests, CPU) as devices:
         for told in devices.told():
             if lost is None and isinstance(told.what, Progress) and told.what.stage == "denoise":
                 lost = told.clip, told.device
@@ -48,7 +45,7 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
                 worker[0].kill()
             elif isinstance(told.what, SkyrunError):
                 failed[told.clip] = told.what
-            elif hasattr(told.what, "latents") and hasattr(told.what, "frames"):
+            elif isinstance(told.what, Result):
                 made[told.clip] = told.what
     assert list(failed) == [lost[0]]
     assert failed[lost[0]].message == f"the worker of device {lost[1]} was killed (signal 9)"
@@ -57,6 +54,25 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
         expected = run(small_request(tmp_path, converted("Q8_0"), seed=seeds[clip], output=None))
         assert torch.equal(result.latents, expected.latents)
         assert frame_count(requests[clip].output) == 5
+    assert not workers_below(psutil.Process())
+
+
+def test_a_worker_without_memory_gets_a_smaller_plan(converted, tmp_path, monkeypatch):
+    requests = [
+        small_request(tmp_path, converted("Q8_0"), seed=seed, devices=2, output=tmp_path / f"{seed}.mp4")
+        for seed in (1, 2)
+    ]
+    fail_in_workers(monkeypatch, tmp_path / "workers", [(1, "skyrun.models.dit.transformer.dit_block", (5,))])
+    with SideBySide(continue_or_start, requests, CPU) as devices:
+        told = list(devices.told())
+    assert [(one.device, one.what.text.partition(";")[0]) for one in told if isinstance(one.what, Replanned)] == [
+        (1, "denoise is out of memory: made to fail")
+    ]
+    made = {one.clip: one.what for one in told if isinstance(one.what, Result)}
+    assert set(made) == {0, 1}
+    for clip, result in made.items():
+        expected = run(small_request(tmp_path, converted("Q8_0"), seed=clip + 1, output=None))
+        assert torch.equal(result.latents, expected.latents)
     assert not workers_below(psutil.Process())
 
 
@@ -74,36 +90,40 @@ def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_pat
     assert capsys.readouterr().err.count("it is there already") == 2
 
 
-class SavesWhenStopped:
-    """Work for a worker that takes a moment to save what it has."""
+@pytest.fixture
+def launched(converted, run_command):
+    """launched("--seed", "1") is how such a command ends in two processes of torchrun, and what it prints."""
 
-    def __init__(self, path):
-        self.path = path
+    def run(*arguments):
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "skyrun",
+        ]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | os.environ
+        command = [*launch, *run_command, "--model", str(converted("Q8_0")), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        return done.returncode, done.stdout, done.stderr
 
-    def __call__(self, group, tell):
-        tell("started")
-        try:
-            for _ in range(600):
-                time.sleep(0.1)
-        finally:
-            tell("saving")
-            time.sleep(1)
-            self.path.write_text("saved")
+    return run
 
 
-def test_a_second_stop_does_not_cut_off_what_the_first_one_saves(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
-    team = workers(1, CPU)
-    team.send(SavesWhenStopped(tmp_path / "state"))
-    messages = team.messages()
-    for said in ("started", "saving"):
-        assert next(messages) == (0, said)
-        team._channels[0].send(Stop())
-    with pytest.raises(SkyrunError, match="interrupted") as caught:
-        next(messages)
-    assert caught.value.code == INTERRUPTED
-    team.stop(at_once=False)
-    assert (tmp_path / "state").read_text() == "saved"
+def test_a_process_of_torchrun_without_memory_says_what_to_type(launched, tmp_path, monkeypatch):
+    fail_in_workers(monkeypatch, tmp_path / "workers", [(1, "skyrun.models.dit.transformer.dit_block", (3,))])
+    code, _, said = launched("--seed", "1")
+    assert code == 1, said
+    assert "error: denoise is out of memory on device 1: made to fail" in said
+    assert re.search(
+        r"hint: `torchrun ... -m skyrun resume CLIP --max-ram 0\.[0-9]+` goes on from the last finished step", said
+    )
+    clip = tmp_path / "clip.mp4"
+    assert resume(clip)[1].steps == 1
+    assert main(["resume", str(clip), "--devices", "1"]) == 0
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ Rank 0 runs the command; the others do what it hands over, and say only what fai
 from argparse import Namespace
 from collections.abc import Callable
 
-import torch
-
-from skyrun.errors import SkyrunError
-from skyrun.parallel.group import joined, stated_rank
+from skyrun.engine.recovery import end_of_all
+from skyrun.errors import OutOfMemory, SkyrunError
+from skyrun.parallel.group import Group, joined, stated_rank
 from skyrun.pipelines.stages import follow
 from skyrun.streaming.device import choose_device
 
@@ -34,10 +33,19 @@ def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
         device = choose_device(f"cuda:{local}")
     with joined(rank, size, device) as group:
         if rank > 0:
-            with torch.inference_mode():
-                for _ in follow(group):
-                    pass
+            _follow(group)
             return 0
         code = command(arguments)
         group.hand_over(None)
         return code
+
+
+def _follow(group: Group) -> None:
+    """Do what rank 0 hands over."""
+    plan = None
+    try:
+        for order in follow(group):
+            plan = order.plan
+    except OutOfMemory as error:
+        assert plan is not None
+        raise end_of_all(error, plan) from error

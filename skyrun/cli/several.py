@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from skyrun.cli.console import emit, say, show_error
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
-from skyrun.engine.run import run_job
 from skyrun.engine.side_by_side import Prepare, SideBySide, Told
 from skyrun.errors import SkyrunError
 from skyrun.events import Notice, Preview, Progress, StageEnded, as_json
@@ -31,7 +30,7 @@ def make_side_by_side(
     device = choose_device(requests[0].device, requests[0].devices)
     failed = []
     jobs: dict[int, Job] = {}
-    with SideBySide(run_job, prepare, requests, device, arguments.preview is not None) as devices:
+    with SideBySide(prepare, requests, device, arguments.preview is not None) as devices:
         for told in devices.told():
             _show(told, len(requests), jobs, arguments.json)
             if isinstance(told.what, SkyrunError):

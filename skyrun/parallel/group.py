@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skyrun.errors import BAD_INPUT, FAILED, SkyrunError
+from skyrun.kernels.machine.failures import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -74,11 +75,6 @@ class Group:
         """Leave the others."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def abandon(self) -> None:
-        """Let what waits for other ranks fail. Only NCCL needs it: gloo notices by itself that one has ended."""
-        if self._tensors is not None and self.device.type == "cuda":
-            self._tensors.abort()
 
     def shares(self, count: int) -> list[slice]:
         """`count` things divided among the ranks, as evenly as possible and in order."""
@@ -184,5 +180,7 @@ def _peers_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PeerLost(f"another device is gone or does not answer: {first}", "", FAILED) from error

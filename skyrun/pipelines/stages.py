@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,14 @@ from skyrun.planning.job import Job
 from skyrun.presets import Plan
 from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak, vram_limited
+from skyrun.streaming.device import (
+    finish,
+    out_of_memory_explained,
+    peak_bytes,
+    refuse_to_spill,
+    reset_peak,
+    vram_limited,
+)
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
@@ -40,6 +48,7 @@ class Denoising:
     plan: Plan
     state: RunState
     condition: Condition
+    stage: ClassVar = "denoise"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Decoding:
     path: Path
     plan: Plan
     latents: Tensor
+    stage: ClassVar = "decode"
 
 
 class Stage:
@@ -318,13 +328,19 @@ def decode(
     yield stage.ended()
 
 
-def follow(group: Group) -> Iterator[Event]:
-    """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more."""
+def follow(group: Group) -> Iterator[Denoising | Decoding]:
+    """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more. Yields each before it.
+
+    Raises OutOfMemory, with the stage, where memory runs out.
+    """
     nothing: Denoising | Decoding | None = None
     while (order := group.hand_over(nothing)) is not None:
-        with vram_limited(group.device, order.plan.limit_bytes - CONTEXT_BYTES):
+        yield order
+        limited = vram_limited(group.device, order.plan.limit_bytes - CONTEXT_BYTES)
+        with torch.inference_mode(), limited, out_of_memory_explained(order.stage):
             if isinstance(order, Denoising):
-                yield from _steps(order.files, order.plan, order.state, order.condition, group.device)
+                for _ in _steps(order.files, order.plan, order.state, order.condition, group.device):
+                    pass
             else:
                 for _ in _open_vae(order.path, order.plan.decoding, group.device, group).decode(order.latents):
                     pass
