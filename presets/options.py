@@ -1,7 +1,7 @@
 """List the options for the denoising steps of a clip, and choose one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -46,7 +46,7 @@ class Option:
 
     work: the workload with this file. precision: "exact" or "fast". attention: of ATTENTIONS. bound: the error that
     skipping may cost; None skips nothing. resident: how many blocks stay on the device. fits: whether it stays within
-    the budget. step: the time of a denoising step. first: of a window's first one, with all blocks at hand.
+    the budget. timed: the time of a denoising step, as `timing.step_time`, which takes longer where it `learns`.
     """
 
     hardware: Hardware
@@ -59,8 +59,17 @@ class Option:
     device_bytes: int
     host_bytes: int
     fits: bool
-    step: Time
-    first: Time
+    timed: Callable[..., Time]
+
+    @cached_property
+    def step(self) -> Time:
+        """The time of a denoising step."""
+        return self.timed()
+
+    @cached_property
+    def first(self) -> Time:
+        """The time of a window's first step, with all blocks at hand."""
+        return self.timed(learns=True) if self.bound else self.step
 
     @cached_property
     def denoise(self) -> Time:
@@ -132,8 +141,7 @@ def options(
             )
             holes = int(GUIDED_FRAGMENTS * working) if work.contexts > 1 and budget.cuda else 0
             fits, kept = budget.fits(device + holes, host), resident * work.block_bytes
-            times = timed(), timed(learns=skips)
-            yield Option(hardware, work, how, attention, bound, chunking, resident, device + kept, host, fits, *times)
+            yield Option(hardware, work, how, attention, bound, chunking, resident, device + kept, host, fits, timed)
 
 
 def density_of(workload: Workload) -> float:

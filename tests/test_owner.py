@@ -70,7 +70,11 @@ def test_any_other_file_is_kept_too(told, request_, made, capsys, options, messa
     request_.output.write_bytes(made.read_bytes())
     assert main(told(*options)) == BAD_INPUT
     said = capsys.readouterr().err
-    assert f"{request_.output} exists, made with another " in said and message in said and "--overwrite" in said
+    assert (
+        f"{request_.output} exists, from a request that differs in " in said
+        and message in said
+        and "--overwrite" in said
+    )
     assert request_.output.read_bytes() == made.read_bytes()
 
 

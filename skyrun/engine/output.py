@@ -98,7 +98,7 @@ def _in_the_way(request: Request, pictures: Sequence[Path]) -> Iterator[str]:
             elif made_from is None:
                 yield f"{path} exists, and is not a clip or latents of skyrun"
             elif differing := _differing(request, made_from):
-                yield f"{path} exists, made with another {', '.join(differing)}"
+                yield f"{path} exists, from a request that differs in {', '.join(differing)}"
             elif changed := _changed(request, path):
                 yield f"{path} exists, and {' and '.join(map(str, changed))} changed since"
     for path in pictures:
