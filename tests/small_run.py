@@ -74,10 +74,11 @@ def fail(monkeypatch, place, error, calls):
     monkeypatch.setattr(owner, parts[-1], fails)
 
 
-def fail_in_workers(monkeypatch, folder, cases, once=True):
-    """Let memory run out in processes that are started from now on.
+def fail_in_workers(monkeypatch, folder, cases, once=True, error='MemoryError("made to fail")'):
+    """Let memory run out, or another thing happen, in processes that are started from now on.
 
-    cases: [(number of the device, place, calls)], as for `fail`. once: not again in the workers of the next attempt.
+    cases: [(number of the device, place, calls)], as for `fail`. once: not again in the workers that come after them.
+    error: an expression that is evaluated there.
     """
     script = f"""
 import os
@@ -92,7 +93,7 @@ if cases:
 
         def error(failed=failed):
             failed.touch()
-            return MemoryError("made to fail")
+            return {error}
 
         if not ({once} and failed.exists()):
             fail(SimpleNamespace(setattr=setattr), place, error, calls)

@@ -10,6 +10,7 @@ import sys
 import psutil
 import pytest
 import torch
+from PIL import Image
 from small_run import fail_in_workers, small_request
 
 from skyrun import run
@@ -17,7 +18,7 @@ from skyrun.cli import main
 from skyrun.engine.clip import Result
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.side_by_side import SideBySide
-from skyrun.errors import INTERRUPTED, SkyrunError
+from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
 from skyrun.events import Progress, Replanned
 from skyrun.media.video_reader import frame_count
 
@@ -37,7 +38,7 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
         for seed in seeds
     ]
     made, failed, lost = {}, {}, None
-    with SideBySide(continue_or_start, requests, CPU) as devices:
+    with SideBySide(continue_or_start, dict(enumerate(requests)), {0: CPU, 1: CPU}, 2) as devices:
         for told in devices.told():
             if lost is None and isinstance(told.what, Progress) and told.what.stage == "denoise":
                 lost = told.clip, told.device
@@ -63,7 +64,7 @@ def test_a_worker_without_memory_gets_a_smaller_plan(converted, tmp_path, monkey
         for seed in (1, 2)
     ]
     fail_in_workers(monkeypatch, tmp_path / "workers", [(1, "skyrun.models.dit.transformer.dit_block", (5,))])
-    with SideBySide(continue_or_start, requests, CPU) as devices:
+    with SideBySide(continue_or_start, dict(enumerate(requests)), {0: CPU, 1: CPU}, 2) as devices:
         told = list(devices.told())
     assert [(one.device, one.what.text.partition(";")[0]) for one in told if isinstance(one.what, Replanned)] == [
         (1, "denoise is out of memory: made to fail")
@@ -76,18 +77,41 @@ def test_a_worker_without_memory_gets_a_smaller_plan(converted, tmp_path, monkey
     assert not workers_below(psutil.Process())
 
 
-def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_path, capsys):
-    command = [*run_command, "--model", str(converted("Q8_0")), "--devices", "2", "--json", "--seed", "1", "2"]
-    preview = tmp_path / "preview.png"
-    assert main([*command, "--sheet", "--preview", str(preview)]) == 0
-    assert preview.exists() and (tmp_path / "clip-1.png").exists() and (tmp_path / "clip-2.png").exists()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_path, capsys, monkeypatch):
+    """The contact sheet of the first one cannot be written at first."""
+    command = [
+        *run_command,
+        "--model",
+        str(converted("Q8_0")),
+        "--devices",
+        "2",
+        "--json",
+        "--sheet",
+        "--seed",
+        "1",
+        "2",
+    ]
+    save, preview = Image.Image.save, tmp_path / "preview.png"
+
+    def without_space(image, path, **keywords):
+        if "clip-1.png" in str(path):
+            raise OSError(28, "No space left on device")
+        save(image, path, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", without_space)
+        assert main([*command, "--preview", str(preview)]) == FAILED
+    out, said = capsys.readouterr()
+    assert said.count("No space left on device") == 1 and "1 of 2 clips failed: " in said
+    assert preview.exists() and (tmp_path / "clip-2.png").exists() and not (tmp_path / "clip-1.png").exists()
+    lines = [json.loads(line) for line in out.splitlines()]
     results = [line for line in lines if line["event"] == "result"]
     assert {line["clip"] for line in results} == {1, 2} and {line["device"] for line in results} <= {0, 1}
     assert {line["plan"]["devices"] for line in lines if line["event"] == "plan"} == {1}
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-1.mp4", "clip-2.mp4"]
-    assert main([*command, "--seed", "1", "2"]) == 0
+    assert main(command) == 0
     assert capsys.readouterr().err.count("it is there already") == 2
+    assert (tmp_path / "clip-1.png").exists()
 
 
 @pytest.fixture
@@ -124,6 +148,22 @@ def test_a_process_of_torchrun_without_memory_says_what_to_type(launched, tmp_pa
     clip = tmp_path / "clip.mp4"
     assert resume(clip)[1].steps == 1
     assert main(["resume", str(clip), "--devices", "1"]) == 0
+
+
+def test_processes_of_torchrun_make_clips_of_their_own(launched, converted, run_command, tmp_path, monkeypatch):
+    """The first worker of the second process is lost: that costs its clip, and no process ends before the others."""
+    lost = [(1, "skyrun.models.dit.transformer.dit_block", (3,))]
+    fail_in_workers(monkeypatch, tmp_path / "workers", lost, error="os.kill(os.getpid(), 9)")
+    code, _, said = launched("--seed", "1", "2", "3", "4")
+    made = re.findall(r"clip (\d) of 4, device (\d): \S+clip-(\d).mp4 in", said)
+    assert sorted(made) == [("1", "0", "1"), ("3", "0", "3"), ("4", "1", "4")]
+    assert "error: the worker of device 1 was killed (signal 9)" in said
+    assert said.count("1 of 4 clips failed: ") == said.count(f"{tmp_path / 'clip-2.mp4'}; the same command") == 1
+    assert code == 1
+    assert "interrupted" not in said
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-1.mp4", "clip-3.mp4", "clip-4.mp4"]
+    assert main([*run_command, "--model", str(converted("Q8_0")), "--seed", "1", "2", "3", "4"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("clip*")) == [f"clip-{number}.mp4" for number in (1, 2, 3, 4)]
 
 
 @pytest.fixture

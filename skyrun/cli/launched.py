@@ -1,6 +1,7 @@
 """A command that torch's launcher has started, once for each device, on one or several machines: torchrun -m skyrun.
 
-Rank 0 runs the command; the others do what it hands over, and say only what fails.
+Rank 0 runs the command; the others do what it hands over: their part of a clip, of which they say only what fails, or
+clips of their own.
 """
 
 from argparse import Namespace
@@ -8,8 +9,9 @@ from collections.abc import Callable
 
 from skyrun.engine.recovery import end_of_all
 from skyrun.errors import OutOfMemory, SkyrunError
-from skyrun.parallel.group import Group, joined, stated_rank
+from skyrun.parallel.group import Group, joined, stated_place
 from skyrun.pipelines.stages import follow
+from skyrun.presets import Plan
 from skyrun.streaming.device import choose_device
 
 
@@ -18,10 +20,10 @@ def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
 
     Raises SkyrunError if the command asks for another number of devices than there are processes.
     """
-    stated = stated_rank()
-    if stated is None:
+    place = stated_place()
+    if place is None:
         return command(arguments)
-    rank, size, local = stated
+    rank, size = place.rank, place.size
     if arguments.devices not in (None, size):
         hint = f"leave it out, or start {arguments.devices} processes"
         raise SkyrunError(f"--devices {arguments.devices}: the launcher has started {size} processes", hint)
@@ -30,22 +32,24 @@ def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
     arguments.devices = size
     device = choose_device(arguments.device)
     if device.type == "cuda":
-        device = choose_device(f"cuda:{local}")
+        device = choose_device(f"cuda:{place.local_rank}")
     with joined(rank, size, device) as group:
-        if rank > 0:
+        code = 0
+        if rank == 0:
+            code = command(arguments)
+            group.hand_over(None)
+        else:
             _follow(group)
-            return 0
-        code = command(arguments)
-        group.hand_over(None)
-        return code
+        return group.hand_over(
+            code
+        )  # all at once: when one ends with another code than 0, the launcher ends the others
 
 
 def _follow(group: Group) -> None:
     """Do what rank 0 hands over."""
-    plan = None
+    plan: Plan | None = None
     try:
         for order in follow(group):
             plan = order.plan
     except OutOfMemory as error:
-        assert plan is not None
-        raise end_of_all(error, plan) from error
+        raise error if plan is None else end_of_all(error, plan) from error

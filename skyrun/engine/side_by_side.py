@@ -4,7 +4,7 @@ A clip that fails, or a worker that is lost, costs that clip only: for the next 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -14,7 +14,8 @@ import torch
 from skyrun.engine.clip import Result
 from skyrun.engine.run import run_job
 from skyrun.engine.together import workers
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.engine.worker import explained
+from skyrun.errors import SkyrunError
 from skyrun.events import Event, listen
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
@@ -39,19 +40,29 @@ class SideBySide:
     """Devices that make the clips of a list. They end with the block in which they are used."""
 
     def __init__(
-        self, prepare: Prepare, requests: Sequence[Request], device: torch.device, previews: bool = False
+        self,
+        prepare: Prepare,
+        requests: Mapping[int, Request],
+        devices: Mapping[int, torch.device],
+        sharing: int,
+        previews: bool = False,
     ) -> None:
-        """prepare: makes a job and the state of an earlier run; None if there is nothing to do. previews: whether an
-        image is drawn after every step."""
-        self._prepare, self._device, self._previews = prepare, device, previews
+        """
+        Args:
+            prepare: Makes a job and the state of an earlier run; None if there is nothing to do.
+            requests: The clips, by their numbers.
+            devices: The devices of this process, by their numbers.
+            sharing: How many devices share the machine, with those of other processes.
+            previews: Whether an image is drawn after every step.
+        """
+        self._prepare, self._devices, self._sharing, self._previews = prepare, devices, sharing, previews
         self._waiting: SimpleQueue[tuple[int, Request]] = SimpleQueue()
-        for entry in enumerate(requests):
+        for entry in requests.items():
             self._waiting.put(entry)
         self._told: SimpleQueue[Told] = SimpleQueue()
-        count = requests[0].devices
-        self._teams = [workers(1, device, number, count) for number in range(count)]
+        self._teams = {number: workers(1, device, number, sharing) for number, device in devices.items()}
         self._stopping = False
-        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(count)]
+        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in devices]
 
     def __enter__(self) -> "SideBySide":
         for thread in self._threads:
@@ -60,7 +71,7 @@ class SideBySide:
 
     def __exit__(self, *_: object) -> None:
         self._stopping = True
-        for team in self._teams:
+        for team in self._teams.values():
             team.interrupt()
         for thread in self._threads:
             thread.join()
@@ -81,17 +92,13 @@ class SideBySide:
                 clip, request = self._waiting.get_nowait()
                 try:
                     self._told.put(Told(clip, device, self._made(clip, request, device)))
-                except SkyrunError as error:
-                    self._told.put(Told(clip, device, error))
-                except OSError as error:
-                    hint = "check the path, its permissions and free space"
-                    self._told.put(Told(clip, device, SkyrunError(str(error), hint, FAILED)))
+                except Exception as error:
+                    self._told.put(Told(clip, device, explained(error)))
 
     def _made(self, clip: int, request: Request, device: int) -> Result | None:
-        name = f"cuda:{device}" if self._device.type == "cuda" else "cpu"
-        free = (probe("cpu").ram_free - PROCESS_BYTES) / GIB / len(self._teams)
+        free = (probe("cpu").ram_free - PROCESS_BYTES) / GIB / self._sharing
         limit = free if request.max_ram is None else min(free, request.max_ram)
-        prepared = self._prepare(replace(request, devices=1, device=name, max_ram=limit))
+        prepared = self._prepare(replace(request, devices=1, device=str(self._devices[device]), max_ram=limit))
         if prepared is None:
             return None
         job, state = prepared

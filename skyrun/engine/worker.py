@@ -56,17 +56,23 @@ class Worker:
 
 
 def _failure(error: BaseException) -> Failure:
-    if is_out_of_memory(error):
-        error = out_of_memory(error)
-    if isinstance(error, OutOfMemory):
-        return Failure(error.cause, error.hint, error.code, True, error.stage)
+    told = explained(error)
+    if isinstance(told, OutOfMemory):
+        return Failure(told.cause, told.hint, told.code, True, told.stage)
+    return Failure(told.message, told.hint, told.code, not isinstance(told, PeerLost))
+
+
+def explained(error: BaseException) -> SkyrunError:
+    """What a user is told of an error that ends a clip."""
     if isinstance(error, SkyrunError):
-        return Failure(error.message, error.hint, error.code, not isinstance(error, PeerLost))
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory(error)
     if isinstance(error, OSError):
-        return Failure(str(error), "check the path, its permissions and free space", FAILED, True)
+        return SkyrunError(str(error), "check the path, its permissions and free space", FAILED)
     traceback.print_exc()
     told = f"it failed with an error that it should not have: {type(error).__name__}: {error}"
-    return Failure(told, "the message above has the details", FAILED, True)
+    return SkyrunError(told, "the message above has the details", FAILED)
 
 
 def main(device: str) -> int:
