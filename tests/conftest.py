@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
+from without_triton import files_that_need_triton
 
 # Started in the background by a shell, a process ignores interrupts; tests are about what they do.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,11 +38,8 @@ if not torch.cuda.is_available():  # before any kernel is made: they run in Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of old versions; some warn where it is not said
 
-if find_spec("triton") is None:  # kernels that cannot be made have nothing to be compared with
-    _FILES = Path(__file__).parent.glob("test_*.py")
-    collect_ignore = [
-        p.name for p in _FILES if re.search(r"^from skyrun\.kernels import .*\btriton_", p.read_text(), re.M)
-    ]
+if find_spec("triton") is None:
+    collect_ignore = files_that_need_triton()
 
 DATA = Path(__file__).parent / "data"
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from without_triton import files_that_need_triton
 
 import skyrun.kernels.triton as kernels_in_triton
 from skyrun.engine import warm_up
@@ -127,23 +128,41 @@ ABSENT = {
     "a compiler": ("", ""),
 }
 TESTS = ["test_choice.py", "test_soak.py"]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def without(tmp_path):
+    """without("Triton", "-m", "pytest") runs Python where that is absent."""
+
+    def run(absent, *arguments):
+        start, path = ABSENT[absent]
+        (tmp_path / "sitecustomize.py").write_text(start)
+        places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": places, "PATH": path, "SKYRUN_TEST_ABSENT": absent}
+        environment.pop("CC", None)
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+
+    return run
 
 
 @pytest.mark.skipif("SKYRUN_TEST_ABSENT" in os.environ, reason="this is the Python without it")
 @pytest.mark.parametrize("absent", ABSENT)
-def test_tests_pass_in_a_python_without(tmp_path, absent):
+def test_tests_pass_in_a_python_without(without, absent):
     """A share of the tests; all of them run so where a change is tested, see .github/workflows/ci.yml."""
-    start, path = ABSENT[absent]
-    (tmp_path / "sitecustomize.py").write_text(start)
-    here = Path(__file__).parent
-    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": places, "PATH": path, "SKYRUN_TEST_ABSENT": absent}
-    environment.pop("CC", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *(str(here / n) for n in TESTS)]
-    done = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
+    tests = [str(HERE / name) for name in TESTS]
+    done = without(absent, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    check = "import torch; from skyrun.kernels.machine.toolchain import missing; print(missing())"
-    said = subprocess.run(
-        [sys.executable, "-c", check], cwd=here.parent, env=environment, capture_output=True, text=True
-    )
+    said = without(absent, "-c", "from skyrun.kernels.machine.toolchain import missing; print(missing())")
     assert {"Triton": "not installed", "a compiler": "no C compiler"}[absent] in said.stdout
+
+
+@pytest.mark.long
+def test_without_triton_only_tests_of_kernels_are_left_out(without):
+    collect = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--collect-only", "-m", "", str(HERE))
+    found = without("Triton", *collect)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr
+    collected = {line.partition("::")[0].partition("/")[2] for line in found.stdout.splitlines() if "::" in line}
+    left_out = {path.name for path in HERE.glob("test_*.py")} - collected
+    assert left_out == set(files_that_need_triton()) and len(left_out) < 20

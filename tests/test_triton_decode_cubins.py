@@ -1,9 +1,12 @@
 """What the compiler makes of decoding: wide memory accesses, no spills, and few instructions for each number."""
 
+from pathlib import Path
+
 import pytest
 from blocks import BLOCK_TYPES
-from cubins import ARCHS, Cubins, Variant, arch_param, cases
+from cubins import ARCHS, Cubins, Variant, arch_param, cases, sources
 
+import skyrun.kernels
 from skyrun.kernels.triton import decode as triton_decode
 
 # Instructions per number, to bfloat16. An H200 copies at full speed up to about 18.
@@ -52,3 +55,8 @@ def test_instructions_per_number(cubins, type, arch):
     assert cubin.per_element(triton_decode.TILE) <= BUDGET[type]
     assert cubin.count("LDG.E.128") + cubin.count("LDG.E.64") > 0  # codes; scales take narrow loads
     assert cubin.count("LDG") <= 7
+
+
+def test_a_changed_kernel_is_compiled_anew():
+    kernels = Path(skyrun.kernels.__file__).parent
+    assert {path for path in kernels.rglob("*.py") if "@triton.jit" in path.read_text()} <= {*sources()}
