@@ -172,18 +172,18 @@ CASES = [
     ("r2v", 4, 7, 1e-5),
     ("Q4_K", 4, 10, 1e-5),
     ("int8", 2, 10, 2e-2),
-    ("int8 attention", 4, 10, 1e-5),
+    ("int8 attention", 4, 10, 2e-3),  # rounding decides about codes: how, depends on the processor
     ("bfloat16", 2, 10, 1e-1),
     ("adapter", 2, 10, 1e-5),
     ("sparse", 2, 10, 1e-5),
     ("sparse", 4, 10, 1e-5),
     ("sparse, few tiles", 4, None, 1e-5),  # one of the devices has none
-    ("sparse int8", 4, 10, 1e-3),  # rounding decides about codes
-    ("sparse forcing", 4, 20, 1e-5),
+    ("sparse int8", 4, 10, 1e-3),
+    ("sparse forcing", 4, 20, 5e-5),
     ("nag", 2, 10, 1e-5),
-    ("t2v", 4, 7, 1e-5),
+    ("t2v", 4, 7, 5e-5),
     ("i2v", 4, None, 1e-5),
-    ("forcing", 4, 20, 1e-5),
+    ("forcing", 4, 20, 5e-5),
     ("shot", 2, 10, 1e-5),
     ("v2v", 2, 10, 1e-5),
     ("a2v", 2, 7, 5e-5),  # four windows, each of which goes on from the frames of the one before
