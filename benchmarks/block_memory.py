@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from skyrun.kernels import FORMATS, QuantizedWeight, decode, elementwise, float16_sums, matmul
 from skyrun.kernels import attention as attention_kernels
 from skyrun.kernels import selection as selection_kernels
+from skyrun.kernels.machine.capability import OLDEST
 from skyrun.kernels.quantized_keys import PRECISIONS
 from skyrun.kernels.tiles import USUAL
 from skyrun.models.dit import Context, dit_block
@@ -60,7 +61,7 @@ _PASSES = 3  # of the recording: memory that one leaves cut up is met by the nex
 _IMAGE_TOKENS = 257
 _OUTER_TENSORS = 40  # outside of blocks
 _WORKSPACE = 32 << 20  # of cuBLAS on Hopper; other cards take less
-_CHOICES = {"exact": "decode", "float16 sums": "decode, float16 sums", "int8": "triton"}
+_CHOICES = {"exact": "decode", "float16 sums": "decode, float16 sums", "int8": "triton", "plain": "decode"}
 
 Log = list[tuple[int, int]]  # (number of the allocation, its bytes, or 0 where it is freed)
 
@@ -116,7 +117,7 @@ def pretended_card(way: str) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in (attention_kernels, selection_kernels, decode, elementwise, matmul):
-            stack.enter_context(patch.object(module, "uses_triton", lambda device: device.type == "meta"))
+            stack.enter_context(patch.object(module, "uses_triton", lambda device: way != "plain"))
         for module in (attention_kernels, matmul):
             stack.enter_context(patch.object(module, "fastest", fastest))
         stack.enter_context(patch.object(float16_sums, "float16_sums_are_quick", lambda device: way == "float16 sums"))
@@ -238,7 +239,7 @@ def _weights(task: str, way: str, attention: str, rank: int) -> Weights:
     for name, shape in transformer_table(spec).shapes("original", {**spec.dims, "layers": 1}).items():
         if name.startswith("blocks.0.") and len(shape) == 2:
             data = torch.empty(shape[0], format.row_bytes(shape[1]), dtype=torch.uint8, device=META)
-            views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, True, way == "int8", name)
+            views[name.removeprefix("blocks.0.")] = QuantizedWeight(data, _TYPE, way != "plain", way == "int8", name)
             if rank:
                 addition = Addition(_empty(shape[0], rank), _empty(rank, shape[1]), 1.0)
                 added[name.removeprefix("blocks.0.")] = [addition]
@@ -332,8 +333,8 @@ def cases(cards: Iterable[Card], system: str = "") -> Iterator[Planned]:
     for card in cards:
         for task in TASKS:
             for resolution in ("480P", "720P"):
-                if card.capability >= (8, 0) and resolution in TASKS[task].resolutions:
-                    for precision, attention in _PRECISIONS:
+                if resolution in TASKS[task].resolutions:
+                    for precision, attention in _PRECISIONS if card.capability >= OLDEST else _PRECISIONS[:1]:
                         request = Request(task, "", resolution=resolution)
                         hardware = dataclasses.replace(stated(card, RAM, DISK), system=system)
                         planned = plan_request(request, hardware, precision=precision, attention=attention)

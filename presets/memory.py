@@ -21,8 +21,8 @@ ALLOCATOR_BYTES = 160 << 20
 FRAGMENTS, GUIDED_FRAGMENTS = 0.3, 0.17
 
 # Left free on a GPU before blocks are kept there, and by the VAE: bytes at least, and a share of the limit. So a replay
-# finds no plan out of memory (benchmarks/block_memory.py); a block in int8 leaves more holes.
-_RESERVES = {"vae": (GIB // 2, 0.08), "int8": (3 * GIB // 8, 0.06)}
+# finds no plan out of memory (benchmarks/block_memory.py); a block in int8 or in plain torch leaves more holes.
+_RESERVES = {"vae": (GIB // 2, 0.08), "int8": (3 * GIB // 8, 0.06), "plain": (3 * GIB // 8, 0.06)}
 _RESERVE = (5 * GIB // 16, 0.05)
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -40,6 +40,7 @@ MEASURED = [  # program, card, model, tokens, attention, seconds
     ("the same", "RTX 4090", LARGE, 75600, "int8", 27.11),
     ("FastVideo", "RTX 4090 D", LARGE, 32760, "exact", 11.33),
     ("LightX2V", "RTX 4090 D", LARGE, 32760, "int8", 10.13),
+    ("TurboDiffusion's baseline, Wan 2.2", "RTX 5090", LARGE, 75600, "exact", 56.86),
     ("ComfyUI, Q6_K", "RTX 5090", LARGE, 63600, "int8", 17.50),
     ("ComfyUI, Q4_K_M", "RTX 5090", LARGE, 63600, "int8", 17.80),
     ("ComfyUI, Q4_K_M", "RTX 5090", LARGE, 144000, "int8", 93.00),

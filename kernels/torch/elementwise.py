@@ -31,8 +31,8 @@ def rms_norm(
     a, b = normed.view(pairs).unbind(3)
     rotated = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     real, imaginary = rotated.view(pairs).unbind(3)
-    real.copy_(a * cos - b * sin)
-    imaginary.copy_(a * sin + b * cos)
+    real.copy_((a * cos).sub_(b * sin))
+    imaginary.copy_((a * sin).add_(b * cos))
     return rotated
 
 
