@@ -1,6 +1,9 @@
 """A run that takes a moment, and ways to disturb it."""
 
+import os
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -69,6 +72,36 @@ def fail(monkeypatch, place, error, calls):
         return right(*arguments, **keywords)
 
     monkeypatch.setattr(owner, parts[-1], fails)
+
+
+def fail_in_workers(monkeypatch, folder, cases, once=True, error='MemoryError("made to fail")'):
+    """Let memory run out, or another thing happen, in processes that are started from now on.
+
+    cases: [(number of the device, place, calls)], as for `fail`. once: not again in the workers that come after them.
+    error: an expression that is evaluated there.
+    """
+    script = f"""
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+cases = [case for case in enumerate({cases!r}) if str(case[1][0]) == os.environ.get("LOCAL_RANK")]
+if cases:
+    from small_run import fail
+    for number, (_, place, calls) in cases:
+        failed = Path({str(folder)!r}) / f"failed-{{number}}"
+
+        def error(failed=failed):
+            failed.touch()
+            return {error}
+
+        if not ({once} and failed.exists()):
+            fail(SimpleNamespace(setattr=setattr), place, error, calls)
+"""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(script)
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), here, *filter(None, sys.path)]))
 
 
 class Raises:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from loras import layers, random_pairs, write_adapter
 from PIL import Image
-from small_run import Raises, followed, small_request, stopped
+from small_run import Raises, fail_in_workers, followed, of_kind, small_request, stopped
 from test_forcing import request_of as forcing_request
 from test_tasks_end_to_end import CASES as GOLDENS
 from test_tasks_end_to_end import request_of as golden_request
@@ -30,12 +30,13 @@ from wan_checkpoint import write_wan
 from skyrun.cli import main
 from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.run import run_job
-from skyrun.engine.together import Make, do_as_told, run_together, workers
-from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, SkyrunError
-from skyrun.events import BlockDone, Preview, StageEnded, StageStarted, drain
+from skyrun.engine.together import Lead, do_as_told, workers
+from skyrun.errors import BAD_INPUT, FAILED, WILL_NOT_FIT, OutOfMemory, SkyrunError
+from skyrun.events import BlockDone, FramesReady, Preview, Replanned, StageEnded, StageStarted, drain
 from skyrun.kernels.files.gguf_file import open_gguf
 from skyrun.models.dit_header import block_layouts, canonical_tensors
 from skyrun.parallel import team as team_module
+from skyrun.pipelines.state import RunState
 from skyrun.planning.job import prepare
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.stream import spread
@@ -168,7 +169,7 @@ def running_workers():
 def together(team, job, rows=None, state=None, **changes):
     """The result and the events of a job on a team. rows: tokens that pass through a block at a time."""
     job = dataclasses.replace(job, request=dataclasses.replace(job.request, devices=team.size))
-    return followed(run_together(run_job, planned(job, token_rows=rows, **changes), True, state, False, team))
+    return followed(run_job(planned(job, token_rows=rows, **changes), True, state, False, team))
 
 
 def planned(job, **changes):
@@ -337,12 +338,12 @@ def test_a_worker_that_cannot_read_its_share_says_so(request_for, own_workers, m
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     job = planned(prepare(request_for("r2v")), weights="shared")
     team = workers(2, CPU)
-    team.send(Make(run_job, job, False, None, False), CannotRead())
+    team.send(Lead(job, RunState()), CannotRead())
     with pytest.raises(SkyrunError, match="device 1: .*Input/output error") as caught:
         for _ in team.messages():
             pass
     assert caught.value.code == FAILED
-    team.stop(at_once=True)
+    team.close()
     assert not own_workers()
 
 
@@ -351,10 +352,60 @@ def test_a_worker_without_memory_says_so(request_for, own_workers, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     job = prepare(request_for("r2v"))
     team = workers(2, CPU)
-    team.send(Make(run_job, job, False, None, False), Raises(MemoryError()))
-    with pytest.raises(SkyrunError, match="device 1: out of memory") as caught:
+    team.send(Lead(job, RunState()), Raises(MemoryError()))
+    with pytest.raises(OutOfMemory, match="out of memory on device 1") as caught:
         for _ in team.messages():
             pass
     assert caught.value.code == WILL_NOT_FIT
-    team.stop(at_once=True)
+    team.close()
     assert not own_workers()
+
+
+BLOCK, DECODER = "skyrun.models.dit.transformer.dit_block", "skyrun.models.vae.WanVAE._decoder"
+
+
+@pytest.mark.parametrize(("name", "first", "calls", "before"), [("r2v", 0, (5, 1), 2), ("a2v", 1, (6, 13), 1)])
+def test_out_of_memory_is_not_the_end(
+    alone, request_for, own_workers, monkeypatch, tmp_path, name, first, calls, before
+):
+    """First one device lacks memory for a step, then the other one for frames. The clip is written or only returned,
+    or is at its second window."""
+    job, expected = alone(name)
+    clip = tmp_path / "clip.mp4" if name == "r2v" else None
+    job = prepare(dataclasses.replace(job.request, devices=2, output=clip))
+    cases = [(first, BLOCK, (calls[0],)), (1 - first, DECODER, (calls[1],))]
+    fail_in_workers(monkeypatch, tmp_path / "workers", cases)
+    result, events = followed(run_job(job))
+    assert apart(result, expected) <= 1e-5
+    assert np.abs(result.frames.astype(int) - expected.frames).max() <= 1
+    replanned = of_kind(events, Replanned)
+    for stage, device, event in zip(("denoise", "decode"), (first, 1 - first), replanned, strict=True):
+        assert event.text.startswith(
+            f"{stage} is out of memory on device {device}: made to fail; going on from the last"
+        )
+    assert result.plan == replanned[-1].plan
+    begun = [event.before for event in of_kind(events, StageStarted) if event.stage == "denoise"]
+    assert [done for done in begun if done] == [before]
+    ended, windows = [event.stage for event in of_kind(events, StageEnded)], len(job.windows)
+    counts = {"load": windows + 1, "denoise": windows, "write": int(clip is not None)}
+    assert {stage: ended.count(stage) for stage in counts} == counts
+    assert sum(len(event.frames) for event in of_kind(events, FramesReady)) == len(expected.frames)
+    assert not own_workers()
+    assert [path.name for path in tmp_path.glob("*.*")] == (["clip.mp4"] if clip else [])
+
+
+def test_out_of_memory_for_good(alone, request_for, own_workers, monkeypatch, tmp_path):
+    job, expected = alone("r2v")
+    job = prepare(dataclasses.replace(job.request, devices=2, output=tmp_path / "clip.mp4"))
+    with monkeypatch.context() as patch:
+        fail_in_workers(patch, tmp_path / "workers", [(1, BLOCK, range(1 << 20))], once=False)
+        with pytest.raises(
+            SkyrunError, match="denoise is out of memory on device 1: .*, and no plan takes less"
+        ) as caught:
+            drain(run_job(job))
+    assert caught.value.code == WILL_NOT_FIT
+    assert "close other programs" in caught.value.hint
+    assert not own_workers()
+    job, state = resume(tmp_path / "clip.mp4", devices=1)
+    assert state.encoded
+    assert apart(drain(run_job(job, state=state)), expected) <= 1e-5

@@ -2,27 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from small_run import small_request
+from PIL import Image
+from small_run import fail_in_workers, small_request
 
 from skyrun import run
 from skyrun.cli import main
-from skyrun.engine.resume import continue_or_start
-from skyrun.engine.run import run_job
+from skyrun.engine.clip import Result
+from skyrun.engine.resume import continue_or_start, resume
 from skyrun.engine.side_by_side import SideBySide
-from skyrun.engine.together import workers
-from skyrun.errors import INTERRUPTED, SkyrunError
-from skyrun.events import Progress
+from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
+from skyrun.events import Progress, Replanned
 from skyrun.media.video_reader import frame_count
-from skyrun.parallel.team import Stop
 
 CPU = torch.device("cpu")
 
@@ -40,7 +38,7 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
         for seed in seeds
     ]
     made, failed, lost = {}, {}, None
-    with SideBySide(run_job, continue_or_start, requests, CPU) as devices:
+    with SideBySide(continue_or_start, dict(enumerate(requests)), {0: CPU, 1: CPU}, 2) as devices:
         for told in devices.told():
             if lost is None and isinstance(told.what, Progress) and told.what.stage == "denoise":
                 lost = told.clip, told.device
@@ -48,7 +46,7 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
                 worker[0].kill()
             elif isinstance(told.what, SkyrunError):
                 failed[told.clip] = told.what
-            elif hasattr(told.what, "latents") and hasattr(told.what, "frames"):
+            elif isinstance(told.what, Result):
                 made[told.clip] = told.what
     assert list(failed) == [lost[0]]
     assert failed[lost[0]].message == f"the worker of device {lost[1]} was killed (signal 9)"
@@ -60,50 +58,112 @@ def test_a_lost_worker_costs_its_clip_only(converted, tmp_path):
     assert not workers_below(psutil.Process())
 
 
-def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_path, capsys):
-    command = [*run_command, "--model", str(converted("Q8_0")), "--devices", "2", "--json", "--seed", "1", "2"]
-    preview = tmp_path / "preview.png"
-    assert main([*command, "--sheet", "--preview", str(preview)]) == 0
-    assert preview.exists() and (tmp_path / "clip-1.png").exists() and (tmp_path / "clip-2.png").exists()
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_a_worker_without_memory_gets_a_smaller_plan(converted, tmp_path, monkeypatch):
+    requests = [
+        small_request(tmp_path, converted("Q8_0"), seed=seed, devices=2, output=tmp_path / f"{seed}.mp4")
+        for seed in (1, 2)
+    ]
+    fail_in_workers(monkeypatch, tmp_path / "workers", [(1, "skyrun.models.dit.transformer.dit_block", (5,))])
+    with SideBySide(continue_or_start, dict(enumerate(requests)), {0: CPU, 1: CPU}, 2) as devices:
+        told = list(devices.told())
+    assert [(one.device, one.what.text.partition(";")[0]) for one in told if isinstance(one.what, Replanned)] == [
+        (1, "denoise is out of memory: made to fail")
+    ]
+    made = {one.clip: one.what for one in told if isinstance(one.what, Result)}
+    assert set(made) == {0, 1}
+    for clip, result in made.items():
+        expected = run(small_request(tmp_path, converted("Q8_0"), seed=clip + 1, output=None))
+        assert torch.equal(result.latents, expected.latents)
+    assert not workers_below(psutil.Process())
+
+
+def test_clips_go_to_devices_if_there_are_enough(converted, run_command, tmp_path, capsys, monkeypatch):
+    """The contact sheet of the first one cannot be written at first."""
+    command = [
+        *run_command,
+        "--model",
+        str(converted("Q8_0")),
+        "--devices",
+        "2",
+        "--json",
+        "--sheet",
+        "--seed",
+        "1",
+        "2",
+    ]
+    save, preview = Image.Image.save, tmp_path / "preview.png"
+
+    def without_space(image, path, **keywords):
+        if "clip-1.png" in str(path):
+            raise OSError(28, "No space left on device")
+        save(image, path, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", without_space)
+        assert main([*command, "--preview", str(preview)]) == FAILED
+    out, said = capsys.readouterr()
+    assert said.count("No space left on device") == 1 and "1 of 2 clips failed: " in said
+    assert preview.exists() and (tmp_path / "clip-2.png").exists() and not (tmp_path / "clip-1.png").exists()
+    lines = [json.loads(line) for line in out.splitlines()]
     results = [line for line in lines if line["event"] == "result"]
     assert {line["clip"] for line in results} == {1, 2} and {line["device"] for line in results} <= {0, 1}
     assert {line["plan"]["devices"] for line in lines if line["event"] == "plan"} == {1}
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-1.mp4", "clip-2.mp4"]
-    assert main([*command, "--seed", "1", "2"]) == 0
+    assert main(command) == 0
     assert capsys.readouterr().err.count("it is there already") == 2
+    assert (tmp_path / "clip-1.png").exists()
 
 
-class SavesWhenStopped:
-    """Work for a worker that takes a moment to save what it has."""
+@pytest.fixture
+def launched(converted, run_command):
+    """launched("--seed", "1") is how such a command ends in two processes of torchrun, and what it prints."""
 
-    def __init__(self, path):
-        self.path = path
+    def run(*arguments):
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "skyrun",
+        ]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | os.environ
+        command = [*launch, *run_command, "--model", str(converted("Q8_0")), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        return done.returncode, done.stdout, done.stderr
 
-    def __call__(self, group, tell):
-        tell("started")
-        try:
-            for _ in range(600):
-                time.sleep(0.1)
-        finally:
-            tell("saving")
-            time.sleep(1)
-            self.path.write_text("saved")
+    return run
 
 
-def test_a_second_stop_does_not_cut_off_what_the_first_one_saves(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
-    team = workers(1, CPU)
-    team.send(SavesWhenStopped(tmp_path / "state"))
-    messages = team.messages()
-    for said in ("started", "saving"):
-        assert next(messages) == (0, said)
-        team._channels[0].send(Stop())
-    with pytest.raises(SkyrunError, match="interrupted") as caught:
-        next(messages)
-    assert caught.value.code == INTERRUPTED
-    team.stop(at_once=False)
-    assert (tmp_path / "state").read_text() == "saved"
+def test_a_process_of_torchrun_without_memory_says_what_to_type(launched, tmp_path, monkeypatch):
+    fail_in_workers(monkeypatch, tmp_path / "workers", [(1, "skyrun.models.dit.transformer.dit_block", (3,))])
+    code, _, said = launched("--seed", "1")
+    assert code == 1, said
+    assert "error: denoise is out of memory on device 1: made to fail" in said
+    assert re.search(
+        r"hint: `torchrun ... -m skyrun resume CLIP --max-ram 0\.[0-9]+` goes on from the last finished step", said
+    )
+    clip = tmp_path / "clip.mp4"
+    assert resume(clip)[1].steps == 1
+    assert main(["resume", str(clip), "--devices", "1"]) == 0
+
+
+def test_processes_of_torchrun_make_clips_of_their_own(launched, converted, run_command, tmp_path, monkeypatch):
+    """The first worker of the second process is lost: that costs its clip, and no process ends before the others."""
+    lost = [(1, "skyrun.models.dit.transformer.dit_block", (3,))]
+    fail_in_workers(monkeypatch, tmp_path / "workers", lost, error="os.kill(os.getpid(), 9)")
+    code, _, said = launched("--seed", "1", "2", "3", "4")
+    made = re.findall(r"clip (\d) of 4, device (\d): \S+clip-(\d).mp4 in", said)
+    assert sorted(made) == [("1", "0", "1"), ("3", "0", "3"), ("4", "1", "4")]
+    assert "error: the worker of device 1 was killed (signal 9)" in said
+    assert said.count("1 of 4 clips failed: ") == said.count(f"{tmp_path / 'clip-2.mp4'}; the same command") == 1
+    assert code == 1
+    assert "interrupted" not in said
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-1.mp4", "clip-3.mp4", "clip-4.mp4"]
+    assert main([*run_command, "--model", str(converted("Q8_0")), "--seed", "1", "2", "3", "4"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("clip*")) == [f"clip-{number}.mp4" for number in (1, 2, 3, 4)]
 
 
 @pytest.fixture

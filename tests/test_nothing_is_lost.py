@@ -9,7 +9,7 @@ import torch
 from small_run import STEPS, fail, followed, of_kind, small_request, stopped
 
 from skyrun.engine import checkpoint as keeper
-from skyrun.engine import run as recovery
+from skyrun.engine import recovery
 from skyrun.engine.checkpoint import load_state
 from skyrun.engine.output import state_path
 from skyrun.engine.resume import resume

@@ -1,46 +1,80 @@
-"""Show clips that several devices make at the same time, line by line."""
+"""Make clips on several devices at the same time, a clip on each, and show them line by line."""
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 
 from skyrun.cli.console import emit, say, show_error
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
-from skyrun.engine.run import run_job
-from skyrun.engine.side_by_side import Prepare, SideBySide, Told
+from skyrun.engine.side_by_side import SideBySide, Told
 from skyrun.errors import SkyrunError
 from skyrun.events import Notice, Preview, Progress, StageEnded, as_json
 from skyrun.media.image import write_image
+from skyrun.parallel.group import Group, apart, here, stated_place
+from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
 from skyrun.streaming.device import choose_device
 from skyrun.units import duration
 
 
-def make_side_by_side(
-    requests: Sequence[Request], prepare: Prepare, finish: Callable[[Job], None], arguments: Namespace
-) -> list[Request]:
-    """Make clips, as many at a time as there are devices. Returns those that failed.
+@dataclass(frozen=True)
+class SeveralClips:
+    """At least as many clips as there are devices. Each process of torch's launcher makes every size-th of them.
 
-    Args:
-        requests: The clips.
-        prepare: Makes the job of a request and the state of an earlier run; None if the clip is there already.
-        finish: Called with the job of each clip that is made.
-        arguments: json and preview are used.
+    prepare: makes the job of a request and the state of an earlier run; None if the clip is there already. finish:
+    called with the job of each clip that is made. Both are functions of a module, and get the arguments too: json and
+    preview are used here.
     """
-    device = choose_device(requests[0].device, requests[0].devices)
-    failed = []
-    jobs: dict[int, Job] = {}
-    with SideBySide(run_job, prepare, requests, device, arguments.preview is not None) as devices:
-        for told in devices.told():
-            _show(told, len(requests), jobs, arguments.json)
-            if isinstance(told.what, SkyrunError):
-                failed.append(requests[told.clip])
-            elif isinstance(told.what, Result):
-                finish(jobs[told.clip])
-            elif isinstance(told.what, Preview) and told.what.image is not None:
-                write_image(arguments.preview, told.what.image)
-    return failed
+
+    requests: Sequence[Request]
+    prepare: Callable[[Request, Namespace], tuple[Job, RunState | None] | None]
+    finish: Callable[[Job, Namespace], None]
+    arguments: Namespace
+    plan: ClassVar[None] = None
+
+    def make(self) -> list[Request]:
+        """Make the clips. Returns those that failed."""
+        group = here()
+        group.hand_over(self)
+        return self.follow(group)
+
+    def follow(self, group: Group) -> list[Request]:
+        """Make the clips of this process, and wait for those of the others. Returns all that failed."""
+        with apart():
+            failed = self._made(range(group.rank, len(self.requests), group.size), group.device)
+        return [self.requests[clip] for clip in sorted(set().union(*group.collected(failed)))]
+
+    def _made(self, clips: Sequence[int], device: torch.device) -> set[int]:
+        """Make some of the clips. Returns the numbers of those that failed."""
+        arguments, failed, jobs = self.arguments, set[int](), dict[int, Job]()
+        if (place := stated_place()) is not None:
+            devices, sharing = {place.local_rank: device}, place.local_size
+        else:
+            sharing = self.requests[0].devices
+            kind = choose_device(self.requests[0].device, sharing).type
+            devices = {n: torch.device(f"cuda:{n}" if kind == "cuda" else "cpu") for n in range(sharing)}
+        requests = {clip: self.requests[clip] for clip in clips}
+        with SideBySide(
+            lambda request: self.prepare(request, arguments), requests, devices, sharing, arguments.preview is not None
+        ) as making:
+            for told in making.told():
+                _show(told, len(self.requests), jobs, arguments.json)
+                try:
+                    if isinstance(told.what, SkyrunError):
+                        failed.add(told.clip)
+                    elif isinstance(told.what, Result):
+                        self.finish(jobs[told.clip], arguments)
+                    elif isinstance(told.what, Preview) and told.what.image is not None:
+                        write_image(arguments.preview, told.what.image)
+                except SkyrunError as error:  # a picture of it cannot be drawn
+                    show_error(error, arguments.json)
+                    failed.add(told.clip)
+        return failed
 
 
 def _show(told: Told, clips: int, jobs: dict[int, Job], as_json_too: bool) -> None:

@@ -1,21 +1,22 @@
-"""Make many clips on several devices: each device makes whole clips, one after the other, in a worker of its own.
+"""Make many clips on several devices: each device makes whole clips, one after the other, with a worker of its own.
 
-A clip that fails, or a worker that is lost, costs that clip only: the next one of its device gets a new worker.
+A clip that fails, or a worker that is lost, costs that clip only: for the next one a new worker starts.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 import torch
 
 from skyrun.engine.clip import Result
-from skyrun.engine.together import RunJob, run_together, workers
-from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
+from skyrun.engine.run import run_job
+from skyrun.engine.together import workers
+from skyrun.engine.worker import explained
+from skyrun.errors import SkyrunError
 from skyrun.events import Event, listen
-from skyrun.parallel.team import Team
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
 from skyrun.planning.request import Request
@@ -40,23 +41,28 @@ class SideBySide:
 
     def __init__(
         self,
-        run_job: RunJob,
         prepare: Prepare,
-        requests: Sequence[Request],
-        device: torch.device,
+        requests: Mapping[int, Request],
+        devices: Mapping[int, torch.device],
+        sharing: int,
         previews: bool = False,
     ) -> None:
-        """prepare: makes a job and the state of an earlier run; None if there is nothing to do. previews: whether an
-        image is drawn after every step."""
-        self._run_job, self._prepare, self._device, self._previews = run_job, prepare, device, previews
-        self._devices = requests[0].devices
+        """
+        Args:
+            prepare: Makes a job and the state of an earlier run; None if there is nothing to do.
+            requests: The clips, by their numbers.
+            devices: The devices of this process, by their numbers.
+            sharing: How many devices share the machine, with those of other processes.
+            previews: Whether an image is drawn after every step.
+        """
+        self._prepare, self._devices, self._sharing, self._previews = prepare, devices, sharing, previews
         self._waiting: SimpleQueue[tuple[int, Request]] = SimpleQueue()
-        for entry in enumerate(requests):
+        for entry in requests.items():
             self._waiting.put(entry)
         self._told: SimpleQueue[Told] = SimpleQueue()
-        self._teams: dict[int, Team] = {}
+        self._teams = {number: workers(1, device, number, sharing) for number, device in devices.items()}
         self._stopping = False
-        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(self._devices)]
+        self._threads = [threading.Thread(target=self._work, args=(number,)) for number in devices]
 
     def __enter__(self) -> "SideBySide":
         for thread in self._threads:
@@ -65,10 +71,9 @@ class SideBySide:
 
     def __exit__(self, *_: object) -> None:
         self._stopping = True
-        stopping = [threading.Thread(target=team.stop, args=(False,)) for team in list(self._teams.values())]
-        for thread in stopping:
-            thread.start()
-        for thread in (*stopping, *self._threads):
+        for team in self._teams.values():
+            team.interrupt()
+        for thread in self._threads:
             thread.join()
 
     def told(self) -> Iterator[Told]:
@@ -82,40 +87,27 @@ class SideBySide:
 
     def _work(self, device: int) -> None:
         """Make clips on a device until none is left."""
-        with suppress(Empty):
+        with closing(self._teams[device]), suppress(Empty, KeyboardInterrupt):
             while not self._stopping:
                 clip, request = self._waiting.get_nowait()
                 try:
                     self._told.put(Told(clip, device, self._made(clip, request, device)))
-                except SkyrunError as error:
-                    self._told.put(Told(clip, device, error))
-                except OSError as error:
-                    hint = "check the path, its permissions and free space"
-                    self._told.put(Told(clip, device, SkyrunError(str(error), hint, FAILED)))
-        if (team := self._teams.pop(device, None)) is not None:
-            team.close()
+                except Exception as error:
+                    self._told.put(Told(clip, device, explained(error)))
 
     def _made(self, clip: int, request: Request, device: int) -> Result | None:
-        name = f"cuda:{device}" if self._device.type == "cuda" else "cpu"
-        free = (probe("cpu").ram_free - PROCESS_BYTES) / GIB / self._devices
+        free = (probe("cpu").ram_free - PROCESS_BYTES) / GIB / self._sharing
         limit = free if request.max_ram is None else min(free, request.max_ram)
-        prepared = self._prepare(replace(request, devices=1, device=name, max_ram=limit))
+        prepared = self._prepare(replace(request, devices=1, device=str(self._devices[device]), max_ram=limit))
         if prepared is None:
             return None
         job, state = prepared
         job = replace(job, request=replace(job.request, device=request.device, max_ram=request.max_ram))
         self._told.put(Told(clip, device, job))
-        if device not in self._teams:
-            self._teams[device] = workers(1, self._device, device, self._devices)
 
         def tell(event: Event) -> None:
             if self._stopping:
-                raise SkyrunError("interrupted", "", INTERRUPTED)
+                raise KeyboardInterrupt
             self._told.put(Told(clip, device, event))
 
-        try:
-            making = run_together(self._run_job, job, False, state, self._previews, self._teams[device])
-            return listen(making, tell)
-        except BaseException:
-            self._teams.pop(device)  # it has been stopped
-            raise
+        return listen(run_job(job, False, state, self._previews, self._teams[device]), tell)

@@ -1,28 +1,29 @@
-"""Make a clip on several devices: in worker processes, of which rank 0 runs the job and the others follow it."""
+"""Run the pipeline of a job on several devices: in worker processes, of which rank 0 runs it and the others follow it.
+
+What rank 0 finishes comes here with its events, so that nothing is lost with a worker.
+"""
 
 from collections.abc import Callable, Generator
-from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from skyrun.engine.clip import Result
-from skyrun.errors import SkyrunError
-from skyrun.events import Event, Preview, listen
+from skyrun.engine.attempt import attempt
+from skyrun.events import Event, Preview
 from skyrun.parallel.group import Group
 from skyrun.parallel.team import Done, Team
 from skyrun.pipelines.stages import follow
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
-
-RunJob = Callable[[Job, bool, RunState | None, bool], Generator[Event, None, Result]]
+from skyrun.presets.memory import CONTEXT_BYTES
+from skyrun.streaming.device import vram_limited
 
 _WORKER = "skyrun.engine.worker"
 
 
 def workers(size: int, device: torch.device, first: int = 0, of: int = 0) -> Team:
-    """Start that many workers, one for each device of a type.
+    """A team of that many workers, one for each device of a type.
 
     Args:
         size: How many.
@@ -34,63 +35,69 @@ def workers(size: int, device: torch.device, first: int = 0, of: int = 0) -> Tea
 
 
 @dataclass(frozen=True)
-class Make:
-    """What rank 0 is sent: `run_job` and its arguments."""
+class Finished:
+    """What is new in the state of rank 0. values: of its fields, by their names."""
 
-    run_job: RunJob
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """What rank 0 is sent: a job, and what is finished of it."""
+
     job: Job
-    keep_frames: bool
-    state: RunState | None
-    previews: bool
+    state: RunState
 
-    def __call__(self, group: Group, send: Callable[[Any], None]) -> Result:
-        """Make the clip, and send its events."""
+    def __call__(self, group: Group, send: Callable[[Any], None]) -> None:
+        """Run the pipeline. Send its events, before each what is finished."""
+        job, told = replace(self.job, device=group.device), _fields(self.state)
 
-        def tell(event: Event) -> None:
-            send(replace(event, latents=event.latents.cpu()) if isinstance(event, Preview) else event)
+        def tell_state() -> None:
+            nonlocal told
+            before, told = told, _fields(self.state)
+            new = {name: value for name, value in told.items() if value is not before[name]}
+            if len(before["encoded"]) == len(told["encoded"]):
+                del new["encoded"]
+            if new:
+                send(Finished(new))
 
-        job = replace(self.job, device=group.device)
-        result = listen(self.run_job(job, self.keep_frames, self.state, self.previews), tell)
+        with vram_limited(group.device, job.plan.limit_bytes - CONTEXT_BYTES):
+            for event in attempt(job, self.state):
+                tell_state()
+                send(replace(event, latents=event.latents.cpu()) if isinstance(event, Preview) else event)
+            tell_state()
         group.hand_over(None)
-        return result
+
+
+def _fields(state: RunState) -> dict[str, Any]:
+    return {**vars(state), "encoded": dict(state.encoded)}  # the one that grows
 
 
 def do_as_told(group: Group, send: Callable[[Any], None]) -> None:
     """What the other ranks are sent: do what rank 0 hands over."""
-    with torch.inference_mode():
-        for _ in follow(group):
-            pass
+    for _ in follow(group):
+        pass
 
 
-def run_together(
-    run_job: RunJob, job: Job, keep_frames: bool, state: RunState | None, previews: bool, team: Team | None = None
-) -> Generator[Event, None, Result]:
-    """Run a job on as many devices as the job's request says.
+def attempt_together(team: Team, job: Job, state: RunState) -> Generator[Event, None, None]:
+    """Do what the state does not have yet, on all devices of a team.
 
-    Raises SkyrunError for a device that fails; all workers have ended then.
+    Raises SkyrunError for a device that fails, OutOfMemory where memory runs out; all workers have ended then.
 
     Args:
-        run_job: Runs a job in one process, or as rank 0.
-        job: The job to run.
-        keep_frames: Whether the result contains the frames.
-        state: The state of an earlier run to resume from.
-        previews: Whether an image is drawn after every step.
-        team: Workers that are there already, and stay.
+        team: The workers. They stay.
+        job: The job.
+        state: What is finished; it gets what rank 0 finishes.
     """
-    with closing(workers(job.request.devices, job.device)) if team is None else nullcontext(team) as team:
-        followers = [do_as_told] * (team.size - 1)
-        try:
-            team.send(Make(run_job, job, keep_frames, state, previews), *followers)
-            for rank, message in team.messages():
-                if rank == 0 and isinstance(message, Done):
-                    result: Result = message.value
-                    return result
-                if not isinstance(message, Done):
-                    yield message
-        except SkyrunError:
-            team.stop(at_once=True)
-            raise
-        except BaseException:
-            team.stop(at_once=False)
-            raise
-    raise AssertionError("the messages of a team have no end")
+    try:
+        team.send(Lead(job, state), *[do_as_told] * (team.size - 1))
+        for rank, message in team.messages():
+            if isinstance(message, Finished):
+                vars(state).update(message.values)
+            elif rank == 0 and isinstance(message, Done):
+                return
+            elif not isinstance(message, Done):
+                yield message
+    except BaseException:
+        team.close()
+        raise

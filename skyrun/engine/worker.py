@@ -1,10 +1,9 @@
 """A worker process, one for each device: python -m skyrun.engine.worker cuda|cpu
 
 It is started by parallel.team, with its rank in the environment, does what it is sent, and ends with the process that
-has started it. Ctrl-C is that one's: it tells rank 0 to stop.
+has started it, which keeps what is finished. Ctrl-C is that one's.
 """
 
-import _thread
 import os
 import signal
 import sys
@@ -12,13 +11,13 @@ import threading
 import time
 import traceback
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
-from skyrun.errors import FAILED, INTERRUPTED, SkyrunError
+from skyrun.errors import FAILED, OutOfMemory, SkyrunError
 from skyrun.kernels.machine.failures import is_out_of_memory
 from skyrun.parallel.group import PeerLost, joined
 from skyrun.parallel.messages import Channel, entered
-from skyrun.parallel.team import BEAT, Beat, Done, Failure, Stop
+from skyrun.parallel.team import BEAT, Beat, Done, Failure
 from skyrun.streaming.device import choose_device, out_of_memory
 
 
@@ -28,53 +27,27 @@ class Worker:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._orders: SimpleQueue[Any] = SimpleQueue()
-        self._stopped = False
 
     def run(self, rank: int, size: int, local: int, device: str) -> int:
         """Do what arrives until something fails. Returns the exit code."""
         for work in (self._listen, self._beat):
             threading.Thread(target=work, daemon=True).start()
         try:
-            with joined(rank, size, choose_device(f"cuda:{local}" if device == "cuda" else device)) as self._group:
-                while (order := self._orders.get()) is not None:
-                    self._channel.send(Done(order(self._group, self._channel.send)))
-            return 0
+            with joined(rank, size, choose_device(f"cuda:{local}" if device == "cuda" else device)) as group:
+                while True:
+                    self._channel.send(Done(self._orders.get()(group, self._channel.send)))
         except BaseException as error:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
-            failure = self._failure(error)
+            failure = _failure(error)
             self._channel.send(failure)
             return failure.code
 
-    def _failure(self, error: BaseException) -> Failure:
-        if self._stopped or isinstance(error, KeyboardInterrupt):
-            return Failure("interrupted", "", INTERRUPTED, True)
-        if isinstance(error, SkyrunError):
-            return Failure(error.message, error.hint, error.code, not isinstance(error, PeerLost))
-        if is_out_of_memory(error):
-            short = out_of_memory(error)
-            return Failure(short.message, short.hint, short.code, True)
-        if isinstance(error, OSError):
-            return Failure(str(error), "check the path, its permissions and free space", FAILED, True)
-        traceback.print_exc()
-        told = f"it failed with an error that it should not have: {type(error).__name__}: {error}"
-        return Failure(told, "the message above has the details", FAILED, True)
-
-    def _listen(self) -> None:
+    def _listen(self) -> NoReturn:
         """Hand on what is to be done. When the process that has started this one is gone, end at once."""
         while True:
             try:
-                message = self._channel.receive()
+                self._orders.put(self._channel.receive())
             except (OSError, EOFError):
                 os._exit(FAILED)
-            if not isinstance(message, Stop):
-                self._orders.put(message)
-                continue
-            if self._stopped:
-                continue  # a second interrupt would cut off what the first one saves
-            self._stopped = True
-            self._orders.put(None)
-            _thread.interrupt_main(signal.SIGTERM)
-            self._group.abandon()
 
     def _beat(self) -> None:
         while True:
@@ -82,11 +55,30 @@ class Worker:
             self._channel.send(Beat())
 
 
+def _failure(error: BaseException) -> Failure:
+    told = explained(error)
+    if isinstance(told, OutOfMemory):
+        return Failure(told.cause, told.hint, told.code, True, told.stage)
+    return Failure(told.message, told.hint, told.code, not isinstance(told, PeerLost))
+
+
+def explained(error: BaseException) -> SkyrunError:
+    """What a user is told of an error that ends a clip."""
+    if isinstance(error, SkyrunError):
+        return error
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    if isinstance(error, OSError):
+        return SkyrunError(str(error), "check the path, its permissions and free space", FAILED)
+    traceback.print_exc()
+    told = f"it failed with an error that it should not have: {type(error).__name__}: {error}"
+    return SkyrunError(told, "the message above has the details", FAILED)
+
+
 def main(device: str) -> int:
     """Work as the environment says. Returns the exit code."""
     os.dup2(2, 1)  # the output is that of the process that has started this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     channel = entered()
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     channel.send(rank)

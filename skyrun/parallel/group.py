@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from skyrun.errors import BAD_INPUT, FAILED, SkyrunError
+from skyrun.kernels.machine.failures import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -93,11 +94,6 @@ class Group:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def abandon(self) -> None:
-        """Let what waits for other ranks fail. Only NCCL needs it: gloo notices by itself that one has ended."""
-        if self._tensors is not None and self.device.type == "cuda":
-            self._tensors.abort()
-
     def shares(self, count: int) -> list[slice]:
         """`count` things divided among the ranks, as evenly as possible and in order."""
         edges = [rank * count // self.size for rank in range(self.size + 1)]
@@ -171,6 +167,15 @@ class Group:
         handed: T = values[0]
         return handed
 
+    def collected(self, value: T) -> list[T]:
+        """The plain values of all ranks, in their order, on every rank. Each may come as late as it likes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _peers_named():
+            dist.all_gather_object(values, value)
+        return values
+
 
 def as_bytes(values: Tensor) -> Tensor:
     """The bytes of a contiguous tensor, uint8 [nbytes]."""
@@ -201,20 +206,39 @@ def joined(rank: int, size: int, device: torch.device, near: Sequence[int] | Non
         group.close()
 
 
-def stated_rank() -> tuple[int, int, int] | None:
-    """(rank, size, rank on this machine), as torch's launcher says to processes that it starts; None elsewhere.
+@contextmanager
+def apart() -> Iterator[None]:
+    """Be alone as long as the block lasts. The others of the group are met again after it."""
+    global _here
+    group, _here = _here, _ALONE
+    try:
+        yield
+    finally:
+        _here = group
+
+
+class Place(NamedTuple):
+    """The place of a process among those of torch's launcher. local_rank, local_size: among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def stated_place() -> Place | None:
+    """What torch's launcher says to a process that it starts; None elsewhere.
 
     Raises SkyrunError if it says something else than numbers.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     try:
-        rank, size, local = (int(os.environ[name]) for name in names)
+        return Place(*(int(os.environ[name]) for name in names))
     except (KeyError, ValueError) as error:
         said = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
         raise SkyrunError(f"the launcher says {said}, expected numbers", "start with torchrun", BAD_INPUT) from error
-    return rank, size, local
 
 
 @contextmanager
@@ -223,5 +247,7 @@ def _peers_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PeerLost(f"another device is gone or does not answer: {first}", "", FAILED) from error

@@ -1,4 +1,4 @@
-"""Start worker processes, one for each device, and speak with them. Torch's elastic launcher starts and ends them."""
+"""Worker processes, one for each device: start them, speak with them, end them. Torch's elastic launcher does it."""
 
 import logging
 import os
@@ -16,25 +16,32 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 
-from skyrun.errors import FAILED, SkyrunError
+from skyrun.errors import FAILED, OutOfMemory, SkyrunError
 from skyrun.parallel.messages import Channel, Door
 
 BEAT = 1.0  # seconds between signs of life of a worker
 _SILENT = 30  # of these may be missing, then it hangs
 _MEET = 120.0  # seconds for workers to start: they import torch
 _CAUSE = 3.0  # seconds in which the cause follows what it has caused
-_GRACE = 15.0  # seconds in which rank 0 may save what is finished
+_REST = 0.5  # seconds for what rank 0 has said before that
 _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+Messages = queue.SimpleQueue[tuple[int, Any]]  # of the rank that says it
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker says when it fails. primary: whether it was the cause, not another worker that was lost."""
+    """What a worker says when it fails.
+
+    primary: whether it was the cause, not another worker that was lost. stage: in which memory ran out, so that the
+    message is what refused it; None if something else failed.
+    """
 
     message: str
     hint: str
     code: int
     primary: bool
+    stage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,8 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Stop:
-    """What rank 0 is told when it is to stop."""
+class Interruption:
+    """What ends the messages."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Done:
 class Team:
     """Workers 0 to size - 1, which run a module of this package. What they are to do is sent to them.
 
-    Every worker ends when this process does. A team in which one has failed cannot go on.
+    They start with the first thing that they are sent, and again with the first after their end. All end when this
+    process does. Where one has failed, the others cannot go on: close the team then.
 
     module: what they run, with the type of the device as its argument and their rank in the environment. first: the
     number of the first device. of: how many workers share the machine, if there are those of other teams.
@@ -65,19 +73,25 @@ class Team:
 
     def __init__(self, size: int, module: str, device: str, first: int = 0, of: int = 0) -> None:
         self.size, self._first, self._sharing = size, first, max(of, size)
-        self._device, self._closed = device, False
-        self._messages: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._module, self._device = module, device
+        self._messages: Messages = queue.SimpleQueue()
         self._channels: dict[int, Channel] = {}
+        self._processes: PContext | None = None
+
+    def _start(self) -> None:
+        self._messages, self._channels = queue.SimpleQueue(), {}
         self._door = Door()
         # With it the workers find each other, as those of torchrun do.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environments = [self._environment(rank) for rank in range(self.size)]
         try:
-            self._processes = _started(module, [device], [self._environment(rank) for rank in range(size)])
-            self._pids = self._processes.pids()
-            threading.Thread(target=self._accept, name="accept workers", daemon=True).start()
+            self._processes = _started(self._module, [self._device], environments)
         except BaseException:
             self._door.close()
             raise
+        self._pids = self._processes.pids()
+        hands = (self._door, self._channels, self._messages)
+        threading.Thread(target=self._accept, args=hands, name="accept workers", daemon=True).start()
 
     def _environment(self, rank: int) -> dict[str, str]:
         threads = max(1, (psutil.cpu_count(logical=False) or 1) // self._sharing) if self._device == "cpu" else None
@@ -94,35 +108,19 @@ class Team:
             **self._door.environment,
         }
 
-    def _accept(self) -> None:
+    def _accept(self, door: Door, channels: dict[int, Channel], messages: Messages) -> None:
         with suppress(OSError, EOFError):
             for _ in range(self.size):
-                channel = self._door.accept()
+                channel = door.accept()
                 rank = channel.receive()
-                self._channels[rank] = channel
-                threading.Thread(target=self._read, args=(rank, channel), name=f"worker {rank}", daemon=True).start()
-
-    def _read(self, rank: int, channel: Channel) -> None:
-        """Put what a worker says into the queue. Its end is None; where it is silent for too long, it is ended."""
-        silent = 0
-        try:
-            while True:
-                if not channel.is_ready(BEAT):
-                    silent += 1
-                    if silent >= _SILENT:
-                        hint = "see what else the machine does; what is finished is kept"
-                        failure = Failure(f"did not answer for {_SILENT * BEAT:.0f} s", hint, FAILED, True)
-                        self._messages.put((rank, failure))
-                        return
-                    continue
-                silent = 0
-                if not isinstance(message := channel.receive(), Beat):
-                    self._messages.put((rank, message))
-        except (OSError, EOFError):
-            self._messages.put((rank, None))
+                channels[rank] = channel
+                hands = (rank, channel, messages)
+                threading.Thread(target=_read, args=hands, name=f"worker {rank}", daemon=True).start()
 
     def send(self, *values: Any) -> None:
         """Send values to the workers, one to each, or the only one to all. Raises SkyrunError if one has ended."""
+        if self._processes is None:
+            self._start()
         self._meet()
         for rank, channel in sorted(self._channels.items()):
             try:
@@ -151,29 +149,44 @@ class Team:
         return None
 
     def messages(self) -> Iterator[tuple[int, Any]]:
-        """What the workers say, in order, with the rank of each. Raises SkyrunError for what ends them.
+        """What the workers say, in order, with the rank of each. Raises SkyrunError for what ends them, OutOfMemory
+        where memory runs out, and KeyboardInterrupt after `interrupt`.
 
         If a worker fails because another one was lost, that other one's message is waited for: it is the cause.
         """
-        lost: tuple[int, Failure] | None = None
+        ended: dict[int, Failure | None] = {}  # what those have said that have ended
         while True:
             try:
                 rank, message = self._messages.get(timeout=_CAUSE)
             except queue.Empty:
-                if lost is not None:
-                    raise self._failure(*lost) from None
+                if ended:
+                    raise self._failure(*next(iter(ended.items()))) from None
                 continue
-            if isinstance(message, Failure) and not message.primary:
-                lost = lost or (rank, message)
-            elif message is None or isinstance(message, Failure):
-                if message is None and lost is not None and lost[0] == rank:
-                    continue  # it has said what happened
-                raise self._failure(rank, message)
-            elif lost is None:
+            if isinstance(message, Interruption):
+                raise KeyboardInterrupt
+            if message is None or isinstance(message, Failure):
+                cause = ended.setdefault(rank, message)  # the end comes after what was said about it
+                if cause is None or cause.primary:
+                    yield from self._rest() if 0 not in ended else ()
+                    raise self._failure(rank, cause)
+            else:
                 yield rank, message
+
+    def _rest(self) -> Iterator[tuple[int, Any]]:
+        """What rank 0 has said before it meets the failure of another one: it may have finished something."""
+        until = time.monotonic() + _REST
+        with suppress(queue.Empty):
+            while (left := until - time.monotonic()) > 0:
+                rank, message = self._messages.get(timeout=left)
+                if rank == 0 and (message is None or isinstance(message, (Failure, Interruption))):
+                    return
+                if rank == 0:
+                    yield rank, message
 
     def _failure(self, rank: int, message: Failure | None) -> SkyrunError:
         who = f"device {self._first + rank}"
+        if message is not None and message.stage is not None:
+            return OutOfMemory(message.message, message.stage, self._first + rank if self.size > 1 else None)
         if message is not None:
             return SkyrunError(
                 f"{who}: {message.message}" if self.size > 1 else message.message, message.hint, message.code
@@ -187,38 +200,44 @@ class Team:
 
     def _exit_code(self, rank: int) -> int | None:
         """The exit code of a worker that has closed its channel; None if it cannot be told."""
-        process = self._processes.subprocess_handlers[rank].proc  # type: ignore[attr-defined]
         with suppress(Exception):
+            process = self._processes.subprocess_handlers[rank].proc  # type: ignore[union-attr]
             return int(process.wait(5.0))
         return None
 
-    def stop(self, at_once: bool) -> None:
-        """End the team, rank 0 last: it may save what is finished.
-
-        Args:
-            at_once: Whether the other workers end first, so that rank 0 does not wait for one that hangs. Else they
-                work on with it until it has stopped.
-        """
-        if at_once:
-            for rank, pid in self._pids.items():
-                if rank != 0:
-                    _kill(pid)
-        until = time.monotonic() + _GRACE
-        with suppress(KeyError, OSError):
-            self._channels[0].send(Stop())
-        while _runs(self._pids[0]) and time.monotonic() < until:
-            time.sleep(0.02)
-        self.close()
+    def interrupt(self) -> None:
+        """End the messages. Any thread may ask for it."""
+        self._messages.put((0, Interruption()))
 
     def close(self) -> None:
         """End all workers now."""
-        if self._closed:
+        if self._processes is None:
             return
-        self._closed = True
         self._door.close()
-        for channel in self._channels.values():
-            channel.close()
-        self._processes.close(_KILL, timeout=5)
+        self._processes.close(_KILL, timeout=5)  # so that all channels end
+        self._processes = None
+
+
+def _read(rank: int, channel: Channel, messages: Messages) -> None:
+    """Put what a worker says into the queue. Its end is None; where it is silent for too long, it is ended."""
+    silent = 0
+    try:
+        while True:
+            if not channel.is_ready(BEAT):
+                silent += 1
+                if silent >= _SILENT:
+                    hint = "see what else the machine does; what is finished is kept"
+                    failure = Failure(f"did not answer for {_SILENT * BEAT:.0f} s", hint, FAILED, True)
+                    messages.put((rank, failure))
+                    return
+                continue
+            silent = 0
+            if not isinstance(message := channel.receive(), Beat):
+                messages.put((rank, message))
+    except (OSError, EOFError):
+        messages.put((rank, None))
+    finally:
+        channel.close()
 
 
 def _started(module: str, arguments: Sequence[str], environments: list[dict[str, str]]) -> PContext:
@@ -253,8 +272,3 @@ def _runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _kill(pid: int) -> None:
-    with suppress(OSError):
-        os.kill(pid, _KILL)

@@ -1,8 +1,10 @@
 """The stages of pipelines: each loads what it needs, reports its progress as events, and frees what it loaded."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,29 +28,55 @@ from skyrun.planning.job import Job
 from skyrun.presets import Plan
 from skyrun.presets.autoencoder import Autoencoder
 from skyrun.presets.memory import CONTEXT_BYTES
-from skyrun.streaming.device import finish, peak_bytes, refuse_to_spill, reset_peak, vram_limited
+from skyrun.streaming.device import (
+    finish,
+    out_of_memory_explained,
+    peak_bytes,
+    refuse_to_spill,
+    reset_peak,
+    vram_limited,
+)
 from skyrun.streaming.layout import with_adapters
 from skyrun.streaming.reader import read_ahead
 from skyrun.streaming.stream import BlockStream, ObserveBlock, StreamStats, spread
 
 
+class Order(Protocol):
+    """What rank 0 hands over. plan: by which it is done; None if it is no part of a clip that is divided."""
+
+    @property
+    def plan(self) -> Plan | None: ...
+    def follow(self, group: Group) -> object:
+        """Do the part of this rank. Raises OutOfMemory, with the stage, where memory runs out."""
+
+
 @dataclass(frozen=True)
 class Denoising:
-    """What rank 0 hands over for the steps of a window: the arguments of `denoise`, with tensors on the host."""
+    """The steps of a window: the arguments of `denoise`, with tensors on the host."""
 
     files: ModelFiles
     plan: Plan
     state: RunState
     condition: Condition
 
+    def follow(self, group: Group) -> None:
+        with _limited(group, self.plan, "denoise"):
+            for _ in _steps(self.files, self.plan, self.state, self.condition, group.device):
+                pass
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """What rank 0 hands over for the frames of a window."""
+    """The frames of a window."""
 
     path: Path
     plan: Plan
     latents: Tensor
+
+    def follow(self, group: Group) -> None:
+        with _limited(group, self.plan, "decode"):
+            for _ in _open_vae(self.path, self.plan.decoding, group.device, group).decode(self.latents):
+                pass
 
 
 class Stage:
@@ -319,13 +347,17 @@ def decode(
     yield stage.ended()
 
 
-def follow(group: Group) -> Iterator[Event]:
-    """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more."""
-    nothing: Denoising | Decoding | None = None
+def follow(group: Group) -> Iterator[Order]:
+    """On a rank other than 0: do what rank 0 hands over, until it hands over nothing more. Yields each before it."""
+    nothing: Order | None = None
     while (order := group.hand_over(nothing)) is not None:
-        with vram_limited(group.device, order.plan.limit_bytes - CONTEXT_BYTES):
-            if isinstance(order, Denoising):
-                yield from _steps(order.files, order.plan, order.state, order.condition, group.device)
-            else:
-                for _ in _open_vae(order.path, order.plan.decoding, group.device, group).decode(order.latents):
-                    pass
+        yield order
+        order.follow(group)
+
+
+@contextmanager
+def _limited(group: Group, plan: Plan, stage: str) -> Iterator[None]:
+    """As `run_job` and pipelines do it on rank 0."""
+    limited = vram_limited(group.device, plan.limit_bytes - CONTEXT_BYTES)
+    with torch.inference_mode(), limited, out_of_memory_explained(stage):
+        yield

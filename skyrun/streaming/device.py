@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from skyrun.errors import WILL_NOT_FIT, SkyrunError
+from skyrun.errors import OutOfMemory, SkyrunError
 from skyrun.kernels.machine.failures import is_out_of_memory, refused_allocations
 
 _SPILLS = sys.platform == "win32" or "microsoft" in platform.release().lower()  # Windows' driver, under WSL too
@@ -99,23 +99,21 @@ def refuse_to_spill(device: torch.device) -> None:
         raise torch.OutOfMemoryError(f"{left}: other programs use it too, and Windows would spill to RAM")
 
 
-def out_of_memory(error: BaseException) -> SkyrunError:
-    """The SkyrunError for a failed allocation."""
-    cause = str(error).splitlines()[0] if str(error) else "the system gave no more"
-    hint = "use a smaller --resolution or --size or fewer --seconds, or close other programs"
-    return SkyrunError(f"out of memory: {cause}", hint, WILL_NOT_FIT)
+def out_of_memory(error: BaseException, stage: str = "") -> OutOfMemory:
+    """The SkyrunError for a failed allocation. stage: which it was in."""
+    return OutOfMemory(str(error).splitlines()[0] if str(error) else "the system gave no more", stage)
 
 
 @contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    """Turn a failed allocation into a SkyrunError."""
+def out_of_memory_explained(stage: str = "") -> Iterator[None]:
+    """Turn a failed allocation into a SkyrunError. stage: which it would be in."""
     refused = refused_allocations()
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error, refused):
             raise
-        raise out_of_memory(error) from error
+        raise out_of_memory(error, stage) from error
 
 
 def reset_peak(device: torch.device) -> None:

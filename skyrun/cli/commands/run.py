@@ -11,7 +11,7 @@ from skyrun.cli.commands.plan import blocks_text, weights_text
 from skyrun.cli.console import emit, say, show_error
 from skyrun.cli.launched import launched
 from skyrun.cli.progress import shown
-from skyrun.cli.several import make_side_by_side
+from skyrun.cli.several import SeveralClips
 from skyrun.engine.checkpoint import kept
 from skyrun.engine.clip import Result
 from skyrun.engine.output import check_outputs, is_made
@@ -58,13 +58,8 @@ def _execute(arguments: Namespace) -> int:
         return 0
     model, quant, loras = first.model, first.quant, first.loras
     requests = [replace(request, model=model, quant=quant, loras=loras) for request in requests]
-    if here().size == 1 < first.devices <= len(requests) and not arguments.dry_run:
-        failed = make_side_by_side(
-            requests,
-            lambda request: _prepared(request, arguments),
-            lambda job: draw_sheet(job) if arguments.sheet else None,
-            arguments,
-        )
+    if 1 < first.devices <= len(requests) and not arguments.dry_run:
+        failed = SeveralClips(requests, _prepared, _finish, arguments).make()
     else:
         failed = _one_by_one(requests, arguments)
     if failed:
@@ -97,6 +92,12 @@ def _prepared(request: Request, arguments: Namespace) -> tuple[Job, RunState | N
     if not _is_there(job, arguments):
         return job, state
     return None
+
+
+def _finish(job: Job, arguments: Namespace) -> None:
+    """Draw what belongs to a clip that is made."""
+    if arguments.sheet:
+        draw_sheet(job)
 
 
 def _is_there(job: Job, arguments: Namespace) -> bool:
