@@ -59,9 +59,9 @@ def test_the_same_command_without_a_seed_finds_its_clip(told, tmp_path, capsys):
     assert main(made) == 0
     assert "it is there already" in capsys.readouterr().err
     assert main([*made, "--seed", str(seed ^ 1)]) == BAD_INPUT
-    assert "another seed" in capsys.readouterr().err
+    assert "differs in seed" in capsys.readouterr().err
     assert main([*made, "--steps", "2"]) == BAD_INPUT
-    assert "another steps" in capsys.readouterr().err
+    assert "differs in steps" in capsys.readouterr().err
     assert main([*made, "--overwrite"]) == 0
     assert read_request(tmp_path / "a.mp4")["seed"] != seed
 

@@ -153,18 +153,22 @@ def own_cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def found(subject):
-    return next(finding for finding in doctor.examine() if finding.subject == subject)
+def found(*subjects):
+    """The findings on some subjects, of one examination: each takes seconds."""
+    findings = {finding.subject: finding for finding in doctor.examine()}
+    return [findings[subject] for subject in subjects]
 
 
 def test_what_was_tuned_is_said_and_used(own_cache, tmp_path):
-    assert found("tuning").verdict == found("disk").verdict == "unknown"
+    assert [one.verdict for one in found("tuning", "disk")] == ["unknown", "unknown"]
     path = save_tuned("cpu", Tuned(Rates(1e12, 2e12, 0.0, 0.0, 3e12, 4e9), 0.0, {disk_number(tmp_path): 7e9}))
-    assert (found("tuning").verdict, str(path) in found("tuning").found) == ("good", True)
-    assert (found("disk").verdict, found("disk").found) == ("good", "7.00 GB/s, measured by skyrun tune")
+    tuning, disk = found("tuning", "disk")
+    assert (tuning.verdict, str(path) in tuning.found) == ("good", True)
+    assert (disk.verdict, disk.found) == ("good", "7.00 GB/s, measured by skyrun tune")
     path.write_text(path.read_text().replace("7", "8"))
-    assert (found("tuning").verdict, found("disk").verdict) == ("unknown", "unknown")
-    assert "damaged" in found("tuning").found and "skyrun tune" in found("tuning").remedy
+    tuning, disk = found("tuning", "disk")
+    assert (tuning.verdict, disk.verdict) == ("unknown", "unknown")
+    assert "damaged" in tuning.found and "skyrun tune" in tuning.remedy
 
 
 def topology(*states):
@@ -200,20 +204,22 @@ def test_links_between_gpus(own_cache, tmp_path, monkeypatch, printed, way):
 
 
 def test_what_is_kept_is_listed(own_cache):
-    assert found("cache").found == f"{own_cache}, empty"
+    (cache,) = found("cache")
+    assert cache.found == f"{own_cache}, empty"
     (own_cache / "prompts").mkdir(parents=True)
     (own_cache / "kernels-cpu.json").write_text("{}")
     (own_cache / "prompts" / "a.safetensors").write_bytes(bytes(5000))
     (own_cache / ".lock").touch()
-    assert found("cache").found == f"{own_cache}, 5 kB: kernels-cpu.json, prompt embeddings (1)"
-    assert str(own_cache.with_name("models")) in found("models").found
+    cache, models = found("cache", "models")
+    assert cache.found == f"{own_cache}, 5 kB: kernels-cpu.json, prompt embeddings (1)"
+    assert str(own_cache.with_name("models")) in models.found
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_folders_that_cannot_be_written(own_cache, tmp_path):
     tmp_path.chmod(0o500)
     try:
-        assert (found("cache").verdict, found("models").verdict) == ("slow", "fails")
+        assert [one.verdict for one in found("cache", "models")] == ["slow", "fails"]
     finally:
         tmp_path.chmod(0o700)
 
