@@ -2,10 +2,14 @@
 
 import signal
 import sys
+import threading
 
 import pytest
+import torch
 
 from skyrun.cli.signals import Interrupted, interruptible, raise_if_asked
+from skyrun.engine.together import do_as_told, workers
+from skyrun.parallel import team as team_module
 
 
 def test_an_interrupt_that_a_library_turned_into_an_error():
@@ -55,3 +59,31 @@ def test_an_interrupt_that_is_swallowed_on_the_way_is_raised_again():
         sys.unraisablehook = hook
     with interruptible():
         raise_if_asked()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a thread of Windows cannot interrupt another one")
+def test_an_interrupt_while_workers_are_started_leaves_none(monkeypatch):
+    started, is_raised, start = [], threading.Event(), team_module.start_processes
+
+    def interrupt(*_):
+        is_raised.set()
+        raise KeyboardInterrupt
+
+    def interrupted(*arguments):
+        started.append(start(*arguments))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert is_raised.wait(60)
+        return started[0]
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    monkeypatch.setattr(team_module, "start_processes", interrupted)
+    team = workers(2, torch.device("cpu"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            team.send(do_as_told)
+        ended = [handler.proc.poll() for handler in started[0].subprocess_handlers.values()]
+        assert ended == [-signal.SIGKILL] * 2
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("TailLog")]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        started[0].close(signal.SIGKILL)

@@ -246,22 +246,30 @@ def _started(module: str, arguments: Sequence[str], environments: list[dict[str,
     for name in ("api", "subprocess_handler.subprocess_handler"):
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     started: list[PContext] = []
-    ranks = range(len(environments))
+    ranks, is_over = range(len(environments)), threading.Event()
 
     def start() -> None:
-        started.append(
-            start_processes(
-                "skyrun",
-                sys.executable,
-                {rank: ("-m", module, *arguments) for rank in ranks},
-                dict(zip(ranks, environments, strict=True)),
-                DefaultLogsSpecs(os.devnull),
+        try:
+            started.append(
+                start_processes(
+                    "skyrun",
+                    sys.executable,
+                    {rank: ("-m", module, *arguments) for rank in ranks},
+                    dict(zip(ranks, environments, strict=True)),
+                    DefaultLogsSpecs(os.devnull),
+                )
             )
-        )
+        finally:
+            is_over.set()
 
-    thread = threading.Thread(target=start)
-    thread.start()
-    thread.join()
+    threading.Thread(target=start).start()
+    try:
+        is_over.wait()
+    except BaseException:  # Ctrl-C: the launcher's threads would keep this process from ending
+        is_over.wait()
+        for processes in started:
+            processes.close(_KILL, timeout=5)
+        raise
     if not started:
         raise SkyrunError("the workers cannot be started", "see the messages above", FAILED)
     return started[0]
