@@ -150,6 +150,13 @@ def test_a_process_of_torchrun_without_memory_says_what_to_type(launched, tmp_pa
     assert main(["resume", str(clip), "--devices", "1"]) == 0
 
 
+def test_processes_of_torchrun_leave_bad_input_to_the_first(launched):
+    code, _, said = launched("--seed", "1", "--image", "none.png")
+    assert code == 1  # that of the launcher
+    assert len(re.findall("^error: ", said, re.M)) == 1 and "none.png" in said, said
+    assert "exitcode  : 2" in said
+
+
 def test_processes_of_torchrun_make_clips_of_their_own(launched, converted, run_command, tmp_path, monkeypatch):
     """The first worker of the second process is lost: that costs its clip, and no process ends before the others."""
     lost = [(1, "skyrun.models.dit.transformer.dit_block", (3,))]
@@ -195,6 +202,7 @@ def test_one_interrupt_is_enough(denoising, tmp_path, seeds):
     assert len(started) == 2
     assert not any(worker.is_running() for worker in started)
     assert "interrupted" in said and "Traceback" not in said
+    assert ("the same command goes on" if len(seeds) > 1 else "go on with: skyrun resume") in said
     assert list(tmp_path.glob("*.skyrun.safetensors"))
     assert not list(tmp_path.glob("*.mp4"))
 

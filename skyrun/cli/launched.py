@@ -7,6 +7,7 @@ clips of their own.
 from argparse import Namespace
 from collections.abc import Callable
 
+from skyrun.cli.console import show_error
 from skyrun.engine.recovery import end_of_all
 from skyrun.errors import OutOfMemory, SkyrunError
 from skyrun.parallel.group import Group, joined, stated_place
@@ -37,7 +38,13 @@ def launched(arguments: Namespace, command: Callable[[Namespace], int]) -> int:
     with joined(rank, size, device, range(first, first + place.local_size)) as group:
         code = 0
         if rank == 0:
-            code = command(arguments)
+            try:
+                code = command(arguments)
+            except SkyrunError as error:
+                if group.has_begun:  # the others are in the midst of something
+                    raise
+                show_error(error, arguments.json)
+                code = error.code
             group.hand_over(None)
         else:
             _follow(group)

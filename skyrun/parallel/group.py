@@ -64,7 +64,8 @@ class Group:
     """This process among those that make a clip. A group of one sends nothing.
 
     rank: the number of this process; rank 0 owns the run's state and writes. size: how many there are. device: its
-    own. near: those of this machine. sent: bytes of tensors that it has sent to other ranks so far.
+    own. near: those of this machine. sent: bytes of tensors that it has sent to other ranks so far. has_begun: whether
+    rank 0 has handed anything over; until then the others wait for that.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Group:
         self.rank, self.size, self.device = rank, size, device
         self.near = range(size) if near is None else near
         self.sent = 0
+        self.has_begun = False
         self._tensors: dist.ProcessGroup | None = None
 
     def open(self) -> None:
@@ -161,6 +163,7 @@ class Group:
         """The value of rank 0, on every rank. It is a plain value, or holds tensors of the CPU."""
         if self.size == 1:
             return value
+        self.has_begun = True
         values: list[Any] = [value if self.rank == 0 else None]
         with _peers_named():
             dist.broadcast_object_list(values, src=0, device=_CPU)

@@ -59,7 +59,11 @@ def _execute(arguments: Namespace) -> int:
     model, quant, loras = first.model, first.quant, first.loras
     requests = [replace(request, model=model, quant=quant, loras=loras) for request in requests]
     if 1 < first.devices <= len(requests) and not arguments.dry_run:
-        failed = SeveralClips(requests, _prepared, _finish, arguments).make()
+        try:
+            failed = SeveralClips(requests, _prepared, _finish, arguments).make()
+        except KeyboardInterrupt:
+            say("the same command goes on with what is kept, and makes what is missing")
+            raise
     else:
         failed = _one_by_one(requests, arguments)
     if failed:
