@@ -333,30 +333,23 @@ class CannotRead:
         do_as_told(group, send)
 
 
-def test_a_worker_that_cannot_read_its_share_says_so(request_for, own_workers, monkeypatch):
-    """The others wait for it, in the midst of a step."""
+@pytest.mark.parametrize(
+    ("weights", "fails", "error", "said", "code"),
+    [
+        ("shared", CannotRead(), SkyrunError, "device 1: .*Input/output error", FAILED),
+        ("own", Raises(MemoryError()), OutOfMemory, "out of memory on device 1", WILL_NOT_FIT),
+    ],
+)
+def test_a_worker_that_fails_says_so(request_for, own_workers, monkeypatch, weights, fails, error, said, code):
+    """Rank 0 waits for it: in the midst of a step, or would for days."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-    job = planned(prepare(request_for("r2v")), weights="shared")
+    job = planned(prepare(request_for("r2v")), weights=weights)
     team = workers(2, CPU)
-    team.send(Lead(job, RunState()), CannotRead())
-    with pytest.raises(SkyrunError, match="device 1: .*Input/output error") as caught:
+    team.send(Lead(job, RunState()), fails)
+    with pytest.raises(error, match=said) as caught:
         for _ in team.messages():
             pass
-    assert caught.value.code == FAILED
-    team.close()
-    assert not own_workers()
-
-
-def test_a_worker_without_memory_says_so(request_for, own_workers, monkeypatch):
-    """Rank 0 would wait for it for days."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-    job = prepare(request_for("r2v"))
-    team = workers(2, CPU)
-    team.send(Lead(job, RunState()), Raises(MemoryError()))
-    with pytest.raises(OutOfMemory, match="out of memory on device 1") as caught:
-        for _ in team.messages():
-            pass
-    assert caught.value.code == WILL_NOT_FIT
+    assert caught.value.code == code
     team.close()
     assert not own_workers()
 

@@ -5,11 +5,10 @@ from contextlib import ExitStack
 
 from skyrun.engine.warm_up import WarmUp
 from skyrun.events import Event, StageEnded, StageStarted
-from skyrun.kernels.machine.failures import is_out_of_memory, refused_allocations
 from skyrun.pipelines import PIPELINES
 from skyrun.pipelines.state import RunState
 from skyrun.planning.job import Job
-from skyrun.streaming.device import out_of_memory
+from skyrun.streaming.device import out_of_memory_explained
 
 
 def attempt(job: Job, state: RunState) -> Generator[Event, None, None]:
@@ -19,15 +18,11 @@ def attempt(job: Job, state: RunState) -> Generator[Event, None, None]:
         job: The job.
         state: What is finished; it gets what this finishes.
     """
-    stage, refused = "", refused_allocations()
-    try:
+    stage = ""
+    with out_of_memory_explained(lambda: stage):
         for event in _with_warm_up(job, state):
             stage = event.stage if isinstance(event, StageStarted) else stage
             yield event
-    except (OSError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error, refused):
-            raise
-        raise out_of_memory(error, stage) from error
 
 
 def _with_warm_up(job: Job, state: RunState) -> Generator[Event, None, None]:

@@ -359,5 +359,5 @@ def follow(group: Group) -> Iterator[Order]:
 def _limited(group: Group, plan: Plan, stage: str) -> Iterator[None]:
     """As `run_job` and pipelines do it on rank 0."""
     limited = vram_limited(group.device, plan.limit_bytes - CONTEXT_BYTES)
-    with torch.inference_mode(), limited, out_of_memory_explained(stage):
+    with torch.inference_mode(), limited, out_of_memory_explained(lambda: stage):
         yield

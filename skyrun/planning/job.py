@@ -115,13 +115,17 @@ def prepare(request: Request) -> Job:
     _check_outputs(request, model.files)
     check_devices(request, model.dims.heads)
     machines = -(-request.devices // devices_here(request.devices))
-    workload = replace(with_clip(model_workload(spec, model), request, size, windows), machines=machines)
+
+    def workload_of(model: Model) -> Workload:
+        return replace(with_clip(model_workload(spec, model), request, size, windows), machines=machines)
+
+    workload = workload_of(model)
     plan = _plan(request, workload, device, model.files.transformer.path)
     if workload.candidates:  # recorded, so that a resumed run uses the same file
         request = replace(request, quant=plan.weight_type)
         if plan.weight_type != workload.weight_type:  # another file in the folder suits this machine better
             model = model.with_type(spec, plan.weight_type)
-            workload = replace(with_clip(model_workload(spec, model), request, size, windows), machines=machines)
+            workload = workload_of(model)
     frames = sum(window.frames for window in windows)
     if plan.problem:
         raise SkyrunError(

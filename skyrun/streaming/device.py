@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -105,15 +105,15 @@ def out_of_memory(error: BaseException, stage: str = "") -> OutOfMemory:
 
 
 @contextmanager
-def out_of_memory_explained(stage: str = "") -> Iterator[None]:
-    """Turn a failed allocation into a SkyrunError. stage: which it would be in."""
+def out_of_memory_explained(stage: Callable[[], str] = str) -> Iterator[None]:
+    """Turn a failed allocation into OutOfMemory. stage: says which it was in."""
     refused = refused_allocations()
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error, refused):
             raise
-        raise out_of_memory(error, stage) from error
+        raise out_of_memory(error, stage()) from error
 
 
 def reset_peak(device: torch.device) -> None:
